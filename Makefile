@@ -1,0 +1,38 @@
+# Two commands do everything: `make pretrain` and `make test`. Both make .venv once from constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN ?= easy-vqa
+
+.PHONY: pretrain test notebooks tests readme bench clean help
+
+help:
+	@echo "make pretrain    train a small vision-language model on easy-vqa into runs/$(RUN)"
+	@echo "make test        export, clean, notebooks and tests, with one line of totals"
+	@echo "make notebooks   export the package, run every notebook, derive tests and README"
+	@echo "make bench       measure against named peers into benchmarks/results"
+
+.venv/.made: constraints.txt settings.ini setup.py pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,easy-vqa]'
+	@touch $@
+
+pretrain: .venv/.made
+	$(BIN)/vlm-lit pretrain --name $(RUN)
+
+test: .venv/.made
+	$(BIN)/python tools/check.py
+
+notebooks: .venv/.made
+	$(BIN)/python tools/build.py all
+
+tests: .venv/.made
+	$(BIN)/python tools/build.py tests
+
+readme: .venv/.made
+	$(BIN)/python tools/build.py readme
+
+bench: .venv/.made
+	for script in benchmarks/*.py; do $(BIN)/python $$script; done
+
+clean:
+	rm -rf .venv build dist *.egg-info
