@@ -12,4 +12,11 @@ d = { 'settings': { 'branch': 'main',
                               'vlm_lit.core.DataError.at': ('core.html#dataerror.at', 'vlm_lit/core.py'),
                               'vlm_lit.core.describe': ('core.html#describe', 'vlm_lit/core.py'),
                               'vlm_lit.core.first_values': ('core.html#first_values', 'vlm_lit/core.py'),
-                              'vlm_lit.core.peek': ('core.html#peek', 'vlm_lit/core.py')}}}
+                              'vlm_lit.core.peek': ('core.html#peek', 'vlm_lit/core.py')},
+            'vlm_lit.tokenizer': { 'vlm_lit.tokenizer.adds_bos': ('tokenizer.html#adds_bos', 'vlm_lit/tokenizer.py'),
+                                   'vlm_lit.tokenizer.bundled_gemma': ('tokenizer.html#bundled_gemma', 'vlm_lit/tokenizer.py'),
+                                   'vlm_lit.tokenizer.control_tokens': ('tokenizer.html#control_tokens', 'vlm_lit/tokenizer.py'),
+                                   'vlm_lit.tokenizer.load_tokenizer': ('tokenizer.html#load_tokenizer', 'vlm_lit/tokenizer.py'),
+                                   'vlm_lit.tokenizer.prepare_tokenizer': ('tokenizer.html#prepare_tokenizer', 'vlm_lit/tokenizer.py'),
+                                   'vlm_lit.tokenizer.resize_embeddings': ('tokenizer.html#resize_embeddings', 'vlm_lit/tokenizer.py'),
+                                   'vlm_lit.tokenizer.special_tokens': ('tokenizer.html#special_tokens', 'vlm_lit/tokenizer.py')}}}
