@@ -1,5 +1,5 @@
 "Derived from nbs/01_breakpoints.ipynb by `make tests`; edit the notebook, not this file."
-import ast, bdb, collections, contextlib, copy, dataclasses, dis, functools, html, inspect, random, re, sys, types
+import ast, bdb, collections, contextlib, copy, dataclasses, dis, functools, html, inspect, itertools, random, re, sys, types
 from pathlib import Path
 from typing import Any, NamedTuple
 from vlm_lit.core import ConfigError, describe
@@ -13,7 +13,7 @@ from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, peek
 from vlm_lit.breakpoints import *
 
 def setup_module():
-    global Talk, build_labels, line_events, mask_prompt, missing_lines, nasty, pack, sample, sample_seeded, turns
+    global build_labels, line_events, mask_prompt, missing_lines, nasty, pack, sample, sample_seeded, turns
     torch.set_printoptions(precision=3, sci_mode=False)
     def mask_prompt(input_ids, prompt_len):
         "Labels for `input_ids` that hide the prompt."
@@ -43,9 +43,6 @@ def setup_module():
         try: func(*args)
         finally: sys.settrace(before)
         return seen
-    class Talk:
-        system: str
-        messages: list
     def sample(n):
         own, left, steps = np.random.default_rng(1), [3, 1, 4, 1, 5], iter(range(100))
         out = torch.zeros(n)
@@ -62,14 +59,16 @@ def setup_module():
         "Lines that coverage misses when a test uses a breakpoint, measured by one of coverage's cores."
         sources = {
             "shop.py": "def price(xs):\n    total = 0\n    for x in xs:\n        total += taxed(x)\n    return total\n\ndef taxed(x):\n    tax = x*2\n    return x + tax\n",
-            "test_shop.py": "from vlm_lit.breakpoints import Breakpoint\nimport shop\n\ndef test_price():\n"
+            "unmeasured.py": "def greet():\n    word = 'hello'\n    return word\n",
+            "test_shop.py": "from vlm_lit.breakpoints import Breakpoint\nimport shop, unmeasured\n\ndef test_price():\n"
             "    with Breakpoint(shop.price, at='total += ') as bp:\n        with Breakpoint(shop.taxed, at='tax = ') as inner:\n            a = shop.price([1, 2])\n            b = a + 1\n"
-            "        c = shop.taxed(b)\n    d = c + 1\n    assert (len(bp.hits), len(inner.hits), d) == (2, 2, 31)\n\ndef test_after():\n    e = 1\n    assert shop.price([]) == 0\n"}
+            "        c = shop.taxed(b)\n    d = c + 1\n    assert (len(bp.hits), len(inner.hits), d) == (2, 2, 31)\n\ndef test_after():\n    e = 1\n    assert shop.price([]) == 0\n\n"
+            "def test_unmeasured():\n    with Breakpoint(unmeasured.greet, at='return') as bp: unmeasured.greet()\n    assert bp['word'] == 'hello'\n"}
         kept = {k: v for k,v in os.environ.items() if not k.startswith("COV")}
         with tempfile.TemporaryDirectory() as folder:
             for name,text in sources.items(): Path(folder, name).write_text(text)
             path = os.pathsep.join([str(Path(sys.modules["vlm_lit.core"].__file__).resolve().parents[1]), folder])
-            done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--cov=.", "--cov-report=json", "--cov-report="],
+            done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--cov=shop", "--cov=test_shop", "--cov-report=json", "--cov-report="],
                 cwd=folder, env={**kept, "COVERAGE_CORE": core, "PYTHONPATH": path}, capture_output=True, text=True)
             assert done.returncode == 0, done.stdout + done.stderr
             files = json.loads(Path(folder, "coverage.json").read_text())["files"]
@@ -86,7 +85,6 @@ def setup_module():
     turns = [("user", [106, IMAGE_TOKEN_INDEX, 108, 1841]), ("model", [573, 3741, 107]), ("user", [4385]), ("model", [7653, 107])]
 
 def test_plain_function_peels_methods_decorators_and_partials():
-    import functools
     class Counter:
         def step(self): return 1
         @property
@@ -96,7 +94,7 @@ def test_plain_function_peels_methods_decorators_and_partials():
     cached = functools.lru_cache(mask_prompt)
 
     for func in [Counter.step, Counter().step, Counter.size, Counter.__dict__["zero"], cached, functools.partial(mask_prompt, prompt_len=1)]:
-        print(plain_function(func).__qualname__.split(".")[-1])
+        print(name_of(plain_function(func)))
     assert plain_function(Counter().step) is Counter.step
     assert plain_function(cached) is plain_function(functools.partial(cached, prompt_len=1)) is mask_prompt
 
@@ -193,7 +191,7 @@ def test_snapshot_shows_a_mutable_object_at_that_moment():
     test_eq(before.messages[0][1].tolist(), [5, 6])
 
 def test_neither_copy_nor_deepcopy_would_do():
-    talk = Talk("Be brief.", [])
+    talk = types.SimpleNamespace(messages=[])
     shallow = copy.copy(talk)
     talk.messages.append("hello")
     print(shallow.messages)
@@ -305,8 +303,8 @@ def test_hit_is_indexed_by_name_or_expression():
     print(hit["n"], hit["n + 1"], hit["m"])
     test_eq([hit["n"], hit["n + 1"], repr(hit["m"])], [2, 3, "<NameError: name 'm' is not defined>"])
     with expect_fail(LookupError, contains="no 'k' here; there are 'n + 1', 'm', 'n'"): hit["k"]
-    print(place_of(find_stop), place_of(json.dumps), place_of(mask_prompt))
-    test_eq([place_of(find_stop), place_of(json.dumps)], ["vlm_lit/breakpoints.py", "json/__init__.py"])
+    print(place_of(describe), place_of(json.dumps), place_of(mask_prompt))
+    test_eq([place_of(describe), place_of(json.dumps)], ["vlm_lit/core.py", "json/__init__.py"])
 
 def test_breakpoint_copies_the_value_before_the_line_runs():
     input_ids = torch.tensor([2, 106, 1645, 9, 7, 1])
@@ -319,8 +317,9 @@ def test_breakpoint_copies_the_value_before_the_line_runs():
     test_eq(sorted(bp.hits[0].locals), ["input_ids", "labels", "prompt_len"])
 
 def test_text_face_shows_place_source_and_values():
+    with Breakpoint(mask_prompt, at="labels[:prompt_len] =", watch=["labels", "prompt_len"]) as bp: mask_prompt(torch.tensor([2, 106, 1645, 9, 7, 1]), 4)
     name, *source, row_labels, row_len = repr(bp).splitlines()
-    assert re.fullmatch(r"mask_prompt  [\w<>.]+:\d+, 1 hit", name.replace("setup_module.<locals>.", ""))
+    assert re.fullmatch(r"mask_prompt  [\w<>.]+:\d+, 1 hit", name)
     test_eq([line[:2] for line in source], ["  ", "  ", "->", "  "])
     assert source[2].endswith("labels[:prompt_len] = IGNORE_INDEX")
     test_eq(row_labels.split(), "labels (6,) int64 2 106 1645 9 7 1".split())

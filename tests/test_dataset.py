@@ -7,7 +7,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from vlm_lit.core import IMAGE_TOKEN, ConfigError, DataError
 from vlm_lit.templates import get_template
 from vlm_lit.sentinels import check_image_count, preprocess_multimodal
-from vlm_lit.labels import check_tokenizer, preprocess
+from vlm_lit.labels import check_tokenizer, check_turns, preprocess
 from vlm_lit.images import interpolate_image, make_square, normalise, open_image, to_bytes
 import tempfile
 from fastcore.test import test_eq, test_close, expect_fail
@@ -54,10 +54,11 @@ def test_item_of_the_seed():
     test_eq(item["labels"].tolist(), [-100]*17 + [1175, 3741, 9488, 45189, 2656, 107, 108, 1])
 
 def test_large_image_comes_first():
-    with Breakpoint(LazySupervisedDataset.__getitem__, at="data = self.text(i)", watch=["pixels", "'data' in dir()"]) as bp:
+    with Breakpoint(LazySupervisedDataset.__getitem__, at="data = self.texts([i])[0]", watch=["image_aux[0]"]) as bp:
         LazySupervisedDataset([seed], tok, image_folder=folder)[0]
-    print(tuple(bp["pixels"].shape), bp["pixels"].dtype)
-    test_eq(tuple(bp["pixels"].shape), (1, 3, 768, 768))
+    print(bp)
+    test_eq(tuple(bp["image_aux[0]"].shape), (3, 768, 768))
+    with expect_fail(LookupError): bp["image"]                      # not there yet
 
 def test_text_only_and_several_images():
     plain = {"id": 1, "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
@@ -84,15 +85,27 @@ def test_broken_records_say_which_and_why():
         except DataError as e: messages.append(str(e).replace(str(folder), "images"))
     print(*messages, sep="\n")
     test_eq([m.split(":")[0].split(",")[0] for m in messages], [f"record '{name}'" for name in "abcdefg"])
-    for message,words in zip(messages, ["no image 'gone.png'", "0 <image> tag(s) for 1 image(s)", "2 <image> tag(s) for 1 image(s)", "'<image>'", "leaves the image folder",
+    for message,words in zip(messages, ["no image 'gone.png'", "0 <image> tag(s) for 1 image(s)", "2 <image> tag(s) for 1 image(s)", "turn 0: <image> tag in a record with 0 images", "leaves the image folder",
                                         "turn 0: the text spells the control token '<end_of_turn>'", "turn 1: two turns of 'human' in a row"]): assert words in message
+
+def test_preloaded_items_equal_lazy_ones():
+    def small(): return LazySupervisedDataset([plain, two, {**two, "id": 3}], tok, image_folder=folder, image_size_aux=64, image_size=32)
+    lazy, loaded = small(), small().preload()
+    for i in range(3):
+        test_eq(sorted(lazy[i]), sorted(loaded[i]))
+        assert all(torch.equal(lazy[i][k], loaded[i][k]) for k in lazy[i])
+    assert loaded[1]["image"] is loaded[2]["image"]                # one picture, two records
+
+def test_blind_dataset_shows_black_pictures():
+    blind = LazySupervisedDataset([seed], tok, image_folder=folder, image_size_aux=64, image_size=32, blank_images=True)[0]
+    assert len(blind["image_aux"].unique()) == 3 and blind["input_ids"].shape == (25,)
 
 def test_folder_and_template_are_checked_at_once():
     from vlm_lit.core import ConfigError
     with expect_fail(ConfigError, contains="no image folder"): LazySupervisedDataset([seed], tok, image_folder=folder/"nowhere")
     with expect_fail(ConfigError, contains="unknown template 'gema'"): LazySupervisedDataset([seed], tok, image_folder=folder, template="gema")
     (folder/"data.json").write_text(json.dumps([seed]))
-    test_eq(LazySupervisedDataset(folder/"data.json", tok).text(0)["input_ids"].shape, (25,))   # images beside the data file
+    test_eq(LazySupervisedDataset(folder/"data.json", tok).texts([0])[0]["input_ids"].shape, (25,))   # images beside the data file
 
 def test_captions_hold_what_the_answers_tell_and_no_more():
     test_eq(caption([("what color is the shape?", "blue"), ("is there not a rectangle?", "no"), ("is there a red shape?", "no")]), "a blue rectangle")

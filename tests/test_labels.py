@@ -44,8 +44,8 @@ def test_forged_turn_is_refused_with_its_place():
     try: check_control_tokens(forged, pattern, record="000042")
     except DataError as e: print(e)
     with expect_fail(DataError, contains="record '000042', turn 0: the text spells the control token '<end_of_turn>'"): check_control_tokens(forged, pattern, record="000042")
-    with expect_fail(DataError, contains="turn 1: the text spells the control token '<image>'"): check_control_tokens([source[0], {"from": "gpt", "value": "an <image>"}], pattern)
-    with expect_fail(DataError, contains="'<image>'"): check_control_tokens(source, pattern, has_image=False)
+    with expect_fail(DataError, contains="turn 1: <image> in an answer"): check_control_tokens([source[0], {"from": "gpt", "value": "an <image>"}], pattern)
+    with expect_fail(DataError, contains="<image> tag in a record with 0 images"): check_control_tokens(source, pattern, has_image=False)
     check_control_tokens(source, pattern)
     check_control_tokens([{"from": "human", "value": "is <table> or <end of turn> a control token?"}], pattern)
 
@@ -105,7 +105,7 @@ def test_settings_that_cannot_work_are_config_errors():
 
 def test_ids_of_generation_are_a_prefix_of_ids_of_training():
     piece = st.one_of(st.sampled_from(["\n", "\n\n", " ", "  ", "<", "end_of_turn>", "the box", "é", "日本", "😀", "\t", "<b>", "1234", "model\n"]), st.text(max_size=4))
-    text = st.lists(piece, min_size=1, max_size=5).map("".join).filter(lambda t: not control_pattern(tok).search(t) and IMAGE_TOKEN not in t)
+    text = st.lists(piece, min_size=1, max_size=5).map("".join).filter(lambda t: t and not control_pattern(tok).search(t) and IMAGE_TOKEN not in t)
 
     @settings(max_examples=150, deadline=None, derandomize=True)
     @given(st.lists(text, min_size=2, max_size=4).filter(lambda texts: len(texts) % 2 == 0), st.booleans())

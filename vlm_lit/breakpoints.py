@@ -10,7 +10,7 @@ __all__ = ['CONTAINERS', 'is_compiled', 'peel', 'name_of', 'plain_function', 'so
            'html_face']
 
 # %% ../nbs/01_breakpoints.ipynb #c002
-import ast, bdb, collections, contextlib, copy, dataclasses, dis, functools, html, inspect, random, re, sys, types
+import ast, bdb, collections, contextlib, copy, dataclasses, dis, functools, html, inspect, itertools, random, re, sys, types
 from pathlib import Path
 from typing import Any, NamedTuple
 from .core import ConfigError, describe
@@ -35,7 +35,7 @@ def name_of(
     func, # Anything
 ) -> str:
     "Its qualified name, or that of its class; never a memory address."
-    return getattr(func, "__qualname__", None) or type(func).__qualname__
+    return (getattr(func, "__qualname__", None) or type(func).__qualname__).split("<locals>.")[-1]
 
 def plain_function(
     func, # A function, method, property, partial, or a decorated one
@@ -120,13 +120,13 @@ def starts(
     node:ast.AST, # A statement of its source
 ) -> frozenset[int]: # Offsets of instructions; empty if this code does not hold the statement
     "The instructions at which a statement begins."
-    steps = list(dis.get_instructions(code))
+    steps = list(itertools.dropwhile(lambda step: step.opname != "RESUME", dis.get_instructions(code)))[1:]  # what runs after the call
     start, end = span(node)
     def inside(k):
         line, column = steps[k].positions.lineno, steps[k].positions.col_offset
         return line is not None and start <= (line, start[1] if column is None else column) < end
-    def first(k): return k == 0 or not inside(k-1) and (steps[k-1].opname == "RESUME" or steps[k-1].positions.lineno != steps[k].positions.lineno)
-    def look(k): return steps[k].positions, steps[k].opname == "LOAD_CONST"
+    def first(k): return k == 0 or not inside(k-1) and steps[k-1].positions.lineno != steps[k].positions.lineno
+    def look(k): return steps[k].positions, steps[k].opname in ("LOAD_CONST", "END_FOR")
     here = [k for k in range(len(steps)) if inside(k)]
     heads = [k for k in here if first(k)]
     found = [k for k in heads if look(k) == look(heads[0])]
@@ -231,7 +231,7 @@ def snapshot(
     try: return memo.setdefault(id(value), copy_leaf(value))
     except Exception as e: return memo.setdefault(id(value), failure(e))
 
-# %% ../nbs/01_breakpoints.ipynb #c048
+# %% ../nbs/01_breakpoints.ipynb #c047
 @contextlib.contextmanager
 def same_randomness():
     "Put back the random states of Python, NumPy and PyTorch at the end; those not imported are not touched."
@@ -261,16 +261,17 @@ def evaluate(
     copies = snapshot({name: variables[name] for name in names if name in variables})
     return snapshot(eval(expression, {**variables, **copies}))
 
-# %% ../nbs/01_breakpoints.ipynb #c055
+# %% ../nbs/01_breakpoints.ipynb #c054
 def both(
     mine, # A frame's local tracer, or None
     theirs, # The one that another tool wants for the same frame, or None
+    lines:bool=True, # Whether that tool wants to hear of lines
 ): # One local tracer, or None
     "Two local tracers as one. Python keeps a frame's tracer until it returns another."
     if not (mine and theirs): return mine or theirs
     def local(frame, event, arg):
         nonlocal mine, theirs
-        theirs = theirs(frame, event, arg) or theirs
+        if lines or event != "line": theirs = theirs(frame, event, arg) or theirs
         if event != "opcode": mine = mine(frame, event, arg) or mine   # before 3.13 bdb does not know opcodes
         return local
     return local
@@ -302,10 +303,12 @@ class LineStop(bdb.Bdb):
         installed = sys.gettrace()
         theirs = self.previous and self.previous(frame, event, arg)
         if sys.gettrace() is not installed: sys.settrace(installed)
+        mine, lines = self.trace_dispatch(frame, event, arg), frame.f_trace_lines
+        if mine: frame.f_trace_lines = True                     # coverage turns them off in files it does not measure
         self.calls += self.break_anywhere(frame)
-        return both(self.trace_dispatch(frame, event, arg), theirs)
+        return both(mine, theirs, lines)
 
-# %% ../nbs/01_breakpoints.ipynb #c061
+# %% ../nbs/01_breakpoints.ipynb #c060
 @dataclasses.dataclass(frozen=True)
 class Hit:
     "What was found at one stop."
@@ -328,7 +331,7 @@ def place_of(
     if package not in path.parts: return path.name
     return "/".join(path.parts[len(path.parts) - 1 - path.parts[::-1].index(package):])
 
-# %% ../nbs/01_breakpoints.ipynb #c064
+# %% ../nbs/01_breakpoints.ipynb #c063
 class Breakpoint:
     "Stop a function each time it arrives at a line, copy what it holds, and let it go on."
     def __init__(self,
@@ -388,7 +391,7 @@ class Breakpoint:
     def __repr__(self): return text_face(self)
     def _repr_html_(self): return html_face(self)
 
-# %% ../nbs/01_breakpoints.ipynb #c068
+# %% ../nbs/01_breakpoints.ipynb #c067
 def why_not(
     bp:Breakpoint, # One without hits
 ) -> str:
@@ -411,16 +414,20 @@ def facts(
 def table(
     bp:Breakpoint,
     n:int=6, # How many hits to show
-) -> list[tuple[str,...]]: # One row for each value: hit, name, shape, type, values
+) -> list[tuple[str,...]]: # One row for each value: hit (once), name, shape, type, values
     "What the faces show of the hits."
-    return [(str(i), name, *facts(value)) for i,hit in enumerate(bp.hits[:n]) for name,value in (hit.watched or hit.locals).items()]
+    rows = []
+    for i,hit in enumerate(bp.hits[:n]):
+        for k,(name,value) in enumerate((hit.watched or hit.locals).items()):
+            rows.append((f"[{i}]" if k == 0 and len(bp.hits) > 1 else "", name, *facts(value)))
+    return rows
 
 def headline(
     bp:Breakpoint,
 ) -> tuple[str,str]: # Function, and place with the number of hits
     "First line of a face."
     count = f"{len(bp.hits)} hit{'s'*(len(bp.hits) != 1)}"
-    return bp.name, f"{bp.where}, {count}" + (f", the first 6 shown" if len(bp.hits) > 6 else "")
+    return bp.name, f"{bp.where}, {count}" + (", the first 6 shown" if len(bp.hits) > 6 else "")
 
 def text_face(
     bp:Breakpoint,
@@ -428,12 +435,11 @@ def text_face(
     "A breakpoint for a terminal."
     source = [f"{'->' if n == bp.stop.line else '  '} {n:5}  {line}".rstrip() for n,line in bp.lines.items()]
     rows = table(bp)
-    if len(bp.hits) == 1: rows = [("", *row[1:]) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(4)] if rows else []
-    values = ["  ".join([*(cell.ljust(w) for cell,w in zip(row, widths)), row[4]]).strip() for row in rows]
+    values = ["  ".join([*(cell.ljust(w) for cell,w in zip(row, widths) if w), row[4]]).rstrip() for row in rows]
     return "\n".join(["  ".join(headline(bp)), *source, *(values if bp.hits else [why_not(bp)])])
 
-# %% ../nbs/01_breakpoints.ipynb #c072
+# %% ../nbs/01_breakpoints.ipynb #c071
 def html_face(
     bp:Breakpoint,
 ) -> str:
@@ -443,10 +449,11 @@ def html_face(
         here = n == bp.stop.line
         row = html.escape(f"{'→' if here else ' '} {n:4}  {text}")
         return f'<b style="background:rgba(255,170,0,.25)">{row}</b>' if here else row
-    def cell(text, tag="td", style=""): return f'<{tag} style="text-align:left;padding:1px 12px 1px 0;{style}">{html.escape(text)}</{tag}>'
+    def cell(text, tag="td", style=""): return f'<{tag} style="text-align:left;vertical-align:top;padding:1px 12px 1px 0;{style}">{html.escape(text)}</{tag}>'
     source = "\n".join(line(n, text) for n,text in bp.lines.items())
-    head = "".join(cell(text, "th", "font-weight:normal;opacity:.65") for text in ("hit", "name", "shape", "type", "values"))
-    body = "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in table(bp))
-    found = f'<table style="font-family:monospace;border-collapse:collapse;margin:0"><tr>{head}</tr>{body}</table>' if bp.hits else f"<p>{html.escape(why_not(bp))}</p>"
+    skip = int(len(bp.hits) == 1)                        # a single hit needs no number
+    head = "".join(cell(text, "th", "font-weight:normal;opacity:.65") for text in ("hit", "name", "shape", "type", "values")[skip:])
+    body = "".join("<tr>" + "".join(map(cell, row[skip:])) + "</tr>" for row in table(bp))
+    found = f'<table style="font-family:monospace;border-collapse:collapse;margin:0;color:inherit"><tr>{head}</tr>{body}</table>' if bp.hits else f"<p>{html.escape(why_not(bp))}</p>"
     return (f'<div style="border-left:3px solid rgba(255,170,0,.8);padding:2px 0 2px 12px"><div><b>{name}</b> <span style="opacity:.65">{place}</span></div>'
-            f'<pre style="background:none;margin:6px 0;line-height:1.4">{source}</pre>{found}</div>')
+            f'<pre style="background:none;color:inherit;margin:6px 0;line-height:1.4">{source}</pre>{found}</div>')

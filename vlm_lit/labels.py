@@ -70,9 +70,9 @@ def check_control_tokens(
         found = pattern.search(turn["value"])
         stray = IMAGE_TOKEN in turn["value"] and (turn["from"] == "gpt" or not has_image)
         if not found and not stray: continue
-        token = found[0] if found else IMAGE_TOKEN
-        raise DataError(f"the text spells the control token {token!r}; remove it, or pass control_tokens='escape' to read it as plain text "
-                        "('allow' lets it act)", record, n)
+        what = (f"the text spells the control token {found[0]!r}" if found else
+                f"{IMAGE_TOKEN} in an answer" if turn["from"] == "gpt" else f"{IMAGE_TOKEN} tag in a record with 0 images")
+        raise DataError(f"{what}; remove it, or pass control_tokens='escape' to read it as plain text ('allow' lets it act)", record, n)
 
 def literal_spans(
     prompt:Rendered, # With the places of its messages
