@@ -3,7 +3,7 @@ import ast, bdb, collections, contextlib, copy, dataclasses, dis, functools, htm
 from pathlib import Path
 from typing import Any, NamedTuple
 from vlm_lit.core import ConfigError, describe
-import json, os, queue, subprocess, tempfile, threading
+import json, os, subprocess, tempfile, threading, weakref
 from collections import namedtuple
 from dataclasses import dataclass
 import numpy as np, torch
@@ -203,6 +203,7 @@ def test_neither_copy_nor_deepcopy_would_do():
 def test_snapshot_keeps_aliases_cycles_and_types():
     a = [1]; both_names = snapshot({"x": a, "y": a})
     assert both_names["x"] is both_names["y"] and both_names["x"] is not a
+    t = torch.ones(2); made = snapshot({"x": t, "y": [t]}); assert made["x"] is made["y"][0] and made["x"] is not t
     loop = []; loop.append(loop); made = snapshot(loop)
     assert made[0] is made and made is not loop
     knot = ([],); knot[0].append(knot)
@@ -315,6 +316,7 @@ def test_breakpoint_copies_the_value_before_the_line_runs():
     test_eq(labels.tolist(), [IGNORE_INDEX]*4 + [7, 1])
     test_eq(bp["prompt_len"], 4)
     test_eq(sorted(bp.hits[0].locals), ["input_ids", "labels", "prompt_len"])
+    test_eq(bp.hits[0].locals["labels"].tolist(), [2, 106, 1645, 9, 7, 1])
 
 def test_text_face_shows_place_source_and_values():
     with Breakpoint(mask_prompt, at="labels[:prompt_len] =", watch=["labels", "prompt_len"]) as bp: mask_prompt(torch.tensor([2, 106, 1645, 9, 7, 1]), 4)
@@ -365,6 +367,17 @@ def test_a_failing_condition_is_reported_after_the_run():
     print(bp["y + 1"])
     test_eq(repr(bp["y + 1"]), "<NameError: name 'y' is not defined>")
 
+def test_no_frame_is_kept():
+    class Thing: pass
+    refs = []
+    def make():
+        thing = Thing()
+        refs.append(weakref.ref(thing))
+        return 1
+    with expect_fail(ConfigError):
+        with Breakpoint(make, at="return 1", when="nothing_of_that_name") as bp: make()
+    assert refs[0]() is None and not bp.hits
+
 def test_a_condition_sees_copies_and_may_be_a_tensor():
     xs = [3, 1]
     with Breakpoint(pack, at="for x in", when=lambda found: found["xs"].clear() is None) as bp: test_eq(pack(xs)["mean"], 2)
@@ -375,6 +388,7 @@ def test_a_condition_sees_copies_and_may_be_a_tensor():
         with Breakpoint(mask_prompt, at="return", when="labels > 0"): mask_prompt(torch.tensor([1, 2]), 1)
 
 def test_one_execution_of_a_statement_is_one_hit():
+    lock = contextlib.nullcontext()
     def rows(batch):
         lengths = [len(ids) for ids in batch]
         longest = max(len(ids) for ids in batch)
@@ -383,6 +397,10 @@ def test_one_execution_of_a_statement_is_one_hit():
                   if ids]
         with contextlib.suppress(KeyError):
             lengths.append(0)
+        with lock:
+            lengths.append(1)
+        batch.sort(key=len); [lengths.sort(),
+            lengths.reverse()]
         while longest > 2:
             longest -= 1
         for ids in batch: lengths.append(len(ids))
@@ -400,11 +418,18 @@ def test_one_execution_of_a_statement_is_one_hit():
         return len(bp.hits)
     test_eq([hits(at) for at in ["lengths = [", "longest = max", "padded =", "if ids]", "contextlib", "append(0)"]], [1]*6)
     test_eq([hits(at) for at in ["while", "longest -= 1", "for ids in batch: lengths", "longest +", "except", "total += 1", "return"]], [3, 2, 1, 1, 1, 1, 1])
+    test_eq([hits(at) for at in ["with lock", "append(1)", "batch.sort", "lengths.reverse"]], [1]*4)
+    plus_one = lambda x: x + 1
+    with Breakpoint(plus_one, at="lambda x") as bp: plus_one(4)
+    test_eq(bp["x"], 4)
 
 def test_a_method_is_stopped_in_its_own_class():
     class Doubles:
-        def __init__(self, n): self.n = n
+        def __init__(self, n):
+            self.n = n
+            self.asked = []
         def __getitem__(self, i):
+            self.asked.append(i)
             value = 2*i
             return value + self.n
 
@@ -414,9 +439,11 @@ def test_a_method_is_stopped_in_its_own_class():
             return value
 
     numbers = Doubles(100)
-    with Breakpoint(Doubles.__getitem__, at="return value", watch=["i", "value", "self.n"]) as bp: print(numbers[3], Other(0)[4], numbers[5])
+    with Breakpoint(Doubles.__getitem__, at="return value", watch=["i", "value", "self.n", "self.asked"]) as bp: print(numbers[3], Other(0)[4], numbers[5])
     test_eq([(hit["i"], hit["value"]) for hit in bp.hits], [(3, 6), (5, 10)])
     test_eq(bp["self.n"], 100)
+    test_eq([hit["self.asked"] for hit in bp.hits], [[3], [3, 5]])
+    assert bp["self"] is numbers
     with Breakpoint(numbers.__getitem__, at="return value") as bp: numbers[7]
     test_eq(bp["value"], 14)
 
@@ -491,7 +518,7 @@ def test_never_reached_says_why():
         worker = threading.Thread(target=pack, args=([1],)); worker.start(); worker.join()
 
     for bp in [not_run, failed_before, refused, elsewhere]: print("-", why_not(bp))
-    for bp,words in [(not_run, "not run yet"), (failed_before, "but not this line"), (refused, "reached 2 times, but its condition"), (elsewhere, "not entered in this thread")]:
+    for bp,words in [(not_run, "not run yet"), (failed_before, "but not this line"), (refused, "was about to run 2 times, and `when` did not hold"), (elsewhere, "not entered in this thread")]:
         assert words in repr(bp) and words in bp._repr_html_()
         with expect_fail(LookupError, contains=words): bp["row"]
 

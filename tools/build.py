@@ -118,7 +118,7 @@ def run(names):
         print(f"running {path.name}", flush=True)
         nb = nbformat.read(path, as_version=4)
         nb.metadata = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
-        NotebookClient(nb, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(NBS)}}).execute()
+        NotebookClient(nb, timeout=900, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": str(NBS)}}).execute()
         for n,cell in enumerate(nb.cells):
             cell.id = f"c{n:03d}"
             cell.metadata = {}

@@ -278,7 +278,10 @@ def both(
 
 class LineStop(bdb.Bdb):
     "Calls `on_stop(frame)` each time a statement is about to run. Other tracers keep seeing everything."
-    def __init__(self, place, on_stop):
+    def __init__(self,
+        place:Stop, # Where to stop
+        on_stop, # Called with the frame; it must not keep it
+    ):
         super().__init__()
         self.place, self.on_stop, self.calls, self.is_on = place, on_stop, 0, False
 
@@ -378,7 +381,7 @@ class Breakpoint:
                 if not self._holds(found, names): self.refused += 1; return
                 doing = "looking"
                 self.hits.append(Hit(self.stop.line, snapshot(found), {w: self._look(w, names) for w in self.watch}))
-        except Exception as e: self.error = self.error or (doing, e)
+        except Exception as e: self.error = self.error or (doing, e.with_traceback(None))  # a traceback would keep frames
 
     def _holds(self, found, names):
         if self.when is None: return True
@@ -397,7 +400,7 @@ def why_not(
 ) -> str:
     "Why it has no hits, as far as it can know."
     if bp.calls is None: return "not run yet: use it as `with Breakpoint(...) as bp:` and look when the block has ended"
-    if bp.refused: return f"reached {bp.refused} times, but its condition `when` never held"
+    if bp.refused: return f"never reached with its condition true: the line was about to run {bp.refused} time{'s'*(bp.refused != 1)}, and `when` did not hold"
     if bp.calls: return "never reached: the function was entered, but not this line (another branch, an empty loop, or an exception before it)"
     return ("never reached: the function was not entered in this thread. Code in another thread, in a DataLoader worker process (use num_workers=0), "
             "or compiled by torch.compile cannot be seen from here; nor can a function that was defined again since")
@@ -419,7 +422,7 @@ def table(
     rows = []
     for i,hit in enumerate(bp.hits[:n]):
         for k,(name,value) in enumerate((hit.watched or hit.locals).items()):
-            rows.append((f"[{i}]" if k == 0 and len(bp.hits) > 1 else "", name, *facts(value)))
+            rows.append((f"[{i}]" if k == 0 and len(bp.hits) > 1 else "", " ".join(name.split()), *facts(value)))
     return rows
 
 def headline(

@@ -33,7 +33,8 @@ def preprocess_multimodal(
     def turn(sentence):
         if sentence.get("from") == "gpt" and image_tags == "keep": return dict(sentence)   # a tag in an answer is text
         return {**sentence, "value": move_tag(sentence["value"], image_tags).replace(IMAGE_TOKEN, tag)}
-    return [[turn(sentence) for sentence in source] for source in sources]
+    moved = [[turn(sentence) for sentence in source] for source in sources]
+    return moved
 
 # %% ../nbs/04_sentinels.ipynb #c016
 def drop_bos(

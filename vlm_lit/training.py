@@ -280,7 +280,7 @@ def train(
             seconds, samples = time.perf_counter() - began, len(batch["input_ids"])*accelerator.num_processes
             done = {**done, "step": done["step"] + 1, "seconds": done["seconds"] + seconds, "samples": done["samples"] + samples}
             row = {"stage": cfg.name, "step": done["step"], "loss": loss, "learning_rate": prepared.param_groups[0]["lr"],
-                   "samples_per_second": done["samples"]/done["seconds"], "seconds": round(done["seconds"], 3)}
+                   "samples_per_second": done["samples"]/done["seconds"], "seconds": round(done["seconds"], 3), "samples": done["samples"]}
             bar.update(row, (cfg.steps - done["step"])*done["seconds"]/done["step"])
             last = done["step"] == cfg.steps
             if not (done["step"] % cfg.log_every) or last: print(json.dumps(row), file=metrics, flush=True)

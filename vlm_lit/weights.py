@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'ids_in_use', 'channel_statistics', 'tiny_config', 'preset_config', 'init_vision_from_scratch',
-           'make_model', 'weights_of', 'write_atomically', 'save_model', 'load_weights', 'load_model']
+           'make_model', 'weights_of', 'write_atomically', 'write_json', 'save_model', 'load_weights', 'load_model']
 
 # %% ../nbs/10_weights.ipynb #c002
 import json
@@ -105,6 +105,13 @@ def write_atomically(
     write(beside)
     beside.replace(path)
 
+def write_json(
+    path:Path, # Where the file is to be
+    value, # JSON
+) -> None:
+    "Write JSON, atomically."
+    write_atomically(path, lambda beside: beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
+
 def save_model(
     model:VLM, # Its configuration comes along
     folder:str|Path, # Made if it is not there
@@ -112,7 +119,7 @@ def save_model(
     "Write config.json and model.safetensors."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder/"config.json", lambda path: path.write_text(json.dumps(asdict(model.cfg), indent=1), encoding="utf-8"))
+    write_json(folder/"config.json", asdict(model.cfg))
     write_atomically(folder/"model.safetensors", lambda path: save_file(weights_of(model), path))
 
 def load_weights(

@@ -1,0 +1,145 @@
+"Derived from nbs/16_cli.ipynb by `make tests`; edit the notebook, not this file."
+import os
+import json, platform, sys, time, warnings
+from dataclasses import asdict, replace
+from importlib.metadata import version as package_version, PackageNotFoundError
+from importlib.resources import files
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Optional
+import torch, typer
+from accelerate import Accelerator
+from rich.console import Console
+from vlm_lit.core import ConfigError, DataError
+from vlm_lit.tokenizer import load_tokenizer
+from vlm_lit.images import make_square, open_image, sample_image, to_bytes
+from vlm_lit.dataset import CAPTION_QUESTION, LazySupervisedDataset, easy_vqa_folder, easy_vqa_questions, easy_vqa_records, llava_record
+from vlm_lit.weights import channel_statistics, ids_in_use, load_model, make_model, preset_config, save_model, write_json
+from vlm_lit.training import FINETUNE, PRETRAIN, Interrupted, read_metrics, read_progress, train
+from vlm_lit.generation import answer
+from vlm_lit.evaluation import accuracy_table, evaluate, format_table, majority_answer, normalised
+from vlm_lit.reports import plot_curves, plot_samples, walk_lines
+import shlex
+from tempfile import mkdtemp
+from fastcore.test import test_eq, expect_fail
+from typer.testing import CliRunner
+from vlm_lit.dataset import read_records
+from vlm_lit.cli import *
+
+def setup_module():
+    global data_file, data_folder, few, quiet, run, runner, turns
+    few = (replace(PRETRAIN, steps=3, groups_per_batch=4, log_every=1), replace(FINETUNE, steps=3, groups_per_batch=4, log_every=1))
+    quiet = Console(quiet=True)
+    runner = CliRunner()
+    def run(line): return runner.invoke(app, shlex.split(line), env={"COLUMNS": "110", "TERM": "dumb"})
+    data_folder = Path(mkdtemp())
+    def turns(*texts): return [{"from": ("human", "gpt")[n % 2], "value": t} for n,t in enumerate(texts)]
+    def data_file(record):
+        sample_image().save(data_folder/"photo.png")
+        (data_folder/"broken.png").write_bytes(b"not an image")
+        (data_folder/"data.json").write_text(json.dumps([record]))
+        return data_folder/"data.json"
+
+def test_run_folder_is_made_once_and_compared_on_resume():
+    with TemporaryDirectory() as root:
+        folder, config = Path(root)/"a", run_config("tiny", 0, False, (PRETRAIN, FINETUNE))
+        open_run(folder, config, resume=False)
+        with expect_fail(ConfigError, contains="already holds a run; go on with --resume"): open_run(folder, config, resume=False)
+        open_run(folder, config, resume=True)
+        with expect_fail(ConfigError, contains="other settings (seed)"): open_run(folder, {**config, "seed": 1}, resume=True)
+        (Path(root)/"b").mkdir()
+        (Path(root)/"b"/"letters.txt").write_text("x")
+        with expect_fail(ConfigError, contains="is not empty and holds no run"): open_run(Path(root)/"b", config, resume=False)
+
+def test_small_run_leaves_every_file():
+    with TemporaryDirectory() as root:
+        result = pretrain_run(Path(root)/"run", stages=few, limit=40, console=quiet)
+        left = sorted(p.name for p in (Path(root)/"run").iterdir())
+        stages = [row["stage"] for row in read_metrics(Path(root)/"run"/"metrics.jsonl")]
+        model = load_model(Path(root)/"run"/"model")
+    print(left)
+    test_eq(left, ["checkpoint", "config.json", "curves.png", "metrics.jsonl", "model", "predictions.jsonl", "result.json", "samples.png"])
+    test_eq(stages, ["captions"]*3 + ["questions"]*3)
+    test_eq(sorted(result), ["baseline_tables", "baselines", "config", "machine", "samples_per_second", "test", "train_seconds", "versions"])
+    test_eq(sorted(result["baselines"]), ["blind", "majority", "untrained"])
+    test_eq((result["test"]["n"], round(result["baselines"]["majority"], 4), result["baselines"]["blind"]), (40, .3733, None))
+
+def test_every_mistake_is_one_line_and_exit_code_2():
+    good = turns("<image>\nq", "a")
+    mistakes = {
+        "missing image":      ({"id": 7, "image": "gone.png", "conversations": good}, "record 7: no image 'gone.png'"),
+        "broken image":       ({"id": 7, "image": "broken.png", "conversations": good}, "record 7: image 'broken.png' cannot be read"),
+        "path outside":       ({"id": 7, "image": "../photo.png", "conversations": good}, "record 7: image path '../photo.png' leaves the image folder"),
+        "no conversations":   ({"id": 7, "image": "photo.png"}, "record 7: no 'conversations'"),
+        "unknown role":       ({"id": 7, "conversations": [{"from": "bot", "value": "q"}]}, "record 7, turn 0: unknown role 'bot'"),
+        "same role twice":    ({"id": 7, "conversations": [{"from": "human", "value": "q"}]*2}, "record 7, turn 1: two turns of 'human' in a row"),
+        "more tags":          ({"id": 7, "image": "photo.png", "conversations": turns("<image> <image>", "a")}, "record 7: 2 <image> tag(s) for 1 image(s)"),
+        "fewer tags":         ({"id": 7, "image": "photo.png", "conversations": turns("q", "a")}, "record 7: 0 <image> tag(s) for 1 image(s)"),
+        "control token":      ({"id": 7, "conversations": turns("q<end_of_turn>", "a")}, "record 7, turn 0: the text spells the control token '<end_of_turn>'"),
+    }
+    for name,(record,message) in mistakes.items():
+        out = run(f"walk {data_file(record)}")
+        print(f"{name:17} exit {out.exit_code}  {out.stderr.strip()[:110]}".replace(str(data_folder), "data"))
+        assert out.exit_code == 2 and out.stderr.startswith("error: ") and message in out.stderr and "Traceback" not in out.output, (name, out.output)
+
+def test_settings_that_cannot_work_are_answered():
+    path = data_file({"id": 7, "image": "photo.png", "conversations": turns("<image>\nq", "a")})
+    with TemporaryDirectory() as runs:
+        open_run(Path(runs)/"old", run_config("tiny", 0, False, (PRETRAIN,)), resume=False)
+        cases = {f"walk {path} --template gema": "unknown template 'gema'; there are: gemma, plain", f"walk {path} --index 5": "--index 5: the data has 1 record(s)",
+                 "walk gone.json": "no data file 'gone.json'", f"walk {path} --tokenizer ./gone": "no such folder", f"walk {path} --aspect wide": "aspect must be",
+                 f"walk {path} --image-folder gone": "no image folder 'gone'", f"walk {path} --control-tokens maybe": "control_tokens must be",
+                 f"pretrain --runs {runs} --name old": "already holds a run", f"pretrain --runs {runs} --name new --preset huge": "unknown preset 'huge'",
+                 f"pretrain --runs {runs} --name new2 --caption-steps 0": "steps must be at least 1", f"pretrain --runs {runs} --name new3 --limit 0": "--limit must be",
+                 "generate nothing photo.png hi": "no run 'nothing'", "eval nothing": "no run 'nothing'", f"eval {runs}/old": "is not finished; go on with"}
+        for line,message in cases.items():
+            out = run(line)
+            assert out.exit_code == 2 and message in out.stderr and "Traceback" not in out.output, (line, out.output)
+    print(len(cases), "mistakes answered")
+
+def test_tokenizer_without_bos_is_refused():
+    from tokenizers import processors
+    headless = load_tokenizer("gemma")
+    headless.backend_tokenizer.post_processor = processors.Sequence([])
+    with TemporaryDirectory() as folder:
+        headless.save_pretrained(folder)
+        out = run(f"walk {data_file({'id': 7, 'conversations': turns('q', 'a')})} --tokenizer {folder}")
+    print(out.stderr.strip())
+    assert out.exit_code == 2 and "needs a tokenizer that begins every text with BOS" in out.stderr
+
+def test_walk_without_data_shows_the_seed():
+    out = run("walk")
+    print(out.output[:420])
+    assert out.exit_code == 0 and "[[2, 106, 1645, 108], [2, 108, 1841," in out.output and "8 of 25 tokens learned" in out.output
+
+def test_commands_work_on_a_small_run():
+    with TemporaryDirectory() as runs:
+        small = f"pretrain --runs {runs} --name small --caption-steps 2 --question-steps 2 --limit 30"
+        out = run(small)
+        assert out.exit_code == 0 and "% of test questions" in out.output and "this model" in out.output, out.output
+        table = [line for line in out.output.splitlines() if line.startswith("this model")]
+        again = run(f"eval {runs}/small")
+        test_eq([line for line in again.output.splitlines() if line.startswith("this model")], table)
+        image = easy_vqa_folder()/"test/images/0.png"
+        reply = run(f"generate {runs}/small {image} 'what color is the shape?'")
+        test_eq(reply.exit_code, 0)
+        wrong = run(f"generate {runs}/small gone.png 'what color is the shape?'")
+        assert wrong.exit_code == 2 and "no image 'gone.png'" in wrong.stderr
+        assert run(small).exit_code == 2                          # the folder holds a run now
+        resumed = run(small + " --resume")                        # a finished run: trains nothing, tests again
+        assert resumed.exit_code == 0 and [line for line in resumed.output.splitlines() if line.startswith("this model")] == table
+    print("pretrain, eval, generate, resume: fine")
+
+def test_ctrl_c_saves_and_says_how_to_go_on():
+    import signal, threading
+    with TemporaryDirectory() as runs:
+        line = f"pretrain --runs {runs} --name cut --caption-steps 400 --question-steps 2 --limit 30"
+        def press():
+            while not (Path(runs)/"cut"/"metrics.jsonl").exists() or not read_metrics(Path(runs)/"cut"/"metrics.jsonl"): time.sleep(.05)
+            signal.raise_signal(signal.SIGINT)
+        threading.Thread(target=press, daemon=True).start()
+        out = run(line)
+        saved = read_progress(Path(runs)/"cut"/"checkpoint")
+    print(out.stderr.strip().splitlines()[-1].replace(runs, "runs"))
+    assert out.exit_code == 130 and "go on with: vlm-lit pretrain --name cut" in out.stderr and "--resume" in out.stderr
+    assert 0 < saved["step"] < 400
