@@ -27,6 +27,11 @@ def code_cells(path):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     return ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
 
+def stored_outputs(path):
+    "All stored outputs of a notebook."
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [output for c in cells for output in c.get("outputs", [])]
+
 def directives(source):
     "`{'test': 'some_name'}` for a cell that begins `#| test some_name`."
     lines = re.findall(r"^#\|\s*(\w+)[ \t]*(.*)$", source, re.M)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRETRAIN', 'FINETUNE', 'TrainConfig', 'learning_rate_factor', 'freeze_others', 'make_optimizer', 'gradient_norms',
-           'train_step', 'optimizer_tensors', 'restore_optimizer', 'save_checkpoint', 'read_progress',
+           'mirror_some', 'train_step', 'optimizer_tensors', 'restore_optimizer', 'save_checkpoint', 'read_progress',
            'load_checkpoint', 'Interrupted', 'noted_interrupt', 'TrainProgress', 'read_metrics', 'rewind_metrics',
            'batch_keys', 'train']
 
@@ -39,6 +39,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0       # gradients longer than this are shortened
     warmup: float = 0.03             # share of the steps in which the rate climbs
     decay: float = 0.3               # share of the steps at the end in which it falls to zero
+    mirror: float = 0.5              # share of pictures mirrored left to right; 0 for data that speaks of left and right
     trainable: tuple = ("",)         # beginnings of the names of weights that move; "" is all of them
     seed: int = 0                    # of the order of the records
     save_every: int = 200            # steps between checkpoints
@@ -48,6 +49,7 @@ class TrainConfig:
         for name in ("steps", "groups_per_batch", "group_size", "save_every", "log_every"):
             if getattr(self, name) < 1: raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.learning_rate <= 0: raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}")
+        if not 0 <= self.mirror <= 1: raise ConfigError(f"mirror must be a share from 0 to 1, got {self.mirror}")
         if not 0 <= self.warmup + self.decay <= 1: raise ConfigError(f"warmup {self.warmup} and decay {self.decay} must be shares that leave each other room")
 
 PRETRAIN = TrainConfig("captions", steps=500)                   # stage 1: 32 captions a step
@@ -97,6 +99,18 @@ def gradient_norms(
     return {part: float(torch.stack(norms).norm()) if norms else None for part,norms in parts.items()}
 
 # %% ../nbs/11_training.ipynb #c019
+def mirror_some(
+    batch:dict, # From the collator
+    cfg:TrainConfig, # With the share in `mirror`
+    step:int, # Counted from 0
+) -> dict: # The batch with some pictures mirrored; both sizes of a picture alike
+    "Mirror pictures left to right, as seed and step say."
+    if not cfg.mirror or "images" not in batch: return batch
+    draw = torch.rand(len(batch["images"]), generator=torch.Generator().manual_seed(cfg.seed*1_000_003 + step))
+    chosen = (draw < cfg.mirror).to(batch["images"].device)[:, None, None, None]
+    return {**batch, **{key: torch.where(chosen, batch[key].flip(-1), batch[key]) for key in ("images", "images_aux")}}
+
+# %% ../nbs/11_training.ipynb #c022
 def train_step(
     model:nn.Module, # Prepared by accelerate
     batch:dict, # From the collator
@@ -108,14 +122,14 @@ def train_step(
     "One optimiser step."
     for group in optimizer.param_groups: group["lr"] = cfg.learning_rate*learning_rate_factor(step, cfg)
     num_items = accelerator.reduce((batch["labels"][:, 1:] != IGNORE_INDEX).sum(), "sum").clamp(min=1)
-    out = model(**batch, num_items=num_items)
+    out = model(**mirror_some(batch, cfg, step), num_items=num_items)
     accelerator.backward(out.loss*accelerator.num_processes)
     accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
     return float(accelerator.reduce(out.loss.detach(), "sum"))
 
-# %% ../nbs/11_training.ipynb #c021
+# %% ../nbs/11_training.ipynb #c024
 def optimizer_tensors(
     model:nn.Module, # Whose weights it moves
     optimizer:torch.optim.Optimizer,
@@ -171,7 +185,7 @@ def load_checkpoint(
     restore_optimizer(model, optimizer, tensors)
     return progress
 
-# %% ../nbs/11_training.ipynb #c023
+# %% ../nbs/11_training.ipynb #c026
 class Interrupted(Exception):
     "A run was asked to stop; its checkpoint is on disk."
     def __init__(self, stage:str, step:int):
@@ -193,7 +207,7 @@ def noted_interrupt():
     try: yield notes
     finally: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/11_training.ipynb #c025
+# %% ../nbs/11_training.ipynb #c028
 class TrainProgress:
     "A live bar in a terminal, a line every few steps elsewhere."
     def __init__(self,
@@ -243,7 +257,7 @@ def rewind_metrics(
     rows = [row for row in read_metrics(path) if row["stage"] != stage or row["step"] <= step]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
-# %% ../nbs/11_training.ipynb #c027
+# %% ../nbs/11_training.ipynb #c030
 def batch_keys(dataset) -> list: # For each record its picture, or its own number
     "What records of a dataset have in common."
     return [str(record.get("image", n)) for n,record in enumerate(dataset.records)]
