@@ -32,7 +32,8 @@ readme: .venv/.made
 	$(BIN)/python tools/build.py readme
 
 bench: .venv/.made
-	for script in benchmarks/*.py; do $(BIN)/python $$script; done
+	$(BIN)/python benchmarks/easy_vqa.py --blind
+	$(BIN)/python benchmarks/easy_vqa.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

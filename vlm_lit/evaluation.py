@@ -16,7 +16,7 @@ from .dataset import COLORS, SHAPES
 from .generation import generate_ids
 from .model import VLM
 
-# %% ../nbs/13_evaluation.ipynb #c006
+# %% ../nbs/13_evaluation.ipynb #c007
 def normalised(
     text:str, # An answer
 ) -> str:
@@ -40,7 +40,7 @@ def accuracy_table(
     by_kind = {kind: [r for r,k in zip(right, kinds) if k == kind] for kind in ("color", "shape", "yes_no", "other")}
     return {"accuracy": sum(right)/len(right), **{k: sum(r)/len(r) for k,r in by_kind.items() if r}, "n": len(right)}
 
-# %% ../nbs/13_evaluation.ipynb #c010
+# %% ../nbs/13_evaluation.ipynb #c011
 def majority_answer(
     answers:list[str], # Of the training questions
 ) -> str:
@@ -48,7 +48,7 @@ def majority_answer(
     counts = Counter(answers)
     return min(counts, key=lambda a: (-counts[a], a))
 
-# %% ../nbs/13_evaluation.ipynb #c014
+# %% ../nbs/13_evaluation.ipynb #c015
 def cut_before_answer(
     sample:dict, # Of a dataset, with one answer
 ) -> dict: # The same, ending where the answer begins
@@ -81,7 +81,7 @@ def evaluate(
     predictions = predict(model, dataset, **kwargs)
     return accuracy_table(predictions, answers), predictions
 
-# %% ../nbs/13_evaluation.ipynb #c019
+# %% ../nbs/13_evaluation.ipynb #c020
 def table_rows(
     result:dict, # result.json of a run
 ) -> list[tuple[str,str,str,str,str]]: # model, all, colour, shape, yes/no, in percent

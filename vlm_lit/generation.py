@@ -70,18 +70,19 @@ def generate_ids(
     max_new_tokens:int=16, # Most tokens of an answer
 ) -> list[list[int]]: # For each sample the ids it wrote, the stop token excluded
     "Greedy answers to a batch of questions."
-    batch = DataCollatorForSupervisedDataset(tokenizer.pad_token_id)(samples)
-    inputs_embeds, plan = model.prepare(**{k: v for k,v in batch.items() if k != "labels"})
+    device = next(model.parameters()).device
+    batch = {k: v.to(device) for k,v in DataCollatorForSupervisedDataset(tokenizer.pad_token_id)(samples).items() if k != "labels"}
+    inputs_embeds, plan = model.prepare(**batch)
     inputs_embeds, mask = pad_left(inputs_embeds, plan.filled)
-    stops = torch.tensor(stop_ids(tokenizer, template))
+    stops = torch.tensor(stop_ids(tokenizer, template), device=device)
     stop_rows = model.id_table.to_rows(stops[model.id_table.has_row(stops)]).tolist()
-    pad = model.id_table.to_rows(torch.tensor(tokenizer.pad_token_id)).item()
+    pad = model.id_table.to_rows(torch.tensor(tokenizer.pad_token_id, device=device)).item()
     rows = model.language_model.generate(inputs_embeds=inputs_embeds, attention_mask=mask.long(), max_new_tokens=max_new_tokens, do_sample=False,
                                          eos_token_id=stop_rows, pad_token_id=pad)
     answers = []
     for row in rows.tolist():
         end = next((n for n,i in enumerate(row) if i in stop_rows), len(row))
-        answers.append(model.id_table.to_ids(torch.tensor(row[:end], dtype=torch.long)).tolist())
+        answers.append(model.id_table.to_ids(torch.tensor(row[:end], dtype=torch.long, device=device)).tolist())
     return answers
 
 # %% ../nbs/12_generation.ipynb #c019
@@ -91,7 +92,7 @@ def unknown_words(
     tokenizer, # A fast Hugging Face tokenizer
 ) -> list[str]: # Texts of ids without a row of their own
     "What the model cannot read."
-    real = ids[ids != IMAGE_TOKEN_INDEX]
+    real = ids[ids != IMAGE_TOKEN_INDEX].to(next(model.parameters()).device)
     return [tokenizer.decode([i]) for i in real[~model.id_table.has_row(real)].tolist()]
 
 def answer(

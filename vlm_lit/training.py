@@ -52,8 +52,8 @@ class TrainConfig:
         if not 0 <= self.mirror <= 1: raise ConfigError(f"mirror must be a share from 0 to 1, got {self.mirror}")
         if not 0 <= self.warmup + self.decay <= 1: raise ConfigError(f"warmup {self.warmup} and decay {self.decay} must be shares that leave each other room")
 
-PRETRAIN = TrainConfig("captions", steps=500)                   # stage 1: 32 captions a step
-FINETUNE = TrainConfig("questions", steps=500, group_size=4)    # stage 2: 32 pictures a step, up to 4 questions about each
+PRETRAIN = TrainConfig("captions", steps=600)                   # stage 1: 32 captions a step
+FINETUNE = TrainConfig("questions", steps=1000, group_size=2)  # stage 2: 32 pictures a step, up to 2 questions about each
 
 # %% ../nbs/11_training.ipynb #c009
 def learning_rate_factor(
@@ -84,7 +84,7 @@ def make_optimizer(
     "AdamW, with weight decay on matrices only."
     moving = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in moving if p.ndim > 1], "weight_decay": cfg.weight_decay}, {"params": [p for p in moving if p.ndim <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.learning_rate, betas=cfg.betas)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=cfg.learning_rate, betas=cfg.betas, fused=True)
 
 # %% ../nbs/11_training.ipynb #c016
 def gradient_norms(

@@ -1,0 +1,104 @@
+"What holds for the project as a whole: layers, dependencies, the seed's values, the wheel's contents."
+import ast, json, re, subprocess, sys
+from configparser import ConfigParser
+from pathlib import Path
+import pytest
+from vlm_lit.batches import DataCollatorForSupervisedDataset
+from vlm_lit.breakpoints import Breakpoint
+from vlm_lit.dataset import LazySupervisedDataset
+from vlm_lit.images import sample_image
+from vlm_lit.labels import fill_template, preprocess
+from vlm_lit.sentinels import preprocess_multimodal, tokenizer_image_token
+from vlm_lit.templates import render
+from vlm_lit.tokenizer import load_tokenizer, special_tokens
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT/"tools"))
+import build
+
+def numbered():
+    "The notebooks that export a module, in order."
+    return sorted((ROOT/"nbs").glob("[0-9]*.ipynb"))
+
+def test_notebooks_import_only_earlier_modules():
+    earlier = set()
+    for nb in numbered():
+        code = "\n".join(build.code_cells(nb))
+        later = set(re.findall(r"^\s*from vlm_lit\.(\w+) import", code, re.M)) - earlier
+        assert not later, f"{nb.name} reaches forward to {sorted(later)}"
+        earlier.add(re.search(r"#\|\s*default_exp (\w+)", code)[1])
+    assert {"core", "breakpoints", "labels", "model", "training", "cli"} <= earlier
+
+def test_package_imports_no_development_tools():
+    for path in (ROOT/"vlm_lit").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {n.split(".")[0] for n in names} & {"nbdev", "fastcore", "torchvision", "pytest", "hypothesis", "pickle"}, f"{path.name}: {names}"
+
+def test_notebooks_narrate_and_test():
+    for nb in build.notebooks():
+        cells = json.loads(nb.read_text(encoding="utf-8"))["cells"]
+        code = build.code_cells(nb)
+        words = sum(len("".join(c["source"]).split()) for c in cells if c["cell_type"] == "markdown")
+        assert words/len(code) >= 8, f"{nb.name}: {words} words for {len(code)} code cells"
+        assert any("test" in build.directives(c) for c in code), f"{nb.name} has no test"
+
+def test_every_public_function_has_a_docstring():
+    for path in (ROOT/"vlm_lit").glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)): assert ast.get_docstring(node), f"{path.name}: {node.name}"
+
+def test_requirements_are_imported_and_imports_required():
+    config = ConfigParser(delimiters=["="])
+    config.read(ROOT/"settings.ini")
+    required = {re.split(r"[<>=]", r)[0] for r in config["DEFAULT"]["requirements"].split()}
+    imported = set()
+    for path in (ROOT/"vlm_lit").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import): imported |= {a.name.split(".")[0] for a in node.names}
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level: imported.add(node.module.split(".")[0])
+    names = {"PIL": "pillow"}
+    foreign = {names.get(n, n) for n in imported - set(sys.stdlib_module_names) - {"vlm_lit"}}
+    assert foreign <= required, f"imported but not required: {foreign - required}"
+    assert required - foreign <= {"tokenizers"}, f"required but not imported: {required - foreign}"
+
+@pytest.fixture(scope="module")
+def seed(tmp_path_factory):
+    "The seed's values, and its record as a dataset."
+    values = json.loads((ROOT/"tests/worked_example.json").read_text(encoding="utf-8"))
+    folder = tmp_path_factory.mktemp("images")
+    sample_image().save(folder/"photo.png")
+    return values, LazySupervisedDataset([{**values["record"], "id": "seed", "image": "photo.png"}], load_tokenizer("gemma"), image_folder=folder)
+
+def test_every_value_of_the_worked_example(seed):
+    values, ds = seed
+    with (Breakpoint(LazySupervisedDataset.__getitem__, at="data = self.texts([i])[0]") as first,
+          Breakpoint(preprocess_multimodal, at="return moved") as tags,
+          Breakpoint(fill_template, at="roles = {") as empty, Breakpoint(fill_template, at="source = check_turns") as who, Breakpoint(fill_template, at="return conv") as full,
+          Breakpoint(render, at="return Rendered") as text, Breakpoint(tokenizer_image_token, at="input_ids = insert_separator") as chunks,
+          Breakpoint(preprocess, at='return {"input_ids"') as done):
+        item = ds[0]
+    tok = values["tokenizer"]
+    assert {role: id for role,(_,id) in special_tokens(ds.tokenizer).items()} == {role: tok[role] for role in ("bos", "eos", "unk", "pad")}
+    assert len(ds.tokenizer) == tok["vocab_size"]
+    assert ds.tokenizer.convert_tokens_to_ids(["<start_of_turn>", "<end_of_turn>", "\n"]) == [tok["start_of_turn"], tok["end_of_turn"], tok["newline"]]
+    assert list(first["image_aux"][0].shape) == values["image_shape_after_processor"]
+    assert tags["moved"] == values["after_preprocess_multimodal"]
+    assert repr(empty["conv"]) == values["conversation_repr_before_messages"]
+    assert who["roles"] == values["roles"]
+    assert repr(full["conv"]) == values["conversation_repr_with_messages"]
+    assert text["text"] == values["prompt"]
+    assert chunks["prompt_chunks"] == values["prompt_chunks"]
+    assert done["input_ids"][0].tolist() == values["input_ids"] and done["labels"][0].tolist() == values["labels"]
+    batch = DataCollatorForSupervisedDataset(ds.tokenizer.pad_token_id)([item])
+    assert list(batch["input_ids"].shape) == values["input_ids_batch_shape"]
+    assert ds.tokenizer(values["answer_tokenized_alone"]["text"]).input_ids == values["answer_tokenized_alone"]["input_ids"]
+    assert list(item["image"].shape) == values["image_shape_after_interpolation"] and list(item["image_aux"].shape) == values["image_aux_shape"]
+
+def test_console_script_explains_itself():
+    script = Path(sys.executable).with_name("vlm-lit")
+    for command in ([], ["walk"], ["pretrain"], ["generate"], ["eval"]):
+        done = subprocess.run([script, *command, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0 and "Usage: vlm-lit" in done.stdout, done.stderr
+    wrong = subprocess.run([script, "walk", "gone.json"], capture_output=True, text=True)
+    assert wrong.returncode == 2 and wrong.stderr.strip() == "error: no data file 'gone.json'" and not wrong.stdout
