@@ -24,7 +24,7 @@ def keep(folder):
 def keep_blind(folder):
     "Accuracy of the run on black pictures, with the command that measured it."
     result = json.loads((folder/"result.json").read_text())
-    kept = {"command": "python benchmarks/easy_vqa.py --blind", **{k: result[k] for k in ("config", "test", "train_seconds", "machine", "versions")}}
+    kept = {"command": "python benchmarks/easy_vqa.py --blind", **{k: result[k] for k in ("config", "test", "machine", "versions")}}
     BLIND.write_text(json.dumps(kept, indent=1) + "\n")
 
 def main():

@@ -108,7 +108,7 @@ def readme():
     nb = nbformat.read(NBS/"index.ipynb", as_version=4)
     nb.cells = [c for c in nb.cells if not c.source.startswith("#| hide")]
     text = MarkdownExporter().from_notebook_node(nb)[0]
-    return re.sub(r"\]\((\w+\.ipynb)\)", r"](nbs/\1)", text).strip() + "\n"
+    return re.sub(r"\]\((\w+\.ipynb)\)", r"](nbs/\1)", text).replace("](../", "](").strip() + "\n"
 
 def export():
     "nbs/*.ipynb -> vlm_lit/*.py, by nbdev."

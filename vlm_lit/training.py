@@ -53,7 +53,7 @@ class TrainConfig:
         if not 0 <= self.warmup + self.decay <= 1: raise ConfigError(f"warmup {self.warmup} and decay {self.decay} must be shares that leave each other room")
 
 PRETRAIN = TrainConfig("captions", steps=600)                   # stage 1: 32 captions a step
-FINETUNE = TrainConfig("questions", steps=1000, group_size=2)  # stage 2: 32 pictures a step, up to 2 questions about each
+FINETUNE = TrainConfig("questions", steps=600, group_size=4)    # stage 2: 32 pictures a step, up to 4 questions about each
 
 # %% ../nbs/11_training.ipynb #c009
 def learning_rate_factor(

@@ -48,7 +48,7 @@ def tiny_config(
     text = dict(model_type="gemma", vocab_size=256000, hidden_size=hidden_size, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=1, head_dim=32,
                 intermediate_size=256, initializer_range=hidden_size**-0.5, max_position_embeddings=2048)
     vision = dict(hidden_size=hidden_size, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8)
-    vision_aux = dict(num_stages=2, hidden_sizes=[16, 64], depths=[1, 1], patch_size=2, layer_scale_init_value=1.0)
+    vision_aux = dict(num_stages=2, hidden_sizes=[32, 64], depths=[1, 1], patch_size=2, layer_scale_init_value=1.0)
     return VLMConfig(text, vision, vision_aux, image_size=32, image_size_aux=64, select_layer=-1, image_mean=image_mean, image_std=image_std, used_ids=used_ids)
 
 PRESETS = {"tiny": tiny_config}
