@@ -40,14 +40,15 @@ class DataCollatorForSupervisedDataset:
     def __call__(self,
         samples:list[dict], # Samples of `LazySupervisedDataset`
     ) -> dict[str, torch.Tensor]: # `input_ids`, `labels`, `attention_mask` (batch, seq_len); with pictures `images` and `images_aux`
-        "One batch. Raises `DataError` if sentinels and pictures disagree in number."
+        "One batch. Raises `DataError` if sentinels and pictures of a sample disagree in number."
+        for n,sample in enumerate(samples):
+            n_gaps, n_images = int((sample["input_ids"] == IMAGE_TOKEN_INDEX).sum()), len(flat_images([sample], "image"))
+            if n_gaps != n_images: raise DataError(f"sample {n} of the batch has {n_gaps} image sentinel(s) in input_ids for {n_images} image(s)")
         ids, labels = [s["input_ids"] for s in samples], [s["labels"] for s in samples]
         lengths = torch.tensor([len(i) for i in ids])
         out = {"input_ids": pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id),
                "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
                "attention_mask": torch.arange(int(lengths.max()))[None] < lengths[:, None], **stack_images(samples)}
-        n_gaps, n_images = int((out["input_ids"] == IMAGE_TOKEN_INDEX).sum()), len(out.get("image_index", out.get("images", ())))
-        if n_gaps != n_images: raise DataError(f"{n_gaps} image sentinel(s) in input_ids for {n_images} image(s) in a batch of {len(samples)}")
         return out
 
 # %% ../nbs/08_batches.ipynb #c017

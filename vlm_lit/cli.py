@@ -10,7 +10,7 @@ __all__ = ['app', 'SEED_RECORD', 'run_config', 'open_run', 'machine_facts', 'eas
 # %% ../nbs/16_cli.ipynb #c002
 import os
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")   # before torch: a thread that waits spins for a moment only, then sleeps; long spinning is slow on a busy machine
-import json, platform, sys, time, warnings
+import json, platform, shlex, time, warnings
 from dataclasses import asdict, replace
 from importlib.metadata import version as package_version, PackageNotFoundError
 from importlib.resources import files
@@ -25,7 +25,7 @@ from .tokenizer import load_tokenizer
 
 from .images import make_square, open_image, sample_image, to_bytes
 from .dataset import CAPTION_QUESTION, LazySupervisedDataset, easy_vqa_folder, easy_vqa_questions, easy_vqa_records, llava_record
-from .weights import channel_statistics, ids_in_use, load_model, make_model, preset_config, save_model, write_json
+from .weights import channel_statistics, ids_in_use, load_model, make_model, check_preset, preset_config, read_json, save_model, write_json
 from .training import FINETUNE, PRETRAIN, Interrupted, read_metrics, read_progress, train
 from .generation import answer
 from .evaluation import accuracy_table, evaluate, format_table, majority_answer, normalised
@@ -53,7 +53,7 @@ def open_run(
         folder.mkdir(parents=True, exist_ok=True)
         return write_json(path, config)
     if not resume: raise ConfigError(f"folder {str(folder)!r} already holds a run; go on with --resume, or choose another --name")
-    old = json.loads(path.read_text(encoding="utf-8"))
+    old = read_json(path)
     differs = sorted(k for k in old.keys() | config.keys() if old.get(k) != config.get(k))
     if differs: raise ConfigError(f"the run in {str(folder)!r} was started with other settings ({', '.join(differs)}); give the same, or choose another --name")
 
@@ -137,8 +137,9 @@ def run_result(
     config:dict, # Of the run
 ) -> dict: # What is written to result.json
     "Accuracies, baselines, time, machine."
-    train_answers, test_answers = [[a for _,a,_ in easy_vqa_questions(split)] for split in ("train", "test")]
-    tables = {"majority": accuracy_table([majority_answer(train_answers)]*len(test_answers), test_answers), "blind": blind_table(config), "untrained": untrained}
+    best = majority_answer([a for _,a,_ in easy_vqa_questions("train")])
+    answers = [a for _,a,_ in easy_vqa_questions("test")][:test["n"]]
+    tables = {"majority": accuracy_table([best]*len(answers), answers), "blind": blind_table(config), "untrained": untrained}
     seconds, samples = stage_totals(read_metrics(folder/"metrics.jsonl"))
     machine, versions = machine_facts()
     return {"test": test, "baselines": {name: table and table["accuracy"] for name,table in tables.items()}, "baseline_tables": tables,
@@ -157,7 +158,8 @@ def pretrain_run(
     "Stage 1, stage 2, test, baselines, pictures: a whole run in one folder."
     console, stages = console or Console(stderr=True), tuple(replace(stage, seed=seed) for stage in stages)
     config = run_config(preset, seed, blind, stages) | ({"limit": limit} if limit else {})
-    easy_vqa_folder()                                   # no data: say so before a folder is made
+    easy_vqa_folder()                                   # no data, no such preset: say so before a folder is made
+    check_preset(preset)
     open_run(folder, config, resume)
     console.print(f"run in {folder}: reading easy-vqa", highlight=False)
     tokenizer = load_tokenizer("gemma")
@@ -251,7 +253,7 @@ def pretrain(
     limit: Annotated[Optional[int], typer.Option(help="Use only the first so many records, for trying out.")] = None,
 ):
     "Train a small model on easy-vqa: captions, then questions; then test it."
-    go_on = f"vlm-lit pretrain --name {name} --runs {runs} --resume" + "".join(f" {flag} {value}" for flag,value,default in [
+    go_on = f"vlm-lit pretrain --name {shlex.quote(name)} --runs {shlex.quote(str(runs))} --resume" + "".join(f" {flag} {value}" for flag,value,default in [
         ("--preset", preset, "tiny"), ("--seed", seed, 0), ("--caption-steps", caption_steps, PRETRAIN.steps), ("--question-steps", question_steps, FINETUNE.steps),
         ("--limit", limit, None)] if value != default) + (" --blind" if blind else "")
     with user_errors(go_on):
@@ -267,12 +269,13 @@ def generate(
     run: Annotated[str, typer.Argument(help="Folder of a run, or its name under runs/.")],
     image: Annotated[Path, typer.Argument(help="An image file.")],
     question: Annotated[str, typer.Argument(help="A question about it.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of the answer.", min=1)] = 16,
     control_tokens: Annotated[str, typer.Option(help="Control tokens in the question: refuse, escape or allow.")] = "refuse",
 ):
     "Answer one question about one image."
     with user_errors():
         model = load_model(find_run(run)/"model")
+        image = image.resolve()                         # the user's own choice, so a link may lead anywhere
         typer.echo(answer(model, open_image(image.name, image.parent), question, load_tokenizer("gemma"), max_new_tokens=max_new_tokens, control_tokens=control_tokens))
 
 @app.command(name="eval")
@@ -282,7 +285,7 @@ def evaluate_run(
     "Ask a run's model every test question and print the table again."
     with user_errors():
         folder = find_run(run)
-        result = json.loads((folder/"result.json").read_text(encoding="utf-8")) if (folder/"result.json").is_file() else None
+        result = read_json(folder/"result.json") if (folder/"result.json").is_file() else None
         if result is None: raise ConfigError(f"the run in {str(folder)!r} is not finished; go on with: vlm-lit pretrain --name {folder.name} --runs {folder.parent} --resume")
         model, config = load_model(folder/"model"), result["config"]
         test = easy_vqa_dataset("test", 2, load_tokenizer("gemma"), model.cfg, config["blind"], config.get("limit"))

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 import torch
 from rich.progress import track
-from .core import IGNORE_INDEX, ConfigError
+from .core import IGNORE_INDEX, ConfigError, DataError
 from .dataset import COLORS, SHAPES
 from .generation import generate_ids
 from .model import VLM
@@ -53,7 +53,9 @@ def cut_before_answer(
     sample:dict, # Of a dataset, with one answer
 ) -> dict: # The same, ending where the answer begins
     "A sample as a question."
-    first = int((sample["labels"] != IGNORE_INDEX).nonzero()[0])
+    learned = (sample["labels"] != IGNORE_INDEX).nonzero()
+    if not len(learned): raise DataError("a question without an answer cannot be evaluated")
+    first = int(learned[0])
     return {**sample, "input_ids": sample["input_ids"][:first], "labels": sample["labels"][:first]}
 
 def predict(

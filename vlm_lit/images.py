@@ -21,10 +21,13 @@ def safe_path(
     folder:str|Path, # `image_folder`
 ) -> Path:
     "The path of an image, which must lie inside `folder`. Raises `DataError` otherwise."
-    root = Path(folder).resolve()
-    path = (root/str(name)).resolve()
+    try:
+        root = Path(folder).resolve()
+        path = (root/str(name)).resolve()
+        is_file = path.is_file()
+    except (OSError, ValueError, RuntimeError) as e: raise DataError(f"image path {str(name)!r} cannot be used ({e})") from e
     if not path.is_relative_to(root): raise DataError(f"image path {str(name)!r} leaves the image folder; paths must be relative and stay inside")
-    if not path.is_file(): raise DataError(f"no image {str(name)!r} in the image folder {str(folder)!r}")
+    if not is_file: raise DataError(f"no image {str(name)!r} in the image folder {str(folder)!r}")
     return path
 
 def open_image(
@@ -36,7 +39,10 @@ def open_image(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image: return image.convert("RGB")
+            with Image.open(path) as image:
+                if image.mode[0] in "IF": raise DataError(f"image {str(name)!r} has more than 8 bits a channel (mode {image.mode}), which would be cut off; convert it first")
+                return image.convert("RGB")
+    except DataError: raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise DataError(f"image {str(name)!r} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from e
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as e:
@@ -56,7 +62,7 @@ def sample_image(
     draw.ellipse([int(width*.6), int(height*.15), int(width*.85), int(height*.5)], fill=(230, 170, 30))
     return image
 
-# %% ../nbs/06_images.ipynb #c013
+# %% ../nbs/06_images.ipynb #c014
 def expand2square(
     image:Image.Image, # RGB
     background_color:tuple[int,int,int], # Of the bars, 0 to 255
@@ -93,10 +99,13 @@ def make_square(
 ) -> Image.Image: # size x size
     "CLIP's geometry: a square of the given size."
     if aspect not in ("square", "pad"): raise ConfigError(f"aspect must be 'square' or 'pad', got {aspect!r}")
+    short, long = sorted(image.size)
+    largest = long*long if aspect == "pad" else size*size*long/short
+    if Image.MAX_IMAGE_PIXELS and largest > Image.MAX_IMAGE_PIXELS: raise DataError(f"image of {image.width} x {image.height} pixels is too long and thin to be squared; crop it")
     if aspect == "pad": image = expand2square(image, tuple(int(255*m) for m in mean))
     return center_crop(resize_shortest(image, size), size)
 
-# %% ../nbs/06_images.ipynb #c018
+# %% ../nbs/06_images.ipynb #c019
 def to_bytes(
     image:Image.Image, # RGB
 ) -> torch.Tensor: # uint8, shape (3, height, width)

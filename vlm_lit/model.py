@@ -131,7 +131,7 @@ class ImageEncoder(nn.Module):
         if self.mining is not None: features = self.mining(features, self.high_features(images_aux))
         return self.mm_projector(features)
 
-# %% ../nbs/09_model.ipynb #c025
+# %% ../nbs/09_model.ipynb #c026
 @dataclass(frozen=True)
 class SplicePlan:
     "For each new position where its content comes from; all tensors have shape (batch, new_len)."
@@ -176,7 +176,7 @@ def splice_labels(
     "Labels that follow the splice; pictures and padding are ignored."
     return torch.where(plan.filled & ~plan.is_image, labels.gather(1, plan.token), IGNORE_INDEX)
 
-# %% ../nbs/09_model.ipynb #c030
+# %% ../nbs/09_model.ipynb #c031
 def select_learned(
     hidden_states:torch.Tensor, # (batch, seq_len, hidden_size)
     labels:torch.Tensor, # (batch, seq_len), `IGNORE_INDEX` where nothing is learned
@@ -185,7 +185,7 @@ def select_learned(
     learned = labels[:, 1:] != IGNORE_INDEX
     return hidden_states[:, :-1][learned], labels[:, 1:][learned]
 
-# %% ../nbs/09_model.ipynb #c033
+# %% ../nbs/09_model.ipynb #c034
 class IdTable(nn.Module):
     "Between token ids and rows of the embedding table; the identity when every id has a row."
     def __init__(self, cfg:VLMConfig):
@@ -210,7 +210,7 @@ class IdTable(nn.Module):
         "Which of these ids have a row of their own."
         return self.to_ids(self.to_rows(ids)) == ids
 
-# %% ../nbs/09_model.ipynb #c036
+# %% ../nbs/09_model.ipynb #c037
 @dataclass
 class VLMOutput:
     "What a forward pass gives."
@@ -281,7 +281,7 @@ class VLM(nn.Module):
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")/(max(len(targets), 1) if num_items is None else num_items)
         return VLMOutput(loss, logits, targets, inputs_embeds, labels)
 
-# %% ../nbs/09_model.ipynb #c052
+# %% ../nbs/09_model.ipynb #c053
 def rms(x:torch.Tensor) -> float:
     "Root mean square of all elements."
     return float(x.detach().float().pow(2).mean().sqrt())

@@ -7,6 +7,7 @@ __all__ = ['WALK', 'WalkStop', 'walk_record', 'show_value', 'walk_lines', 'runni
            'plot_samples']
 
 # %% ../nbs/15_reports.ipynb #c002
+import copy
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,12 +69,13 @@ def show_value(
 def walk_lines(
     dataset:LazySupervisedDataset, # Not preloaded
     i:int, # Index of a record
-    version:str="gemma", # For `prepare_tokenizer`
+    version:str|None=None, # For `prepare_tokenizer`; None: the dataset's template
 ) -> list[str]: # Lines of text
     "The walk of a record: tokenizer, every stop, and the mask."
-    tokenizer = dataset.tokenizer
+    tokenizer, version = dataset.tokenizer, version or dataset.template
+    changed = prepare_tokenizer(copy.deepcopy(tokenizer), version) or "nothing"      # a copy: looking changes nothing
     lines = ["tokenizer: special tokens", *(f"    {role}: {found}" for role,found in special_tokens(tokenizer).items()),
-             f"    begins every text with BOS: {adds_bos(tokenizer)}", f"    changed by prepare_tokenizer({version!r}): {prepare_tokenizer(tokenizer, version) or 'nothing'}"]
+             f"    begins every text with BOS: {adds_bos(tokenizer)}", f"    changed by prepare_tokenizer({version!r}): {changed}"]
     seen, item = walk_record(dataset, i)
     for stop,bp in seen:
         lines += ["", f"{stop.title}", f"    at {bp.where}: {stop.at} …"]

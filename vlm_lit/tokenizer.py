@@ -32,7 +32,7 @@ def load_tokenizer(
     if any(mark in str(name) for mark in ("./", "~")) and not Path(name).expanduser().is_dir():
         raise ConfigError(f"tokenizer {str(name)!r}: no such folder")
     try: tokenizer = AutoTokenizer.from_pretrained(Path(name).expanduser() if Path(name).expanduser().is_dir() else str(name), trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as e:
+    except Exception as e:      # tokenizers raises plain Exception for a broken file
         raise ConfigError(f"tokenizer {str(name)!r} cannot be loaded: give 'gemma' (bundled), a folder with tokenizer.json, or a hub name "
                           f"that this machine can reach ({str(e).splitlines()[0]})") from e
     if not tokenizer.is_fast: raise ConfigError(f"tokenizer {str(name)!r} is a slow one; labels need character offsets, which only fast tokenizers give")
@@ -84,8 +84,8 @@ def prepare_tokenizer(
         if tokenizer.pad_token is None: tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     elif "gemma" not in version:
         if tokenizer.unk_token is None and "llama_3" in version: tokenizer.unk_token = "<|reserved_special_token_0|>"
-        if tokenizer.unk_token is None: raise ConfigError(f"version {version!r} pads with the unknown token, and this tokenizer has none; use version 'v0', which adds a [PAD]")
+        if tokenizer.unk_token is None: raise ConfigError(f"version {version!r} pads with the unknown token, and this tokenizer has none; set one first (version 'v0' adds a [PAD])")
         tokenizer.pad_token = tokenizer.unk_token
-    if tokenizer.pad_token is None: raise ConfigError(f"version {version!r} expects a tokenizer with a padding token; use version 'v0', which adds a [PAD]")
+    if tokenizer.pad_token is None: raise ConfigError(f"version {version!r} expects a tokenizer with a padding token; set one first (version 'v0' adds a [PAD])")
     if model is not None: resize_embeddings(model, len(tokenizer))
     return {role: now[0] for role,now in special_tokens(tokenizer).items() if now != before[role]}

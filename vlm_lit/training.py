@@ -6,10 +6,10 @@
 __all__ = ['PRETRAIN', 'FINETUNE', 'TrainConfig', 'learning_rate_factor', 'freeze_others', 'make_optimizer', 'gradient_norms',
            'mirror_some', 'train_step', 'optimizer_tensors', 'restore_optimizer', 'save_checkpoint', 'read_progress',
            'load_checkpoint', 'Interrupted', 'noted_interrupt', 'TrainProgress', 'read_metrics', 'rewind_metrics',
-           'batch_keys', 'train']
+           'check_fit', 'batch_keys', 'train']
 
 # %% ../nbs/11_training.ipynb #c002
-import json, shutil, signal, threading, time
+import json, math, shutil, signal, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,6 +48,7 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("steps", "groups_per_batch", "group_size", "save_every", "log_every"):
             if getattr(self, name) < 1: raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32: raise ConfigError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         if self.learning_rate <= 0: raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}")
         if not 0 <= self.mirror <= 1: raise ConfigError(f"mirror must be a share from 0 to 1, got {self.mirror}")
         if not 0 <= self.warmup + self.decay <= 1: raise ConfigError(f"warmup {self.warmup} and decay {self.decay} must be shares that leave each other room")
@@ -156,7 +157,8 @@ def save_checkpoint(
 ) -> None:
     "Write a checkpoint beside its place and rename it."
     beside, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
-    for leftover in (beside, old): shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(beside, ignore_errors=True)
+    if folder.exists(): shutil.rmtree(old, ignore_errors=True)      # else the old one is the only one
     save_model(model, beside)
     save_file({**optimizer_tensors(model, optimizer), "rng|torch": torch.get_rng_state()}, beside/"optimizer.safetensors")
     (beside/"progress.json").write_text(json.dumps(progress), encoding="utf-8")
@@ -258,6 +260,16 @@ def rewind_metrics(
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 # %% ../nbs/11_training.ipynb #c030
+def check_fit(
+    cfg, # The model's `VLMConfig`
+    dataset, # `LazySupervisedDataset`
+) -> None:
+    "Raise `ConfigError` unless the dataset prepares pictures as the model's configuration says."
+    for ours,theirs in [("image_size", "image_size"), ("image_size_aux", "image_size_aux"), ("image_mean", "mean"), ("image_std", "std")]:
+        want, got = getattr(cfg, ours), getattr(dataset, theirs)
+        if list(want if isinstance(want, tuple) else [want]) != list(got if isinstance(got, (tuple, list)) else [got]):
+            raise ConfigError(f"the dataset prepares pictures with {theirs} {got}, the model expects {want}")
+
 def batch_keys(dataset) -> list: # For each record its picture, or its own number
     "What records of a dataset have in common."
     return [str(record.get("image", n)) for n,record in enumerate(dataset.records)]
@@ -274,12 +286,16 @@ def train(
 ) -> dict: # `seconds` and `samples` of the whole stage
     "Train one stage. Raises `Interrupted` after a Ctrl-C, with the checkpoint saved."
     folder, accelerator = Path(folder), accelerator or Accelerator()
+    check_fit(model.cfg, dataset)
+    if accelerator.num_processes > 1: raise ConfigError("training in several processes is not built yet; start one")
     folder.mkdir(parents=True, exist_ok=True)
     freeze_others(model, cfg.trainable)
     optimizer = make_optimizer(model, cfg)
     done = {"stage": cfg.name, "step": 0, "seconds": 0.0, "samples": 0}
     saved = read_progress(folder/"checkpoint") if resume else None
-    if saved and saved["stage"] == cfg.name: done = {k: load_checkpoint(folder/"checkpoint", model, optimizer)[k] for k in done}
+    if saved and saved["stage"] == cfg.name:
+        loaded = load_checkpoint(folder/"checkpoint", model, optimizer)
+        done = {k: loaded[k] for k in done}
     rewind_metrics(folder/"metrics.jsonl", cfg.name, done["step"])
     sampler = StepBatchSampler(batch_keys(dataset), cfg.groups_per_batch, cfg.group_size, cfg.seed, done["step"], cfg.steps)
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=DataCollatorForSupervisedDataset(dataset.tokenizer.pad_token_id))
@@ -293,6 +309,7 @@ def train(
             loss = train_step(wrapped, batch, prepared, accelerator, cfg, done["step"])
             seconds, samples = time.perf_counter() - began, len(batch["input_ids"])*accelerator.num_processes
             done = {**done, "step": done["step"] + 1, "seconds": done["seconds"] + seconds, "samples": done["samples"] + samples}
+            if not math.isfinite(loss): raise ConfigError(f"the loss of stage {cfg.name!r} is {loss} at step {done['step']}; lower learning_rate and go on from the last checkpoint")
             row = {"stage": cfg.name, "step": done["step"], "loss": loss, "learning_rate": prepared.param_groups[0]["lr"],
                    "samples_per_second": done["samples"]/done["seconds"], "seconds": round(done["seconds"], 3), "samples": done["samples"]}
             bar.update(row, (cfg.steps - done["step"])*done["seconds"]/done["step"])
@@ -300,5 +317,5 @@ def train(
             if not (done["step"] % cfg.log_every) or last: print(json.dumps(row), file=metrics, flush=True)
             if (not (done["step"] % cfg.save_every) or last or notes) and accelerator.is_main_process:
                 save_checkpoint(folder/"checkpoint", model, optimizer, done)
-            if notes and not last: raise Interrupted(cfg.name, done["step"])
+            if notes: raise Interrupted(cfg.name, done["step"])
     return {"seconds": done["seconds"], "samples": done["samples"]}
