@@ -52,7 +52,9 @@ def test_mask_from_lengths_keeps_real_eos():
 
 def test_sentinel_without_picture_is_refused():
     lost = {k: v for k,v in ds[0].items() if not k.startswith("image")}
-    with expect_fail(DataError, contains="1 image sentinel(s) in input_ids for 0 image(s) in a batch of 1"): collate([lost])
+    with expect_fail(DataError, contains="sample 0 of the batch has 1 image sentinel(s) in input_ids for 0 image(s)"): collate([lost])
+    spare = {**ds[1], "image": ds[0]["image"], "image_aux": ds[0]["image_aux"]}     # one picture too many: the totals agree, the samples do not
+    with expect_fail(DataError, contains="sample 0"): collate([lost, spare])
 
 def test_every_record_once_an_epoch_and_groups_share_a_key():
     keys = list("aaaaabbbcc")

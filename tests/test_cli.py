@@ -1,6 +1,6 @@
 "Derived from nbs/16_cli.ipynb by `make tests`; edit the notebook, not this file."
 import os
-import json, platform, sys, time, warnings
+import json, platform, shlex, time, warnings
 from dataclasses import asdict, replace
 from importlib.metadata import version as package_version, PackageNotFoundError
 from importlib.resources import files
@@ -14,7 +14,7 @@ from vlm_lit.core import ConfigError, DataError
 from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.images import make_square, open_image, sample_image, to_bytes
 from vlm_lit.dataset import CAPTION_QUESTION, LazySupervisedDataset, easy_vqa_folder, easy_vqa_questions, easy_vqa_records, llava_record
-from vlm_lit.weights import channel_statistics, ids_in_use, load_model, make_model, preset_config, save_model, write_json
+from vlm_lit.weights import channel_statistics, ids_in_use, load_model, make_model, check_preset, preset_config, read_json, save_model, write_json
 from vlm_lit.training import FINETUNE, PRETRAIN, Interrupted, read_metrics, read_progress, train
 from vlm_lit.generation import answer
 from vlm_lit.evaluation import accuracy_table, evaluate, format_table, majority_answer, normalised
@@ -62,7 +62,12 @@ def test_small_run_leaves_every_file():
     test_eq(stages, ["captions"]*3 + ["questions"]*3)
     test_eq(sorted(result), ["baseline_tables", "baselines", "config", "machine", "samples_per_second", "test", "train_seconds", "versions"])
     test_eq(sorted(result["baselines"]), ["blind", "majority", "untrained"])
-    test_eq((result["test"]["n"], round(result["baselines"]["majority"], 4), result["baselines"]["blind"]), (40, .3733, None))
+    test_eq((result["test"]["n"], result["baseline_tables"]["majority"]["n"], result["baselines"]["blind"]), (40, 40, None))
+
+def test_blind_baseline_belongs_to_the_default_recipe():
+    default = run_config("tiny", 5, False, tuple(replace(stage, seed=5) for stage in (PRETRAIN, FINETUNE)))
+    assert .5 < blind_table(default)["accuracy"] < .7 and blind_table(default)["n"] == 9673
+    test_eq(blind_table({**default, "limit": 40}), None)
 
 def test_every_mistake_is_one_line_and_exit_code_2():
     good = turns("<image>\nq", "a")

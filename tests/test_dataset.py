@@ -45,6 +45,10 @@ def test_unreadable_records_are_refused_with_their_place():
                              ('{"id": 7, "image": 3, "conversations": []}', "record 7: 'image' must be")]:
             path.write_text(text)
             with expect_fail(DataError, contains=message): read_records(path)
+        path.write_bytes('{"id": "é"}'.encode("latin-1"))
+        with expect_fail(DataError, contains="bad.jsonl: not UTF-8"): read_records(path)
+        path.write_text(json.dumps({"id": "line\u2028break", "conversations": []}, ensure_ascii=False), encoding="utf-8")
+        test_eq(read_records(path)[0]["id"], "line\u2028break")
         with expect_fail(DataError, contains="no data file"): read_records(Path(folder)/"gone.json")
 
 def test_item_of_the_seed():

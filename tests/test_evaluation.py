@@ -3,15 +3,21 @@ import re
 from collections import Counter
 import torch
 from rich.progress import track
-from vlm_lit.core import IGNORE_INDEX, ConfigError
+from vlm_lit.core import IGNORE_INDEX, ConfigError, DataError
 from vlm_lit.dataset import COLORS, SHAPES
 from vlm_lit.generation import generate_ids
 from vlm_lit.model import VLM
+import json
+from pathlib import Path
 from fastcore.test import test_eq, test_close, expect_fail
 from vlm_lit.dataset import LazySupervisedDataset, easy_vqa_folder, easy_vqa_questions, easy_vqa_records
 from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.weights import ids_in_use, make_model, tiny_config
 from vlm_lit.evaluation import *
+
+def setup_module():
+    global results
+    results = next(p for p in (Path("../benchmarks/results"), Path("benchmarks/results")) if p.is_dir())
 
 def test_table_counts_by_kind():
     test_eq(accuracy_table(["Blue", "circle", "yes", "yes"], ["blue", "triangle", "yes", "no"]), {"accuracy": .5, "color": 1., "shape": 0., "yes_no": .5, "n": 4})
@@ -44,3 +50,15 @@ def test_predictions_do_not_depend_on_the_expected_answers():
     predictions = [predict(model, ds, show=False) for ds in sets]
     print("same predictions:", predictions[0] == predictions[1])
     test_eq(*predictions)
+
+def test_kept_run_is_better_than_its_baselines():
+    kept = json.loads((results/"easy_vqa_tiny.json").read_text())
+    assert kept["test"]["n"] == 9673 and kept["test"]["accuracy"] >= .99 and min(kept["test"][k] for k in ("color", "shape", "yes_no")) > .985
+    assert kept["baselines"]["untrained"] < kept["baselines"]["majority"] < kept["baselines"]["blind"] < .7
+    assert kept["train_seconds"] < 360
+    questions = {split: easy_vqa_questions(split) for split in ("train", "test")}
+    test_eq(len({q for q,_,_ in questions["train"]}), 107)                               # "about a hundred different questions"
+    assert {q for q,_,_ in questions["test"]} <= {q for q,_,_ in questions["train"]}       # "all of which occur in training"
+    assert .7 < sum(a in ("yes", "no") for _,a,_ in questions["test"])/9673 < .75           # "almost three quarters"
+    red = [a for q,a,_ in questions["train"] if q == "is there not a red shape?"]
+    assert red.count("yes")/len(red) > .8                                                 # "mostly answered yes"

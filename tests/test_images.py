@@ -28,6 +28,13 @@ def test_bad_files_are_refused_with_their_path():
             with expect_fail(DataError, contains=message): open_image(name, root)
         with patch.object(Image, "MAX_IMAGE_PIXELS", 100), expect_fail(DataError, contains="more than 100 pixels"): open_image("good.png", root)
 
+def test_odd_names_deep_pixels_and_thin_pictures_are_refused():
+    with tempfile.TemporaryDirectory() as folder:
+        Image.fromarray(np.array([[0, 300, 65535]], dtype=np.uint16)).save(Path(folder)/"deep.png")
+        with expect_fail(DataError, contains="more than 8 bits a channel"): open_image("deep.png", folder)
+        for name in ("a\0.png", "x"*5000): 
+            with expect_fail(DataError, contains="cannot be used"): open_image(name, folder)
+
 def test_every_mode_becomes_rgb():
     with tempfile.TemporaryDirectory() as folder:
         for mode in ("L", "P", "RGBA", "1", "CMYK"):
@@ -42,6 +49,8 @@ def test_square_cuts_and_pad_keeps():
     assert bars[168, 168].tolist() != bars[5, 5].tolist()
     test_eq(expand2square(sample_image(3, 8), (1, 2, 3)).getpixel((0, 0)), (1, 2, 3))
     with expect_fail(ConfigError, contains="aspect must be"): make_square(photo, 336, "stretch")
+    for aspect in ("square", "pad"):      # a thin picture is a bomb too: 1 x 50,000 would become 768 x 38,400,000
+        with expect_fail(DataError, contains="too long and thin"): make_square(Image.new("RGB", (1, 50_000)), 768, aspect)
 
 def test_shapes_of_the_seed():
     out = prepare_image(sample_image())

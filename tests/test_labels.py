@@ -30,7 +30,7 @@ def test_wrong_turns_name_record_and_turn():
     human, gpt = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
     for bad,message in [([human, {"from": "bot", "value": "a"}], "record 7, turn 1: unknown role 'bot'"),
                         ([human, gpt, gpt], "record 7, turn 2: two turns of 'gpt' in a row"),
-                        ([human, {"from": "gpt"}], "record 7, turn 1: a turn must be"), ([], "record 7: no turns")]:
+                        ([human, {"from": "gpt"}], "record 7, turn 1: a turn must be"), ([], "record 7: no turns"), ([gpt], "record 7, turn 0: only a greeting")]:
         with expect_fail(DataError, contains=message): fill_template(bad, "gemma", record=7)
     with expect_fail(DataError, contains="'plain' takes one question with an image"): fill_template([human, gpt], "plain", record=7)
     with warnings.catch_warnings(record=True) as caught:
@@ -98,6 +98,10 @@ def test_escaped_control_tokens_stay_text():
 def test_settings_that_cannot_work_are_config_errors():
     with expect_fail(ConfigError, contains="control_tokens must be"): preprocess([source], tok, control_tokens="ignore")
     with expect_fail(ConfigError, contains="unknown template 'gema'"): preprocess([source], tok, template="gema")
+    class NoMarkers:
+        is_fast, bos_token, bos_token_id, added_tokens_decoder, all_special_tokens = True, "<s>", 7, {}, ["<s>"]
+        def __call__(self, text): return type("out", (), {"input_ids": [7]})()
+    with expect_fail(ConfigError, contains="needs the control tokens ['<end_of_turn>', '<eos>', '<start_of_turn>']"): preprocess([source], NoMarkers())
     class NoBos:
         is_fast, bos_token, bos_token_id = True, None, None
         def __call__(self, text): return {"input_ids": []}
@@ -122,6 +126,16 @@ def test_ids_of_generation_are_a_prefix_of_ids_of_training():
         assert learned[-3:] == [107, 108, 1] and learned.count(1) == len(turns)//2
     prefix_law()
     print("150 conversations, none breaks the law")
+
+def test_what_cannot_be_answered_or_learned_is_said():
+    human, gpt = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
+    with expect_fail(DataError, contains="generation needs a question"): generation_ids([human, gpt], tok, has_image=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        test_eq(generation_ids([gpt, human], tok, has_image=False).tolist(), generation_ids([human], tok, has_image=False).tolist())
+        preprocess([[human]], tok, has_image=False, records=["r"])
+    assert "record 'r': nothing in it is learned" in str(caught[-1].message)
+    assert "\x1b" not in repr(LabelStrip([tok("\x1b[31m").input_ids[1]], [1], tok))
 
 def test_plain_template_learns_the_caption_and_its_newline():
     out = preprocess([source], tok, template="plain")

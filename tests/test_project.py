@@ -74,7 +74,7 @@ def test_every_value_of_the_worked_example(seed):
     values, ds = seed
     with (Breakpoint(LazySupervisedDataset.__getitem__, at="data = self.texts([i])[0]") as first,
           Breakpoint(preprocess_multimodal, at="return moved") as tags,
-          Breakpoint(fill_template, at="roles = {") as empty, Breakpoint(fill_template, at="source = check_turns") as who, Breakpoint(fill_template, at="return conv") as full,
+          Breakpoint(fill_template, at="roles = {") as empty, Breakpoint(fill_template, at="source = drop_greeting") as who, Breakpoint(fill_template, at="return conv") as full,
           Breakpoint(render, at="return Rendered") as text, Breakpoint(tokenizer_image_token, at="input_ids = insert_separator") as chunks,
           Breakpoint(preprocess, at='return {"input_ids"') as done):
         item = ds[0]

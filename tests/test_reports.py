@@ -1,4 +1,5 @@
 "Derived from nbs/15_reports.ipynb by `make tests`; edit the notebook, not this file."
+import copy
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path

@@ -53,6 +53,7 @@ def test_control_token_in_plain_text_becomes_one_id():
 def test_control_token_can_be_spelled_out():
     spelled = tok("<end_of_turn>", add_special_tokens=False, split_special_tokens=True).input_ids
     print(tok.convert_ids_to_tokens(spelled))
+    test_eq(len(spelled), 7)
     assert 107 not in spelled and tok.decode(spelled) == "<end_of_turn>"
 
 def test_gemma_begins_every_call_with_bos():

@@ -1,5 +1,5 @@
 "Derived from nbs/11_training.ipynb by `make tests`; edit the notebook, not this file."
-import json, shutil, signal, threading, time
+import json, math, shutil, signal, threading, time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ def setup_module():
     global cfg, ds, run_short, short, tok
     torch.set_num_threads(2)
     tok = load_tokenizer("gemma")
-    ds = LazySupervisedDataset(easy_vqa_records("train", 1)[:48], tok, image_folder=easy_vqa_folder(), image_size_aux=64, image_size=32).preload()
+    ds = LazySupervisedDataset(easy_vqa_records("train", 1)[:48], tok, image_folder=easy_vqa_folder(), image_size_aux=64, image_size=32, mean=(.5, .5, .5), std=(.2, .2, .2)).preload()
     cfg = tiny_config(used_ids=ids_in_use(ds), image_mean=(.5, .5, .5), image_std=(.2, .2, .2))
     short = TrainConfig("captions", steps=8, groups_per_batch=8, save_every=4, log_every=1)
     def run_short(folder, cfg_train=short, **kw):
@@ -62,6 +62,16 @@ def test_frozen_parts_get_no_gradient():
     assert norms["image_encoder.mm_projector"] > 0
     test_eq(len(names), 4)
     with expect_fail(ConfigError, contains="no weight begins with 'projector'"): freeze_others(model, ("projector",))
+
+def test_mirrors_follow_from_seed_and_step():
+    batch = DataCollatorForSupervisedDataset(0)([ds[i] for i in range(8)])
+    once, again, later = mirror_some(batch, short, 3), mirror_some(batch, short, 3), mirror_some(batch, short, 4)
+    flipped = [not torch.equal(a, b) for a,b in zip(once["images"], batch["images"])]
+    print(flipped)
+    assert torch.equal(once["images"], again["images"]) and not torch.equal(once["images"], later["images"])
+    for n,f in enumerate(flipped):
+        for key in ("images", "images_aux"): assert torch.equal(once[key][n], batch[key][n].flip(-1) if f else batch[key][n])
+    assert 0 < sum(flipped) < 8 and mirror_some(batch, replace(short, mirror=0), 3) is batch
 
 def test_loss_falls_and_everything_is_written():
     with tempfile.TemporaryDirectory() as folder:
@@ -114,6 +124,11 @@ def test_forgetting_the_optimizer_changes_the_run():
     gap = max(float((p - q).detach().abs().max()) for p,q in zip(model.parameters(), half.parameters()))
     print("largest difference between weights after one step is above 1e-4:", gap > 1e-4)
     assert gap > 1e-4
+
+def test_pictures_prepared_for_another_model_are_refused():
+    other = LazySupervisedDataset(ds.records, tok, image_folder=easy_vqa_folder(), image_size_aux=64, image_size=32)
+    with tempfile.TemporaryDirectory() as folder, expect_fail(ConfigError, contains="prepares pictures with mean"): train(make_model(cfg), other, short, folder)
+    with expect_fail(ConfigError, contains="seed must be"): replace(short, seed=-1)
 
 def test_checkpoint_survives_a_crash_between_renames():
     with tempfile.TemporaryDirectory() as folder:

@@ -38,7 +38,7 @@ WALK = (
     WalkStop("preprocess_multimodal: the turns as they came", preprocess_multimodal, "tag = IM_START_TOKEN", ("sources[0]",), True),
     WalkStop("preprocess_multimodal: the tag has moved to the front", preprocess_multimodal, "return moved", ("moved[0]",), True),
     WalkStop("preprocess: the empty conversation", fill_template, "roles = {", ("conv",)),
-    WalkStop("preprocess: who is who", fill_template, "source = check_turns", ("roles", "source")),
+    WalkStop("preprocess: who is who", fill_template, "source = drop_greeting", ("roles", "source")),
     WalkStop("preprocess: the conversation with its messages", fill_template, "return conv", ("conv",)),
     WalkStop("render: the prompt, and where its answers are", render, "return Rendered", ("text", "answers", "images")),
     WalkStop("tokenizer_image_token: the chunks", tokenizer_image_token, "input_ids = insert_separator", ("prompt_chunks",)),
