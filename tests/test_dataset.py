@@ -19,13 +19,15 @@ from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.dataset import *
 
 def setup_module():
-    global folder, seed, tok
+    global folder, plain, seed, tok, two
     tok = load_tokenizer("gemma")
     folder = Path(tempfile.mkdtemp())
     sample_image().save(folder/"photo.png")
     sample_image(90, 200).save(folder/"tall.png")
     seed = {"id": "seed", "image": "photo.png", "conversations": [{"from": "human", "value": "What is in the photo?\n<image>"},
                                                                   {"from": "gpt", "value": "the box chain purse black"}]}
+    plain = {"id": 1, "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
+    two = {"id": 2, "image": ["photo.png", "tall.png"], "conversations": [{"from": "human", "value": "compare <image> with <image>"}, {"from": "gpt", "value": "taller"}]}
 
 def test_records_are_read_from_json_and_jsonl():
     records = [{"id": "a", "image": "x.png", "conversations": []}, {"id": "b", "conversations": []}]
@@ -65,8 +67,6 @@ def test_large_image_comes_first():
     with expect_fail(LookupError): bp["image"]                      # not there yet
 
 def test_text_only_and_several_images():
-    plain = {"id": 1, "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}
-    two = {"id": 2, "image": ["photo.png", "tall.png"], "conversations": [{"from": "human", "value": "compare <image> with <image>"}, {"from": "gpt", "value": "taller"}]}
     ds = LazySupervisedDataset([plain, two], tok, image_folder=folder, image_size_aux=64, image_size=32)
     test_eq(sorted(ds[0]), ["input_ids", "labels"])
     test_eq((tuple(ds[1]["image"].shape), tuple(ds[1]["image_aux"].shape)), ((2, 3, 32, 32), (2, 3, 64, 64)))

@@ -2,6 +2,7 @@
 import re
 from collections import Counter
 import torch
+from rich.console import Console
 from rich.progress import track
 from vlm_lit.core import IGNORE_INDEX, ConfigError, DataError
 from vlm_lit.dataset import COLORS, SHAPES

@@ -156,7 +156,7 @@ def pretrain_run(
     console:Console|None=None, # Where to write; None: standard error
 ) -> dict: # result.json
     "Stage 1, stage 2, test, baselines, pictures: a whole run in one folder."
-    console, stages = console or Console(stderr=True), tuple(replace(stage, seed=seed) for stage in stages)
+    console, stages = console or Console(stderr=True, force_jupyter=False), tuple(replace(stage, seed=seed) for stage in stages)
     config = run_config(preset, seed, blind, stages) | ({"limit": limit} if limit else {})
     easy_vqa_folder()                                   # no data, no such preset: say so before a folder is made
     check_preset(preset)

@@ -144,7 +144,7 @@ class LazySupervisedDataset(Dataset):
         self.items = items
         return self
 
-# %% ../nbs/07_dataset.ipynb #c026
+# %% ../nbs/07_dataset.ipynb #c027
 COLORS = "black blue brown gray green red teal yellow".split()   # easy-VQA's eight colours
 SHAPES = "circle rectangle triangle".split()                     # and its three shapes
 CAPTION_QUESTION = "What is in the photo?"                       # the seed's question
@@ -173,7 +173,7 @@ def caption(
     color, shape = [sorted(told & set(words)) for words in (COLORS, SHAPES)]
     return f"a {color[0]} {shape[0]}" if len(color) == len(shape) == 1 else None
 
-# %% ../nbs/07_dataset.ipynb #c029
+# %% ../nbs/07_dataset.ipynb #c030
 def easy_vqa_questions(
     split:str="train", # "train" or "test"
 ) -> list[tuple[str,str,int]]: # (question, answer, number of the picture), in the package's order

@@ -10,6 +10,7 @@ __all__ = ['normalised', 'question_kind', 'accuracy_table', 'majority_answer', '
 import re
 from collections import Counter
 import torch
+from rich.console import Console
 from rich.progress import track
 from .core import IGNORE_INDEX, ConfigError, DataError
 from .dataset import COLORS, SHAPES
@@ -63,12 +64,12 @@ def predict(
     dataset, # `LazySupervisedDataset` of one-turn records
     batch_size:int=256, # Questions at a time
     max_new_tokens:int=4, # Most tokens of an answer
-    show:bool=True, # Whether to show a progress bar
+    show:bool=True, # Whether to show a progress bar, where there is a terminal
 ) -> list[str]: # The model's answer to each record
     "Greedy answers to all questions of a dataset."
     model.eval()
-    out = []
-    for start in track(range(0, len(dataset), batch_size), description="answering", disable=not show, transient=True):
+    out, console = [], Console(stderr=True, force_jupyter=False)
+    for start in track(range(0, len(dataset), batch_size), description="answering", console=console, disable=not (show and console.is_terminal), transient=True):
         samples = [cut_before_answer(dataset[i]) for i in range(start, min(start + batch_size, len(dataset)))]
         out += [dataset.tokenizer.decode(ids) for ids in generate_ids(model, samples, dataset.tokenizer, dataset.template, max_new_tokens)]
     return out

@@ -218,7 +218,7 @@ class TrainProgress:
         console:Console|None=None, # Where to write; None: standard error
         every:int=50, # Steps between lines where there is no terminal
     ):
-        self.cfg, self.console, self.every = cfg, console or Console(stderr=True), every
+        self.cfg, self.console, self.every = cfg, console or Console(stderr=True, force_jupyter=False), every
         columns = [TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.completed}/{task.total}  loss {task.fields[loss]:.4f}  "
                    "lr {task.fields[rate]:.1e}  {task.fields[speed]:.0f} samples/s"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
         self.bar = Progress(*columns, console=self.console, disable=not self.console.is_terminal, refresh_per_second=4)
