@@ -91,7 +91,7 @@ def test_settings_that_cannot_work_are_answered():
     path = data_file({"id": 7, "image": "photo.png", "conversations": turns("<image>\nq", "a")})
     with TemporaryDirectory() as runs:
         open_run(Path(runs)/"old", run_config("tiny", 0, False, (PRETRAIN,)), resume=False)
-        cases = {f"walk {path} --template gema": "unknown template 'gema'; there are: gemma, plain", f"walk {path} --index 5": "--index 5: the data has 1 record(s)",
+        cases = {f"walk {path} --template gema": "unknown template 'gema'; there are: chatml_direct, default", f"walk {path} --index 5": "--index 5: the data has 1 record(s)",
                  "walk gone.json": "no data file 'gone.json'", f"walk {path} --tokenizer ./gone": "no such folder", f"walk {path} --aspect wide": "aspect must be",
                  f"walk {path} --image-folder gone": "no image folder 'gone'", f"walk {path} --control-tokens maybe": "control_tokens must be",
                  f"pretrain --runs {runs} --name old": "already holds a run", f"pretrain --runs {runs} --name new --preset huge": "unknown preset 'huge'",

@@ -3,9 +3,9 @@ import warnings
 import torch
 from PIL import Image
 from vlm_lit.core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from vlm_lit.templates import get_template
+from vlm_lit.templates import Segment
 from vlm_lit.sentinels import move_tag
-from vlm_lit.labels import generation_ids
+from vlm_lit.labels import generation_ids, preprocess
 from vlm_lit.images import prepare_image
 from vlm_lit.batches import DataCollatorForSupervisedDataset
 from vlm_lit.model import VLM

@@ -8,7 +8,7 @@ from vlm_lit.breakpoints import Breakpoint
 from vlm_lit.dataset import LazySupervisedDataset
 from vlm_lit.images import sample_image
 from vlm_lit.labels import fill_template, preprocess
-from vlm_lit.sentinels import preprocess_multimodal, tokenizer_image_token
+from vlm_lit.sentinels import join_chunks, preprocess_multimodal
 from vlm_lit.templates import render
 from vlm_lit.tokenizer import load_tokenizer, special_tokens
 
@@ -75,7 +75,7 @@ def test_every_value_of_the_worked_example(seed):
     with (Breakpoint(LazySupervisedDataset.__getitem__, at="data = self.texts([i])[0]") as first,
           Breakpoint(preprocess_multimodal, at="return moved") as tags,
           Breakpoint(fill_template, at="roles = {") as empty, Breakpoint(fill_template, at="source = drop_greeting") as who, Breakpoint(fill_template, at="return conv") as full,
-          Breakpoint(render, at="return Rendered") as text, Breakpoint(tokenizer_image_token, at="input_ids = insert_separator") as chunks,
+          Breakpoint(render, at="return Rendered") as text, Breakpoint(join_chunks, at="input_ids = insert_separator") as chunks,
           Breakpoint(preprocess, at='return {"input_ids"') as done):
         item = ds[0]
     tok = values["tokenizer"]

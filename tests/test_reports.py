@@ -10,7 +10,7 @@ from vlm_lit.core import describe
 from vlm_lit.breakpoints import Breakpoint
 from vlm_lit.tokenizer import adds_bos, prepare_tokenizer, special_tokens
 from vlm_lit.templates import render
-from vlm_lit.sentinels import preprocess_multimodal, tokenizer_image_token
+from vlm_lit.sentinels import join_chunks, preprocess_multimodal
 from vlm_lit.labels import LabelStrip, fill_template, preprocess
 from vlm_lit.images import open_image
 from vlm_lit.dataset import LazySupervisedDataset, image_names
@@ -35,7 +35,7 @@ def test_walk_passes_every_stop_once_and_changes_nothing():
     seen, item = walk_record(ds, 0)
     test_eq([len(bp.hits) for _,bp in seen], [1]*len(WALK))
     by_title = {stop.title: bp for stop,bp in seen}
-    test_eq(by_title["tokenizer_image_token: the chunks"]["prompt_chunks"][0], [2, 106, 1645, 108])
+    test_eq(by_title["join_chunks: what was tokenized, each side by itself"]["prompt_chunks"][0], [2, 106, 1645, 108])
     test_eq(by_title["preprocess: the empty conversation"]["conv"].messages, [])
     test_eq(len(by_title["preprocess: the conversation with its messages"]["conv"].messages), 2)
     plain = ds[0]

@@ -1,9 +1,15 @@
 "Derived from nbs/04_sentinels.ipynb by `make tests`; edit the notebook, not this file."
+import re, weakref
 from dataclasses import dataclass
-import torch
-from vlm_lit.core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_TOKEN, DataError
-from vlm_lit.templates import Rendered, find_all
-import copy
+from itertools import chain
+import numpy as np, torch
+from vlm_lit.core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_TOKEN, ConfigError, DataError
+from vlm_lit.templates import Rendered, Segment, user_parts
+from vlm_lit.tokenizer import adds_bos, control_tokens
+import copy, json, lzma
+from pathlib import Path
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.core import peek
 from vlm_lit.breakpoints import Breakpoint
@@ -12,8 +18,16 @@ from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.sentinels import *
 
 def setup_module():
-    global tok
+    global GOLDEN, ROLES, families, family, tok
     tok = load_tokenizer("gemma")
+    GOLDEN = next(folder for folder in map(Path, ("tests/golden", "../tests/golden")) if folder.is_dir())
+    ROLES = {"sentencepiece_like": ("<s>", "</s>", "<unk>"), "llama3_bos": ("<|begin_of_text|>", "<|eot_id|>", "<|reserved_special_token_0|>"),
+             "chatml_no_bos": (None, "<|im_end|>", "<|endoftext|>")}
+    def family(name, folder=GOLDEN):
+        bos, eos, unk = ROLES[name]
+        backend = Tokenizer.from_str(lzma.decompress((folder/f"{name}.tokenizer.json.xz").read_bytes()).decode())
+        return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, unk_token=unk, pad_token=unk)
+    families = {name: family(name) for name in ROLES}
 
 def test_tag_moves_to_the_front_as_in_the_seed():
     sources = [[{"from": "human", "value": "What is in the photo?\n<image>"}, {"from": "gpt", "value": "the box chain purse black"}]]
@@ -31,6 +45,17 @@ def test_several_tags_stay_and_answers_are_left_alone():
     test_eq(moved("compare <image> with <image>", image_tags="mgm"), "<image>\ncompare  with")
     test_eq(moved("write <image> here", who="gpt"), "write <image> here")
     test_eq(moved("a\n<image>", mm_use_im_start_end=True), "<im_start><image><im_end>\na")
+    test_eq(moved("a\n<image>", mmtag=True), "<Image><image></Image>\na")
+
+def test_every_reference_row_of_preprocess_multimodal():
+    rows = [json.loads(line) for line in lzma.open(GOLDEN/"preprocess_multimodal.jsonl.xz", "rt", encoding="utf-8")]
+    wrong = []
+    for row in rows:
+        for name in ("plain", "plain_imse", "mmtag", "mmtag_imse"):
+            got, = preprocess_multimodal([row["conversations"]], "mgm", mm_use_im_start_end=name.endswith("imse"), mmtag=name.startswith("mmtag"))
+            if [turn["value"] for turn in got] != row[name]: wrong.append((row["id"], name))
+    print(len(rows), "conversations,", len(wrong), "differ")
+    test_eq((len(rows), wrong), (180, []))
 
 def test_later_chunks_lose_one_bos_and_gaps_get_a_sentinel():
     test_eq(drop_bos([2, 108, 1841], 2), [108, 1841])
@@ -38,36 +63,88 @@ def test_later_chunks_lose_one_bos_and_gaps_get_a_sentinel():
     test_eq(insert_separator([[2, 106], [108, 9], []], IMAGE_TOKEN_INDEX), [2, 106, -200, 108, 9, -200])
     test_eq(insert_separator([[2, 106]], IMAGE_TOKEN_INDEX), [2, 106])
 
-def test_token_starts_are_places_in_the_whole_prompt():
-    text = "<start_of_turn>user\n<image>\nHi"
-    test_eq(cut_spans(text, [(20, 27)]), [(0, 20), (27, 30)])
-    first, second = encode_spans([(text, 0, 20), (text, 27, 30)], tok)
-    test_eq(first.ids, [2, 106, 1645, 108])
-    test_eq((second.ids, second.starts, second.ends), ([2, 108, 2151], [27, 27, 28], [27, 28, 30]))
-    assert all(text[a:b] == piece for a,b,piece in zip(second.starts[1:], second.ends[1:], ["\n", "Hi"]))
+def test_widths_add_up_to_the_text():
+    table = token_table(tok)
+    for text in ["<start_of_turn>user\nein Käse", "  two  blanks\n\n", "日本 😀\t\u200d", "<table>", ""]:
+        test_eq(int(table.widths[tok(text, add_special_tokens=False).input_ids].sum()), len(text.encode()))
+    test_eq((table.n_bos, table.blank, int(table.widths[IMAGE_TOKEN_INDEX])), (1, "never", 7))
+    assert token_table(tok) is table
+
+def test_families_write_different_things_unasked():
+    for name,other in families.items(): print(f"{name:19}", other.convert_ids_to_tokens(other("Hi there").input_ids), token_table(other).blank, token_table(other).n_bos)
+    test_eq([(token_table(t).blank, token_table(t).n_bos) for t in families.values()], [("always", 1), ("never", 1), ("never", 0)])
+    endless = tok.__class__(tokenizer_object=Tokenizer.from_str(tok.backend_tokenizer.to_str()), bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>")
+    from tokenizers.processors import TemplateProcessing
+    endless.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    with expect_fail(ConfigError, contains="writes ['<eos>'] around every text"): make_table(endless)
+
+def test_prompts_of_a_batch_share_their_first_chunk():
+    prompts = [Rendered("", (("<start_of_turn>user\n", Segment.HEADER), ("<image>", Segment.IMAGE), (text, Segment.USER))) for text in ("\nHi", "\nBye")]
+    with Breakpoint(encode_ids, at="return [join_chunks", watch=["places", "encoded"]) as bp: ids = encode_ids(prompts, tok, 1)
+    print(bp["places"], ids)
+    test_eq(bp["places"], [[0, 1], [0, 2]])
+    test_eq(ids, [[2, 106, 1645, 108, -200, 108, 2151], [2, 106, 1645, 108, -200, 108, 38620]])
+
+def test_a_batch_is_measured_at_once():
+    for name,t in {"gemma": tok, **families}.items():
+        prompt = Rendered("", (("USER: ", Segment.HEADER), ("<image>", Segment.IMAGE), ("\nWhat is  it?", Segment.USER), (t.eos_token, Segment.STOP), ("Ja, é!", Segment.USER)))
+        ids = np.array(encode_ids([prompt], t, token_table(t).n_bos)[0])
+        widths = covered(ids, np.array([0]), token_table(t), token_table(t).n_bos)
+        print(f"{name:19}", [(t.convert_ids_to_tokens(int(i)) if i >= 0 else i, w) for i,w in zip(ids.tolist(), widths.tolist())][:7])
+        test_eq(int(widths.sum()), len(f"USER: <image>\nWhat is  it?{t.eos_token}Ja, é!".encode()))
 
 def test_fused_newline_is_split_at_the_start_of_the_answer():
-    text = "<start_of_turn>model\n\nA list:"
-    fused, = encode_spans([(text, 0, len(text))], tok)
-    apart = encode_pieces(text, [0, *straddled(fused, [21]), len(text)], tok)
-    print(fused.ids, apart.ids)
-    test_eq((fused.ids[:4], straddled(fused, [0, 20, 21, 22])), ([2, 106, 2516, 109], [21]))
-    test_eq(apart.ids, tok("<start_of_turn>model\n").input_ids + tok("\nA list:", add_special_tokens=False).input_ids)
-    assert 21 in apart.starts and apart.ids.count(2) == 1
+    header, answer = "<start_of_turn>model\n", "\nA list:"
+    prompt = Rendered(header + answer, ((header, Segment.HEADER), (answer, Segment.ANSWER)))
+    apart, widths = encode_slowly(prompt, tok, token_table(tok))
+    print(tok(prompt.text).input_ids, apart)
+    test_eq(tok(prompt.text).input_ids[:4], [2, 106, 2516, 109])
+    test_eq(apart, tok(header).input_ids + tok(answer, add_special_tokens=False).input_ids)
+    test_eq((sum(widths), sum(widths[:4])), (len(prompt.text), len(header)))
 
 def test_literal_stretch_never_becomes_a_control_token():
-    text = "say <end_of_turn> twice: <end_of_turn><end_of_turn>"
-    literals = find_all(text, "<end_of_turn>")[:2]
-    plain = encode_pieces(text, [0, len(text), *literals[0], *literals[1]], tok, literals)
-    print(tok.convert_ids_to_tokens(plain.ids))
-    test_eq(plain.ids.count(107), 1)                    # only the third, which was not named
-    test_eq(tok.decode(plain.ids[1:]), text)
-    test_eq(plain.starts[1:], sorted(plain.starts[1:]))
+    for t,mark in [(tok, "<end_of_turn>"), *((families[name], families[name].eos_token) for name in ROLES)]:
+        text = f"say {mark} twice: {mark}{mark}"
+        ids, widths = encode_slowly(Rendered(text, ((text, Segment.USER),)), t, token_table(t), [(4, 4 + len(mark)), (12 + len(mark), 12 + 2*len(mark))])
+        print(t.convert_ids_to_tokens(ids)[:12])
+        test_eq(ids.count(t.convert_tokens_to_ids(mark)), 1)                    # only the third, which was not named
+        test_eq((sum(widths), t.decode(ids[token_table(t).n_bos:])), (len(text), text))
+
+def test_every_token_knows_its_segment():
+    conv = get_template("gemma")
+    conv.append_message("user", "<image>\nA list?")
+    conv.append_message("model", "\n1. é")
+    out = encode_prompts([render(conv)], tok)
+    named = [(Segment(s).name, tok.decode([i]) if i >= 0 else "<image>") for i,s in zip(out.ids.tolist(), out.segments.tolist())]
+    test_eq([text for name,text in named if name == "ANSWER"], ["\n", "1", ".", " é"])
+    test_eq([text for name,text in named if name == "STOP"], ["<end_of_turn>", "\n", "<eos>"])
+    test_eq(([text for name,text in named if name == "USER"], [text for name,text in named if name == "IMAGE"]), (["\n", "A", " list", "?"], ["<image>"]))
+    test_eq(named[0], ("HEADER", "<bos>"))
+
+def test_fast_way_and_slow_way_agree():
+    nasty = ["plain", " a  b ", "\n\nx\n", "é e\u0301", "日本語😀", "\t\u200d\u00a0", "x" * 300, "٣+٤", "###", "a</b>", "\r\n", "𝔘𝔫𝔦"]
+    n_slow = 0
+    for name,t in {"gemma": tok, **families}.items():
+        prompts = []
+        for question in nasty:
+            for reply in nasty:
+                parts = (("USER: ", Segment.HEADER), ("<image>", Segment.IMAGE), (question, Segment.USER), (" ASSISTANT:", Segment.HEADER), (f" {reply}", Segment.ANSWER), (t.eos_token, Segment.STOP))
+                prompts.append(Rendered("".join(text for text,_ in parts), parts))
+        table = token_table(t)
+        with Breakpoint(encode_prompts, at="return Encoded", watch=["bad"]) as bp: out = encode_prompts(prompts, t)
+        slow = [encode_slowly(prompt, t, table) for prompt in prompts]
+        ends = out.lengths.cumsum()
+        differ = [n for n,(ids,_) in enumerate(slow) if out.ids[ends[n]-out.lengths[n]:ends[n]].tolist() != ids]
+        print(f"{name:19}{len(prompts)} prompts, {len(bp['bad']):3} went the slow way, {len(differ)} differ")
+        test_eq(differ, [])
+        for n,prompt in enumerate(prompts):
+            learned = [i for i,s in zip(*(x[ends[n]-out.lengths[n]:ends[n]].tolist() for x in (out.ids, out.segments))) if s >= Segment.ANSWER]
+            assert learned[-1] == t.eos_token_id and t.eos_token_id not in learned[:-1]
 
 def test_chunks_and_ids_of_the_seed():
     prompt = ("<start_of_turn>user\n<image>\nWhat is in the photo?<end_of_turn>\n"
           "<start_of_turn>model\nthe box chain purse black<end_of_turn>\n<eos>")
-    with Breakpoint(tokenizer_image_token, at="input_ids = insert_separator", watch=["prompt_chunks"]) as bp:
+    with Breakpoint(join_chunks, at="input_ids = insert_separator", watch=["prompt_chunks"]) as bp:
         input_ids = tokenizer_image_token(prompt, tok, return_tensors="pt")
     print(bp["prompt_chunks"])
     peek(input_ids=input_ids)
@@ -94,24 +171,26 @@ def test_tag_in_an_answer_gets_no_sentinel():
     conv = get_template("gemma")
     conv.append_message("user", "<image>\nHow?")
     conv.append_message("model", "Write <image>.")
-    chunks, = encode_prompts([render(conv)], tok)
-    ids = tokenizer_image_token(chunks, tok)
-    test_eq((len(chunks), ids.count(-200)), (2, 1))
+    ids = encode_prompts([render(conv)], tok).ids.tolist()
+    test_eq(ids.count(-200), 1)
     assert tok.decode([i for i in ids if i >= 0]).count("<image>") == 1
 
-def test_every_fused_newline_of_a_long_conversation_is_split():
-    conv = get_template("gemma")
-    for role,text in [("user", "a"), ("model", "\n\nb"), ("user", "\n"), ("model", "\nc")]: conv.append_message(role, text)
-    prompt = render(conv)
-    chunk, = encode_prompts([prompt], tok)[0]
-    assert all(start in chunk.starts for start,_ in prompt.answers) and chunk.ids.count(2) == 1
-    test_eq(tok.decode(chunk.ids[1:]), prompt.text)
+def test_empty_prompts_and_batches_are_no_trouble():
+    for t in (tok, *families.values()):
+        empty, some = Rendered("", ()), Rendered("a", (("a", Segment.ANSWER),))
+        out = encode_prompts([empty, some, empty], t)
+        n_bos = token_table(t).n_bos
+        test_eq(out.lengths.tolist(), [n_bos, n_bos + 1, n_bos])
+        test_eq(out.segments.tolist().count(Segment.ANSWER), 1)
+    test_eq(encode_prompts([], tok).ids.tolist(), [])
+    with expect_fail(ConfigError, contains="return_tensors"): tokenizer_image_token("a", tok, return_tensors="np")
+    with expect_fail(ConfigError, contains="image_tags"): preprocess_multimodal([], image_tags="all")
 
-def test_batched_and_single_calls_agree():
-    texts = ["<image>\na\n\n<image> b", "no picture é😀", "", "<start_of_turn>user\n<image>"]
-    test_eq([tokenizer_image_token(c, tok) for c in encode_prompts(texts, tok)], [tokenizer_image_token(t, tok) for t in texts])
-    with expect_fail(ValueError, contains="return_tensors"): tokenizer_image_token("a", tok, return_tensors="np")
-    with expect_fail(ValueError, contains="image_tags"): preprocess_multimodal([], image_tags="all")
+def test_blanks_are_added_first_or_always_or_never():
+    from types import SimpleNamespace
+    backend = lambda normalizer, pre: SimpleNamespace(normalizer=normalizer, pre_tokenizer=pre)
+    test_eq([added_blank(backend(*pair)) for pair in [('Prepend(prepend="▁")', None), (None, 'Metaspace(replacement="▁", prepend_scheme=first, split=False)'), (None, 'Metaspace(prepend_scheme="always")'), (None, 'Metaspace(prepend_scheme="never")'), (None, None)]],
+            ["always", "first", "always", "never", "never"])
 
 def test_tags_and_pictures_must_be_equally_many():
     source = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "an <image> tag"}]

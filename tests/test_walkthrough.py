@@ -9,8 +9,8 @@ from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, DataError, peek
 from vlm_lit.dataset import LazySupervisedDataset
 from vlm_lit.images import interpolate_image, sample_image
 from vlm_lit.labels import LabelStrip, fill_template, preprocess
-from vlm_lit.sentinels import preprocess_multimodal, tokenizer_image_token
-from vlm_lit.templates import conv_templates, render
+from vlm_lit.sentinels import join_chunks, preprocess_multimodal
+from vlm_lit.templates import Segment, conv_templates, render
 from vlm_lit.tokenizer import adds_bos, bundled_gemma, load_tokenizer, prepare_tokenizer, special_tokens
 
 def setup_module():
@@ -62,14 +62,14 @@ def test_conversation_before_and_after_its_messages():
     test_eq(conv_templates["gemma"].messages, [])      # the table was not touched: a copy was filled
 
 def test_prompt_and_its_answer():
-    with Breakpoint(render, at="return Rendered", watch=["text", "answers", "images"]) as bp: ds[0]
+    with Breakpoint(render, at="return Rendered", watch=["text", "parts"]) as bp: ds[0]
     test_eq(bp["text"], "<start_of_turn>user\n<image>\nWhat is in the photo?<end_of_turn>\n<start_of_turn>model\nthe box chain purse black<end_of_turn>\n<eos>")
-    test_eq([bp["text"][a:b] for a,b in bp["answers"]], ["the box chain purse black<end_of_turn>\n<eos>"])
-    test_eq([bp["text"][a:b] for a,b in bp["images"]], ["<image>"])
+    test_eq([text for text,segment in bp["parts"] if segment in (Segment.ANSWER, Segment.STOP)], ["the box chain purse black", "<end_of_turn>\n<eos>"])
+    test_eq([text for text,segment in bp["parts"] if segment == Segment.IMAGE], ["<image>"])
 
 def test_chunks_and_their_join():
-    with Breakpoint(tokenizer_image_token, at="input_ids = insert_separator", watch=["prompt_chunks"]) as bp:
-        with Breakpoint(tokenizer_image_token, at="if return_tensors not in", watch=["input_ids"]) as joined: ds[0]
+    with Breakpoint(join_chunks, at="input_ids = insert_separator", watch=["prompt_chunks"]) as bp:
+        with Breakpoint(join_chunks, at="return input_ids", watch=["input_ids"]) as joined: ds[0]
     test_eq(bp["prompt_chunks"], [[2, 106, 1645, 108],
         [2, 108, 1841, 603, 575, 573, 2686, 235336, 107, 108, 106, 2516, 108, 1175, 3741, 9488, 45189, 2656, 107, 108, 1]])
     test_eq(joined["input_ids"], [2, 106, 1645, 108, -200, 108, 1841, 603, 575, 573, 2686, 235336, 107, 108, 106, 2516, 108, 1175, 3741, 9488, 45189, 2656, 107, 108, 1])

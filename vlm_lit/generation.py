@@ -10,9 +10,9 @@ import warnings
 import torch
 from PIL import Image
 from .core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from .templates import get_template
+from .templates import Segment
 from .sentinels import move_tag
-from .labels import generation_ids
+from .labels import generation_ids, preprocess
 from .images import prepare_image
 from .batches import DataCollatorForSupervisedDataset
 from .model import VLM
@@ -57,9 +57,11 @@ def stop_ids(
     tokenizer, # A fast Hugging Face tokenizer
     template:str="gemma", # The one the model was trained with
 ) -> list[int]: # Any of them ends an answer
-    "The first token that the template writes behind an answer, and EOS."
-    behind = {"gemma": "<end_of_turn>"}.get(template) or get_template(template).sep2
-    return sorted({tokenizer(behind, add_special_tokens=False).input_ids[0], tokenizer.eos_token_id})
+    "The first token that is learned behind an answer and is no blank, and EOS."
+    turns = [{"from": "human", "value": f"{IMAGE_TOKEN}\nHi"}, {"from": "gpt", "value": "a"}]
+    out = preprocess([turns], tokenizer, template, return_segments=True)
+    stop = out["input_ids"][0][out["segments"][0] == Segment.STOP].tolist()
+    return sorted({next((i for i in stop if tokenizer.decode([i]).strip()), stop[0]), tokenizer.eos_token_id})
 
 @torch.inference_mode()
 def generate_ids(

@@ -18,7 +18,7 @@ from .core import describe
 from .breakpoints import Breakpoint
 from .tokenizer import adds_bos, prepare_tokenizer, special_tokens
 from .templates import render
-from .sentinels import preprocess_multimodal, tokenizer_image_token
+from .sentinels import join_chunks, preprocess_multimodal
 from .labels import LabelStrip, fill_template, preprocess
 from .images import open_image
 from .dataset import LazySupervisedDataset, image_names
@@ -40,10 +40,10 @@ WALK = (
     WalkStop("preprocess: the empty conversation", fill_template, "roles = {", ("conv",)),
     WalkStop("preprocess: who is who", fill_template, "source = drop_greeting", ("roles", "source")),
     WalkStop("preprocess: the conversation with its messages", fill_template, "return conv", ("conv",)),
-    WalkStop("render: the prompt, and where its answers are", render, "return Rendered", ("text", "answers", "images")),
-    WalkStop("tokenizer_image_token: the chunks", tokenizer_image_token, "input_ids = insert_separator", ("prompt_chunks",)),
-    WalkStop("tokenizer_image_token: a sentinel in each gap", tokenizer_image_token, "if return_tensors not in", ("input_ids", "len(input_ids)")),
-    WalkStop("mask: what is learned", preprocess, 'return {"input_ids"', ("input_ids[0]", "labels[0]")),
+    WalkStop("render: the prompt, in parts", render, "return Rendered", ("text", "parts")),
+    WalkStop("join_chunks: what was tokenized, each side by itself", join_chunks, "input_ids = insert_separator", ("prompt_chunks",)),
+    WalkStop("join_chunks: a sentinel in each gap", join_chunks, "return input_ids", ("input_ids", "len(input_ids)")),
+    WalkStop("mask: what is learned", preprocess, 'return {"input_ids"', ("input_ids[0]", "segments[0]", "labels[0]")),
     WalkStop("image: interpolated to the small size", LazySupervisedDataset.__getitem__, 'return {**data, "image"', ("image", "image_aux"), True),
 )
 
@@ -80,7 +80,8 @@ def walk_lines(
     for stop,bp in seen:
         lines += ["", f"{stop.title}", f"    at {bp.where}: {stop.at} …"]
         lines += [f"    {name} = {show_value(bp[name])}" for name in stop.watch]
-    strip = LabelStrip(item["input_ids"], item["labels"], tokenizer)
+    segments = next(bp for stop,bp in seen if stop.function is preprocess)["segments[0]"]
+    strip = LabelStrip(item["input_ids"], item["labels"], tokenizer, segments)
     return [*lines, "", "the mask, token by token", *(f"    {line}" for line in repr(strip).splitlines())]
 
 # %% ../nbs/15_reports.ipynb #c017
