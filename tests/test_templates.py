@@ -10,7 +10,11 @@ from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.templates import *
 
 def setup_module():
-    global GOLDEN, STYLES, golden, speaks
+    global GOLDEN, STYLES, filled, golden, speaks, tok, turns
+    def filled(*texts, template="gemma"):
+        conv = get_template(template)
+        for n,text in enumerate(texts): conv.append_message(conv.roles[n % 2], text)
+        return conv
     GOLDEN = next(folder for folder in map(Path, ("tests/golden", "../tests/golden")) if folder.is_dir())
     def golden(name): return [json.loads(line) for line in lzma.open(GOLDEN/f"{name}.jsonl.xz", "rt", encoding="utf-8")]
     STYLES = {
@@ -23,6 +27,8 @@ def setup_module():
         "The tokenizer with a template of this style."
         tokenizer.chat_template = STYLES[style]
         return tokenizer
+    tok = load_tokenizer("gemma")
+    turns = [("user", "<image>\nWhat is it? "), ("assistant", " a falcon\n")]
 
 def test_llama_3_keeps_the_slip_and_has_a_corrected_twin():
     test_eq(len(conv_templates), 21)
@@ -64,10 +70,6 @@ def test_prompt_of_the_seed():
     test_eq([segment.name for _,segment in prompt.parts], ["HEADER", "IMAGE", "USER", "HEADER", "HEADER", "ANSWER", "STOP"])
 
 def test_generation_prompt_is_a_prefix_of_the_training_prompt():
-    def filled(*texts, template="gemma"):
-        conv = get_template(template)
-        for n,text in enumerate(texts): conv.append_message(conv.roles[n % 2], text)
-        return conv
     asked = render(filled("Hi"), add_generation_prompt=True)
     told = render(filled("Hi", "Hello!", "Bye", "See you"))
     print(repr(asked.text))
@@ -105,10 +107,6 @@ def test_every_reference_prompt_of_all_twenty_templates():
     test_eq(names | {"llama_3_assistant"}, set(conv_templates))
 
 def test_learned_part_of_four_templates():
-    def filled(*texts, template="gemma"):
-        conv = get_template(template)
-        for n,text in enumerate(texts): conv.append_message(conv.roles[n % 2], text)
-        return conv
     def bracketed(prompt):
         (a, b), = prompt.answers
         return f"{prompt.text[:a][-34:]}[{prompt.text[a:b]}]".replace("\n", "⏎")
@@ -145,9 +143,7 @@ def test_answers_are_noted_not_searched():
     test_eq((searched, len(prompt.answers)), (2, 1))
 
 def test_hf_template_gives_text_and_parts():
-    tok = speaks("gemma3", load_tokenizer("gemma"))
-    turns = [("user", "<image>\nWhat is it? "), ("assistant", " a falcon\n")]
-    prompt = render_hf(turns, tok)
+    prompt = render_hf(turns, speaks("gemma3", tok))
     for text,segment in prompt.parts: print(f"{segment.name:7}{text!r}")
     test_eq("<bos>" + prompt.text, tok.apply_chat_template([{"role": r, "content": t} for r,t in turns], tokenize=False))
     test_eq([prompt.text[a:b] for a,b in prompt.answers], ["a falcon<end_of_turn>"])
@@ -165,7 +161,7 @@ def test_hf_template_that_cannot_be_followed_is_refused():
     with expect_fail(DataError, contains="roles must alternate"): render_hf([("user", "q")], tok)
 
 def test_difference_of_two_renderings_learns_a_newline_too_many():
-    tok = speaks("gemma3", load_tokenizer("gemma"))
+    speaks("gemma3", tok)
     shorter, longer = [tok.apply_chat_template([{"role": r, "content": t} for r,t in turns[:n]], tokenize=False, add_generation_prompt=n < 2) for n in (1, 2)]
     print(repr(longer[len(shorter):]))
     test_eq(longer[len(shorter):], "a falcon<end_of_turn>\n")

@@ -209,7 +209,7 @@ def render(
     text = "".join([text for text,_ in parts])
     return Rendered(text, tuple(parts))
 
-# %% ../nbs/03_templates.ipynb #c039
+# %% ../nbs/03_templates.ipynb #c040
 def caption_form(
     conv:Conversation, # `plain` or `v0_plain`
 ) -> Conversation: # The same with the separator behind the caption only
@@ -224,7 +224,7 @@ def set_system(
     if conv.sep_style in (SeparatorStyle.GEMMA, SeparatorStyle.PLAIN): raise DataError(f"template {conv.version if conv.version != 'Unknown' else 'plain'!r} has no place for a system turn; put its text into the first question")
     conv.system = SYSTEM_OPENING.get(conv.sep_style, "") + text
 
-# %% ../nbs/03_templates.ipynb #c046
+# %% ../nbs/03_templates.ipynb #c047
 STAND_IN = "\ue000{}\ue001"    # characters of Unicode's private use area
 STRIPS = (str, str.strip, str.lstrip, str.rstrip, lambda s: s.strip("\n"), lambda s: s.lstrip("\n"), lambda s: s.rstrip("\n"))   # what templates do to a message
 
