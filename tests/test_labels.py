@@ -5,9 +5,8 @@ from itertools import zip_longest
 import numpy as np, torch
 from rich.text import Text
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_TOKEN, ConfigError, DataError
-from vlm_lit.tokenizer import adds_bos
 from vlm_lit.templates import Conversation, Rendered, Segment, SeparatorStyle, caption_form, get_template, render, render_hf, set_system
-from vlm_lit.sentinels import encode_prompts, token_table
+from vlm_lit.sentinels import TokenTable, encode_prompts, token_table
 import json, lzma, random, re, unicodedata, warnings
 from pathlib import Path
 import numpy as np
@@ -163,7 +162,7 @@ def test_only_answers_and_their_stops_are_learned():
     with expect_fail(ValueError, contains="3 input_ids but 2 segments"): mask_prompt(np.arange(3), np.arange(2))   # two lists that disagree in length are never cut to fit
 
 def test_labels_of_the_seed():
-    with Breakpoint(preprocess, at='return {"input_ids"', watch=["prompts[0].answers", "input_ids[0]", "segments[0]", "labels[0]"]) as bp:
+    with Breakpoint(preprocess, at='return {"input_ids"', watch=["prompts[0].answers", "input_ids[0]", "encoded.segments", "labels[0]"]) as bp:
         out = preprocess([source], tok)
     labels = bp["labels"][0].tolist()
     print(labels)

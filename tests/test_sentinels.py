@@ -5,7 +5,7 @@ from itertools import chain
 import numpy as np, torch
 from vlm_lit.core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_TOKEN, ConfigError, DataError
 from vlm_lit.templates import Rendered, Segment, user_parts
-from vlm_lit.tokenizer import adds_bos, control_tokens
+from vlm_lit.tokenizer import control_tokens
 import copy, json, lzma
 from pathlib import Path
 from tokenizers import Tokenizer

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGE_FRAME', 'NEEDS_BOS', 'COLORS', 'check_turns', 'drop_greeting', 'plain_source', 'fill_template',
            'template_markers', 'pattern_of', 'control_pattern', 'check_control_tokens', 'check_policy', 'literal_spans',
-           'mask_prompt', 'check_tokenizer', 'make_prompt', 'preprocess', 'visible', 'LabelStrip', 'StripPair',
-           'generation_ids', 'open_prompt']
+           'mask_prompt', 'check_tokenizer', 'check_table', 'make_prompt', 'preprocess', 'visible', 'LabelStrip',
+           'StripPair', 'generation_ids', 'open_prompt']
 
 # %% ../nbs/05_labels.ipynb #c002
 import html, re, warnings
@@ -15,9 +15,8 @@ from itertools import zip_longest
 import numpy as np, torch
 from rich.text import Text
 from .core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_TOKEN, ConfigError, DataError
-from .tokenizer import adds_bos
 from .templates import Conversation, Rendered, Segment, SeparatorStyle, caption_form, get_template, render, render_hf, set_system
-from .sentinels import encode_prompts, token_table
+from .sentinels import TokenTable, encode_prompts, token_table
 
 # %% ../nbs/05_labels.ipynb #c007
 def check_turns(
@@ -159,11 +158,18 @@ def check_tokenizer(
     if template == "hf":
         if not getattr(tokenizer, "chat_template", None): raise ConfigError("template 'hf' uses the tokenizer's chat_template, and this tokenizer has none; choose a name from conv_templates")
         return
-    style = get_template(template).sep_style
-    if style in NEEDS_BOS and not adds_bos(tokenizer): raise ConfigError(f"template {template!r} needs a tokenizer that begins every text with BOS, and this one does not "
-                                                                        f"(its bos_token is {tokenizer.bos_token!r}); set add_bos_token, or choose another template")
+    check_table(token_table(tokenizer), template)
+
+@lru_cache(maxsize=16)
+def check_table(
+    table:TokenTable, # Of the tokenizer
+    template:str, # A name in `conv_templates`
+) -> None:
+    "Raise `ConfigError` if what the template writes is not what the tokenizer knows."
+    if get_template(template).sep_style in NEEDS_BOS and not table.n_bos: raise ConfigError(
+        f"template {template!r} needs a tokenizer that begins every text with BOS, and this one does not; set add_bos_token, or choose another template")
     marks = {mark for text in template_markers(template) for mark in re.findall(r"(?<!<)<\|?\w+\|?>(?!>)|</s>", text)}
-    missing = sorted(marks - set(token_table(tokenizer).control))
+    missing = sorted(marks - set(table.control))
     if missing: raise ConfigError(f"template {template!r} needs the control tokens {missing}, which this tokenizer would spell as plain text; choose its own template")
 
 def make_prompt(
@@ -199,10 +205,11 @@ def preprocess(
     for source,own,record in zip(sources, pictured, records): check_policy(source, control_tokens, pattern, own, record)
     literals = [literal_spans(prompt, pattern) for prompt in prompts] if control_tokens == "escape" else None
     encoded = encode_prompts(prompts, tokenizer, literals)
-    input_ids, labels, segments = [list(torch.from_numpy(flat).split(encoded.lengths.tolist())) for flat in (encoded.ids, mask_prompt(encoded.ids, encoded.segments), encoded.segments)]
-    for n,(record,prompt) in enumerate(zip(records, prompts)):
-        if not prompt.answers: warnings.warn(f"record {record!r}: nothing in it is learned; it has no answer")
-    return {"input_ids": input_ids, "labels": labels, **({"segments": segments} if return_segments else {})}
+    apart = lambda flat: list(torch.from_numpy(flat).split(encoded.lengths.tolist()))
+    input_ids, labels = apart(encoded.ids), apart(mask_prompt(encoded.ids, encoded.segments))
+    for record,prompt in zip(records, prompts):
+        if all(segment < Segment.ANSWER for _,segment in prompt.parts): warnings.warn(f"record {record!r}: nothing in it is learned; it has no answer")
+    return {"input_ids": input_ids, "labels": labels, **({"segments": apart(encoded.segments)} if return_segments else {})}
 
 # %% ../nbs/05_labels.ipynb #c023
 COLORS = {"SYSTEM": "#6d4c41", "HEADER": "#616161", "USER": "#1565c0", "IMAGE": "#6a1b9a", "ANSWER": "#2e7d32", "STOP": "#c62828", "PAD": "#bdbdbd", "": "#616161"}

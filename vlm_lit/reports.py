@@ -43,7 +43,7 @@ WALK = (
     WalkStop("render: the prompt, in parts", render, "return Rendered", ("text", "parts")),
     WalkStop("join_chunks: what was tokenized, each side by itself", join_chunks, "input_ids = insert_separator", ("prompt_chunks",)),
     WalkStop("join_chunks: a sentinel in each gap", join_chunks, "return input_ids", ("input_ids", "len(input_ids)")),
-    WalkStop("mask: what is learned", preprocess, 'return {"input_ids"', ("input_ids[0]", "segments[0]", "labels[0]")),
+    WalkStop("mask: what is learned", preprocess, 'return {"input_ids"', ("input_ids[0]", "encoded.segments", "labels[0]")),
     WalkStop("image: interpolated to the small size", LazySupervisedDataset.__getitem__, 'return {**data, "image"', ("image", "image_aux"), True),
 )
 
@@ -80,7 +80,7 @@ def walk_lines(
     for stop,bp in seen:
         lines += ["", f"{stop.title}", f"    at {bp.where}: {stop.at} …"]
         lines += [f"    {name} = {show_value(bp[name])}" for name in stop.watch]
-    segments = next(bp for stop,bp in seen if stop.function is preprocess)["segments[0]"]
+    segments = next(bp for stop,bp in seen if stop.function is preprocess)["encoded.segments"]
     strip = LabelStrip(item["input_ids"], item["labels"], tokenizer, segments)
     return [*lines, "", "the mask, token by token", *(f"    {line}" for line in repr(strip).splitlines())]
 

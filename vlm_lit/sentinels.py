@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TABLES', 'FAR', 'move_tag', 'preprocess_multimodal', 'drop_bos', 'insert_separator', 'TokenTable', 'token_width',
            'added_blank', 'make_table', 'token_table', 'chunks_of', 'join_chunks', 'encode_ids', 'covered',
-           'offset_widths', 'encode_piece', 'encode_slowly', 'restart', 'Encoded', 'byte_length', 'encode_prompts',
-           'misfits', 'segments_of', 'tokenizer_image_token', 'check_image_count']
+           'offset_widths', 'encode_piece', 'encode_slowly', 'restart', 'Encoded', 'part_sizes', 'encode_prompts',
+           'flatten', 'misfits', 'segments_of', 'tokenizer_image_token', 'check_image_count']
 
 # %% ../nbs/04_sentinels.ipynb #c002
 import re, weakref
@@ -15,7 +15,7 @@ from itertools import chain
 import numpy as np, torch
 from .core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_TOKEN, ConfigError, DataError
 from .templates import Rendered, Segment, user_parts
-from .tokenizer import adds_bos, control_tokens
+from .tokenizer import control_tokens
 
 # %% ../nbs/04_sentinels.ipynb #c009
 def move_tag(
@@ -59,7 +59,7 @@ def insert_separator(
     return list(first) + [item for chunk in rest for item in [separator, *chunk]]
 
 # %% ../nbs/04_sentinels.ipynb #c022
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenTable:
     "What a tokenizer's ids cover in the text, and what it writes unasked."
     widths: np.ndarray   # bytes of text each id covers; the sentinel's entry is `IMAGE_TOKEN`'s length
@@ -105,9 +105,10 @@ def token_table(
     tokenizer, # A fast Hugging Face tokenizer
 ) -> TokenTable:
     "The tokenizer's table, made at its first use and again when words were added or named special."
-    made_for = (tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=True), adds_bos(tokenizer), *tokenizer.all_special_tokens)
-    if TABLES.get(tokenizer, (None,))[0] != made_for: TABLES[tokenizer] = (made_for, make_table(tokenizer))
-    return TABLES[tokenizer][1]
+    backend, found = tokenizer.backend_tokenizer, TABLES.get(tokenizer, (None, None))
+    made_for = (backend.get_vocab_size(with_added_tokens=True), backend.num_special_tokens_to_add(False), *tokenizer.all_special_tokens)
+    if found[0] != made_for: found = TABLES[tokenizer] = (made_for, make_table(tokenizer))
+    return found[1]
 
 # %% ../nbs/04_sentinels.ipynb #c029
 def chunks_of(
@@ -229,9 +230,11 @@ class Encoded:
     segments: np.ndarray  # uint8, values of `Segment`
     lengths: np.ndarray   # ids of each prompt
 
-def byte_length(text:str) -> int:
-    "Length in UTF-8."
-    return len(text) if text.isascii() else len(text.encode())
+def part_sizes(
+    prompt:Rendered,
+) -> list[int]: # Bytes of each part
+    "How long the parts of a prompt are in UTF-8."
+    return [len(text) for text,_ in prompt.parts] if prompt.text.isascii() else [len(text.encode()) for text,_ in prompt.parts]
 
 def encode_prompts(
     prompts:list[Rendered],
@@ -241,53 +244,54 @@ def encode_prompts(
     "Tokenize prompts, all in one call, and say of each token which segment it starts in."
     table = token_table(tokenizer)
     rows = encode_ids(prompts, tokenizer, table.n_bos)
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    ids = np.fromiter(chain.from_iterable(rows), np.int64, lengths.sum())
-    widths = covered(ids, lengths.cumsum() - lengths, table, table.n_bos)
     n_parts = np.array([len(prompt.parts) for prompt in prompts], dtype=np.int64)
-    part_ends = restart(np.array([byte_length(text) for prompt in prompts for text,_ in prompt.parts], dtype=np.int64), n_parts)
+    part_ends = restart(np.array([size for prompt in prompts for size in part_sizes(prompt)], dtype=np.int64), n_parts)
     kinds = np.array([segment for prompt in prompts for _,segment in prompt.parts], dtype=np.uint8)
-    bad = sorted({*misfits(widths, lengths, part_ends, kinds, n_parts), *(n for n,own in enumerate(literals or ()) if own)})
+    ids, lengths = flatten(rows)
+    widths = covered(ids, lengths.cumsum() - lengths, table, table.n_bos)
+    bad = sorted({*misfits(restart(widths, lengths), lengths, part_ends, kinds, n_parts), *(n for n,own in enumerate(literals or ()) if own)})
     if bad:
         slow = {n: encode_slowly(prompts[n], tokenizer, table, literals[n] if literals else ()) for n in bad}
-        rows, measured = [slow[n][0] if n in slow else row for n,row in enumerate(rows)], np.split(widths, lengths.cumsum()[:-1])
+        measured = np.split(widths, lengths.cumsum()[:-1])
         widths = np.concatenate([np.array(slow[n][1], dtype=np.int64) if n in slow else own for n,own in enumerate(measured)])
-        lengths, ids = np.array([len(row) for row in rows], dtype=np.int64), np.fromiter(chain.from_iterable(rows), np.int64)
-    return Encoded(ids, segments_of(widths, lengths, part_ends, kinds, n_parts, table.n_bos), lengths)
+        ids, lengths = flatten([slow[n][0] if n in slow else row for n,row in enumerate(rows)])
+    segments = segments_of(restart(widths, lengths) - widths, lengths, part_ends, kinds, n_parts)
+    if table.n_bos: segments[lengths.cumsum() - lengths] = Segment.HEADER
+    return Encoded(ids, segments, lengths)
+
+def flatten(
+    rows:list[list[int]], # Ids of each prompt
+) -> tuple[np.ndarray,np.ndarray]: # all ids in a row; how many each prompt has
+    "Many lists as one array."
+    lengths = np.array([len(row) for row in rows], dtype=np.int64)
+    return np.fromiter(chain.from_iterable(rows), np.int64, int(lengths.sum())), lengths
 
 def misfits(
-    widths:np.ndarray, # Of all tokens
+    ends:np.ndarray, # Where each token ends, from `restart`
     lengths:np.ndarray, # Tokens of each prompt
-    part_ends:np.ndarray, # From `restart`
+    part_ends:np.ndarray, # Where each part ends, from `restart`
     kinds:np.ndarray, # Segment of each part
     n_parts:np.ndarray, # Parts of each prompt
 ) -> list[int]: # Numbers of prompts
     "Prompts whose widths do not add up to their text, or where a token lies across the edge of an answer."
-    ends, learned = restart(widths, lengths), kinds >= Segment.ANSWER
-    flips = part_ends[:-1][(learned[1:] != learned[:-1]) & (np.diff(part_ends) < FAR//2)]
-    lasts = part_ends[(n_parts.cumsum() - 1)[n_parts > 0]]          # each prompt's last token must end with its text
-    edges = np.concatenate([flips, lasts])
-    found = ends[np.searchsorted(ends, edges).clip(max=max(len(ends) - 1, 0))] if len(ends) else np.full(len(edges), -1)
-    totals = np.zeros(len(lengths), dtype=np.int64)
-    np.add.at(totals, np.repeat(np.arange(len(lengths)), lengths), widths)
-    wanted = np.zeros(len(lengths), dtype=np.int64)
-    wanted[n_parts > 0] = lasts % FAR
-    return [*np.unique(edges[found != edges]//FAR).tolist(), *np.flatnonzero(totals != wanted).tolist()]
+    if not len(ends): return []
+    last = lambda ends, counts: np.where(counts > 0, ends[counts.cumsum() - 1] if len(ends) else 0, FAR*np.arange(len(counts)))
+    wrong = np.flatnonzero(last(ends, lengths) != last(part_ends, n_parts)).tolist()
+    learned = kinds >= Segment.ANSWER
+    flips = part_ends[:-1][learned[1:] != learned[:-1]]          # ends of prompts among them are ends of tokens anyway
+    across = flips[ends[np.searchsorted(ends, flips).clip(max=len(ends) - 1)] != flips]
+    return wrong + (across//FAR).tolist()
 
 def segments_of(
-    widths:np.ndarray, # Of all tokens
+    starts:np.ndarray, # Where each token starts, from `restart`
     lengths:np.ndarray, # Tokens of each prompt
-    part_ends:np.ndarray, # From `restart`
+    part_ends:np.ndarray, # Where each part ends, from `restart`
     kinds:np.ndarray, # Segment of each part
     n_parts:np.ndarray, # Parts of each prompt
-    n_bos:int, # 1 if each prompt begins with a BOS
 ) -> np.ndarray: # uint8, one a token
-    "Which part each token starts in; a BOS belongs to the header."
-    starts = restart(widths, lengths) - widths
-    place = np.minimum(np.searchsorted(part_ends, starts, side="right"), np.repeat(n_parts.cumsum() - 1, lengths))
-    segments = kinds[place] if len(kinds) else np.full(len(starts), Segment.HEADER, dtype=np.uint8)
-    if n_bos: segments[lengths.cumsum() - lengths] = Segment.HEADER
-    return segments
+    "Which part each token starts in."
+    if not len(kinds): return np.full(len(starts), Segment.HEADER, dtype=np.uint8)
+    return kinds[np.minimum(np.searchsorted(part_ends, starts, side="right"), np.repeat(n_parts.cumsum() - 1, lengths))]
 
 # %% ../nbs/04_sentinels.ipynb #c047
 def tokenizer_image_token(

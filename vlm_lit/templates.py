@@ -44,7 +44,7 @@ class Conversation:
 
     def copy(self) -> "Conversation":
         "The same template with its own list of messages."
-        return replace(self, messages=[[role, text] for role,text in self.messages])
+        return Conversation(self.system, self.roles, [[role, text] for role,text in self.messages], self.offset, self.sep_style, self.sep, self.sep2, self.version, self.skip_next)
 
     def get_prompt(self) -> str:
         "The text of the conversation."
