@@ -154,6 +154,9 @@ def test_every_record_once_over_all_ranks():
             assert 0 <= ranks[0].extra < 8*world and max(seen.values()) <= 2
             mixed = sum(len({bool(has_image[i]) for i in b}) > 1 for p in passes for b in p)
             assert mixed <= 2*world                                                 # the leftovers' steps at most
+            for step in zip(*passes):                                               # ranks work equally long at each step: neighbours in length
+                sums, all_of_step = [lengths[b].sum() for b in step], lengths[[i for b in step for i in b]]
+                assert max(sums) - min(sums) <= all_of_step.max() - all_of_step.min()
             for r in ranks: r.set_epoch(epoch + 1)
     dropping = GroupedBatchSampler(lengths, has_image, 7, remainder="drop")
     seen = Counter(i for b in dropping for i in b)

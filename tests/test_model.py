@@ -148,6 +148,8 @@ def test_positions_restart_with_each_sample():
     print(restart_positions(splice_sample_ids(plan, own)).tolist())
     test_eq(splice_sample_ids(plan, own)[0].tolist(), [1, 1, 2, 2, 2, 2, 3, 3, 3])
     test_eq(restart_positions(splice_sample_ids(plan, own))[0].tolist(), [0, 1, 0, 1, 2, 3, 0, 1, 2])
+    wide = plan_splice(torch.tensor([[-200, 7], [5, 6]]), torch.ones(2, 2).bool(), 3)       # the second row is padded only by the splice
+    test_eq(splice_sample_ids(wide, torch.tensor([[1, 1], [1, 2]])).tolist(), [[1, 1, 1, 1], [1, 2, 0, 0]])
     test_eq(restart_positions(torch.tensor([[1, 2, 2, 0, 0], [1, 1, 1, 1, 1]])).tolist(), [[0, 0, 1, 0, 1], [0, 1, 2, 3, 4]])   # a sample of one token, too
 
 def test_ids_without_a_row_are_read_as_unknown():
@@ -247,6 +249,8 @@ def test_collator_and_model_agree_on_packed_rows():
     test_eq([expanded_length(s["input_ids"], 16) for s in samples], [20, 20, 3])
     plain = DataCollatorForSupervisedDataset(0)(samples)
     with torch.no_grad(): test_close(model(**batch, num_items=1).loss, model(**{k: v for k,v in plain.items()}, num_items=1).loss, eps=1e-4)
+    careless = {**batch, "labels": torch.where(batch["attention_mask"], batch["input_ids"], -100)}     # labels that somebody else joined
+    with torch.no_grad(): test_eq(model(**careless).targets.tolist(), [20, 21, 22, 30, 31, 32, 40, 41])   # no 11, no second 2
     model.language_model.config._attn_implementation = "flash_attention_2"
     with expect_fail(ConfigError, contains="packed rows need attention"): model(**batch)
 
