@@ -5,15 +5,18 @@ from torch import nn
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, ConvNextConfig, ConvNextModel
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConfigError, DataError
+from vlm_lit.images import finish_images
 import matplotlib.pyplot as plt
 from dataclasses import replace
 from fastcore.test import test_eq, test_close, expect_fail
+from vlm_lit.batches import DataCollatorForSupervisedDataset, expanded_length, join_samples, pad_samples
 from vlm_lit.breakpoints import Breakpoint
 from vlm_lit.core import peek
+from vlm_lit.images import make_square, prepare_image, sample_image, to_bytes
 from vlm_lit.model import *
 
 def setup_module():
-    global small_batch, small_config
+    global FAMILIES, packed_and_alone, packing_model, packing_samples, small_batch, small_config
     torch.set_printoptions(precision=3, sci_mode=False)
     def small_config(**changes):
         "A model of a few thousand weights, for examples."
@@ -28,6 +31,28 @@ def setup_module():
         return dict(input_ids=torch.tensor([[2, 106, -200, 108, 20, 21, 1], [2, 30, 31, 1, 0, 0, 0]]),
                     labels=torch.tensor([[-100, -100, -100, -100, 20, 21, 1], [-100, -100, 31, 1, -100, -100, -100]]),
                     attention_mask=torch.tensor([[1]*7, [1]*4 + [0]*3]).bool(), images=torch.randn(1, 3, 32, 32), images_aux=torch.randn(1, 3, 64, 64))
+    FAMILIES = {"gemma": {}, "llama": {}, "qwen2": {}, "mistral": {"sliding_window": 4}, "gemma3_text": {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8}}
+    def packing_model(family="gemma", attention="sdpa"):
+        "A small model of one family, with the attention implementation of that name."
+        torch.manual_seed(0)
+        text = {**small_config().text, "model_type": family, **FAMILIES[family]}
+        if family in ("qwen2",): text.pop("head_dim")
+        model = VLM(small_config(text=text)).eval()
+        model.language_model.set_attn_implementation(attention)
+        return model
+    def packing_samples(first=20):
+        "Three samples; the first one's words and picture follow from `first`."
+        make = lambda ids, seed: {"input_ids": torch.tensor(ids), "labels": torch.where(torch.tensor(ids) > 10, torch.tensor(ids), -100),
+                                  **({"image": torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(seed)), "image_aux": torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(seed + 1))} if -200 in ids else {})}
+        return [make([2, -200, first, first + 1, first + 2], first), make([2, 30, -200, 31, 32], 900), make([11, 40, 41], 0)]
+    def packed_and_alone(model, samples):
+        "Logits of all samples in one row, in their order, and each from a batch of its own; and the two losses as sums."
+        joined = pad_samples([join_samples(samples)], 0)
+        pictures = lambda own: {"images" if k == "image" else "images_aux": torch.stack([s[k] for s in own if k in s]) for k in ("image", "image_aux") if any(k in s for s in own)}
+        with torch.no_grad():
+            packed = model(**joined, **pictures(samples), num_items=1)
+            alone = [model(**pad_samples([s], 0), **pictures([s]), num_items=1) for s in samples]
+        return packed.logits, torch.cat([a.logits for a in alone]), packed.loss, sum(a.loss for a in alone)
 
 def test_geometry_of_the_configuration():
     test_eq((small_config().grid, small_config().num_patches, small_config().grid_aux), (4, 16, 16))
@@ -115,6 +140,18 @@ def test_only_states_before_learned_tokens_are_selected():
     test_eq(rows.flatten().tolist(), [1, 2, 8])      # one before each label
     test_eq(targets.tolist(), [11, 12, 13])
 
+def test_positions_restart_with_each_sample():
+    ids = torch.tensor([[5, 6, -200, 7, 8, 9, 5, 0, 0]])
+    own = torch.tensor([[1, 1, 2, 2, 3, 3, 3, 0, 0]])
+    plan = plan_splice(ids, own > 0, 3)
+    print(splice_sample_ids(plan, own).tolist())
+    print(restart_positions(splice_sample_ids(plan, own)).tolist())
+    test_eq(splice_sample_ids(plan, own)[0].tolist(), [1, 1, 2, 2, 2, 2, 3, 3, 3])
+    test_eq(restart_positions(splice_sample_ids(plan, own))[0].tolist(), [0, 1, 0, 1, 2, 3, 0, 1, 2])
+    wide = plan_splice(torch.tensor([[-200, 7], [5, 6]]), torch.ones(2, 2).bool(), 3)       # the second row is padded only by the splice
+    test_eq(splice_sample_ids(wide, torch.tensor([[1, 1], [1, 2]])).tolist(), [[1, 1, 1, 1], [1, 2, 0, 0]])
+    test_eq(restart_positions(torch.tensor([[1, 2, 2, 0, 0], [1, 1, 1, 1, 1]])).tolist(), [[0, 0, 1, 0, 1], [0, 1, 2, 3, 4]])   # a sample of one token, too
+
 def test_ids_without_a_row_are_read_as_unknown():
     table = IdTable(small_config(used_ids=(1, 3, 107, 250)))
     ids = torch.tensor([250, 107, 42, 1])
@@ -178,6 +215,66 @@ def test_compact_table_has_few_rows_and_gemma_ids():
     test_eq(compact.id_table.to_ids(out.targets).tolist(), [20, 21, 1, 31, 1])
     test_eq(tuple(out.logits.shape), (5, 10))
 
+def test_bytes_give_the_logits_of_floats():
+    torch.manual_seed(0)
+    model, batch = VLM(small_config()).eval(), small_batch()
+    pixels = to_bytes(make_square(sample_image(), 64))
+    floats = prepare_image(sample_image(), 64, 32, mean=model.cfg.image_mean, std=model.cfg.image_std)
+    text = {k: v for k,v in batch.items() if not k.startswith("images")}
+    with torch.no_grad():
+        ours, want = model(**text, images_aux=pixels[None]), model(**text, images=floats["image"][None], images_aux=floats["image_aux"][None])
+    print(f"largest difference {float((ours.logits - want.logits).abs().max()):.0e}" if not torch.equal(ours.logits, want.logits) else "equal")
+    test_close(ours.logits, want.logits, eps=1e-5)
+    test_close(model.double()(**text, images_aux=pixels[None]).logits, want.logits.double(), eps=1e-4)       # finished in the model's own type
+    with expect_fail(DataError, contains="1 image sentinel(s) in input_ids for 2 image(s)"): model(**text, images_aux=pixels.repeat(2, 1, 1, 1))
+    with expect_fail(DataError, contains="bytes in images_aux alone"): model.float()(**text, images=floats["image"][None], images_aux=pixels[None])
+    with expect_fail(ConfigError, contains="reads each picture whole"): model(**text, images=floats["image"][None, None], images_aux=floats["image_aux"][None])
+
+def test_packed_samples_do_not_see_each_other():
+    for family in FAMILIES:
+        for attention in ("eager", "sdpa"):
+            model = packing_model(family, attention)
+            packed, alone, loss, sum_of_losses = packed_and_alone(model, packing_samples())
+            test_close(packed, alone, eps=1e-5)                                      # as if alone: positions, attention, targets
+            test_close(loss, sum_of_losses, eps=1e-4)
+            other = packed_and_alone(model, packing_samples(first=60))[0]
+            assert (other[:3] - packed[:3]).abs().max() > 1e-3                        # sample 1 did change
+            assert (other[3:] - packed[3:]).abs().max() < 1e-6, (family, attention)   # and the others did not notice
+
+def test_collator_and_model_agree_on_packed_rows():
+    model = packing_model()
+    samples = packing_samples()
+    batch = DataCollatorForSupervisedDataset(0, max_length=44, image_rows=16)(samples)
+    test_eq(batch["input_ids"].shape[0], 1)                                           # 20 + 20 + 3 positions
+    test_eq([expanded_length(s["input_ids"], 16) for s in samples], [20, 20, 3])
+    plain = DataCollatorForSupervisedDataset(0)(samples)
+    with torch.no_grad(): test_close(model(**batch, num_items=1).loss, model(**{k: v for k,v in plain.items()}, num_items=1).loss, eps=1e-4)
+    careless = {**batch, "labels": torch.where(batch["attention_mask"], batch["input_ids"], -100)}     # labels that somebody else joined
+    with torch.no_grad(): test_eq(model(**careless).targets.tolist(), [20, 21, 22, 30, 31, 32, 40, 41])   # no 11, no second 2
+    model.language_model.config._attn_implementation = "flash_attention_2"
+    with expect_fail(ConfigError, contains="packed rows need attention"): model(**batch)
+
+def test_other_ways_to_pack_leak():
+    samples, model = packing_samples(), packing_model("gemma", "eager")
+    joined = pad_samples([join_samples(samples)], 0)
+    pictures = dict(images=torch.stack([s["image"] for s in samples[:2]]), images_aux=torch.stack([s["image_aux"] for s in samples[:2]]))
+    right = packed_and_alone(model, samples)[0]
+    with torch.no_grad():
+        forgotten = model(**{k: v for k,v in joined.items() if k != "sample_ids"}, **pictures).logits
+        test_eq(len(forgotten), len(right))
+        print(f"without sample_ids: {float((forgotten - right)[3:].abs().max()):.2f}")
+        assert (forgotten[:3] - right[:3]).abs().max() < 1e-5 and (forgotten[3:] - right[3:]).abs().max() > 1e-2      # the first sample is right, the rest is not
+        embeds, plan = model.prepare(joined["input_ids"], joined["attention_mask"], **pictures)
+        own = splice_sample_ids(plan, joined["sample_ids"])
+        mask = (own[:, :, None] == own[:, None, :]).tril()[:, None]
+        run = lambda model, mask: model.language_model.base_model(inputs_embeds=embeds, attention_mask=mask, position_ids=restart_positions(own), use_cache=False).last_hidden_state
+        want = run(model, None)
+        print(f"four axes of True and False, eager: {float((run(model, mask) - want).abs().max()):.2f}")
+        assert (run(model, mask) - want).abs().max() > 1e-2
+        test_close(run(model, torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)), want, eps=1e-5)      # numbers to add: right
+        model = packing_model("gemma3_text", "sdpa")
+        assert (run(model, mask) - run(model, None)).abs().max() > 1e-2                                                      # no windows any more
+
 def test_text_is_scaled_once_and_pictures_are_not():
     torch.manual_seed(0)
     model, batch = VLM(small_config()), small_batch()
@@ -196,3 +293,6 @@ def test_calibrated_rows_are_as_large_as_words():
     print(f"image rows {before:.3f} -> {after:.3f}, words {words:.3f}")
     test_close(after, words, eps=1e-4)
     assert before < .5*words
+    pixels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)                                # bytes will do
+    before, words = calibrate_projector(model, None, pixels)
+    test_close(rms(model.encode_images(None, pixels, torch.zeros(1, 16))), words, eps=1e-4)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['VLMConfig', 'to_windows', 'PatchInfoMining', 'mlp2x_gelu', 'ImageEncoder', 'SplicePlan', 'plan_splice', 'splice',
-           'splice_labels', 'select_learned', 'IdTable', 'VLMOutput', 'VLM', 'rms', 'calibrate_projector']
+           'splice_labels', 'select_learned', 'splice_sample_ids', 'restart_positions', 'check_packing', 'IdTable',
+           'VLMOutput', 'has_bytes', 'VLM', 'rms', 'calibrate_projector']
 
 # %% ../nbs/09_model.ipynb #c002
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ from torch import nn
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, ConvNextConfig, ConvNextModel
 from .core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConfigError, DataError
+from .images import finish_images
 
 # %% ../nbs/09_model.ipynb #c006
 @dataclass(frozen=True)
@@ -186,6 +188,30 @@ def select_learned(
     return hidden_states[:, :-1][learned], labels[:, 1:][learned]
 
 # %% ../nbs/09_model.ipynb #c034
+def splice_sample_ids(
+    plan:SplicePlan, # From `plan_splice`
+    sample_ids:torch.Tensor, # (batch, seq_len), from 1; 0 for padding
+) -> torch.Tensor: # (batch, new_len)
+    "Whose each position is after the splice; the rows of a picture belong to its sentinel's sample."
+    return sample_ids.gather(1, plan.token)*plan.filled
+
+def restart_positions(
+    sample_ids:torch.Tensor, # (batch, new_len), each sample in one piece
+) -> torch.Tensor: # `position_ids`, (batch, new_len)
+    "Positions that count from 0 in each sample, and in the padding."
+    place = torch.arange(sample_ids.shape[1], device=sample_ids.device).expand_as(sample_ids)
+    begins = torch.ones_like(sample_ids, dtype=torch.bool)
+    begins[:, 1:] = sample_ids[:, 1:] != sample_ids[:, :-1]
+    return place - torch.where(begins, place, 0).cummax(1).values
+
+def check_packing(
+    language_model, # A transformers model
+) -> None:
+    "Raise `ConfigError` unless its attention keeps packed samples apart."
+    kind = language_model.config._attn_implementation
+    if kind not in ("eager", "sdpa"): raise ConfigError(f"packed rows need attention 'sdpa' or 'eager', this model has {kind!r}, where samples of a row may see each other")
+
+# %% ../nbs/09_model.ipynb #c038
 class IdTable(nn.Module):
     "Between token ids and rows of the embedding table; the identity when every id has a row."
     def __init__(self, cfg:VLMConfig):
@@ -210,7 +236,7 @@ class IdTable(nn.Module):
         "Which of these ids have a row of their own."
         return self.to_ids(self.to_rows(ids)) == ids
 
-# %% ../nbs/09_model.ipynb #c037
+# %% ../nbs/09_model.ipynb #c041
 @dataclass
 class VLMOutput:
     "What a forward pass gives."
@@ -219,6 +245,12 @@ class VLMOutput:
     targets: torch.Tensor          # (n_learned,), rows of the head
     inputs_embeds: torch.Tensor    # (batch, new_len, hidden_size), what the language model read
     labels: torch.Tensor           # (batch, new_len), after the splice
+
+def has_bytes(
+    images_aux:torch.Tensor|None, # Large pictures of a batch
+) -> bool:
+    "Whether pictures came as bytes and are still to be finished."
+    return images_aux is not None and images_aux.dtype == torch.uint8
 
 class VLM(nn.Module):
     "A vision-language model of MGM's shape; ids outside are the tokenizer's."
@@ -238,24 +270,29 @@ class VLM(nn.Module):
         return self.language_model.get_input_embeddings()(self.id_table.to_rows(input_ids.clamp(min=0)))
 
     def encode_images(self,
-        images:torch.Tensor|None, # (n_images, 3, image_size, image_size), None without pictures
-        images_aux:torch.Tensor|None, # (n_images, 3, image_size_aux, image_size_aux)
+        images:torch.Tensor|None, # (n_images, 3, image_size, image_size), None without pictures and with bytes
+        images_aux:torch.Tensor|None, # (n_images, 3, image_size_aux, image_size_aux), float, or bytes (uint8) to finish here
         like:torch.Tensor, # For dtype and device of an empty result
     ) -> torch.Tensor: # (n_images, num_patches, hidden_size)
         "Rows of all pictures of a batch."
+        if images is None and has_bytes(images_aux):
+            finished = finish_images(images_aux, self.cfg.image_size, self.cfg.image_mean, self.cfg.image_std, dtype=next(self.image_encoder.parameters()).dtype)
+            images, images_aux = finished["images"], finished["images_aux"]
         if images is None: return like.new_zeros(0, self.cfg.num_patches, like.shape[-1])
+        if images.dim() != 4: raise ConfigError(f"images have shape {tuple(images.shape)}; this model reads each picture whole, prepare them with image_grid=1")
+        if has_bytes(images_aux): raise DataError("images are floats and images_aux bytes; give bytes in images_aux alone, or floats in both")
         return self.image_encoder(images, images_aux)
 
     def prepare(self,
         input_ids:torch.Tensor, # (batch, seq_len)
         attention_mask:torch.Tensor|None=None, # (batch, seq_len), False for padding
         images:torch.Tensor|None=None, # (n_images, 3, image_size, image_size), in the order of the sentinels
-        images_aux:torch.Tensor|None=None, # (n_images, 3, image_size_aux, image_size_aux)
+        images_aux:torch.Tensor|None=None, # (n_images, 3, image_size_aux, image_size_aux); bytes (uint8) come without `images`
         image_index:torch.Tensor|None=None, # (n_sentinels,) which picture each sentinel shows; None: one each, in order
     ) -> tuple[torch.Tensor, SplicePlan]: # `inputs_embeds` (batch, new_len, hidden_size), and how they came about
         "What the language model reads."
         mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
-        shown = images if image_index is None else image_index
+        shown = image_index if image_index is not None else images_aux if images is None and has_bytes(images_aux) else images
         n_images, n_gaps = 0 if shown is None else len(shown), int((input_ids == IMAGE_TOKEN_INDEX).sum())
         if n_images != n_gaps: raise DataError(f"{n_gaps} image sentinel(s) in input_ids for {n_images} image(s) in the batch")
         plan, text = plan_splice(input_ids, mask, self.cfg.num_patches), self.embed(input_ids)
@@ -267,21 +304,26 @@ class VLM(nn.Module):
         labels:torch.Tensor|None=None, # (batch, seq_len)
         attention_mask:torch.Tensor|None=None, # (batch, seq_len)
         images:torch.Tensor|None=None, # (n_images, 3, image_size, image_size)
-        images_aux:torch.Tensor|None=None, # (n_images, 3, image_size_aux, image_size_aux)
+        images_aux:torch.Tensor|None=None, # (n_images, 3, image_size_aux, image_size_aux); bytes (uint8) come without `images`
         image_index:torch.Tensor|None=None, # (n_sentinels,) which picture each sentinel shows; None: one each, in order
         num_items:int|torch.Tensor|None=None, # Learned tokens of the global batch; None: of this one
+        sample_ids:torch.Tensor|None=None, # (batch, seq_len) which sample of a packed row each position is of, from 1, 0 for padding
     ) -> VLMOutput:
         "The loss over learned positions; the head computes no other row."
         inputs_embeds, plan = self.prepare(input_ids, attention_mask, images, images_aux, image_index)
-        labels = splice_labels(plan, input_ids if labels is None else labels)
-        hidden_states = self.language_model.base_model(inputs_embeds=inputs_embeds, use_cache=False).last_hidden_state
+        labels, packed = splice_labels(plan, input_ids if labels is None else labels), {}
+        if sample_ids is not None:
+            check_packing(self.language_model)
+            packed["position_ids"] = restart_positions(splice_sample_ids(plan, sample_ids))
+            labels = labels.masked_fill(packed["position_ids"] == 0, IGNORE_INDEX)      # a first token is nobody's next one
+        hidden_states = self.language_model.base_model(inputs_embeds=inputs_embeds, use_cache=False, **packed).last_hidden_state
         states, targets = select_learned(hidden_states, labels)
         if not self.id_table.has_row(targets).all(): raise DataError("a label has no row in this model's embedding table (`used_ids`); it cannot be learned")
         logits, targets = self.language_model.get_output_embeddings()(states), self.id_table.to_rows(targets)
         loss = F.cross_entropy(logits.float(), targets, reduction="sum")/(max(len(targets), 1) if num_items is None else num_items)
         return VLMOutput(loss, logits, targets, inputs_embeds, labels)
 
-# %% ../nbs/09_model.ipynb #c053
+# %% ../nbs/09_model.ipynb #c066
 def rms(x:torch.Tensor) -> float:
     "Root mean square of all elements."
     return float(x.detach().float().pow(2).mean().sqrt())
@@ -289,12 +331,13 @@ def rms(x:torch.Tensor) -> float:
 @torch.no_grad()
 def calibrate_projector(
     model:VLM, # Its projector's last layer is scaled in place
-    images:torch.Tensor, # A batch of small pictures
-    images_aux:torch.Tensor|None=None, # The large ones
+    images:torch.Tensor|None, # A batch of small pictures; None for bytes
+    images_aux:torch.Tensor|None=None, # The large ones, or bytes (uint8)
 ) -> tuple[float,float]: # root mean square of image rows before, of text embeddings
     "Scale the projector so that image rows are as large as word embeddings."
-    ids = torch.tensor(sorted(model.cfg.used_ids) if model.cfg.used_ids else range(0, model.cfg.vocab_size, 97), device=images.device)
-    before, words = rms(model.image_encoder(images, images_aux)), rms(model.embed(ids[None]))
+    ids = torch.tensor(sorted(model.cfg.used_ids) if model.cfg.used_ids else range(0, model.cfg.vocab_size, 97), device=next(model.parameters()).device)
+    words = model.embed(ids[None])
+    before, words = rms(model.encode_images(images, images_aux, words)), rms(words)
     last = model.image_encoder.mm_projector[-1]
     last.weight.mul_(words/before)
     last.bias.mul_(words/before)
