@@ -25,8 +25,9 @@ class DataError(ValueError):
         message:str, # What is wrong, and what to do about it
         record=None, # The record's id, if known
         turn:int|None=None, # Which turn of its conversation, counted from 0
+        kind:str="data", # One word for what is wrong, for programs that count (`14_audit`)
     ):
-        self.message, self.record, self.turn = message, record, turn
+        self.message, self.record, self.turn, self.kind = message, record, turn, kind
         super().__init__(message)
 
     def __str__(self):

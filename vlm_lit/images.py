@@ -26,9 +26,9 @@ def safe_path(
         root = Path(folder).resolve()
         path = (root/str(name)).resolve()
         is_file = path.is_file()
-    except (OSError, ValueError, RuntimeError) as e: raise DataError(f"image path {str(name)!r} cannot be used ({e})") from e
-    if not path.is_relative_to(root): raise DataError(f"image path {str(name)!r} leaves the image folder; paths must be relative and stay inside")
-    if not is_file: raise DataError(f"no image {str(name)!r} in the image folder {str(folder)!r}")
+    except (OSError, ValueError, RuntimeError) as e: raise DataError(f"image path {str(name)!r} cannot be used ({e})", kind="image_unreadable") from e
+    if not path.is_relative_to(root): raise DataError(f"image path {str(name)!r} leaves the image folder; paths must be relative and stay inside", kind="image_escapes")
+    if not is_file: raise DataError(f"no image {str(name)!r} in the image folder {str(folder)!r}", kind="image_missing")
     return path
 
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
@@ -61,15 +61,15 @@ def open_image(
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", "Corrupt EXIF data|Tag data larger")      # no note, then
             with Image.open(path) as image:
-                if image.mode[0] in "IF": raise DataError(f"image {str(name)!r} has more than 8 bits a channel (mode {image.mode}), which would be cut off; convert it first")
+                if image.mode[0] in "IF": raise DataError(f"image {str(name)!r} has more than 8 bits a channel (mode {image.mode}), which would be cut off; convert it first", kind="image_unreadable")
                 image.load()
                 if upright: image = turn_upright(image)
                 return (on_white(image) if image.has_transparency_data else image).convert("RGB")
     except DataError: raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise DataError(f"image {str(name)!r} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller") from e
+        raise DataError(f"image {str(name)!r} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller", kind="image_oversized") from e
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as e:
-        raise DataError(f"image {str(name)!r} cannot be read ({e.__class__.__name__}); is the file complete, and an image?") from e
+        raise DataError(f"image {str(name)!r} cannot be read ({e.__class__.__name__}); is the file complete, and an image?", kind="image_unreadable") from e
 
 # %% ../nbs/06_images.ipynb #c008
 def sample_image(
@@ -147,7 +147,7 @@ def make_square(
     if aspect not in ("square", "pad"): raise ConfigError(f"aspect must be 'square' or 'pad', got {aspect!r}")
     short, long = sorted(image.size)
     largest = long*long if aspect == "pad" else size*size*long/short
-    if Image.MAX_IMAGE_PIXELS and largest > Image.MAX_IMAGE_PIXELS: raise DataError(f"image of {image.width} x {image.height} pixels is too long and thin to be squared; crop it")
+    if Image.MAX_IMAGE_PIXELS and largest > Image.MAX_IMAGE_PIXELS: raise DataError(f"image of {image.width} x {image.height} pixels is too long and thin to be squared; crop it", kind="image_oversized")
     if aspect == "pad": image = expand2square(image, tuple(int(255*m) for m in mean))
     return resize_to_square(image, size)
 

@@ -24,16 +24,16 @@ def check_turns(
     record=None, # The record's id, for messages
 ) -> None:
     "Raise `DataError` unless human and gpt speak in turn, each with a text, and there is a question."
-    if not isinstance(source, list) or not source: raise DataError("no turns: 'conversations' must be a list of {'from', 'value'}", record)
+    if not isinstance(source, list) or not source: raise DataError("no turns: 'conversations' must be a list of {'from', 'value'}", record, kind="roles")
     before = None
     for n,turn in enumerate(source):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str): raise DataError("a turn must be {'from': …, 'value': text}", record, n)
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str): raise DataError("a turn must be {'from': …, 'value': text}", record, n, kind="roles")
         who = turn.get("from")
-        if who == "system" and n: raise DataError("a 'system' turn may only be the first", record, n)
-        if who not in ("human", "gpt", "system"): raise DataError(f"unknown role {who!r}; there are: 'human', 'gpt', and 'system' at the front", record, n)
-        if who == before: raise DataError(f"two turns of {who!r} in a row; join them or add the missing turn", record, n)
+        if who == "system" and n: raise DataError("a 'system' turn may only be the first", record, n, kind="roles")
+        if who not in ("human", "gpt", "system"): raise DataError(f"unknown role {who!r}; there are: 'human', 'gpt', and 'system' at the front", record, n, kind="roles")
+        if who == before: raise DataError(f"two turns of {who!r} in a row; join them or add the missing turn", record, n, kind="roles")
         before = who
-    if all(turn["from"] != "human" for turn in source): raise DataError("only a greeting of 'gpt'; there is no question to answer", record, 0)
+    if all(turn["from"] != "human" for turn in source): raise DataError("only a greeting of 'gpt'; there is no question to answer", record, 0, kind="roles")
 
 def drop_greeting(
     source:list[dict], # One conversation's turns, checked
@@ -115,7 +115,7 @@ def check_control_tokens(
         if not found and not stray: continue
         what = (f"the text spells the control token {found[0]!r}" if found else
                 f"{IMAGE_TOKEN} in an answer" if turn["from"] == "gpt" else f"{IMAGE_TOKEN} tag in a record with 0 images" if not has_image else f"{IMAGE_TOKEN} in a system turn")
-        raise DataError(f"{what}; remove it, or pass control_tokens='escape' to read it as plain text ('allow' lets it act)", record, n)
+        raise DataError(f"{what}; remove it, or pass control_tokens='escape' to read it as plain text ('allow' lets it act)", record, n, "tags" if not found and not has_image else "control_tokens")
 
 def check_policy(
     source:list[dict], # One conversation's turns, checked by `check_turns`
@@ -126,9 +126,9 @@ def check_policy(
 ) -> None:
     "Raise `DataError` for what the policy does not let pass."
     if control_tokens == "allow": return
-    if source[0]["from"] == "gpt" and IMAGE_TOKEN in source[0]["value"]: raise DataError(f"the first turn is a greeting of 'gpt', which is dropped, and it holds an {IMAGE_TOKEN} tag; move the tag to the first question", record, 0)
+    if source[0]["from"] == "gpt" and IMAGE_TOKEN in source[0]["value"]: raise DataError(f"the first turn is a greeting of 'gpt', which is dropped, and it holds an {IMAGE_TOKEN} tag; move the tag to the first question", record, 0, "tags")
     if control_tokens == "refuse": check_control_tokens(source, pattern, has_image, record)
-    elif source[0]["from"] == "system" and pattern.search(source[0]["value"]): raise DataError(f"the system turn spells {pattern.search(source[0]['value'])[0]!r}, which cannot be escaped there; remove it", record, 0)
+    elif source[0]["from"] == "system" and pattern.search(source[0]["value"]): raise DataError(f"the system turn spells {pattern.search(source[0]['value'])[0]!r}, which cannot be escaped there; remove it", record, 0, "control_tokens")
 
 def literal_spans(
     prompt:Rendered, # With its parts

@@ -315,4 +315,4 @@ def check_image_count(
     "Raise `DataError` unless the user's turns hold exactly one tag per picture."
     n_tags = sum(turn["value"].count(IMAGE_TOKEN) for turn in source if turn.get("from") != "gpt")
     if n_tags != n_images:
-        raise DataError(f"{n_tags} {IMAGE_TOKEN} tag(s) for {n_images} image(s); write one tag for each image", record=record)
+        raise DataError(f"{n_tags} {IMAGE_TOKEN} tag(s) for {n_images} image(s); write one tag for each image", record=record, kind="tags")

@@ -221,7 +221,7 @@ def set_system(
     text:str, # What a `system` turn says
 ) -> None:
     "Put a record's own system text in the place of the template's. Raises `DataError` if the template has no such place."
-    if conv.sep_style in (SeparatorStyle.GEMMA, SeparatorStyle.PLAIN): raise DataError(f"template {conv.version if conv.version != 'Unknown' else 'plain'!r} has no place for a system turn; put its text into the first question")
+    if conv.sep_style in (SeparatorStyle.GEMMA, SeparatorStyle.PLAIN): raise DataError(f"template {conv.version if conv.version != 'Unknown' else 'plain'!r} has no place for a system turn; put its text into the first question", kind="roles")
     conv.system = SYSTEM_OPENING.get(conv.sep_style, "") + text
 
 # %% ../nbs/03_templates.ipynb #c047
