@@ -97,7 +97,7 @@ def test_every_value_of_the_worked_example(seed):
 
 def test_console_script_explains_itself():
     script = Path(sys.executable).with_name("vlm-lit")
-    for command in ([], ["walk"], ["pretrain"], ["generate"], ["eval"]):
+    for command in ([], ["walk"], ["audit"], ["prepare"], ["pretrain"], ["generate"], ["eval"]):
         done = subprocess.run([script, *command, "--help"], capture_output=True, text=True)
         assert done.returncode == 0 and "Usage: vlm-lit" in done.stdout, done.stderr
     wrong = subprocess.run([script, "walk", "gone.json"], capture_output=True, text=True)
