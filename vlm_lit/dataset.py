@@ -6,12 +6,12 @@
 __all__ = ['ROLES', 'BLOCK', 'MAX_RECORD', 'ROW', 'ROWS', 'INDEX_VERSION', 'RECORD_KEYS', 'COLORS', 'SHAPES', 'CAPTION_QUESTION',
            'check_path', 'read_part', 'read_turn', 'one_of', 'part_images', 'read_record', 'image_names', 'not_json',
            'parse_json', 'scan_lines', 'JsonWindow', 'scan_list', 'scan_records', 'cache_folder', 'digest',
-           'file_stamp', 'fingerprint', 'written_beside', 'FileReader', 'record_facts', 'write_index', 'table_batches',
-           'plain_value', 'row_record', 'write_lines', 'convert_table', 'Records', 'read_records', 'TooLong',
-           'expanded_length', 'cut_rounds', 'BadSamples', 'append_line', 'LazySupervisedDataset', 'ArrayWriter',
-           'ArrayReader', 'tokenizer_hash', 'prepared_from', 'changes', 'prepare_command', 'PreparedTexts', 'same',
-           'TextChunks', 'write_texts', 'prepare_dataset', 'easy_vqa_folder', 'told_by', 'caption',
-           'easy_vqa_questions', 'llava_record', 'easy_vqa_records']
+           'file_stamp', 'fingerprint', 'table_files', 'written_beside', 'FileReader', 'record_facts', 'write_index',
+           'table_batches', 'plain_value', 'row_record', 'write_lines', 'convert_table', 'Records', 'read_records',
+           'TooLong', 'expanded_length', 'cut_rounds', 'BadSamples', 'same', 'append_line', 'LazySupervisedDataset',
+           'ArrayWriter', 'ArrayReader', 'tokenizer_hash', 'prepared_from', 'changes', 'prepare_command',
+           'PreparedTexts', 'one_thread', 'TextChunks', 'write_texts', 'prepare_dataset', 'easy_vqa_folder', 'told_by',
+           'caption', 'easy_vqa_questions', 'llava_record', 'easy_vqa_records']
 
 # %% ../nbs/07_dataset.ipynb #c002
 import codecs, hashlib, importlib.util, io, json, os, re, shutil, struct, subprocess, sys, tempfile, weakref
@@ -110,11 +110,12 @@ def read_record(
     turns = [read_turn(turn, name, k) for k,turn in enumerate(turns)]
     inside = part_images(turns, name)
     if any(inside) and (paths or not all(inside)): raise DataError("some images are named in the messages and some are not; name all of them there, or all in 'image'", record=name)
+    if inside and not any(inside) and len(inside) != len(paths): raise DataError(f"the messages hold {len(inside)} image(s), and 'image' names {len(paths)}; name each of them", record=name)
     paths, single = paths or [path for path in inside if path], isinstance(images, str)
     conversations = [{"from": role, "value": "".join([IMAGE_TOKEN if text is None else text for text,_ in parts])} for role,parts in turns]
-    first = conversations[0]["from"] == "system" if conversations else 0                     # the first turn that is not the system's
+    first = int(conversations[:1] != [] and conversations[0]["from"] == "system")              # behind the system's turn
     if paths and [turn["from"] for turn in conversations[first:first+1]] == ["gpt"] and IMAGE_TOKEN in conversations[first]["value"]:
-        raise DataError("the turn answers nothing and would be dropped, and with it its image; move the tag into the question", record=name, turn=int(first))
+        raise DataError("the turn answers nothing and would be dropped, and with it its image; move the tag into the question", record=name, turn=first)
     return {"id": name, **({"image": paths[0] if single else paths} if paths else {}), "conversations": conversations}
 
 def image_names(
@@ -267,17 +268,23 @@ def file_stamp(
     return stat.st_size, stat.st_mtime_ns
 
 def fingerprint(
-    path:str|Path, # A file, or a folder of files
+    path:str|Path, # A file, or a folder of tables
     n_samples:int=64, # Of 4 KiB, from each file
 ) -> str:
     "What changes when the content changes, without reading all of it."
     out, path = [], Path(path)
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+    for file in table_files(path):
         size, changed = file_stamp(file)
         with open(file, "rb") as f:
             samples = [f.read(4096) for k in range(n_samples if size > 4096 else 1) if f.seek(k*max(size - 4096, 0)//max(n_samples - 1, 1)) >= 0]
         out += [file.relative_to(path), size, changed, *samples]
     return digest(*out)
+
+def table_files(
+    path:Path, # A .parquet file, or a folder of tables
+) -> list[Path]:
+    "The files that a table consists of."
+    return sorted(p for p in path.iterdir() if p.suffix in (".parquet", ".arrow", ".json") and p.is_file()) if path.is_dir() else [path]
 
 @contextmanager
 def written_beside(
@@ -412,8 +419,7 @@ def convert_table(
     small:int=1 << 20, # Bytes of a table for which a process is not worth its start
 ) -> None:
     "`write_lines`, in a process of its own."
-    size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file()) if path.is_dir() else path.stat().st_size
-    if size < small: return write_lines(path, folder)
+    if sum(p.stat().st_size for p in table_files(path)) < small: return write_lines(path, folder)
     code = ("import sys; from pathlib import Path; from vlm_lit.core import DataError; from vlm_lit.dataset import write_lines\n"
             "try: write_lines(Path(sys.argv[1]), Path(sys.argv[2]))\nexcept DataError as e: print(e, end=''); sys.exit(3)")
     done = subprocess.run([sys.executable, "-c", code, str(path.absolute()), str(folder)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)})
@@ -527,7 +533,7 @@ def read_records(
     "All records of a small file."
     return list(Records(path))
 
-# %% ../nbs/07_dataset.ipynb #c047
+# %% ../nbs/07_dataset.ipynb #c049
 class TooLong(DataError):
     "A record longer than `max_length`."
 
@@ -554,7 +560,7 @@ def cut_rounds(
     keep = int(fits[-1]) + 1
     return input_ids[:keep], labels[:keep]
 
-# %% ../nbs/07_dataset.ipynb #c051
+# %% ../nbs/07_dataset.ipynb #c053
 class BadSamples:
     "Notes the bad samples of a training run, and stops it when there are too many."
     def __init__(self,
@@ -585,6 +591,10 @@ class BadSamples:
         if bad and n_bad > self.allowed*max(n_seen, self.at_least):
             raise DataError(f"{n_bad} of {n_seen} samples are bad, more than the share of {self.allowed} that may be skipped; see {self.path.name}. The last: {bad[-1]['reason']}")
 
+def same(x):
+    "A collate function that leaves everything as it is."
+    return x
+
 def append_line(
     path:Path, # Of a JSONL file
     row:dict, # JSON
@@ -594,7 +604,7 @@ def append_line(
     try: os.write(file, (json.dumps(row) + "\n").encode("utf-8"))
     finally: os.close(file)
 
-# %% ../nbs/07_dataset.ipynb #c054
+# %% ../nbs/07_dataset.ipynb #c056
 class LazySupervisedDataset(Dataset):
     "LLaVA records as `input_ids`, `labels`, `image` and `image_aux`; records and images are read when asked for."
     def __init__(self,
@@ -748,7 +758,7 @@ class LazySupervisedDataset(Dataset):
         self.items = items
         return self
 
-# %% ../nbs/07_dataset.ipynb #c083
+# %% ../nbs/07_dataset.ipynb #c085
 class ArrayWriter:
     "A flat .npy file that grows; its header is written again when the length is known."
     def __init__(self,
@@ -792,7 +802,7 @@ class ArrayReader:
         data = self.file.read(self.start + part.start*self.dtype.itemsize, (part.stop - part.start)*self.dtype.itemsize)
         return np.frombuffer(data, self.dtype)
 
-# %% ../nbs/07_dataset.ipynb #c086
+# %% ../nbs/07_dataset.ipynb #c088
 def tokenizer_hash(
     tokenizer, # A fast Hugging Face tokenizer
 ) -> str:
@@ -832,7 +842,8 @@ class PreparedTexts:
         self.folder = Path(folder)
         if changed := changes(self.folder, dataset, prepared_from(dataset)): raise ConfigError(f"the data prepared in {str(folder)!r} is stale, changed since: {', '.join(changed)}; make it anew with: {prepare_command(folder, dataset)}")
         self.ids, self.learned, self.offsets = [ArrayReader(self.folder/f"{name}.npy") for name in ("ids", "learned", "offsets")]
-        if len(self.offsets) != len(dataset) + 1 or len(self.ids) != len(self.learned): raise ConfigError(f"the data prepared in {str(folder)!r} is not whole; make it anew with: {prepare_command(folder, dataset)}")
+        sizes = len(self.offsets), len(self.learned), int(self.offsets[len(dataset):len(dataset)+1][0]) if len(self.offsets) > len(dataset) else None
+        if sizes != (len(dataset) + 1, len(self.ids), len(self.ids)): raise ConfigError(f"the data prepared in {str(folder)!r} is not whole; make it anew with: {prepare_command(folder, dataset)}")
 
     def __getitem__(self,
         i:int, # Number of a record
@@ -856,10 +867,10 @@ class PreparedTexts:
         "Expanded length of every record."
         return np.diff(np.load(self.folder/"offsets.npy")) + np.load(self.folder/"n_images.npy").astype(np.int64)*(rows_per_image - 1)
 
-# %% ../nbs/07_dataset.ipynb #c088
-def same(x):
-    "A collate function that leaves everything as it is."
-    return x
+# %% ../nbs/07_dataset.ipynb #c090
+def one_thread(worker):
+    "Keep a worker's tokenizer to one thread; there are other workers."
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 class TextChunks(Dataset):
     "The texts of a dataset in chunks of records, for the processes that prepare them."
@@ -900,7 +911,7 @@ def write_texts(
 ) -> int: # Number of bad records
     "Tokenize all records into flat files. Raises `DataError` if too many are bad."
     chunks, console, n_bad = TextChunks(dataset, chunk), Console(stderr=True, force_jupyter=False), 0
-    loader = DataLoader(chunks, batch_size=None, num_workers=n_workers if n_workers > 1 else 0, collate_fn=same)
+    loader = DataLoader(chunks, batch_size=None, num_workers=n_workers if n_workers > 1 else 0, collate_fn=same, worker_init_fn=one_thread)
     with (ArrayWriter(folder/"ids.npy", "<i4") as ids, ArrayWriter(folder/"learned.npy", "|u1") as learned, ArrayWriter(folder/"n_images.npy", "<i4") as n_images,
           ArrayWriter(folder/"offsets.npy", "<i8") as offsets, open(folder/"bad_samples.jsonl", "w", encoding="utf-8") as file):
         offsets.append(np.zeros(1))
@@ -936,7 +947,7 @@ def prepare_dataset(
         if folder.exists(): shutil.rmtree(folder)       # stale, or empty
     return folder
 
-# %% ../nbs/07_dataset.ipynb #c095
+# %% ../nbs/07_dataset.ipynb #c097
 COLORS = "black blue brown gray green red teal yellow".split()   # easy-VQA's eight colours
 SHAPES = "circle rectangle triangle".split()                     # and its three shapes
 CAPTION_QUESTION = "What is in the photo?"                       # the seed's question
@@ -965,7 +976,7 @@ def caption(
     color, shape = [sorted(told & set(words)) for words in (COLORS, SHAPES)]
     return f"a {color[0]} {shape[0]}" if len(color) == len(shape) == 1 else None
 
-# %% ../nbs/07_dataset.ipynb #c098
+# %% ../nbs/07_dataset.ipynb #c100
 def easy_vqa_questions(
     split:str="train", # "train" or "test"
 ) -> list[tuple[str,str,int]]: # (question, answer, number of the picture), in the package's order
