@@ -12,13 +12,14 @@ from accelerate import Accelerator
 from rich.console import Console
 from vlm_lit.core import ConfigError, DataError
 from vlm_lit.tokenizer import load_tokenizer
-from vlm_lit.images import make_square, open_image, sample_image, to_bytes
-from vlm_lit.dataset import CAPTION_QUESTION, LazySupervisedDataset, easy_vqa_folder, easy_vqa_questions, easy_vqa_records, llava_record
+from vlm_lit.images import make_square, open_image, rows_per_image, sample_image, to_bytes
+from vlm_lit.dataset import CAPTION_QUESTION, LazySupervisedDataset, PreparedTexts, easy_vqa_folder, easy_vqa_questions, easy_vqa_records, llava_record, prepare_dataset
 from vlm_lit.weights import channel_statistics, ids_in_use, load_model, make_model, check_preset, preset_config, read_json, save_model, write_json
 from vlm_lit.training import FINETUNE, PRETRAIN, Interrupted, read_metrics, read_progress, train
 from vlm_lit.generation import answer
 from vlm_lit.evaluation import accuracy_table, evaluate, format_table, majority_answer, normalised
-from vlm_lit.reports import plot_curves, plot_samples, walk_lines
+from vlm_lit.audit import AuditSettings, audit
+from vlm_lit.reports import audit_lines, audit_page, plot_curves, plot_samples, walk_lines
 import shlex
 from tempfile import mkdtemp
 from fastcore.test import test_eq, expect_fail
@@ -86,6 +87,41 @@ def test_every_mistake_is_one_line_and_exit_code_2():
         out = run(f"walk {data_file(record)}")
         print(f"{name:17} exit {out.exit_code}  {out.stderr.strip()[:110]}".replace(str(data_folder), "data"))
         assert out.exit_code == 2 and out.stderr.startswith("error: ") and message in out.stderr and "Traceback" not in out.output, (name, out.output)
+
+def test_audit_has_three_exit_codes():
+    def write_lines(name, *records):
+        path = data_folder/name
+        path.write_text("\n".join(json.dumps(record) for record in records))
+        return path
+    sample_image().save(data_folder/"photo.png")
+    clean = write_lines("clean.jsonl", {"id": 1, "image": "photo.png", "conversations": turns("<image>\nq", "a")}, {"id": 2, "conversations": turns("q", "a")})
+    dirty = write_lines("dirty.jsonl", {"id": 1, "image": "gone.png", "conversations": turns("<image>\nq", "a")}, {"id": 2, "conversations": turns("q<eos>", "a")})
+    for path,flags in [(clean, ""), (dirty, ""), (dirty, "--template gema"), (data_folder/"no.json", "")]:
+        out = run(f"audit {path} --image-folder {data_folder} --workers 0 {flags}")
+        print(f"exit {out.exit_code}  {(out.stdout + out.stderr).splitlines()[0][:110]}".replace(str(data_folder), "data"))
+        test_eq(out.exit_code, 0 if path == clean else 1 if (path == dirty and not flags) else 2)
+    page = data_folder/"page.html"
+    out = run(f"audit {dirty} --image-folder {data_folder} --workers 0 --json --html {page}")
+    report = json.loads(out.stdout)
+    test_eq((out.exit_code, report["errors"], sorted(report["findings"])), (1, 2, ["control_tokens", "image_missing"]))
+    assert "NOT OK" in page.read_text() and "error: no folder" in run(f"audit {clean} --html {data_folder}/no/x.html").stderr
+
+def test_prepare_writes_texts_once_and_says_what_was_left_out():
+    with TemporaryDirectory() as folder:
+        clean, bad = Path(folder)/"clean.jsonl", Path(folder)/"bad.jsonl"
+        rows = [json.dumps({"id": n, "conversations": turns("q", f"answer {n}")}) for n in range(9)]
+        clean.write_text("\n".join(rows))
+        bad.write_text("\n".join([*rows, json.dumps({"id": 9, "conversations": turns("q<eos>", "a")})]))
+        done = run(f"prepare {clean} --out {folder}/ready --workers 1")
+        print(done.stdout.replace(folder, "DATA"))
+        test_eq(done.exit_code, 0)
+        assert "9 records" in done.stdout and (Path(folder)/"ready/ids.npy").is_file()
+        again = run(f"prepare {clean} --out {folder}/ready --workers 1")
+        test_eq(again.stdout, done.stdout)
+        refused, allowed = run(f"prepare {bad} --out {folder}/bad --workers 1"), run(f"prepare {bad} --out {folder}/bad --workers 1 --allow-bad 0.2")
+        print(refused.stderr.strip()[:90])
+        assert refused.exit_code == 2 and "record 9, turn 0" in refused.stderr and not refused.stdout
+        assert allowed.exit_code == 0 and "1 left out, see" in allowed.stdout
 
 def test_settings_that_cannot_work_are_answered():
     path = data_file({"id": 7, "image": "photo.png", "conversations": turns("<image>\nq", "a")})

@@ -1,5 +1,6 @@
 "Derived from nbs/00_core.ipynb by `make tests`; edit the notebook, not this file."
-import numbers
+import numbers, sys
+from rich.console import Console
 import numpy as np, torch
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.core import *
@@ -36,3 +37,6 @@ def test_peek_takes_scalars_and_empty_tensors():
     test_eq(describe(torch.zeros(0, 5)), ("(0, 5)", "float32", "cpu", ""))
     test_eq(len(describe("x"*1000)[3]), 160)
     peek()
+
+def test_progress_moves_only_in_a_terminal():
+    assert progress_console().stderr and not progress_console().is_terminal     # neither a notebook nor a test is one

@@ -4,16 +4,15 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, tokenizers, torch
-from rich.console import Console
 from rich.progress import Progress, track
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from vlm_lit import __version__
-from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
-from vlm_lit.templates import conv_templates, get_template
+from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError, progress_console
+from vlm_lit.templates import conv_templates
 from vlm_lit.sentinels import check_image_count, preprocess_multimodal
 from vlm_lit.labels import check_tokenizer, check_turns, preprocess
-from vlm_lit.images import interpolate_image, make_square, normalise, open_image, to_bytes
+from vlm_lit.images import grid_crops, make_square, normalise, open_image, rows_per_image as count_rows, to_bytes
 import multiprocessing, signal, threading, time
 from fastcore.test import test_eq, test_close, expect_fail
 from hypothesis import given, settings, strategies as st
@@ -355,6 +354,13 @@ def test_a_limit_is_kept_before_images_are_opened():
 def test_limits_that_cannot_be_are_refused():
     for wrong,message in [({"max_length": 0}, "max_length must be at least 1"), ({"too_long": "shorten"}, "too_long must be"), ({"skip_bad": .1}, "skip_bad needs bad_samples")]:
         with expect_fail(ConfigError, contains=message): limited([rounds], **wrong)
+
+def test_hd_crops_come_out_of_the_dataset():
+    small = dict(image_size_aux=96, image_size=42)
+    plain, hd, both = [LazySupervisedDataset([seed, two], tok, folder, **small, **more) for more in ({}, dict(image_grid=2), dict(image_grid=2, image_global=True))]
+    print(tuple(plain[0]["image"].shape), tuple(hd[0]["image"].shape), tuple(both[1]["image"].shape), both.rows_per_image)
+    test_eq([tuple(d[0]["image"].shape) for d in (plain, hd, both)], [(3, 42, 42), (4, 3, 42, 42), (5, 3, 42, 42)])
+    test_eq((tuple(both[1]["image"].shape), plain.rows_per_image, both.rows_per_image), ((2, 5, 3, 42, 42), 9, 45))
 
 def test_bytes_become_the_float_picture():
     a, b = limited([seed, two]), limited([seed, two], uint8=True)

@@ -1,5 +1,5 @@
 "Derived from nbs/15_reports.ipynb by `make tests`; edit the notebook, not this file."
-import copy
+import base64, copy, html, io
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +20,22 @@ import matplotlib.pyplot as plt
 from vlm_lit.core import DataError
 from vlm_lit.dataset import easy_vqa_folder, easy_vqa_records
 from vlm_lit.images import sample_image
+from vlm_lit.audit import AuditSettings, audit
 from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.reports import *
 
 def setup_module():
-    global ds, folder, seed, tok
+    global asked, audited, doubtful, ds, folder, report, seed, tok
     tok = load_tokenizer("gemma")
     folder = Path(tempfile.mkdtemp())
     sample_image().save(folder/"photo.png")
     seed = {"id": "seed", "image": "photo.png", "conversations": [{"from": "human", "value": "What is in the photo?\n<image>"}, {"from": "gpt", "value": "the box chain purse black"}]}
     ds = LazySupervisedDataset([seed], tok, image_folder=folder)
+    audited = Path(tempfile.mkdtemp())
+    sample_image(64, 48).save(audited/"a.png")
+    def asked(n, question, answer="a box", **more): return {"id": n, **more, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+    doubtful = [asked(k, "<image>\nWhat is it?", "a box, " * (k % 5 + 1), image="a.png") for k in range(18)] + [asked("<script>alert(1)</script>", "x<eos>"), asked(19, "<image>\nq", image="gone.png")]
+    report = audit(doubtful, load_tokenizer("gemma"), AuditSettings(image_folder=audited, batch_size=4))
 
 def test_walk_passes_every_stop_once_and_changes_nothing():
     seen, item = walk_record(ds, 0)
@@ -68,3 +74,13 @@ def test_wrong_answers_come_first_up_to_half():
     test_eq(pick_samples([False, True, False, True, True, True], 4), [0, 2, 1, 4])
     test_eq(len(pick_samples([False]*3 + [True]*1, 8)), 4)
     test_eq(pick_samples([False]*10, 4), [0, 2, 5, 7])
+
+def test_audit_page_escapes_what_the_data_says():
+    page = audit_page(report, "<Audit>")
+    assert "<script>" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "<title>&lt;Audit&gt;</title>" in page
+    assert "NOT OK" in page and "image_missing" in page and "data:image/png;base64," in page
+    assert page.count("<tr") == page.count("</tr>") == 1 + 2 + 1 + 7 + len(report["settings"])
+    lines = audit_lines(report)
+    assert lines[0] == report["verdict"] and any("control_tokens" in line for line in lines) and any("turn 0" in line for line in lines)
+    assert not any("\x1b" in line for line in audit_lines({**report, "verdict": "\x1b[31m"}))
+    assert "No findings." in audit_page(audit(doubtful[:3], load_tokenizer("gemma"), AuditSettings(image_folder=audited)))

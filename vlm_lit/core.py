@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'IMAGE_TOKEN_INDEX', 'IMAGE_TOKEN', 'IM_START_TOKEN', 'IM_END_TOKEN', 'ConfigError', 'DataError',
-           'first_values', 'describe', 'peek']
+           'first_values', 'describe', 'peek', 'progress_console']
 
 # %% ../nbs/00_core.ipynb #c002
-import numbers
+import numbers, sys
+from rich.console import Console
 
 # %% ../nbs/00_core.ipynb #c006
 IGNORE_INDEX = -100              # a label that the loss skips (the default `ignore_index` of torch's cross_entropy)
@@ -71,3 +72,8 @@ def peek(
     rows = [(name, *describe(value)) for name,value in values.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(4)] if rows else []
     for row in rows: print("  ".join([*(cell.ljust(w) for cell,w in zip(row[:4], widths)), row[4]]).rstrip())
+
+# %% ../nbs/00_core.ipynb #c022
+def progress_console() -> Console:
+    "Standard error; a terminal only if it is one, and not the output of a notebook."
+    return Console(stderr=True, force_jupyter=False, force_terminal=False if "ipykernel" in sys.modules else None)

@@ -19,16 +19,15 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, tokenizers, torch
-from rich.console import Console
 from rich.progress import Progress, track
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from . import __version__
-from .core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
-from .templates import conv_templates, get_template
+from .core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError, progress_console
+from .templates import conv_templates
 from .sentinels import check_image_count, preprocess_multimodal
 from .labels import check_tokenizer, check_turns, preprocess
-from .images import interpolate_image, make_square, normalise, open_image, to_bytes
+from .images import grid_crops, make_square, normalise, open_image, rows_per_image as count_rows, to_bytes
 
 # %% ../nbs/07_dataset.ipynb #c006
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}   # who speaks, as records spell it -> as LLaVA does
@@ -349,7 +348,7 @@ def write_index(
     out, # Open for writing bytes
 ) -> int: # Number of records
     "Walk through the file and write a row for each record; shows progress in a terminal."
-    console, size, n = Console(stderr=True, force_jupyter=False), path.stat().st_size, -1
+    console, size, n = progress_console(), path.stat().st_size, -1
     with Progress(console=console, disable=not console.is_terminal or size < 50_000_000, transient=True) as bar:
         task = bar.add_task(f"indexing {path.name}", total=size)
         for n,(at,bytes_,raw) in enumerate(scan_records(path)):
@@ -536,6 +535,7 @@ def read_records(
 # %% ../nbs/07_dataset.ipynb #c049
 class TooLong(DataError):
     "A record longer than `max_length`."
+    def __init__(self, message, record=None, turn=None, kind="over_length"): super().__init__(message, record, turn, kind)
 
 def expanded_length(
     input_ids:torch.LongTensor, # shape (seq_len,)
@@ -623,21 +623,22 @@ class LazySupervisedDataset(Dataset):
         uint8:bool=False, # `image_aux` as bytes and no `image`: the device finishes the picture
         max_length:int|None=None, # Most positions of a sample, images expanded; None: no limit
         too_long:str="refuse", # What is longer: "refuse" (stop), "drop" (a bad sample) or "cut" (keep the rounds that fit)
-        rows_per_image:int|None=None, # Feature rows that stand for one image; None: one for each 14 pixels of `image_size`, squared
+        rows_per_image:int|None=None, # Feature rows that stand for one image; None: one for each patch of 14 x 14 pixels, of every crop
+        image_grid:int=1, # Crops along a side, as MGM's HD setting has them; `image_size_aux` is then that many times larger
+        image_global:bool=False, # Whether the whole picture follows the crops
         prepared:str|Path|None=None, # A folder of `prepare_dataset`: the text is not tokenized again
         skip_bad:float=0, # Share of bad samples that a DataLoader may skip; 0: the first one raises
         bad_samples:str|Path|None=None, # Where skipped samples are noted, one JSON object a line
     ):
-        get_template(template)              # unknown names fail here, not at the first item
-        check_tokenizer(tokenizer, template)
+        check_tokenizer(tokenizer, template)      # unknown names fail here, not at the first item
         if too_long not in ("refuse", "drop", "cut"): raise ConfigError(f"too_long must be 'refuse', 'drop' or 'cut', got {too_long!r}")
         if max_length is not None and max_length < 1: raise ConfigError(f"max_length must be at least 1, got {max_length}")
         self.records = Records(data)
         self.image_folder = self.find_images(image_folder)
         self.tokenizer, self.template, self.control_tokens, self.image_tags = tokenizer, template, control_tokens, image_tags
         self.image_size_aux, self.image_size, self.aspect, self.mean, self.std = image_size_aux, image_size, aspect, mean, std
-        self.blank_images, self.uint8, self.items = blank_images, uint8, None
-        self.max_length, self.too_long, self.rows_per_image = max_length, too_long, rows_per_image or (image_size//14)**2
+        self.blank_images, self.uint8, self.items, self.image_grid, self.image_global = blank_images, uint8, None, image_grid, image_global
+        self.max_length, self.too_long, self.rows_per_image = max_length, too_long, rows_per_image or count_rows(image_size//14*14, 14, image_grid, image_global)
         if skip_bad and bad_samples is None: raise ConfigError("skip_bad needs bad_samples, the file in which skipped samples are noted")
         self.bad = BadSamples(bad_samples, skip_bad, len(self)) if skip_bad else None
         self.prepared = None if prepared is None else PreparedTexts(prepared, self)
@@ -671,17 +672,14 @@ class LazySupervisedDataset(Dataset):
         indices:list[int], # Of records
     ) -> list[dict[str, torch.LongTensor]]: # For each `input_ids` and `labels`, each (seq_len,), of any length
         "Ids and labels of several records in one call of the tokenizer; opens no image."
-        out, records = {}, {i: self.records[i] for i in indices}
-        for has_image in (True, False):
-            own = [i for i in records if bool(image_names(records[i])) == has_image]
-            if not own: continue
-            sources, names = [records[i]["conversations"] for i in own], [records[i]["id"] for i in own]
-            for name,source in zip(names, sources): check_turns(source, name)       # before anything reads the texts
-            if has_image: sources = preprocess_multimodal(sources, self.image_tags)
-            data = preprocess(sources, self.tokenizer, self.template, has_image, self.control_tokens, records=names)
-            for i,source in zip(own, sources): check_image_count(source, len(image_names(records[i])), record=records[i]["id"]) if has_image else None
-            out.update({i: {"input_ids": ids, "labels": labels} for i,ids,labels in zip(own, data["input_ids"], data["labels"])})
-        return [out[i] for i in indices]
+        records = [self.records[i] for i in indices]
+        names, pictured = [record["id"] for record in records], [bool(image_names(record)) for record in records]
+        for name,record in zip(names, records): check_turns(record["conversations"], name)       # before anything reads the texts
+        moved = preprocess_multimodal([record["conversations"] for record in records], self.image_tags, mmtag="mmtag" in self.template)
+        sources = [source if own else record["conversations"] for source,record,own in zip(moved, records, pictured)]
+        data = preprocess(sources, self.tokenizer, self.template, pictured, self.control_tokens, records=names)
+        for name,source,record in zip(names, sources, records): check_image_count(source, len(image_names(record)), record=name) if image_names(record) else None
+        return [{"input_ids": ids, "labels": labels} for ids,labels in zip(data["input_ids"], data["labels"])]
 
     def fit(self,
         text:dict[str, torch.LongTensor], # `input_ids` and `labels`
@@ -703,12 +701,13 @@ class LazySupervisedDataset(Dataset):
 
     def __getitem__(self,
         i:int, # Index of a record
+        text:dict|None=None, # Its `input_ids` and `labels`, when they are known already
     ) -> dict[str, torch.Tensor]: # `input_ids`, `labels`; with images also `image` and `image_aux`
         "One training sample. Raises `DataError` with the record's id; never another sample."
         if self.items is not None: return dict(self.items[i])
         try:
             names = image_names(self.records[i])
-            text = self.texts([i])[0] if self.max_length is not None or self.prepared is not None else None
+            if self.max_length is not None or self.prepared is not None: text = text or self.texts([i])[0]
             if text is not None: names = names[:int((text["input_ids"] == IMAGE_TOKEN_INDEX).sum())]      # images that are cut away are not opened
             pixels = [self.pixels(name) for name in names]
             image_aux = pixels if self.uint8 else [normalise(p, self.mean, self.std) for p in pixels]
@@ -717,17 +716,19 @@ class LazySupervisedDataset(Dataset):
         if not image_aux: return data
         image_aux = image_aux[0] if len(image_aux) == 1 else torch.stack(image_aux)
         if self.uint8: return {**data, "image_aux": image_aux}
-        image = interpolate_image(image_aux, self.image_size)
+        image = grid_crops(image_aux, self.image_size, self.image_grid, self.image_global)
         return {**data, "image": image, "image_aux": image_aux}
 
     def __getitems__(self,
         indices:list[int], # Of a batch
     ) -> list[dict[str, torch.Tensor]]: # One sample each, without those that are skipped
         "What a DataLoader asks for. Bad samples raise, or are noted and left out, as far as `skip_bad` allows."
-        if self.bad is None: return [self[i] for i in indices]
+        try: texts = dict(zip(indices, self.texts(indices))) if self.items is None else {}     # all in one call of the tokenizer
+        except DataError: texts = {}                                                            # the bad one is found below
+        if self.bad is None: return [self.__getitem__(i, texts.get(i)) for i in indices]
         kept, bad = [], []
         for i in indices:
-            try: kept.append(self[i])
+            try: kept.append(self.__getitem__(i, texts.get(i)))
             except DataError as e:
                 if isinstance(e, TooLong) and self.too_long != "drop": raise
                 bad.append({"index": int(i), "id": self.name(i), "reason": str(e)})
@@ -758,7 +759,7 @@ class LazySupervisedDataset(Dataset):
         self.items = items
         return self
 
-# %% ../nbs/07_dataset.ipynb #c085
+# %% ../nbs/07_dataset.ipynb #c086
 class ArrayWriter:
     "A flat .npy file that grows; its header is written again when the length is known."
     def __init__(self,
@@ -802,7 +803,7 @@ class ArrayReader:
         data = self.file.read(self.start + part.start*self.dtype.itemsize, (part.stop - part.start)*self.dtype.itemsize)
         return np.frombuffer(data, self.dtype)
 
-# %% ../nbs/07_dataset.ipynb #c088
+# %% ../nbs/07_dataset.ipynb #c089
 def tokenizer_hash(
     tokenizer, # A fast Hugging Face tokenizer
 ) -> str:
@@ -831,7 +832,9 @@ def changes(
 
 def prepare_command(folder, dataset) -> str:
     "The command that makes prepared texts, for messages."
-    return f"vlm-lit prepare {dataset.records.path or 'DATA'} --template {dataset.template} --out {folder}"
+    options = {"--template": dataset.template, "--control-tokens": dataset.control_tokens, "--image-tags": dataset.image_tags}
+    usual = {"--template": "gemma", "--control-tokens": "refuse", "--image-tags": "keep"}
+    return f"vlm-lit prepare {dataset.records.path or 'DATA'} --out {folder}" + "".join(f" {k} {v}" for k,v in options.items() if v != usual[k]) + " --tokenizer …"
 
 class PreparedTexts:
     "Ids and labels of all records, read when asked for."
@@ -867,7 +870,7 @@ class PreparedTexts:
         "Expanded length of every record."
         return np.diff(np.load(self.folder/"offsets.npy")) + np.load(self.folder/"n_images.npy").astype(np.int64)*(rows_per_image - 1)
 
-# %% ../nbs/07_dataset.ipynb #c090
+# %% ../nbs/07_dataset.ipynb #c091
 def one_thread(worker):
     "Keep a worker's tokenizer to one thread; there are other workers."
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -910,7 +913,7 @@ def write_texts(
     show:bool, # Whether to show a progress bar, where there is a terminal
 ) -> int: # Number of bad records
     "Tokenize all records into flat files. Raises `DataError` if too many are bad."
-    chunks, console, n_bad = TextChunks(dataset, chunk), Console(stderr=True, force_jupyter=False), 0
+    chunks, console, n_bad = TextChunks(dataset, chunk), progress_console(), 0
     loader = DataLoader(chunks, batch_size=None, num_workers=n_workers if n_workers > 1 else 0, collate_fn=same, worker_init_fn=one_thread)
     with (ArrayWriter(folder/"ids.npy", "<i4") as ids, ArrayWriter(folder/"learned.npy", "|u1") as learned, ArrayWriter(folder/"n_images.npy", "<i4") as n_images,
           ArrayWriter(folder/"offsets.npy", "<i8") as offsets, open(folder/"bad_samples.jsonl", "w", encoding="utf-8") as file):
@@ -947,7 +950,7 @@ def prepare_dataset(
         if folder.exists(): shutil.rmtree(folder)       # stale, or empty
     return folder
 
-# %% ../nbs/07_dataset.ipynb #c097
+# %% ../nbs/07_dataset.ipynb #c098
 COLORS = "black blue brown gray green red teal yellow".split()   # easy-VQA's eight colours
 SHAPES = "circle rectangle triangle".split()                     # and its three shapes
 CAPTION_QUESTION = "What is in the photo?"                       # the seed's question
@@ -976,7 +979,7 @@ def caption(
     color, shape = [sorted(told & set(words)) for words in (COLORS, SHAPES)]
     return f"a {color[0]} {shape[0]}" if len(color) == len(shape) == 1 else None
 
-# %% ../nbs/07_dataset.ipynb #c100
+# %% ../nbs/07_dataset.ipynb #c101
 def easy_vqa_questions(
     split:str="train", # "train" or "test"
 ) -> list[tuple[str,str,int]]: # (question, answer, number of the picture), in the package's order
