@@ -32,6 +32,7 @@ readme: .venv/.made
 	$(BIN)/python tools/build.py readme
 
 bench: .venv/.made
+	$(BIN)/python benchmarks/data_path.py
 	$(BIN)/python benchmarks/easy_vqa.py --blind
 	$(BIN)/python benchmarks/easy_vqa.py
 

@@ -1,4 +1,5 @@
-"""Time the text path, from turns to ids and labels, against the reference. One thread, fresh text in every round.
+"""Time the text path, from turns to ids and labels, against the reference. One thread, fresh text for every path and round,
+and tokenizers whose memory of recent texts is full, as it is for all but the first minute of an epoch.
 
     python benchmarks/text_path.py            -> benchmarks/results/text_path.json
     python benchmarks/text_path.py --quick    a few samples, nothing written
@@ -7,13 +8,14 @@ Reference: what MGM's data set does, one sample after the other: render, cut at 
 round and every instruction, each chunk by a call of its own; labels by counting. Its ids and labels must be ours.
 Raw: one batched call of the Rust tokenizer on the same chunks, with offsets; nothing else. No path can beat it by much.
 """
-import argparse, gc, json, os, platform, re, statistics, time
+import argparse, copy, gc, json, os, platform, re, statistics, time
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
 from importlib.metadata import version
 from pathlib import Path
 import numpy as np, torch
 from vlm_lit.labels import check_policy, control_pattern, make_prompt, preprocess
-from vlm_lit.sentinels import chunks_of, encode_prompts, preprocess_multimodal
+from vlm_lit.sentinels import chunks_of, encode_ids, encode_prompts, encode_texts, plan_chunks, preprocess_multimodal, token_table
+from vlm_lit.templates import conv_templates
 from vlm_lit.tokenizer import load_tokenizer
 
 RESULT = Path(__file__).resolve().parent/"results/text_path.json"
@@ -22,16 +24,17 @@ QUESTIONS = ["Describe the image concisely.", "Provide a brief description of th
 BATCH = 256   # sources in one call of `preprocess`; as many as a worker prepares ahead
 
 class Writer:
-    "Sentences of ordinary words, common ones more often; seeded, never the same twice."
+    "Sentences whose words are as frequent as in English; seeded, no two alike."
     def __init__(self, tokenizer, seed):
-        words = sorted(t[1:] for t in tokenizer.get_vocab() if re.fullmatch("▁[a-z]{2,12}", t))
-        self.rng = np.random.default_rng(seed)
-        self.words = self.rng.permutation(words)[:20_000]
+        vocab = tokenizer.get_vocab()                                       # a byte-pair vocabulary is in order of frequency
+        self.words = np.array([t[1:] for t in sorted(vocab, key=vocab.get) if re.fullmatch("▁[a-z]{1,14}", t)][:20_000])
+        share = 1/(np.arange(len(self.words)) + 2.7)                        # Zipf's law with Mandelbrot's constant
+        self.rng, self.sums = np.random.default_rng(seed), (share/share.sum()).cumsum()
 
     def words_of(self, least, most):
         "So many words, a full stop behind."
-        ranks = np.minimum(self.rng.zipf(1.3, self.rng.integers(least, most + 1)) - 1, len(self.words) - 1)
-        return " ".join(self.words[ranks]).capitalize() + "."
+        drawn = self.sums.searchsorted(self.rng.random(self.rng.integers(least, most + 1))).clip(max=len(self.words) - 1)
+        return " ".join(self.words[drawn]).capitalize() + "."
 
     def pretrain(self):
         "A short question, a caption of 10 to 20 words."
@@ -39,34 +42,57 @@ class Writer:
 
     def instruct(self):
         "Three to five rounds about a picture."
-        turns = [{"from": ("human", "gpt")[k % 2], "value": self.words_of(*((6, 14), (8, 40))[k % 2])} for k in range(2*self.rng.integers(3, 6))]
+        turns = [{"from": ("human", "gpt")[k % 2], "value": self.words_of(*((6, 12), (8, 24))[k % 2])} for k in range(2*self.rng.integers(3, 6))]
         turns[0]["value"] = f"<image>\n{turns[0]['value']}"
         return turns
 
 class Reference:
-    "The counting way for Gemma's template, and how often it calls the tokenizer."
+    "The counting way for Gemma's template, step by step as MGM's data set takes them, and how often it calls the tokenizer."
     def __init__(self, tokenizer): self.tokenizer, self.calls = tokenizer, 0
 
-    def ids(self, prompt):
+    def ids(self, prompt, as_tensor=False):
         "Ids of a prompt: each chunk by its own call."
         chunks = [self.tokenizer(chunk).input_ids for chunk in prompt.split("<image>")]
         self.calls += len(chunks)
-        return chunks[0] + [i for chunk in chunks[1:] for i in [-200, *chunk[1:]]]
+        ids = chunks[0] + [i for chunk in chunks[1:] for i in [-200, *chunk[1:]]]
+        return torch.tensor(ids, dtype=torch.long) if as_tensor else ids
+
+    def move_tags(self, source):
+        "Turns with the tag in front, edited in place."
+        for turn in source:
+            if "<image>" not in turn["value"]: continue
+            turn["value"] = f"<image>\n{turn['value'].replace('<image>', '').strip()}".strip()
+        return source
+
+    def prompt(self, source):
+        "The prompt, from a conversation object that is filled turn by turn."
+        conv = conv_templates["gemma"].copy()
+        roles = {"human": conv.roles[0], "gpt": conv.roles[1]}
+        for n,turn in enumerate(source):
+            assert roles[turn["from"]] == conv.roles[n % 2]
+            conv.append_message(roles[turn["from"]], turn["value"])
+        text, seps = conv.system + conv.sep, (conv.sep, conv.sep2)
+        for n,(role,message) in enumerate(conv.messages): text += f"<start_of_turn>{role}\n{message}<end_of_turn>\n{seps[n % 2]}"
+        return text
 
     def __call__(self, source):
         "Ids and labels of a conversation."
-        texts = [(f"<image>\n{turn['value'].replace('<image>', '').strip()}".strip() if "<image>" in turn["value"] else turn["value"]) for turn in source]
-        rounds = ["".join(f"<start_of_turn>{who}\n{text}<end_of_turn>\n" for who,text in zip(("user", "model"), texts[k:k+2])) for k in range(0, len(texts), 2)]
-        input_ids = torch.tensor(self.ids("".join(text + "<eos>" for text in rounds)))
-        labels, at = input_ids.clone(), 1
-        labels[:1] = -100
-        for text in rounds:
-            instruction = text.partition("<start_of_turn>model\n")
-            length, hidden = len(self.ids(text)), len(self.ids(instruction[0] + instruction[1])) - 1
-            labels[at:at+hidden] = -100
-            at += length           # the round's own BOS stands for the <eos> that was split off
-        labels[at:] = -100
-        return input_ids, labels
+        text = self.prompt(self.move_tags(copy.deepcopy(source)))
+        input_ids = torch.stack([self.ids(text, as_tensor=True)], dim=0)
+        targets = input_ids.clone()
+        for target in targets:
+            total, at = int(target.ne(self.tokenizer.pad_token_id).sum()), 1
+            target[:at] = -100
+            for part in text.split("<eos>"):
+                if part == "": break
+                pieces = part.split("<start_of_turn>model\n")
+                if len(pieces) != 2: break
+                length, hidden = len(self.ids(part)), len(self.ids(pieces[0] + "<start_of_turn>model\n")) - 1
+                target[at:at+hidden] = -100
+                at += length           # the round's own BOS stands for the <eos> that was split off
+            target[at:] = -100
+            if at != total: target[:] = -100
+        return input_ids[0], targets[0]
 
 def clock(f, *args):
     "Processor seconds of a call, and its result; time that other programs took does not count."
@@ -82,10 +108,10 @@ def in_batches(f, items):
     "The function on `BATCH` items at a time."
     return [f(items[k:k+BATCH]) for k in range(0, len(items), BATCH)]
 
-def stages(sources, tokenizer):
-    "Seconds of each stage of `preprocess`, run one after the other on the same sources."
-    backend, pattern = tokenizer.backend_tokenizer, control_pattern(tokenizer, "gemma")
-    seconds = dict.fromkeys(("move tags", "render", "look for control tokens", "tokenize (Rust)", "segments", "labels and tensors"), 0.0)
+def stages(fresh, tokenizer):
+    "Seconds of each stage of `preprocess`, one after the other on fresh text."
+    table, pattern, sources = token_table(tokenizer), control_pattern(tokenizer, "gemma"), fresh()
+    seconds = dict.fromkeys(("move tags", "render", "look for control tokens", "tokenize (Rust)", "plan and join", "segments", "labels and tensors"), 0.0)
     for k in range(0, len(sources), BATCH):
         own = sources[k:k+BATCH]
         t, moved = clock(preprocess_multimodal, own)
@@ -93,29 +119,46 @@ def stages(sources, tokenizer):
         t, prompts = clock(lambda: [make_prompt(source, tokenizer, "gemma") for source in moved])
         seconds["render"] += t
         seconds["look for control tokens"] += clock(lambda: [check_policy(source, "refuse", pattern) for source in moved])[0]
-        rust = clock(backend.encode_batch_fast, sorted({chunk for prompt in prompts for chunk in chunks_of(prompt)}))[0]
+        seen = {}
+        for prompt in prompts: plan_chunks(prompt, seen, tokenizer.backend_tokenizer, table)
+        rust = clock(encode_texts, list(seen), tokenizer)[0]
         seconds["tokenize (Rust)"] += rust
-        seconds["segments"] += clock(encode_prompts, prompts, tokenizer)[0] - rust
-        seconds["labels and tensors"] += clock(preprocess, moved, tokenizer)[0]
-    seconds["labels and tensors"] = max(seconds["labels and tensors"] - sum(v for key,v in seconds.items() if key not in ("move tags", "labels and tensors")), 0.0)
+        again = clock(encode_texts, list(seen), tokenizer)[0]            # from here on the tokenizer knows the text
+        ids = clock(encode_ids, prompts, tokenizer, table)[0]
+        all_ = clock(encode_prompts, prompts, tokenizer)[0]
+        seconds["plan and join"] += max(ids - again, 0.0)
+        seconds["segments"] += max(all_ - ids, 0.0)
+        whole = clock(preprocess, moved, tokenizer)[0]
+        rest = clock(lambda: ([make_prompt(source, tokenizer, "gemma") for source in moved], [check_policy(source, "refuse", pattern) for source in moved]))[0]
+        seconds["labels and tensors"] += max(whole - rest - all_, 0.0)
     return {key: value/len(sources) for key,value in seconds.items()}
 
+def settle(tokenizer, kind, n):
+    "Fill the tokenizer's memory of 10,000 texts, as the first minute of an epoch does; what comes later is not remembered."
+    writer = Writer(tokenizer, 10_000)
+    texts = [turn["value"] for _ in range(12_000 if n > 100 else 10) for turn in getattr(writer, kind)()]
+    for k in range(0, len(texts), BATCH): tokenizer.backend_tokenizer.encode_batch_fast(texts[k:k+BATCH])
+
 def measure_kind(kind, tokenizer, n, rounds):
-    "Medians over rounds of fresh text, of samples of one kind."
-    reference, backend, found = Reference(tokenizer), tokenizer.backend_tokenizer, []
+    "Medians over rounds; each path reads text that the tokenizer has not seen."
+    own, plain, offsets = load_tokenizer("gemma"), load_tokenizer("gemma"), load_tokenizer("gemma")     # a tokenizer remembers texts; each path has its own memory
+    reference, found = Reference(own), []
+    for t in (tokenizer, own, plain, offsets): settle(t, kind, n)
     for seed in range(rounds):
         writer = Writer(tokenizer, seed)
-        sources = [getattr(writer, kind)() for _ in range(n)]
+        fresh = lambda n=n: [getattr(writer, kind)() for _ in range(n)]
+        sources = fresh()
         slow, theirs = clock(lambda: [reference(source) for source in sources])
-        fast, ours = clock(in_batches, lambda own: preprocess(preprocess_multimodal(own), tokenizer), sources)
-        ids, labels = [[row for out in ours for row in out[key]] for key in ("input_ids", "labels")]
+        check = in_batches(lambda own: preprocess(preprocess_multimodal(own), tokenizer), sources)
+        ids, labels = [[row for out in check for row in out[key]] for key in ("input_ids", "labels")]
         assert all(torch.equal(a, x) and torch.equal(b, y) for (a,b),x,y in zip(theirs, ids, labels, strict=True)), "the reference gives other ids or labels"
-        single = clock(lambda: [preprocess(preprocess_multimodal([source]), tokenizer) for source in sources[:n//4]])[0]*4
-        chunks = [chunk for source in preprocess_multimodal(sources) for chunk in chunks_of(make_prompt(source, tokenizer, "gemma"))]
-        backend.no_padding()
-        raw = clock(in_batches, backend.encode_batch, chunks)[0]
-        raw_fast = clock(in_batches, backend.encode_batch_fast, chunks)[0]
-        found.append({"reference": slow/n, "ours": fast/n, "ours_one_by_one": single/n, "raw": raw/n, "raw_without_offsets": raw_fast/n, "tokens": sum(map(len, ids))/n, "stages": stages(sources, tokenizer)})
+        sources = fresh()
+        fast, _ = clock(in_batches, lambda own: preprocess(preprocess_multimodal(own), tokenizer), sources)
+        sources = fresh(n//4)
+        single, _ = clock(lambda: [preprocess(preprocess_multimodal([source]), tokenizer) for source in sources])
+        texts = [[chunk for source in preprocess_multimodal(fresh()) for chunk in chunks_of(make_prompt(source, tokenizer, "gemma"))] for _ in range(2)]
+        raw, raw_fast = clock(in_batches, offsets.backend_tokenizer.encode_batch, texts[0])[0], clock(in_batches, plain.backend_tokenizer.encode_batch_fast, texts[1])[0]
+        found.append({"reference": slow/n, "ours": fast/n, "ours_one_by_one": single/(n//4), "raw": raw/n, "raw_without_offsets": raw_fast/n, "tokens": sum(map(len, ids))/n, "stages": stages(fresh, tokenizer)})
     middle = lambda values: statistics.median(values)
     out = {f"{key}_us": round(1e6*middle([f[key] for f in found]), 1) for key in ("reference", "ours", "ours_one_by_one", "raw", "raw_without_offsets")}
     ratio = {f"ratio_{key}": round(middle([f["reference"]/f[key] for f in found]), 2) for key in ("ours", "ours_one_by_one", "raw", "raw_without_offsets")}

@@ -357,10 +357,10 @@ def test_limits_that_cannot_be_are_refused():
 
 def test_hd_crops_come_out_of_the_dataset():
     small = dict(image_size_aux=96, image_size=42)
-    plain, hd, both = [LazySupervisedDataset([seed, two], tok, folder, **small, **more) for more in ({}, dict(image_grid=2), dict(image_grid=2, image_global=True))]
-    print(tuple(plain[0]["image"].shape), tuple(hd[0]["image"].shape), tuple(both[1]["image"].shape), both.rows_per_image)
-    test_eq([tuple(d[0]["image"].shape) for d in (plain, hd, both)], [(3, 42, 42), (4, 3, 42, 42), (5, 3, 42, 42)])
-    test_eq((tuple(both[1]["image"].shape), plain.rows_per_image, both.rows_per_image), ((2, 5, 3, 42, 42), 9, 45))
+    flat, hd, both = [LazySupervisedDataset([seed, two], tok, folder, **small, **more) for more in ({}, dict(image_grid=2), dict(image_grid=2, image_global=True))]
+    print(tuple(flat[0]["image"].shape), tuple(hd[0]["image"].shape), tuple(both[1]["image"].shape), both.rows_per_image)
+    test_eq([tuple(d[0]["image"].shape) for d in (flat, hd, both)], [(3, 42, 42), (4, 3, 42, 42), (5, 3, 42, 42)])
+    test_eq((tuple(both[1]["image"].shape), flat.rows_per_image, both.rows_per_image), ((2, 5, 3, 42, 42), 9, 45))
 
 def test_bytes_become_the_float_picture():
     a, b = limited([seed, two]), limited([seed, two], uint8=True)

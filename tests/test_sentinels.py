@@ -8,7 +8,7 @@ from vlm_lit.templates import Rendered, Segment, user_parts
 from vlm_lit.tokenizer import control_tokens
 import copy, json, lzma
 from pathlib import Path
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.core import peek
@@ -78,17 +78,30 @@ def test_families_write_different_things_unasked():
     endless.backend_tokenizer.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
     with expect_fail(ConfigError, contains="writes ['<eos>'] around every text"): make_table(endless)
 
-def test_prompts_of_a_batch_share_their_first_chunk():
-    prompts = [Rendered("", (("<start_of_turn>user\n", Segment.HEADER), ("<image>", Segment.IMAGE), (text, Segment.USER))) for text in ("\nHi", "\nBye")]
-    with Breakpoint(encode_ids, at="return [join_chunks", watch=["places", "encoded"]) as bp: ids = encode_ids(prompts, tok, 1)
-    print(bp["places"], ids)
-    test_eq(bp["places"], [[0, 1], [0, 2]])
-    test_eq(ids, [[2, 106, 1645, 108, -200, 108, 2151], [2, 106, 1645, 108, -200, 108, 38620]])
+def test_known_texts_are_not_encoded_again():
+    def asked(question, answer):
+        conv = get_template("gemma")
+        for role,text in zip(conv.roles, (question, answer)): conv.append_message(role, text)
+        return render(conv)
+    prompts = [asked("<image>\nWhat?", "a box"), asked("<image>\nWhat?", "a falcon")]
+    with Breakpoint(encode_ids, at="return [join_chunks", watch=["seen", "plans[0]"]) as bp: ids = encode_ids(prompts, tok, token_table(tok))
+    print(list(bp["seen"]), bp["plans[0]"], sep="\n")
+    test_eq(list(bp["seen"]), ["<start_of_turn>user\n", "\nWhat?", "model\na box", "model\na falcon"])
+    test_eq(ids, [join_chunks([tok(chunk).input_ids for chunk in chunks_of(prompt)], 1) for prompt in prompts])
+
+def test_control_tokens_that_swallow_blanks_are_no_walls():
+    assert all(token_table(t).cuts is not None for t in (tok, *families.values()))
+    greedy = family("chatml_no_bos")
+    greedy.add_tokens([AddedToken("<|end|>", rstrip=True, special=True)], special_tokens=True)
+    assert token_table(greedy).cuts is None
+    text = "a<|end|>  \n b"
+    prompt = Rendered(text, (("a", Segment.USER), ("<|end|>  \n", Segment.HEADER), (" b", Segment.USER)))
+    test_eq(encode_ids([prompt], greedy, token_table(greedy)), [greedy(text).input_ids])
 
 def test_a_batch_is_measured_at_once():
     for name,t in {"gemma": tok, **families}.items():
         prompt = Rendered("", (("USER: ", Segment.HEADER), ("<image>", Segment.IMAGE), ("\nWhat is  it?", Segment.USER), (t.eos_token, Segment.STOP), ("Ja, é!", Segment.USER)))
-        ids = np.array(encode_ids([prompt], t, token_table(t).n_bos)[0])
+        ids = np.array(encode_ids([prompt], t, token_table(t))[0])
         widths = covered(ids, np.array([0]), token_table(t), token_table(t).n_bos)
         print(f"{name:19}", [(t.convert_ids_to_tokens(int(i)) if i >= 0 else i, w) for i,w in zip(ids.tolist(), widths.tolist())][:7])
         test_eq(int(widths.sum()), len(f"USER: <image>\nWhat is  it?{t.eos_token}Ja, é!".encode()))

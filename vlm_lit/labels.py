@@ -40,7 +40,7 @@ def drop_greeting(
     record=None, # The record's id, for the warning
 ) -> list[dict]: # The turns from the first question on, a system turn before it kept
     "Leave out a turn of the model that answers nothing, and say so."
-    n = next(n for n,turn in enumerate(source) if turn["from"] != "system")
+    n = int(source[0]["from"] == "system")
     if source[n]["from"] == "human": return source
     warnings.warn(f"record {record!r}: begins with a turn of 'gpt', which answers nothing; that turn is dropped")
     return source[:n] + source[n+1:]

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TABLES', 'FAR', 'move_tag', 'preprocess_multimodal', 'drop_bos', 'insert_separator', 'TokenTable', 'token_width',
-           'added_blank', 'make_table', 'token_table', 'chunks_of', 'join_chunks', 'encode_ids', 'covered',
-           'offset_widths', 'encode_piece', 'encode_slowly', 'restart', 'Encoded', 'part_sizes', 'encode_prompts',
-           'flatten', 'misfits', 'segments_of', 'tokenizer_image_token', 'check_image_count']
+           'added_blank', 'make_table', 'token_table', 'chunks_of', 'cut_control', 'plan_chunks', 'join_chunks',
+           'encode_texts', 'encode_ids', 'covered', 'offset_widths', 'encode_piece', 'encode_slowly', 'restart',
+           'Encoded', 'part_sizes', 'encode_prompts', 'flatten', 'misfits', 'segments_of', 'tokenizer_image_token',
+           'check_image_count']
 
 # %% ../nbs/04_sentinels.ipynb #c002
 import re, weakref
@@ -37,7 +38,7 @@ def preprocess_multimodal(
     tag = IM_START_TOKEN + IMAGE_TOKEN + IM_END_TOKEN if mm_use_im_start_end else IMAGE_TOKEN
     if mmtag: tag = f"<Image>{tag}</Image>"
     def turn(sentence):
-        if IMAGE_TOKEN not in sentence["value"] or (sentence.get("from") == "gpt" and image_tags == "keep"): return dict(sentence)   # a tag in an answer is text
+        if IMAGE_TOKEN not in sentence["value"] or (sentence.get("from") == "gpt" and image_tags == "keep"): return sentence.copy()   # a tag in an answer is text
         return {**sentence, "value": move_tag(sentence["value"], image_tags).replace(IMAGE_TOKEN, tag)}
     moved = [[turn(sentence) for sentence in source] for source in sources]
     return moved
@@ -55,8 +56,11 @@ def insert_separator(
     separator, # What is put between two chunks
 ) -> list: # One flat list
     "The chunks in a row, with the separator in each gap."
-    first, *rest = chunks
-    return list(first) + [item for chunk in rest for item in [separator, *chunk]]
+    out = list(chunks[0])
+    for chunk in chunks[1:]:
+        out.append(separator)
+        out += chunk
+    return out
 
 # %% ../nbs/04_sentinels.ipynb #c022
 @dataclass(frozen=True, eq=False)
@@ -64,9 +68,15 @@ class TokenTable:
     "What a tokenizer's ids cover in the text, and what it writes unasked."
     widths: np.ndarray   # bytes of text each id covers; the sentinel's entry is `IMAGE_TOKEN`'s length
     special: np.ndarray  # whether an id frames text: added tokens and the sentinel
-    n_bos: int           # ids it writes before every text: 0 or 1
+    bos: tuple           # ids it writes before every text: none, or its BOS
     control: tuple       # texts of all control tokens
+    cuts: dict|None      # the template's own texts -> where their control tokens stand; None: texts are not cut at those
     blank: str           # where it adds a blank of its own: "never", "first" in a text, or "always", behind control tokens too
+
+    @property
+    def n_bos(self) -> int:
+        "How many ids it writes before every text."
+        return len(self.bos)
 
 def token_width(
     token:str, # As the vocabulary spells it
@@ -97,7 +107,9 @@ def make_table(
     for token,i in vocab.items(): widths[i] = token_width(token, byte_level)
     for i,token in added.items(): widths[i], special[i] = len(token.content.encode()) if token.special else token_width(token.content, False), token.special
     widths[IMAGE_TOKEN_INDEX], special[IMAGE_TOKEN_INDEX] = len(IMAGE_TOKEN), True
-    return TokenTable(widths, special, len(empty), tuple(control_tokens(tokenizer)), added_blank(backend))
+    blank, framing = added_blank(backend), [token for token in added.values() if token.special]
+    hard = blank != "first" and not any(token.lstrip or token.rstrip or token.single_word or token.normalized for token in framing)
+    return TokenTable(widths, special, tuple(empty), tuple(control_tokens(tokenizer)), {} if hard else None, blank)
 
 TABLES = weakref.WeakKeyDictionary()   # tokenizer -> (what it was made for, table); making one reads the whole vocabulary
 
@@ -123,30 +135,72 @@ def chunks_of(
         else: texts.append(text)
     return [*chunks, "".join(texts)]
 
+def cut_control(
+    text:str, # Written by a template
+    backend, # A `tokenizers.Tokenizer`
+    table:TokenTable, # Remembers what was found
+) -> tuple[str,list[int],str]|None: # Text in front, ids from the first control token to the last, text behind; None without control tokens
+    "A template's text around its control tokens."
+    if len(table.cuts) > 4096: table.cuts.clear()
+    found = list(re.finditer("|".join(map(re.escape, table.control)) or "(?!)", text))
+    cut = (text[:found[0].start()], backend.encode(text[found[0].start():found[-1].end()], add_special_tokens=False).ids, text[found[-1].end():]) if found else None
+    return table.cuts.setdefault(text, cut)
+
+def plan_chunks(
+    prompt:Rendered,
+    seen:dict[str,int], # Texts to be encoded -> their numbers; grows
+    backend, # A `tokenizers.Tokenizer`
+    table:TokenTable,
+) -> list[list]: # For each chunk, in order, numbers of texts and lists of ids
+    "A prompt as texts to encode and ids that are known; a chunk is cut behind its first question, and before its end."
+    plan, text, before, last = [[]], "", None, len(prompt.parts) - 1
+    for n,(part,segment) in enumerate(prompt.parts):
+        if segment == Segment.IMAGE:
+            plan[-1].append(seen.setdefault(text, len(seen)))
+            plan.append([])
+            text = ""
+        elif table.cuts is not None and (n == last and segment == Segment.STOP or before == Segment.USER and segment == Segment.HEADER and not plan[-1]):
+            cut = table.cuts[part] if part in table.cuts else cut_control(part, backend, table)
+            if cut: plan[-1] += [seen.setdefault(text + cut[0], len(seen)), cut[1]]
+            text = cut[2] if cut else text + part
+        else: text += part
+        before = segment
+    if text: plan[-1].append(seen.setdefault(text, len(seen)))
+    return plan
+
 def join_chunks(
-    prompt_chunks:list[list[int]], # Ids of each chunk, each with the BOS the tokenizer wrote
-    n_bos:int, # 1 if it wrote one, else 0
+    prompt_chunks:list[list[int]], # Ids of each chunk, each with the BOS that the tokenizer writes
+    n_bos:int, # 1 if it writes one, else 0
     image_token_index:int=IMAGE_TOKEN_INDEX, # Id that stands for one image
 ) -> list[int]: # Exactly one `image_token_index` per image, BOS once
     "The chunks in a row: later ones lose their BOS, each gap gets a sentinel."
     input_ids = insert_separator([prompt_chunks[0], *(ids[n_bos:] for ids in prompt_chunks[1:])], image_token_index)
     return input_ids
 
-def encode_ids(
-    prompts:list[Rendered],
+def encode_texts(
+    texts:list[str], # Encoded without BOS
     tokenizer, # A fast Hugging Face tokenizer
-    n_bos:int, # 1 if it begins every text with BOS, else 0
-) -> list[list[int]]: # For each prompt its ids, sentinels in the gaps
-    "Cut the prompts at their images and tokenize all chunks in one call, equal ones once."
-    backend, seen = tokenizer.backend_tokenizer, {}
+) -> list[list[int]]: # Ids of each
+    "All texts in one call."
+    backend = tokenizer.backend_tokenizer
     backend.no_padding()           # an earlier call of the tokenizer may have left these on
     backend.no_truncation()
     backend.encode_special_tokens = False
-    places = [[seen.setdefault(chunk, len(seen)) for chunk in chunks_of(prompt)] for prompt in prompts]
-    encoded = [encoding.ids for encoding in backend.encode_batch_fast(list(seen))]
-    return [join_chunks([encoded[place] for place in own], n_bos) for own in places]
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-# %% ../nbs/04_sentinels.ipynb #c032
+def encode_ids(
+    prompts:list[Rendered],
+    tokenizer, # A fast Hugging Face tokenizer
+    table:TokenTable,
+) -> list[list[int]]: # For each prompt its ids, sentinels in the gaps
+    "Cut the prompts at their images and tokenize what is not known, in one call, equal texts once."
+    seen, backend = {}, tokenizer.backend_tokenizer
+    plans = [plan_chunks(prompt, seen, backend, table) for prompt in prompts]
+    encoded = encode_texts(list(seen), tokenizer)
+    whole = lambda plan: list(chain(table.bos, *[encoded[entry] if entry.__class__ is int else entry for entry in plan]))
+    return [join_chunks([whole(plan) for plan in chunks], table.n_bos) for chunks in plans]
+
+# %% ../nbs/04_sentinels.ipynb #c034
 def covered(
     ids:np.ndarray, # Ids of a batch, flat
     firsts:np.ndarray, # Where each text begins in it
@@ -163,7 +217,7 @@ def covered(
     begins[1:] |= begins[:-1] & (widths[:-1] == 0)        # behind the BOS
     return widths - (begins & ~table.special[ids])
 
-# %% ../nbs/04_sentinels.ipynb #c037
+# %% ../nbs/04_sentinels.ipynb #c039
 def offset_widths(
     encoding, # Of the backend, with offsets
     text:str, # What was encoded
@@ -211,7 +265,7 @@ def encode_slowly(
         if image: ids, widths, start = [*ids, IMAGE_TOKEN_INDEX], [*widths, len(IMAGE_TOKEN)], image[1]
     return ids, widths
 
-# %% ../nbs/04_sentinels.ipynb #c041
+# %% ../nbs/04_sentinels.ipynb #c043
 FAR = 2**40   # bytes, more than any prompt: added once a prompt, it keeps places of different prompts apart
 
 def restart(
@@ -243,7 +297,7 @@ def encode_prompts(
 ) -> Encoded:
     "Tokenize prompts, all in one call, and say of each token which segment it starts in."
     table = token_table(tokenizer)
-    rows = encode_ids(prompts, tokenizer, table.n_bos)
+    rows = encode_ids(prompts, tokenizer, table)
     n_parts = np.array([len(prompt.parts) for prompt in prompts], dtype=np.int64)
     part_ends = restart(np.array([size for prompt in prompts for size in part_sizes(prompt)], dtype=np.int64), n_parts)
     kinds = np.array([segment for prompt in prompts for _,segment in prompt.parts], dtype=np.uint8)
@@ -293,7 +347,7 @@ def segments_of(
     if not len(kinds): return np.full(len(starts), Segment.HEADER, dtype=np.uint8)
     return kinds[np.minimum(np.searchsorted(part_ends, starts, side="right"), np.repeat(n_parts.cumsum() - 1, lengths))]
 
-# %% ../nbs/04_sentinels.ipynb #c047
+# %% ../nbs/04_sentinels.ipynb #c049
 def tokenizer_image_token(
     prompt:str, # Text with zero or more `<image>`
     tokenizer, # A fast Hugging Face tokenizer
@@ -302,11 +356,11 @@ def tokenizer_image_token(
 ) -> torch.LongTensor|list[int]: # `input_ids`: exactly one `image_token_index` per image, BOS once
     "Ids of a prompt, with one sentinel in the place of each image."
     if return_tensors not in (None, "pt"): raise ConfigError(f"return_tensors must be 'pt' or None, got {return_tensors!r}")
-    ids, = encode_ids([Rendered(prompt, tuple(user_parts(prompt)))], tokenizer, token_table(tokenizer).n_bos)
+    ids, = encode_ids([Rendered(prompt, tuple(user_parts(prompt)))], tokenizer, token_table(tokenizer))
     ids = [image_token_index if i == IMAGE_TOKEN_INDEX else i for i in ids]
     return torch.tensor(ids, dtype=torch.long) if return_tensors == "pt" else ids
 
-# %% ../nbs/04_sentinels.ipynb #c059
+# %% ../nbs/04_sentinels.ipynb #c061
 def check_image_count(
     source:list[dict], # One conversation's turns
     n_images:int, # Pictures that came with it

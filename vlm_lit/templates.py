@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['CURIOUS', 'HELPFUL', 'MMTAG', 'LLAMA_2_SYSTEM', 'SYSTEM_OPENING', 'conv_templates', 'STAND_IN', 'STRIPS',
            'SeparatorStyle', 'Conversation', 'single', 'two', 'llama_2', 'llama_3', 'chatml', 'plain', 'get_template',
-           'turn_frame', 'Segment', 'Rendered', 'user_parts', 'system_parts', 'message_parts', 'render', 'caption_form',
-           'set_system', 'apply_template', 'template_frame', 'stop_text', 'render_hf']
+           'frame_texts', 'turn_frame', 'Segment', 'Rendered', 'user_parts', 'system_parts', 'message_parts', 'joined',
+           'render', 'caption_form', 'set_system', 'apply_template', 'template_frame', 'stop_text', 'render_hf']
 
 # %% ../nbs/03_templates.ipynb #c002
 from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
+from functools import lru_cache
 from jinja2 import TemplateError
 from .core import IMAGE_TOKEN, ConfigError, DataError
 
@@ -112,19 +113,31 @@ def get_template(
     return conv_templates[name].copy()
 
 # %% ../nbs/03_templates.ipynb #c018
+@lru_cache(maxsize=256)
+def frame_texts(
+    style:SeparatorStyle,
+    sep:str, # Of the template
+    sep2:str|None, # Of the template
+    role:str, # Who speaks, as the template calls them
+    is_model:bool, # Whether the model speaks
+    is_first:bool, # Whether this is the first turn
+) -> tuple[str,str,str]: # opening, glue, closing
+    "What a template writes around a message."
+    own = sep2 if is_model and sep2 is not None else sep
+    match style:
+        case SeparatorStyle.SINGLE | SeparatorStyle.TWO: return f"{role}:", " ", own
+        case SeparatorStyle.MPT | SeparatorStyle.LLAMA_3: return role, "", sep
+        case SeparatorStyle.LLAMA_2: return ("", " ", f" {sep2}") if is_model else ("", f"{'' if is_first else sep}[INST] ", " [/INST]")
+        case SeparatorStyle.GEMMA: return f"<start_of_turn>{role}\n", "", f"<end_of_turn>\n{own}"
+        case SeparatorStyle.PLAIN: return "", "", own
+
 def turn_frame(
     conv:Conversation, # The template
     n:int, # Number of the turn; even ones are the user's
     role:str, # Who speaks, as the template calls them
 ) -> tuple[str,str,str]: # opening, glue, closing
     "What stands around the message of a turn."
-    sep = conv.sep2 if n % 2 and conv.sep2 is not None else conv.sep
-    match conv.sep_style:
-        case SeparatorStyle.SINGLE | SeparatorStyle.TWO: return f"{role}:", " ", sep
-        case SeparatorStyle.MPT | SeparatorStyle.LLAMA_3: return role, "", conv.sep
-        case SeparatorStyle.LLAMA_2: return ("", " ", f" {conv.sep2}") if n % 2 else ("", f"{conv.sep if n else ''}[INST] ", " [/INST]")
-        case SeparatorStyle.GEMMA: return f"<start_of_turn>{role}\n", "", f"<end_of_turn>\n{sep}"
-        case SeparatorStyle.PLAIN: return "", "", sep
+    return frame_texts(conv.sep_style, conv.sep, conv.sep2, role, n % 2 == 1, n == 0)
 
 # %% ../nbs/03_templates.ipynb #c022
 class Segment(IntEnum):
@@ -196,6 +209,17 @@ def message_parts(
     system = [(f"<<SYS>>\n{conv.system}\n<</SYS>>\n\n", Segment.SYSTEM)] if n == 0 and conv.system and conv.sep_style == SeparatorStyle.LLAMA_2 else []
     return [(opening + glue, Segment.HEADER), *system, *user_parts(message, has_image), (closing, Segment.HEADER)]
 
+def joined(
+    parts:list[tuple[str,Segment]],
+) -> list[tuple[str,Segment]]: # None of them empty
+    "Neighbouring headers as one part."
+    out = []
+    for part in parts:
+        if not part[0]: continue
+        if part[1] == Segment.HEADER and out and out[-1][1] == Segment.HEADER: out[-1] = (out[-1][0] + part[0], Segment.HEADER)
+        else: out.append(part)
+    return out
+
 def render(
     conv:Conversation, # Template and turns
     add_generation_prompt:bool=False, # Open a turn for the model at the end
@@ -205,7 +229,7 @@ def render(
     turns = [*conv.messages, [conv.roles[1], None]] if add_generation_prompt else conv.messages
     parts = system_parts(conv)
     for n,(role,message) in enumerate(turns): parts += message_parts(conv, n, role, message, has_image)
-    parts = [part for part in parts if part[0]]
+    parts = joined(parts)
     text = "".join([text for text,_ in parts])
     return Rendered(text, tuple(parts))
 
