@@ -106,12 +106,13 @@ def mirror_some(
     step:int, # Counted from 0
 ) -> dict: # The batch with some pictures mirrored; both sizes of a picture alike
     "Mirror pictures left to right, as seed and step say."
-    if not cfg.mirror or "images" not in batch: return batch
-    draw = torch.rand(len(batch["images"]), generator=torch.Generator().manual_seed(cfg.seed*1_000_003 + step))
-    chosen = (draw < cfg.mirror).to(batch["images"].device)[:, None, None, None]
-    return {**batch, **{key: torch.where(chosen, batch[key].flip(-1), batch[key]) for key in ("images", "images_aux")}}
+    keys = [key for key in ("images", "images_aux") if key in batch]       # bytes come without `images`
+    if not cfg.mirror or not keys: return batch
+    draw = torch.rand(len(batch[keys[0]]), generator=torch.Generator().manual_seed(cfg.seed*1_000_003 + step))
+    chosen = (draw < cfg.mirror).to(batch[keys[0]].device)[:, None, None, None]
+    return {**batch, **{key: torch.where(chosen, batch[key].flip(-1), batch[key]) for key in keys}}
 
-# %% ../nbs/11_training.ipynb #c022
+# %% ../nbs/11_training.ipynb #c023
 def train_step(
     model:nn.Module, # Prepared by accelerate
     batch:dict, # From the collator
@@ -130,7 +131,7 @@ def train_step(
     optimizer.zero_grad()
     return float(accelerator.reduce(out.loss.detach(), "sum"))
 
-# %% ../nbs/11_training.ipynb #c024
+# %% ../nbs/11_training.ipynb #c025
 def optimizer_tensors(
     model:nn.Module, # Whose weights it moves
     optimizer:torch.optim.Optimizer,
@@ -187,7 +188,7 @@ def load_checkpoint(
     restore_optimizer(model, optimizer, tensors)
     return progress
 
-# %% ../nbs/11_training.ipynb #c026
+# %% ../nbs/11_training.ipynb #c027
 class Interrupted(Exception):
     "A run was asked to stop; its checkpoint is on disk."
     def __init__(self, stage:str, step:int):
@@ -209,7 +210,7 @@ def noted_interrupt():
     try: yield notes
     finally: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/11_training.ipynb #c028
+# %% ../nbs/11_training.ipynb #c029
 class TrainProgress:
     "A live bar in a terminal, a line every few steps elsewhere."
     def __init__(self,
@@ -259,7 +260,7 @@ def rewind_metrics(
     rows = [row for row in read_metrics(path) if row["stage"] != stage or row["step"] <= step]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
-# %% ../nbs/11_training.ipynb #c030
+# %% ../nbs/11_training.ipynb #c031
 def check_fit(
     cfg, # The model's `VLMConfig`
     dataset, # `LazySupervisedDataset`
@@ -301,7 +302,7 @@ def train(
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=DataCollatorForSupervisedDataset(dataset.tokenizer.pad_token_id))
     if calibrate and not done["step"]:
         first = loader.collate_fn([dataset[i] for i in sampler.batch(0)])
-        calibrate_projector(model, first["images"], first["images_aux"])
+        calibrate_projector(model, first.get("images"), first["images_aux"])
     wrapped, prepared, loader = accelerator.prepare(model.train(), optimizer, loader)
     with noted_interrupt() as notes, TrainProgress(cfg, done["step"], console) as bar, open(folder/"metrics.jsonl", "a", encoding="utf-8") as metrics:
         for batch in loader:
