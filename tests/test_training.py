@@ -74,11 +74,11 @@ def test_mirrors_follow_from_seed_and_step():
     assert 0 < sum(flipped) < 8 and mirror_some(batch, replace(short, mirror=0), 3) is batch
 
 def test_bytes_are_mirrored_like_floats():
-    cfg = TrainConfig("mirror", steps=1, mirror=.5, seed=3)
+    half = TrainConfig("mirror", steps=1, mirror=.5, seed=3)
     bytes_ = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
-    floats = mirror_some({"images": bytes_.float(), "images_aux": bytes_.float()}, cfg, 2)
-    test_eq(mirror_some({"images_aux": bytes_}, cfg, 2)["images_aux"].float().tolist(), floats["images_aux"].tolist())
-    test_eq(mirror_some({"input_ids": 1}, cfg, 2), {"input_ids": 1})
+    floats = mirror_some({"images": bytes_.float(), "images_aux": bytes_.float()}, half, 2)
+    test_eq(mirror_some({"images_aux": bytes_}, half, 2)["images_aux"].float().tolist(), floats["images_aux"].tolist())
+    test_eq(mirror_some({"input_ids": 1}, half, 2), {"input_ids": 1})
 
 def test_loss_falls_and_everything_is_written():
     with tempfile.TemporaryDirectory() as folder:
