@@ -57,6 +57,10 @@ def test_every_check_of_a_record_becomes_a_finding():
 def test_chunk_counts_tokens_by_segment_and_expands_images():
     settings = AuditSettings(image_folder=folder, max_length=1000)
     clean = inspect_chunk(Records(DIRTY[:1]), 0, 1, tok, settings)
+    chat = {"id": 1, "messages": [{"role": "user", "content": [{"type": "image", "image": "good.jpg"}, {"type": "text", "text": "q"}]}, {"role": "assistant", "content": "a"}]}
+    test_eq([inspect_chunk(Records([raw]), 0, 1, tok, settings).n_images for raw in (DIRTY[0], chat, {**DIRTY[0], "image": ["good.jpg"]}, DIRTY[10])], [1, 1, 1, 0])
+    test_eq([[f.kind for f in inspect_record({"id": 1, "conversations": talk("q", answer)}, 0, settings, control_pattern(tok, "gemma"))[1]] for answer in ("", " \n", "\u200b", "a")], [["empty_answer"]]*3 + [[]])
+    test_eq([f.kind for f in inspect_record({"id": 1, "conversations": [{"from": "User", "value": "q"}]}, 0, settings, control_pattern(tok, "gemma"))[1]], ["roles"])
     test_eq((clean.tokens[Segment.IMAGE], clean.tokens[Segment.STOP], clean.lengths[0].tolist()), (576, 3, [int(clean.tokens.sum())]))
     test_eq(dict(clean.counts), {})
     dirty = inspect_chunk(Records(DIRTY), 0, len(DIRTY), tok, AuditSettings(image_folder=folder, decode_images=True, max_length=300))
@@ -103,7 +107,7 @@ def test_workers_give_the_same_report():
 
 def test_wrong_settings_and_empty_data_are_said():
     for settings,message in [(AuditSettings(template="gema"), "unknown template"), (AuditSettings(image_folder=Path("nowhere")), "no image folder 'nowhere'"),
-                             (AuditSettings(decode_images=True), "decode_images needs an image_folder"), (AuditSettings(batch_size=0), "batch_size must be at least 1")]:
+                             (AuditSettings(decode_images=True), "decode_images needs an image_folder"), (AuditSettings(batch_size=0), "batch_size must be at least 1"), (AuditSettings(control_tokens="Refuse"), "control_tokens must be one of"), (AuditSettings(image_tags="all"), "image_tags must be one of")]:
         with expect_fail(ConfigError, contains=message): audit(DIRTY, tok, settings)
     empty = audit([], tok, AuditSettings())
     test_eq((empty["records"], empty["ok"], empty["lengths"]["max"]), (0, True, 0.0))

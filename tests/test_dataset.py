@@ -1,5 +1,5 @@
 "Derived from nbs/07_dataset.ipynb by `make tests`; edit the notebook, not this file."
-import codecs, hashlib, importlib.util, io, json, os, re, shutil, struct, subprocess, sys, tempfile, weakref
+import codecs, hashlib, importlib.util, io, json, os, re, shlex, shutil, struct, subprocess, sys, tempfile, weakref
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -359,6 +359,9 @@ def test_hd_crops_come_out_of_the_dataset():
     small = dict(image_size_aux=96, image_size=42)
     flat, hd, both = [LazySupervisedDataset([seed, two], tok, folder, **small, **more) for more in ({}, dict(image_grid=2), dict(image_grid=2, image_global=True))]
     print(tuple(flat[0]["image"].shape), tuple(hd[0]["image"].shape), tuple(both[1]["image"].shape), both.rows_per_image)
+    with expect_fail(ConfigError, contains="max_length needs rows_per_image"): LazySupervisedDataset([seed], tok, folder, image_size=30, max_length=99)
+    for name in ("control_tokens", "image_tags", "aspect"):
+        with expect_fail(ConfigError, contains=f"{name} must be one of"): LazySupervisedDataset([seed], tok, folder, **{name: "foo"})
     test_eq([tuple(d[0]["image"].shape) for d in (flat, hd, both)], [(3, 42, 42), (4, 3, 42, 42), (5, 3, 42, 42)])
     test_eq((tuple(both[1]["image"].shape), flat.rows_per_image, both.rows_per_image), ((2, 5, 3, 42, 42), 9, 45))
 
@@ -436,6 +439,19 @@ def test_prepared_samples_are_the_samples():
     test_eq(ready.lengths[0], 25 + 15)                                                     # one id has become 16 rows
     cut = [limited([rounds], max_length=60, too_long="cut", **extra)[0]["input_ids"].tolist() for extra in ({}, {"prepared": prepare_dataset(limited([rounds]), show=False)})]
     test_eq(cut[0], cut[1])
+
+def test_what_is_not_ours_is_never_overwritten_and_not_lost():
+    precious = Path(tempfile.mkdtemp())/"precious"
+    precious.mkdir()
+    for text in ('{"title": "my album"}', "[1]", "{", json.dumps({"n": 1, "data": "x", "from": {}})):
+        (precious/"meta.json").write_text(text)
+        (precious/"thesis.txt").write_text("keep")
+        with expect_fail(ConfigError, contains="is not empty and holds no prepared data"): prepare_dataset(limited([seed]), precious, show=False)
+        with expect_fail(ConfigError, contains="no prepared data in"): limited([seed], prepared=precious)
+    test_eq(sorted(p.name for p in precious.iterdir()), ["meta.json", "thesis.txt"])
+    for key,value in [("weight", 0), ("tool_calls", [{"id": 1}]), ("refusal", "no")]:
+        with expect_fail(DataError, contains=f"record 1, turn 1: the turn has '{key}'"): read_record({"id": 1, "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", key: value}]})
+    test_eq(read_record({"id": 1, "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 1, "refusal": None}]})["conversations"][1]["value"], "a")
 
 def test_stale_prepared_data_is_noticed():
     data, place = folder/"prep.json", Path(tempfile.mkdtemp())/"prepared"

@@ -2,7 +2,7 @@
 from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
 from functools import lru_cache
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from vlm_lit.core import IMAGE_TOKEN, ConfigError, DataError
 import json, lzma
 from pathlib import Path
@@ -158,6 +158,9 @@ def test_hf_template_that_cannot_be_followed_is_refused():
         with expect_fail(ConfigError, contains=message): render_hf([("user", "q"), ("assistant", "a")], tok)
     tok.chat_template = "{% for m in messages %}{{ m.content | replace('cat', 'dog') + '<eos>' }}{% endfor %}"
     with expect_fail(DataError, contains="changes the text"): render_hf([("user", "q"), ("assistant", "a cat")], tok)
+    for broken,message in [("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "fails (TypeError"), ("{% for %}", "is not valid Jinja")]:
+        tok.chat_template = broken
+        with expect_fail(ConfigError, contains=message): render_hf([("user", "q"), ("assistant", "a")], tok)
     tok.chat_template = "{{ raise_exception('roles must alternate') }}"
     with expect_fail(DataError, contains="roles must alternate"): render_hf([("user", "q")], tok)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ERRORS', 'WARNINGS', 'severity', 'AuditSettings', 'Finding', 'attempt', 'check_image', 'inspect_record', 'Tally',
-           'encode_texts', 'id_hash', 'inspect_chunk', 'AuditChunks', 'one_thread', 'count_all', 'duplicates',
-           'batch_lengths', 'padding_of', 'length_histogram', 'summarise', 'audit']
+           'encode_texts', 'count_images', 'id_hash', 'inspect_chunk', 'AuditChunks', 'one_thread', 'count_all',
+           'duplicates', 'batch_lengths', 'padding_of', 'length_histogram', 'summarise', 'audit']
 
 # %% ../nbs/14_audit.ipynb #c002
 import hashlib
@@ -31,7 +31,7 @@ ERRORS = {"broken_record": "not a record: no conversation, wrong types, not read
           "image_missing": "no such image file", "image_escapes": "the image path leaves the image folder", "image_unreadable": "the image cannot be decoded, or has more than 8 bits a channel",
           "image_oversized": "the image has too many pixels", "nothing_learned": "no answer: not one token is learned", "over_length": "longer than max_length, images expanded",
           "template": "the template cannot write this conversation", "data": "refused by the data path for another reason"}
-WARNINGS = {"empty_answer": "an answer without text; its turn is not learned", "greeting": "begins with a turn of the model, which is dropped", "duplicate_id": "an id that another record has, too"}
+WARNINGS = {"empty_answer": "an answer without visible text; an empty one is not learned, blanks are", "greeting": "begins with a turn of the model, which is dropped", "duplicate_id": "an id that another record has, too"}
 
 def severity(
     kind:str, # A key of `ERRORS` or `WARNINGS`
@@ -100,7 +100,7 @@ def inspect_record(
     attempt(found, index, name, check_policy, turns, settings.control_tokens, pattern, bool(images), name)
     first = next(turn for turn in turns if turn["from"] != "system")
     if first["from"] == "gpt": found.append(Finding("greeting", index, name, WARNINGS["greeting"], turns.index(first)))
-    found += [Finding("empty_answer", index, name, WARNINGS["empty_answer"], n) for n,turn in enumerate(turns) if turn["from"] == "gpt" and not turn["value"].strip()]
+    found += [Finding("empty_answer", index, name, WARNINGS["empty_answer"], n) for n,turn in enumerate(turns) if turn["from"] == "gpt" and not any(c.isprintable() and not c.isspace() for c in turn["value"])]
     refused = any(f.kind in ("tags", "control_tokens") for f in found)
     return None if refused else record, found
 
@@ -156,6 +156,14 @@ def encode_texts(
     half = len(records)//2
     return encode_texts(records[:half], tokenizer, settings) + encode_texts(records[half:], tokenizer, settings)
 
+def count_images(
+    raw, # A record as its file has it
+    index:int, # Its place
+) -> int: # 0 for one that cannot be read
+    "How many images a record names."
+    try: return len(image_names(read_record(raw, index)))
+    except DataError: return 0
+
 def id_hash(
     raw, # A record as its file has it
     index:int, # Its place; stands in for an id that is not there
@@ -190,11 +198,9 @@ def inspect_chunk(
         tally.tokens += counts
         lengths.append(length)
         pictured.append(counts[Segment.IMAGE] > 0)
-    for (record,found),raw in zip(inspected, raws):
-        tally.note(found, settings.n_examples)
-        images = raw.get("image") if isinstance(raw, dict) else None
-        tally.n_images += 0 if images is None else len(images) if isinstance(images, list) else 1
+    for _,found in inspected: tally.note(found, settings.n_examples)
     tally.lengths, tally.pictured = [np.array(lengths, np.int32)], [np.array(pictured, bool)]
+    tally.n_images = sum(count_images(raw, n) for n,raw in enumerate(raws, start))
     tally.ids = [np.array([id_hash(raw, n) for n,raw in enumerate(raws, start)], np.uint64)]
     return tally
 
@@ -285,7 +291,7 @@ def summarise(
                 for kind in (*ERRORS, *WARNINGS) if tally.counts[kind]}
     n_errors, n_warnings = (sum(f["count"] for f in findings.values() if f["severity"] == which) for which in ("error", "warning"))
     middle = {name: float(np.percentile(lengths, q)) if len(lengths) else 0.0 for name,q in [("min", 0), ("median", 50), ("p95", 95), ("max", 100)]}
-    verdict = f"{tally.n_records:,} records, {n_errors:,} error(s), {n_warnings:,} warning(s): " + ("mend or leave out what is listed before training" if n_errors else "ready for training")
+    verdict = f"{tally.n_records:,} records, {n_errors:,} error(s), {n_warnings:,} warning(s): " + ("mend or leave out what is listed before training" if n_errors else "ready for training" if settings.image_folder is not None or not tally.n_images else "the text is ready for training; images were not looked for")
     return {"ok": n_errors == 0, "verdict": verdict, "records": tally.n_records, "trainable": len(lengths), "images": tally.n_images, "errors": n_errors, "warnings": n_warnings, "findings": findings,
             "segments": {s.name.lower(): {"positions": int(tokens[s]), "share": round(int(tokens[s])/max(int(tokens.sum()), 1), 6), "learned": s in (Segment.ANSWER, Segment.STOP)} for s in Segment},
             "lengths": {**middle, "mean": round(float(lengths.mean()), 2) if len(lengths) else 0.0, "histogram": length_histogram(lengths)},
@@ -304,5 +310,7 @@ def audit(
     check_tokenizer(tokenizer, settings.template)
     if settings.image_folder is not None and not Path(settings.image_folder).is_dir(): raise ConfigError(f"no image folder {str(settings.image_folder)!r}")
     if settings.decode_images and settings.image_folder is None: raise ConfigError("decode_images needs an image_folder")
+    for name,allowed in [("control_tokens", ("refuse", "escape", "allow")), ("image_tags", ("keep", "mgm"))]:
+        if getattr(settings, name) not in allowed: raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(settings, name)!r}")
     if settings.batch_size < 1 or settings.n_examples < 0: raise ConfigError(f"batch_size must be at least 1 and n_examples at least 0, got {settings.batch_size} and {settings.n_examples}")
     return summarise(count_all(AuditChunks(records, tokenizer, settings), n_workers, console), records, settings)

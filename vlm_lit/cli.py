@@ -204,7 +204,7 @@ class user_errors:
         if isinstance(error, (ConfigError, DataError)): say(f"error: {error}")
         elif isinstance(error, OSError): say(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
         elif isinstance(error, Interrupted): say(f"{error}; go on with: {self.go_on}")
-        elif isinstance(error, KeyboardInterrupt): say("interrupted; nothing was saved since the last checkpoint")
+        elif isinstance(error, KeyboardInterrupt): say("interrupted")
         else: return False
         raise typer.Exit(130 if isinstance(error, (Interrupted, KeyboardInterrupt)) else 2)
 

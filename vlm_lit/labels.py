@@ -15,7 +15,7 @@ from itertools import zip_longest
 import numpy as np, torch
 from rich.text import Text
 from .core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_TOKEN, ConfigError, DataError
-from .templates import Conversation, Rendered, Segment, SeparatorStyle, caption_form, get_template, render, render_hf, set_system
+from .templates import Conversation, Rendered, Segment, SeparatorStyle, caption_form, get_template, hf_markers, render, render_hf, set_system
 from .sentinels import TokenTable, encode_prompts, token_table
 
 # %% ../nbs/05_labels.ipynb #c007
@@ -75,10 +75,9 @@ def fill_template(
 # %% ../nbs/05_labels.ipynb #c011
 @lru_cache(maxsize=64)
 def template_markers(
-    template:str, # A name in `conv_templates`, or "hf"
+    template:str, # A name in `conv_templates`
 ) -> tuple[str,...]: # Without blanks around them
     "What the template itself writes to tell turns apart."
-    if template == "hf": return ()
     conv = get_template(template)
     match conv.sep_style:
         case SeparatorStyle.SINGLE | SeparatorStyle.TWO: marks = [f"{role}:" for role in conv.roles] + [conv.sep, conv.sep2]
@@ -98,7 +97,8 @@ def control_pattern(
     template:str|None=None, # Also its markers; None: the vocabulary's control tokens only
 ) -> re.Pattern:
     "Matches any control token of the vocabulary, and the template's markers."
-    return pattern_of(token_table(tokenizer).control + (template_markers(template) if template else ()))
+    markers = () if not template else hf_markers(tokenizer, tokenizer.chat_template) if template == "hf" else template_markers(template)
+    return pattern_of(token_table(tokenizer).control + markers)
 
 IMAGE_FRAME = IM_START_TOKEN + IMAGE_TOKEN + IM_END_TOKEN   # what `preprocess_multimodal` writes; no forgery
 
@@ -310,7 +310,7 @@ class StripPair:
         where = "no difference" if self.first_difference is None else f"first difference: token {self.first_difference}, framed"
         return f"<table><tr>{column(self.left)}{column(self.right)}</tr></table><small>{where}</small>"
 
-# %% ../nbs/05_labels.ipynb #c040
+# %% ../nbs/05_labels.ipynb #c041
 def generation_ids(
     source:list[dict], # Turns up to and with a user's turn
     tokenizer, # A fast Hugging Face tokenizer

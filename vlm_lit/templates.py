@@ -6,13 +6,14 @@
 __all__ = ['CURIOUS', 'HELPFUL', 'MMTAG', 'LLAMA_2_SYSTEM', 'SYSTEM_OPENING', 'conv_templates', 'STAND_IN', 'STRIPS',
            'SeparatorStyle', 'Conversation', 'single', 'two', 'llama_2', 'llama_3', 'chatml', 'plain', 'get_template',
            'frame_texts', 'turn_frame', 'Segment', 'Rendered', 'user_parts', 'system_parts', 'message_parts', 'joined',
-           'render', 'caption_form', 'set_system', 'apply_template', 'template_frame', 'stop_text', 'render_hf']
+           'render', 'caption_form', 'set_system', 'apply_template', 'template_frame', 'stop_text', 'hf_markers',
+           'render_hf']
 
 # %% ../nbs/03_templates.ipynb #c002
 from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
 from functools import lru_cache
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from .core import IMAGE_TOKEN, ConfigError, DataError
 
 # %% ../nbs/03_templates.ipynb #c006
@@ -261,6 +262,8 @@ def apply_template(
     if not getattr(tokenizer, "chat_template", None): raise ConfigError("template 'hf' uses the tokenizer's chat_template, and this tokenizer has none; choose a name from conv_templates")
     messages = [{"role": role, "content": text} for role,text in turns]
     try: return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except TemplateSyntaxError as e: raise ConfigError(f"the tokenizer's chat template is not valid Jinja ({e})") from e
+    except (TypeError, KeyError, AttributeError, ValueError) as e: raise ConfigError(f"the tokenizer's chat template fails ({e.__class__.__name__}: {e})") from e
     except TemplateError as e: raise DataError(f"the tokenizer's chat template refuses this conversation: {e}") from e
 
 def template_frame(
@@ -288,6 +291,17 @@ def stop_text(
     found = [tail.find(token) + len(token) for token in tokenizer.all_special_tokens + [t.content for t in tokenizer.added_tokens_decoder.values() if t.special] if token in tail]
     if not found: raise ConfigError(f"the tokenizer's chat template writes no control token behind an answer (only {tail!r}); a model trained so would not stop")
     return tail[:min(found)]
+
+@lru_cache(maxsize=16)
+def hf_markers(
+    tokenizer, # With a `chat_template`
+    chat_template:str, # The same template, so that another one is looked at anew
+) -> tuple[str,...]: # Such as "ASSISTANT:"; none where a control token stands in every header
+    "Headers of the tokenizer's own template that are ordinary text, and so could be typed."
+    pieces, stop = template_frame(("user", "assistant", "user", "assistant"), tokenizer)[0], stop_text(tokenizer)
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
+    headers = [pieces[1], pieces[2].removeprefix(stop), pieces[3]]
+    return tuple({header.strip() for header in headers if header.strip() and not any(token in header for token in special)})
 
 def render_hf(
     turns:list[tuple[str,str]], # (role, text); roles are "system", "user", "assistant"
