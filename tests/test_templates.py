@@ -149,6 +149,7 @@ def test_hf_template_gives_text_and_parts():
     test_eq("<bos>" + prompt.text, tok.apply_chat_template([{"role": r, "content": t} for r,t in turns], tokenize=False))
     test_eq([prompt.text[a:b] for a,b in prompt.answers], ["a falcon<end_of_turn>"])
     assert prompt.text.startswith(render_hf(turns[:1], tok, add_generation_prompt=True).text)
+    test_eq(render_hf([turns[0], ("assistant", "")], tok).answers, [])          # an empty answer teaches nothing, not even to stop
 
 def test_hf_template_that_cannot_be_followed_is_refused():
     for template,message in [(None, "this tokenizer has none"), ("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", "writes a message 2 times"),
