@@ -233,6 +233,9 @@ def test_greeting_with_a_picture_and_system_turn_with_a_token_are_refused():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with expect_fail(DataError, contains="record 5, turn 0: the first turn is a greeting"): preprocess([greeting], tok, records=[5], control_tokens="escape")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with expect_fail(DataError, contains="turn 1: the first turn is a greeting"): preprocess([[{"from": "system", "value": "s"}, *greeting]], families["sentencepiece_like"], "v1", control_tokens="escape")
     system = [{"from": "system", "value": "say </s>"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
     for policy,message in [("refuse", "turn 0: the text spells"), ("escape", "turn 0: the system turn spells '</s>'")]:
         with expect_fail(DataError, contains=message): preprocess([system], families["sentencepiece_like"], "v1", has_image=False, control_tokens=policy)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ERRORS', 'WARNINGS', 'severity', 'AuditSettings', 'Finding', 'attempt', 'check_image', 'inspect_record', 'Tally',
-           'encode_texts', 'count_images', 'id_hash', 'inspect_chunk', 'AuditChunks', 'one_thread', 'count_all',
-           'duplicates', 'batch_lengths', 'padding_of', 'length_histogram', 'summarise', 'audit']
+           'id_hash', 'inspect_chunk', 'AuditChunks', 'count_all', 'duplicates', 'batch_lengths', 'padding_of',
+           'length_histogram', 'summarise', 'audit']
 
 # %% ../nbs/14_audit.ipynb #c002
 import hashlib
@@ -16,13 +16,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader, Dataset
-import torch, warnings
+import warnings
 from .core import ConfigError, DataError, progress_console
 from .templates import Segment
-from .sentinels import check_image_count, preprocess_multimodal
-from .labels import check_policy, check_tokenizer, check_turns, control_pattern, preprocess
+from .sentinels import check_image_count
+from .labels import check_policy, check_tokenizer, check_turns, control_pattern, first_turn
 from .images import open_image, rows_per_image, safe_path
-from .dataset import Records, image_names, read_record
+from .dataset import Records, encode_records, halve_until_right, image_names, one_thread, read_record
 from .batches import GroupedBatchSampler, padding_waste
 
 # %% ../nbs/14_audit.ipynb #c007
@@ -86,23 +86,22 @@ def inspect_record(
     index:int, # Its place, counted from 0
     settings:AuditSettings,
     pattern, # From `control_pattern`
-) -> tuple[dict|None, list[Finding]]: # The record if its text can be tokenized, and what is wrong
+) -> tuple[dict|None, list[Finding], int]: # The record if its text can be tokenized, what is wrong, and how many images it names
     "All checks of one record that need no tokenizer."
     found = []
     try: record = read_record(raw, index)
-    except DataError as e: return None, [Finding(e.kind if e.kind != "data" else "broken_record", index, index if e.record is None else e.record, e.message, e.turn)]
+    except DataError as e: return None, [Finding(e.kind if e.kind != "data" else "broken_record", index, index if e.record is None else e.record, e.message, e.turn)], 0
     name, turns, images = record["id"], record["conversations"], image_names(record)
     if settings.image_folder is not None:
         for image in images: attempt(found, index, name, check_image, image, settings)
     attempt(found, index, name, check_turns, turns, name)
-    if found and found[-1].kind == "roles": return None, found
+    if found and found[-1].kind == "roles": return None, found, len(images)
     attempt(found, index, name, check_image_count, turns, len(images), name)
     attempt(found, index, name, check_policy, turns, settings.control_tokens, pattern, bool(images), name)
-    first = next(turn for turn in turns if turn["from"] != "system")
-    if first["from"] == "gpt": found.append(Finding("greeting", index, name, WARNINGS["greeting"], turns.index(first)))
+    if turns[first_turn(turns)]["from"] == "gpt": found.append(Finding("greeting", index, name, WARNINGS["greeting"], first_turn(turns)))
     found += [Finding("empty_answer", index, name, WARNINGS["empty_answer"], n) for n,turn in enumerate(turns) if turn["from"] == "gpt" and not any(c.isprintable() and not c.isspace() for c in turn["value"])]
     refused = any(f.kind in ("tags", "control_tokens") for f in found)
-    return None if refused else record, found
+    return None if refused else record, found, len(images)
 
 # %% ../nbs/14_audit.ipynb #c013
 @dataclass
@@ -137,33 +136,6 @@ class Tally:
             kept = self.examples.setdefault(f.kind, [])
             if len(kept) < n_examples: kept.append(f)
 
-def encode_texts(
-    records:list[tuple[int,dict]], # (index, record) of those that can be tokenized
-    tokenizer, # A fast Hugging Face tokenizer
-    settings:AuditSettings,
-) -> list: # For each `(input_ids, segments)`, or the `DataError`
-    "Ids and segments of records, in one call; a bad one does not spoil its neighbours."
-    if not records: return []
-    pictured = [bool(image_names(record)) for _,record in records]
-    sources = [preprocess_multimodal([record["conversations"]], settings.image_tags, mmtag="mmtag" in settings.template)[0] if own else record["conversations"] for (_,record),own in zip(records, pictured)]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                     # greetings and empty answers are findings of their own
-            out = preprocess(sources, tokenizer, settings.template, pictured, settings.control_tokens, [record["id"] for _,record in records], return_segments=True)
-        return list(zip(out["input_ids"], out["segments"]))
-    except DataError as e: error = e
-    if len(records) == 1: return [error]
-    half = len(records)//2
-    return encode_texts(records[:half], tokenizer, settings) + encode_texts(records[half:], tokenizer, settings)
-
-def count_images(
-    raw, # A record as its file has it
-    index:int, # Its place
-) -> int: # 0 for one that cannot be read
-    "How many images a record names."
-    try: return len(image_names(read_record(raw, index)))
-    except DataError: return 0
-
 def id_hash(
     raw, # A record as its file has it
     index:int, # Its place; stands in for an id that is not there
@@ -180,17 +152,21 @@ def inspect_chunk(
     settings:AuditSettings,
 ) -> Tally:
     "Count what is wrong with some records, and their tokens."
-    tally, pattern, standing = Tally(n_records=stop - start), control_pattern(tokenizer, settings.template), []
+    tally, pattern = Tally(n_records=stop - start), control_pattern(tokenizer, settings.template)
     raws = [records.raw(n) for n in range(start, stop)]
     inspected = [inspect_record(raw, n, settings, pattern) for n,raw in enumerate(raws, start)]
-    standing = [(n, record) for n,(record,_) in enumerate(inspected, start) if record is not None]
+    standing = [(n, record) for n,(record,*_) in enumerate(inspected, start) if record is not None]
+    encode = lambda some: encode_records([record for _,record in some], tokenizer, settings.template, settings.control_tokens, settings.image_tags)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                     # greetings and empty answers are findings of their own
+        encoded = halve_until_right(standing, encode)
     lengths, pictured = [], []
-    for (n,record),out in zip(standing, encode_texts(standing, tokenizer, settings)):
+    for (n,record),out in zip(standing, encoded):
         found = inspected[n - start][1]
         if isinstance(out, DataError):
             found.append(Finding(out.kind if out.kind in ERRORS else "data", n, record["id"], out.message, out.turn))
             continue
-        counts = np.bincount(out[1].numpy(), minlength=len(Segment))
+        counts = np.bincount(out["segments"].numpy(), minlength=len(Segment))
         counts[Segment.IMAGE] *= settings.image_rows
         if not counts[Segment.ANSWER] + counts[Segment.STOP]: found.append(Finding("nothing_learned", n, record["id"], ERRORS["nothing_learned"]))
         length = int(counts.sum())
@@ -198,9 +174,9 @@ def inspect_chunk(
         tally.tokens += counts
         lengths.append(length)
         pictured.append(counts[Segment.IMAGE] > 0)
-    for _,found in inspected: tally.note(found, settings.n_examples)
+    for _,found,_ in inspected: tally.note(found, settings.n_examples)
     tally.lengths, tally.pictured = [np.array(lengths, np.int32)], [np.array(pictured, bool)]
-    tally.n_images = sum(count_images(raw, n) for n,raw in enumerate(raws, start))
+    tally.n_images = sum(n_images for *_,n_images in inspected)
     tally.ids = [np.array([id_hash(raw, n) for n,raw in enumerate(raws, start)], np.uint64)]
     return tally
 
@@ -215,10 +191,6 @@ class AuditChunks(Dataset):
     def __getitem__(self, k:int) -> Tally:
         if k >= len(self): raise IndexError(k)
         return inspect_chunk(self.records, k*self.size, min((k + 1)*self.size, len(self.records)), self.tokenizer, self.settings)
-
-def one_thread(worker:int) -> None:
-    "A worker keeps to one core."
-    torch.set_num_threads(1)
 
 def count_all(
     chunks:AuditChunks,

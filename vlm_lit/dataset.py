@@ -9,9 +9,10 @@ __all__ = ['ROLES', 'BLOCK', 'MAX_RECORD', 'ROW', 'ROWS', 'INDEX_VERSION', 'RECO
            'cache_folder', 'digest', 'file_stamp', 'fingerprint', 'table_files', 'written_beside', 'FileReader',
            'record_facts', 'write_index', 'table_batches', 'plain_value', 'row_record', 'write_lines', 'convert_table',
            'Records', 'read_records', 'TooLong', 'expanded_length', 'cut_rounds', 'BadSamples', 'same', 'append_line',
-           'LazySupervisedDataset', 'ArrayWriter', 'ArrayReader', 'tokenizer_hash', 'prepared_from', 'is_prepared',
-           'changes', 'prepare_command', 'PreparedTexts', 'one_thread', 'TextChunks', 'write_texts', 'prepare_dataset',
-           'easy_vqa_folder', 'told_by', 'caption', 'easy_vqa_questions', 'llava_record', 'easy_vqa_records']
+           'encode_records', 'halve_until_right', 'LazySupervisedDataset', 'ArrayWriter', 'ArrayReader',
+           'tokenizer_hash', 'prepared_from', 'is_prepared', 'changes', 'prepare_command', 'PreparedTexts',
+           'one_thread', 'TextChunks', 'write_texts', 'prepare_dataset', 'easy_vqa_folder', 'told_by', 'caption',
+           'easy_vqa_questions', 'llava_record', 'easy_vqa_records']
 
 # %% ../nbs/07_dataset.ipynb #c002
 import codecs, hashlib, importlib.util, io, json, os, re, shlex, shutil, struct, subprocess, sys, tempfile, weakref
@@ -606,6 +607,32 @@ def append_line(
     finally: os.close(file)
 
 # %% ../nbs/07_dataset.ipynb #c056
+def encode_records(
+    records:list[dict], # From `read_record`
+    tokenizer, # A fast Hugging Face tokenizer
+    template:str="gemma", # A name in `conv_templates`, or "hf"
+    control_tokens:str="refuse", # As in `preprocess`
+    image_tags:str="keep", # As in `preprocess_multimodal`
+) -> list[dict[str, torch.Tensor]]: # For each `input_ids`, `labels` and `segments`, each (seq_len,)
+    "Ids, labels and segments of records in one call of the tokenizer; opens no image."
+    names, pictured = [record["id"] for record in records], [bool(image_names(record)) for record in records]
+    for name,record in zip(names, records): check_turns(record["conversations"], name)       # before anything reads the texts
+    moved = preprocess_multimodal([record["conversations"] for record in records], image_tags, mmtag="mmtag" in template)
+    sources = [source if own else record["conversations"] for source,record,own in zip(moved, records, pictured)]
+    data = preprocess(sources, tokenizer, template, pictured, control_tokens, records=names, return_segments=True)
+    for name,source,record in zip(names, sources, records): check_image_count(source, len(image_names(record)), record=name) if image_names(record) else None
+    return [dict(zip(data, text)) for text in zip(*data.values())]
+
+def halve_until_right(
+    items:list,
+    work, # Called with some items; returns one result each, or raises `DataError`
+) -> list: # For each item its result, or the `DataError`
+    "Work on all items at once; one that fails does not spoil its neighbours."
+    try: return work(items) if items else []
+    except DataError as e: error = e
+    if len(items) == 1: return [error]
+    return halve_until_right(items[:len(items)//2], work) + halve_until_right(items[len(items)//2:], work)
+
 class LazySupervisedDataset(Dataset):
     "LLaVA records as `input_ids`, `labels`, `image` and `image_aux`; records and images are read when asked for."
     def __init__(self,
@@ -678,14 +705,8 @@ class LazySupervisedDataset(Dataset):
         indices:list[int], # Of records
     ) -> list[dict[str, torch.LongTensor]]: # For each `input_ids` and `labels`, each (seq_len,), of any length
         "Ids and labels of several records in one call of the tokenizer; opens no image."
-        records = [self.records[i] for i in indices]
-        names, pictured = [record["id"] for record in records], [bool(image_names(record)) for record in records]
-        for name,record in zip(names, records): check_turns(record["conversations"], name)       # before anything reads the texts
-        moved = preprocess_multimodal([record["conversations"] for record in records], self.image_tags, mmtag="mmtag" in self.template)
-        sources = [source if own else record["conversations"] for source,record,own in zip(moved, records, pictured)]
-        data = preprocess(sources, self.tokenizer, self.template, pictured, self.control_tokens, records=names)
-        for name,source,record in zip(names, sources, records): check_image_count(source, len(image_names(record)), record=name) if image_names(record) else None
-        return [{"input_ids": ids, "labels": labels} for ids,labels in zip(data["input_ids"], data["labels"])]
+        found = encode_records([self.records[i] for i in indices], self.tokenizer, self.template, self.control_tokens, self.image_tags)
+        return [{"input_ids": text["input_ids"], "labels": text["labels"]} for text in found]
 
     def fit(self,
         text:dict[str, torch.LongTensor], # `input_ids` and `labels`
@@ -889,8 +910,9 @@ class PreparedTexts:
 
 # %% ../nbs/07_dataset.ipynb #c091
 def one_thread(worker):
-    "Keep a worker's tokenizer to one thread; there are other workers."
+    "Keep a worker to one thread; there are other workers."
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
 
 class TextChunks(Dataset):
     "The texts of a dataset in chunks of records, for the processes that prepare them."
@@ -901,22 +923,13 @@ class TextChunks(Dataset):
 
     def __len__(self): return -(-len(self.dataset)//self.size)
 
-    def tokenize(self,
-        indices, # Of records
-    ) -> list: # For each its text, or the `DataError`
-        "Texts of some records; a bad one does not spoil its neighbours."
-        try: return self.dataset.tokenize(indices)
-        except DataError as e: error = e
-        if len(indices) == 1: return [error.at(record=self.dataset.name(indices[0]))]
-        return self.tokenize(indices[:len(indices)//2]) + self.tokenize(indices[len(indices)//2:])
-
     def __getitem__(self,
         k:int, # Number of a chunk
     ) -> tuple[dict, list]: # Arrays `ids`, `learned`, `sizes`, `n_images`; and what is bad
         if k >= len(self): raise IndexError(k)
         indices = range(len(self.dataset))[k*self.size:(k + 1)*self.size]
-        texts = self.tokenize(indices)
-        bad = [{"index": i, "id": self.dataset.name(i), "reason": str(t)} for i,t in zip(indices, texts) if isinstance(t, DataError)]
+        texts = halve_until_right(indices, self.dataset.tokenize)
+        bad = [{"index": i, "id": self.dataset.name(i), "reason": str(t.at(record=self.dataset.name(i)))} for i,t in zip(indices, texts) if isinstance(t, DataError)]
         ids = [np.zeros(0, np.int64) if isinstance(t, DataError) else t["input_ids"].numpy() for t in texts]
         learned = [t["labels"].numpy() != IGNORE_INDEX for t in texts if not isinstance(t, DataError)]
         return {"ids": np.concatenate(ids), "learned": np.concatenate([np.zeros(0, bool), *learned]), "sizes": np.array(list(map(len, ids))), "n_images": np.array([(i == IMAGE_TOKEN_INDEX).sum() for i in ids])}, bad

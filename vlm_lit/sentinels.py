@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TABLES', 'FAR', 'move_tag', 'preprocess_multimodal', 'drop_bos', 'insert_separator', 'TokenTable', 'token_width',
            'added_blank', 'make_table', 'token_table', 'chunks_of', 'cut_control', 'plan_chunks', 'join_chunks',
-           'encode_texts', 'encode_ids', 'covered', 'offset_widths', 'encode_piece', 'encode_slowly', 'restart',
-           'Encoded', 'part_sizes', 'encode_prompts', 'flatten', 'misfits', 'segments_of', 'tokenizer_image_token',
-           'check_image_count']
+           'plain_backend', 'encode_texts', 'encode_ids', 'covered', 'offset_widths', 'encode_piece', 'encode_slowly',
+           'restart', 'Encoded', 'Parts', 'part_sizes', 'parts_of', 'encode_prompts', 'flatten', 'misfits',
+           'segments_of', 'tokenizer_image_token', 'check_image_count']
 
 # %% ../nbs/04_sentinels.ipynb #c002
 import re, weakref
@@ -177,15 +177,22 @@ def join_chunks(
     input_ids = insert_separator([prompt_chunks[0], *(ids[n_bos:] for ids in prompt_chunks[1:])], image_token_index)
     return input_ids
 
+def plain_backend(
+    tokenizer, # A fast Hugging Face tokenizer
+): # A `tokenizers.Tokenizer`
+    "The tokenizer's backend without what an earlier call may have left on."
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = False
+    return backend
+
 def encode_texts(
     texts:list[str], # Encoded without BOS
     tokenizer, # A fast Hugging Face tokenizer
 ) -> list[list[int]]: # Ids of each
     "All texts in one call."
-    backend = tokenizer.backend_tokenizer
-    backend.no_padding()           # an earlier call of the tokenizer may have left these on
-    backend.no_truncation()
-    backend.encode_special_tokens = False
+    backend = plain_backend(tokenizer)
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 def encode_ids(
@@ -234,9 +241,7 @@ def encode_piece(
     literal:bool=False, # Whether control tokens are spelled out
 ) -> tuple[list[int], list[int]]: # ids, and the bytes each covers; they add up to the text
     "One piece, tokenized as it is inside its text."
-    backend, lead = tokenizer.backend_tokenizer, "" if first or table.blank == "never" else "\0"    # behind a character no blank is added; this one never merges
-    backend.no_padding()
-    backend.no_truncation()
+    backend, lead = plain_backend(tokenizer), "" if first or table.blank == "never" else "\0"    # behind a character no blank is added; this one never merges
     backend.encode_special_tokens = literal
     try: encoding = backend.encode(lead + text, add_special_tokens=first)
     finally: backend.encode_special_tokens = False
@@ -284,11 +289,26 @@ class Encoded:
     segments: np.ndarray  # uint8, values of `Segment`
     lengths: np.ndarray   # ids of each prompt
 
+@dataclass(frozen=True)
+class Parts:
+    "The parts of a batch of prompts, flat."
+    ends: np.ndarray    # where each ends, from `restart`, in bytes
+    kinds: np.ndarray   # its `Segment`
+    counts: np.ndarray  # how many parts each prompt has
+
 def part_sizes(
     prompt:Rendered,
 ) -> list[int]: # Bytes of each part
     "How long the parts of a prompt are in UTF-8."
     return [len(text) for text,_ in prompt.parts] if prompt.text.isascii() else [len(text.encode()) for text,_ in prompt.parts]
+
+def parts_of(
+    prompts:list[Rendered],
+) -> Parts:
+    "What the prompts are made of."
+    counts = np.array([len(prompt.parts) for prompt in prompts], dtype=np.int64)
+    sizes = np.array([size for prompt in prompts for size in part_sizes(prompt)], dtype=np.int64)
+    return Parts(restart(sizes, counts), np.array([segment for prompt in prompts for _,segment in prompt.parts], dtype=np.uint8), counts)
 
 def encode_prompts(
     prompts:list[Rendered],
@@ -298,18 +318,16 @@ def encode_prompts(
     "Tokenize prompts, all in one call, and say of each token which segment it starts in."
     table = token_table(tokenizer)
     rows = encode_ids(prompts, tokenizer, table)
-    n_parts = np.array([len(prompt.parts) for prompt in prompts], dtype=np.int64)
-    part_ends = restart(np.array([size for prompt in prompts for size in part_sizes(prompt)], dtype=np.int64), n_parts)
-    kinds = np.array([segment for prompt in prompts for _,segment in prompt.parts], dtype=np.uint8)
+    parts = parts_of(prompts)
     ids, lengths = flatten(rows)
     widths = covered(ids, lengths.cumsum() - lengths, table, table.n_bos)
-    bad = sorted({*misfits(restart(widths, lengths), lengths, part_ends, kinds, n_parts), *(n for n,own in enumerate(literals or ()) if own)})
+    bad = sorted({*misfits(restart(widths, lengths), lengths, parts), *(n for n,own in enumerate(literals or ()) if own)})
     if bad:
         slow = {n: encode_slowly(prompts[n], tokenizer, table, literals[n] if literals else ()) for n in bad}
         measured = np.split(widths, lengths.cumsum()[:-1])
         widths = np.concatenate([np.array(slow[n][1], dtype=np.int64) if n in slow else own for n,own in enumerate(measured)])
         ids, lengths = flatten([slow[n][0] if n in slow else row for n,row in enumerate(rows)])
-    segments = segments_of(restart(widths, lengths) - widths, lengths, part_ends, kinds, n_parts)
+    segments = segments_of(restart(widths, lengths) - widths, lengths, parts)
     if table.n_bos: segments[lengths.cumsum() - lengths] = Segment.HEADER
     return Encoded(ids, segments, lengths)
 
@@ -323,29 +341,25 @@ def flatten(
 def misfits(
     ends:np.ndarray, # Where each token ends, from `restart`
     lengths:np.ndarray, # Tokens of each prompt
-    part_ends:np.ndarray, # Where each part ends, from `restart`
-    kinds:np.ndarray, # Segment of each part
-    n_parts:np.ndarray, # Parts of each prompt
+    parts:Parts, # Of the same prompts
 ) -> list[int]: # Numbers of prompts
     "Prompts whose widths do not add up to their text, or where a token lies across the edge of an answer."
     if not len(ends): return []
     last = lambda ends, counts: np.where(counts > 0, ends[counts.cumsum() - 1] if len(ends) else 0, FAR*np.arange(len(counts)))
-    wrong = np.flatnonzero(last(ends, lengths) != last(part_ends, n_parts)).tolist()
-    learned = kinds >= Segment.ANSWER
-    flips = part_ends[:-1][learned[1:] != learned[:-1]]          # ends of prompts among them are ends of tokens anyway
+    wrong = np.flatnonzero(last(ends, lengths) != last(parts.ends, parts.counts)).tolist()
+    learned = parts.kinds >= Segment.ANSWER
+    flips = parts.ends[:-1][learned[1:] != learned[:-1]]          # ends of prompts among them are ends of tokens anyway
     across = flips[ends[np.searchsorted(ends, flips).clip(max=len(ends) - 1)] != flips]
     return wrong + (across//FAR).tolist()
 
 def segments_of(
     starts:np.ndarray, # Where each token starts, from `restart`
     lengths:np.ndarray, # Tokens of each prompt
-    part_ends:np.ndarray, # Where each part ends, from `restart`
-    kinds:np.ndarray, # Segment of each part
-    n_parts:np.ndarray, # Parts of each prompt
+    parts:Parts, # Of the same prompts
 ) -> np.ndarray: # uint8, one a token
     "Which part each token starts in."
-    if not len(kinds): return np.full(len(starts), Segment.HEADER, dtype=np.uint8)
-    return kinds[np.minimum(np.searchsorted(part_ends, starts, side="right"), np.repeat(n_parts.cumsum() - 1, lengths))]
+    if not len(parts.kinds): return np.full(len(starts), Segment.HEADER, dtype=np.uint8)
+    return parts.kinds[np.minimum(np.searchsorted(parts.ends, starts, side="right"), np.repeat(parts.counts.cumsum() - 1, lengths))]
 
 # %% ../nbs/04_sentinels.ipynb #c049
 def tokenizer_image_token(
