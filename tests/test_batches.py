@@ -4,7 +4,7 @@ from dataclasses import dataclass
 import numpy as np, torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
-from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConfigError, DataError
+from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
 import json, tempfile
 from pathlib import Path
 from collections import Counter
@@ -68,6 +68,15 @@ def test_batch_without_pictures_has_no_image_keys():
     test_eq(sorted(collate([ds[1], ds[1]])), ["attention_mask", "input_ids", "labels"])
     assert "image_index" not in collate([ds[2]])
 
+def test_collator_counts_what_the_model_would_have_to_wait_for():
+    batch = DataCollatorForSupervisedDataset(tok.pad_token_id, image_rows=16)([ds[i] for i in range(4)])
+    print("ids", tuple(batch["input_ids"].shape), "-> positions", batch["spliced_len"])
+    test_eq((type(batch["spliced_len"]), batch["spliced_len"]), (int, len(ds[2]["input_ids"]) + 2*15))
+    test_eq(batch["spliced_len"], max(expanded_length(row[mask], 16) for row,mask in zip(batch["input_ids"], batch["attention_mask"])))
+    test_eq(DataCollatorForSupervisedDataset(0, image_rows=16)([ds[1]])["spliced_len"], len(ds[1]["input_ids"]))       # text only: nothing grows
+    assert "spliced_len" not in collate([ds[0]])
+    with expect_fail(ConfigError, contains="give image_rows"): DataCollatorForSupervisedDataset(0, max_length=84)
+
 def test_bytes_and_crops_are_stacked():
     text = {"input_ids": torch.tensor([2, -200, 5]), "labels": torch.tensor([-100, -100, 5])}
     pair = {"input_ids": torch.tensor([2, -200, -200, 5]), "labels": torch.tensor([-100, -100, -100, 5])}
@@ -81,6 +90,8 @@ def test_bytes_and_crops_are_stacked():
     test_eq((tuple(crops["images"].shape), tuple(crops["images_aux"].shape)), ((3, 5, 3, 32, 32), (3, 3, 64, 64)))
     assert torch.equal(crops["images"], done["images"])
     test_eq(collate([{**text, "image_aux": picture[0]}]*2)["image_index"].tolist(), [0, 0])      # bytes too are kept once
+    listed = collate([{**text, "image_aux": picture[0]}, {**pair, "image_aux": [picture[1], picture[0]]}])
+    test_eq((tuple(listed["images_aux"].shape), listed["image_index"].tolist()), ((2, 3, 64, 64), [0, 1, 0]))      # a list keeps each picture's memory
     with expect_fail(DataError, contains="of one kind and size"): collate([{**text, "image_aux": picture[0]}, {**text, "image_aux": done["images_aux"][0]}])
     with expect_fail(DataError, contains="of one kind and size"): collate([{**text, "image_aux": picture[0]}, {**text, "image": done["images"][0], "image_aux": picture[1]}])
     with expect_fail(DataError, contains="need `image` too"): collate([{**text, "image_aux": done["images_aux"][0]}])
@@ -97,7 +108,10 @@ def test_packed_batch_holds_every_sample_whole():
     for n,k in enumerate(batch["image_index"].tolist()): assert torch.equal(batch["images"][k], pictures[n])
     assert ((batch["labels"] == batch["input_ids"]) | (batch["labels"] == IGNORE_INDEX)).all()
     test_eq(int((batch["labels"] != IGNORE_INDEX).sum()), sum(int((ds[i]["labels"][1:] != IGNORE_INDEX).sum()) for i in range(4)))
-    with expect_fail(DataError, contains="more than max_length 30"): DataCollatorForSupervisedDataset(0, 30, 16)([ds[2]])
+    test_eq(batch["spliced_len"], max(expanded_length(row[mask], 16) for row,mask in zip(batch["input_ids"], batch["attention_mask"])))
+    assert max(expanded_length(ds[i]["input_ids"], 16) for i in range(4)) < batch["spliced_len"] <= 84      # of a row, not of a sample
+    with expect_fail(DataError, contains="record 0: the sample takes"): DataCollatorForSupervisedDataset(0, 30, 16)([ds[2]])
+    with expect_fail(DataError, contains="record 'long': the sample takes"): DataCollatorForSupervisedDataset(0, 30, 16)([{**ds[2], "id": "long"}])
 
 def test_first_token_of_a_packed_sample_is_not_a_target():
     plain = {"input_ids": torch.tensor([2, 7, 8]), "labels": torch.tensor([2, 7, 8])}
@@ -117,6 +131,8 @@ def test_sentinel_without_picture_is_refused():
     with expect_fail(DataError, contains="sample 0 of the batch has 1 image sentinel(s) in input_ids for 0 image(s)"): collate([lost])
     spare = {**ds[1], "image": ds[0]["image"], "image_aux": ds[0]["image_aux"]}     # one picture too many: the totals agree, the samples do not
     with expect_fail(DataError, contains="sample 0"): collate([lost, spare])
+    with expect_fail(DataError, contains="record 'cat-17': sample 1 of the batch has 1 image sentinel(s) in input_ids for 0 image(s)"): collate([ds[0], {**lost, "id": "cat-17"}])
+    test_eq(sorted(collate([{**ds[0], "id": "cat-17"}])), sorted(collate([ds[0]])))          # a name does not travel to the device
 
 def test_every_record_once_an_epoch_and_groups_share_a_key():
     keys = list("aaaaabbbcc")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['flat_images', 'count_images', 'stack_images', 'pad_samples', 'expanded_length', 'pack_rows', 'join_samples',
-           'DataCollatorForSupervisedDataset', 'epoch_groups', 'StepBatchSampler', 'padding_waste', 'EpochBatchSampler',
-           'GroupedBatchSampler', 'PackedBatchSampler']
+           'check_sample', 'DataCollatorForSupervisedDataset', 'epoch_groups', 'StepBatchSampler', 'padding_waste',
+           'EpochBatchSampler', 'GroupedBatchSampler', 'PackedBatchSampler']
 
 # %% ../nbs/08_batches.ipynb #c002
 import bisect, zlib
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np, torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
-from .core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConfigError, DataError
+from .core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
 
 # %% ../nbs/08_batches.ipynb #c006
 def flat_images(
@@ -21,7 +21,9 @@ def flat_images(
     key:str, # "image" or "image_aux"
 ) -> list[torch.Tensor]: # Each (3, height, width), or (crops, 3, height, width)
     "All pictures of some samples, in order."
-    several = lambda s: s["image_aux" if "image_aux" in s else "image"].dim() > 3      # `image` alone cannot tell crops from pictures
+    def several(s):
+        own = s["image_aux" if "image_aux" in s else "image"]     # `image` alone cannot tell crops from pictures
+        return isinstance(own, list) or own.dim() > 3
     return [picture for s in samples if key in s for picture in (s[key] if several(s) else [s[key]])]
 
 def count_images(
@@ -60,7 +62,7 @@ def pad_samples(
 # %% ../nbs/08_batches.ipynb #c008
 def expanded_length(
     input_ids:torch.Tensor, # (seq_len,), one sentinel a picture
-    image_rows:int=576, # Rows that a sentinel becomes, from `rows_per_image`
+    image_rows:int, # Rows that a sentinel becomes, from `rows_per_image`
 ) -> int:
     "Positions that a sample takes in the language model."
     return len(input_ids) + (image_rows - 1)*int((input_ids == IMAGE_TOKEN_INDEX).sum())
@@ -94,26 +96,37 @@ def join_samples(
     numbers = [torch.full_like(s["input_ids"], n) for n,s in enumerate(samples, 1)]
     return {"input_ids": torch.cat([s["input_ids"] for s in samples]), "labels": torch.cat(labels), "sample_ids": torch.cat(numbers)}
 
+def check_sample(
+    sample:dict, # One sample, perhaps with its record's `id`
+    n:int, # Its place in the batch
+) -> None:
+    "Raise `DataError` unless the sample brings one picture a sentinel."
+    n_gaps, n_images = int((sample["input_ids"] == IMAGE_TOKEN_INDEX).sum()), count_images(sample)
+    if n_gaps != n_images: raise DataError(f"sample {n} of the batch has {n_gaps} image sentinel(s) in input_ids for {n_images} image(s); write one {IMAGE_TOKEN} tag for each image", record=sample.get("id"), kind="tags")
+
 @dataclass
 class DataCollatorForSupervisedDataset:
     "Samples to a batch: padded on the right or packed, pictures in one stack."
-    pad_token_id:int            # filling of `input_ids`; any id will do, nothing reads it
-    max_length:int|None = None  # pack whole samples into rows of so many expanded positions; None: a row for each sample
-    image_rows:int = 576        # rows that a sentinel becomes, from `rows_per_image`; for packing
+    pad_token_id:int             # filling of `input_ids`; any id will do, nothing reads it
+    max_length:int|None = None   # pack whole samples into rows of so many expanded positions; None: a row for each sample
+    image_rows:int|None = None   # rows that a sentinel becomes, `VLMConfig.num_patches`; None: the model counts them, packing needs them
+
+    def __post_init__(self):
+        if self.max_length is not None and self.image_rows is None: raise ConfigError("packing (max_length) counts a sentinel as all its rows; give image_rows, from `rows_per_image` or the model's `config.num_patches`")
 
     def __call__(self,
         samples:list[dict], # Samples of `LazySupervisedDataset`
-    ) -> dict[str, torch.Tensor]: # `input_ids`, `labels`, `attention_mask` (batch, seq_len), packed also `sample_ids`; with pictures `images` and `images_aux`
+    ) -> dict: # `input_ids`, `labels`, `attention_mask` (batch, seq_len), packed also `sample_ids`; with pictures `images` and `images_aux`; with `image_rows` the number `spliced_len`
         "One batch. Raises `DataError` if sentinels and pictures of a sample disagree in number."
-        for n,sample in enumerate(samples):
-            n_gaps, n_images = int((sample["input_ids"] == IMAGE_TOKEN_INDEX).sum()), count_images(sample)
-            if n_gaps != n_images: raise DataError(f"sample {n} of the batch has {n_gaps} image sentinel(s) in input_ids for {n_images} image(s)")
-        if self.max_length is None: return {**pad_samples(samples, self.pad_token_id), **stack_images(samples)}
-        rows = pack_rows([expanded_length(s["input_ids"], self.image_rows) for s in samples], self.max_length)
-        joined = [join_samples([samples[i] for i in row]) for row in rows]
-        return {**pad_samples(joined, self.pad_token_id), **stack_images([samples[i] for row in rows for i in row])}
+        for n,sample in enumerate(samples): check_sample(sample, n)
+        own, shown = samples, samples
+        if self.max_length is not None:
+            rows = pack_rows([expanded_length(s["input_ids"], self.image_rows) for s in samples], self.max_length, [s.get("id", n) for n,s in enumerate(samples)])
+            own, shown = [join_samples([samples[i] for i in row]) for row in rows], [samples[i] for row in rows for i in row]
+        counted = {} if self.image_rows is None else {"spliced_len": max(expanded_length(s["input_ids"], self.image_rows) for s in own)}
+        return {**pad_samples(own, self.pad_token_id), **stack_images(shown), **counted}
 
-# %% ../nbs/08_batches.ipynb #c030
+# %% ../nbs/08_batches.ipynb #c032
 def epoch_groups(
     keys:list, # For each record what it shares with others, such as its picture
     group_size:int, # Most records in a group
@@ -157,7 +170,7 @@ class StepBatchSampler(Sampler):
 
     def __iter__(self): return (self.batch(step) for step in range(self.start, self.stop))
 
-# %% ../nbs/08_batches.ipynb #c037
+# %% ../nbs/08_batches.ipynb #c039
 def padding_waste(
     batches, # For each batch the lengths of its rows
 ) -> float: # Share of all positions, 0 to 1
@@ -165,7 +178,7 @@ def padding_waste(
     area = sum(max(lengths)*len(lengths) for lengths in batches)
     return 1 - sum(map(sum, batches))/area if area else 0.0
 
-# %% ../nbs/08_batches.ipynb #c040
+# %% ../nbs/08_batches.ipynb #c042
 class EpochBatchSampler(Sampler):
     "A place in endless shuffled data; a pass yields this rank's batches of an epoch. Subclasses say in `plan` how an epoch is cut."
     def __init__(self,
@@ -274,7 +287,7 @@ class GroupedBatchSampler(EpochBatchSampler):
         steps = rng.permutation(np.concatenate(steps))
         return steps.reshape(len(steps), self.batch_size, self.world_size).transpose(0, 2, 1).ravel(), np.arange(1, len(steps)*self.world_size + 1)*self.batch_size, extra
 
-# %% ../nbs/08_batches.ipynb #c049
+# %% ../nbs/08_batches.ipynb #c051
 class PackedBatchSampler(EpochBatchSampler):
     "Batches of records that fill `batch_size` rows of `max_length` positions when the collator packs them."
     def __init__(self,
