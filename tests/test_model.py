@@ -1,30 +1,44 @@
 "Derived from nbs/09_model.ipynb by `make tests`; edit the notebook, not this file."
-from dataclasses import asdict, dataclass, field
+import copy
 import torch
+from dataclasses import dataclass
 from torch import nn
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel, ConvNextConfig, ConvNextModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils import ModelOutput
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from vlm_lit.images import finish_images
-import matplotlib.pyplot as plt
-from dataclasses import replace
+from vlm_lit.vision import PATCH_TOWERS, STAGE_TOWERS, ImageEncoder, PatchInfoMining, last_linear, recomputed
+import re, tempfile, warnings
 from fastcore.test import test_eq, test_close, expect_fail
 from vlm_lit.batches import DataCollatorForSupervisedDataset, expanded_length, join_samples, pad_samples
 from vlm_lit.breakpoints import Breakpoint
 from vlm_lit.core import peek
 from vlm_lit.images import make_square, prepare_image, sample_image, to_bytes
+from transformers.utils.logging import disable_progress_bar
 from vlm_lit.model import *
 
 def setup_module():
-    global FAMILIES, packed_and_alone, packing_model, packing_samples, small_batch, small_config
+    global FAMILIES, HEADS, SMALL_TEXT, TINY_TEXT, log_likelihood, packed_and_alone, packing_model, packing_samples, question_batch, small_batch, small_config, tiny_language_model
     torch.set_printoptions(precision=3, sci_mode=False)
+    disable_progress_bar()
+    SMALL_TEXT = dict(model_type="gemma", vocab_size=300, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+                      intermediate_size=32, initializer_range=.25, pad_token_id=0, bos_token_id=2, eos_token_id=1)
     def small_config(**changes):
         "A model of a few thousand weights, for examples."
-        text = dict(model_type="gemma", vocab_size=300, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-                    intermediate_size=32, initializer_range=.25, pad_token_id=0, bos_token_id=2, eos_token_id=1)
-        vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+        text = dict(SMALL_TEXT)
+        if changes.get("used_ids"): text.update(vocab_size=len(changes["used_ids"]), pad_token_id=None, bos_token_id=None, eos_token_id=None)
+        vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=changes.get("image_size", 32), patch_size=8)
         vision_aux = dict(hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, patch_size=2)
-        return VLMConfig(**{**dict(text=text, vision=vision, vision_aux=vision_aux, image_size=32, image_size_aux=64, select_layer=-1, vocab_size=300), **changes})
+        return VLMConfig(**{**dict(text_config=text, vision_config=vision, vision_aux_config=vision_aux, image_size=32, image_size_aux=64, select_layer=-1, vocab_size=300), **changes})
+    TINY_TEXT = dict(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32, pad_token_id=0, bos_token_id=2, eos_token_id=1)
+    HEADS = {"gemma": dict(head_dim=8), "llama": dict(tie_word_embeddings=False), "gemma2": dict(head_dim=8, final_logit_softcapping=.5), "cohere": dict(logit_scale=.3),
+             "granite": dict(logits_scaling=7.), "qwen2": {}}
+    def tiny_language_model(family):
+        "One layer of a family, with weights large enough for caps and scales to show."
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **TINY_TEXT, **HEADS[family], initializer_range=.5)).eval()
     def small_batch():
         "Two samples: a picture and an answer of two tokens; text only, shorter, padded."
         torch.manual_seed(0)
@@ -35,9 +49,9 @@ def setup_module():
     def packing_model(family="gemma", attention="sdpa"):
         "A small model of one family, with the attention implementation of that name."
         torch.manual_seed(0)
-        text = {**small_config().text, "model_type": family, **FAMILIES[family]}
+        text = {**SMALL_TEXT, "model_type": family, **FAMILIES[family]}
         if family in ("qwen2",): text.pop("head_dim")
-        model = VLM(small_config(text=text)).eval()
+        model = VLM(small_config(text_config=text)).eval()
         model.language_model.set_attn_implementation(attention)
         return model
     def packing_samples(first=20):
@@ -50,58 +64,41 @@ def setup_module():
         joined = pad_samples([join_samples(samples)], 0)
         pictures = lambda own: {"images" if k == "image" else "images_aux": torch.stack([s[k] for s in own if k in s]) for k in ("image", "image_aux") if any(k in s for s in own)}
         with torch.no_grad():
-            packed = model(**joined, **pictures(samples), num_items=1)
-            alone = [model(**pad_samples([s], 0), **pictures([s]), num_items=1) for s in samples]
+            packed = model(**joined, **pictures(samples), num_items_in_batch=1)
+            alone = [model(**pad_samples([s], 0), **pictures([s]), num_items_in_batch=1) for s in samples]
         return packed.logits, torch.cat([a.logits for a in alone]), packed.loss, sum(a.loss for a in alone)
+    def question_batch():
+        "Two prompts of unequal length, one with a picture, padded on the right."
+        batch = small_batch()
+        return {**{k: v for k,v in batch.items() if k != "labels"}, "input_ids": torch.tensor([[2, 106, -200, 108], [2, 30, 0, 0]]), "attention_mask": torch.tensor([[1]*4, [1, 1, 0, 0]])}
+    def log_likelihood(model, batch, answers):
+        "Of each answer under the model, by one forward pass an answer, padding-free."
+        out = []
+        for ids,mask,answer in zip(batch["input_ids"], batch["attention_mask"], answers):
+            row = torch.cat([ids[mask.bool()], answer])[None]
+            pictures = {k: v for k,v in batch.items() if k.startswith("images") and -200 in row}
+            logits = model(input_ids=row, **pictures).logits[0, -len(answer) - 1:-1]
+            out.append(float(logits.log_softmax(-1).gather(1, answer[:, None]).sum()))
+        return out
 
 def test_geometry_of_the_configuration():
-    test_eq((small_config().grid, small_config().num_patches, small_config().grid_aux), (4, 16, 16))
-    mgm = VLMConfig(text={}, vision=dict(patch_size=14), vision_aux=dict(patch_size=4, hidden_sizes=[192, 384, 768, 1536]))
-    test_eq((mgm.grid, mgm.num_patches), (24, 576))
+    cfg = small_config()
+    test_eq((cfg.grid, cfg.num_patches, cfg.grid_aux, cfg.vision_size, cfg.vision_size_aux), (4, 16, 32, 16, 20))
+    test_eq(small_config(aux_stages=[-1]).grid_aux, 16)                                  # the last stage alone
+    mgm = dict(text_config=dict(model_type="gemma"), vision_aux_config=dict(hidden_sizes=[192, 384, 768, 1536], depths=[3, 3, 27, 3]))
+    test_eq((VLMConfig(**mgm).num_patches, VLMConfig(**mgm).grid_aux, VLMConfig(**mgm).vision_size_aux), (576, 192, 2880))
+    hd = VLMConfig(**mgm, image_grid=2, image_global=True, image_size_aux=1536)           # MGM-HD: four crops and the whole
+    test_eq((hd.num_patches, hd.grid_aux), (2880, 384))
+    test_eq(VLMConfig.from_dict(hd.to_dict()).to_dict(), hd.to_dict())
+    test_eq((VLMConfig().image_size_aux, VLMConfig(image_grid=2).image_size_aux), (336, 672))      # LLaVA reads its small picture as it is
     with expect_fail(ConfigError, contains="not a multiple of patch_size"): small_config(image_size=30)
-    with expect_fail(ConfigError, contains="cannot be shared by"): small_config(image_size_aux=72)
+    with expect_fail(ConfigError, contains="cannot be shared by"): small_config(image_size_aux=70)
     with expect_fail(ConfigError, contains="must hold unk_id"): small_config(used_ids=(1, 2))
-
-def test_windows_lie_under_their_queries():
-    numbered = torch.arange(16.).reshape(1, 1, 4, 4)
-    print(numbered[0, 0].int().tolist())
-    print(to_windows(numbered, 2)[0, :, :, 0].int().tolist())
-    test_eq(to_windows(numbered, 2)[0, :, :, 0].int().tolist(), [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]])
-
-def test_query_sees_its_own_window_only():
-    torch.manual_seed(0)
-    mining = PatchInfoMining(16, 12)
-    low, high = torch.randn(1, 16, 16), torch.randn(1, 12, 16, 16)
-    changed = high.clone()
-    changed[:, :, :4, :4] += 1 + torch.rand(12, 4, 4)
-    moved = (mining(low, changed) - mining(low, high)).abs().amax(-1)[0] > 1e-6
-    print(moved.int().reshape(4, 4).tolist())
-    test_eq(moved.nonzero().flatten().tolist(), [0])
-    test_close(mining.attention(low, to_windows(high, 4)).sum(-1), torch.ones(1, 16), eps=1e-5)
-
-def test_mining_equals_the_formula_in_a_loop():
-    torch.manual_seed(1)
-    mining = PatchInfoMining(16, 12)
-    low, high = torch.randn(2, 4, 16), torch.randn(2, 12, 6, 6)
-    out = mining(low, high)
-    for n in range(2):
-        for p in range(4):
-            row, col = divmod(p, 2)
-            window = high[n, :, 3*row:3*row+3, 3*col:3*col+3].flatten(1).T
-            q, k, v = mining.vlm_uni_query_projector(low[n, p]), mining.vlm_uni_aux_projector(window), mining.vlm_uni_val_projector(window)
-            test_close(out[n, p], low[n, p] + (q@k.T/16**.5).softmax(-1)@v, eps=1e-5)
-
-def test_picture_becomes_sixteen_rows():
-    torch.manual_seed(0)
-    encoder = ImageEncoder(small_config())
-    images, images_aux = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        test_eq(tuple(encoder.low_features(images).shape), (2, 16, 16))
-        test_eq(tuple(encoder.high_features(images_aux).shape), (2, 12, 16, 16))
-        rows = encoder(images, images_aux)
-    test_eq(tuple(rows.shape), (2, 16, 16))
-    assert not torch.allclose(rows, encoder(images, -images_aux))      # the large picture matters
-    test_eq(tuple(ImageEncoder(small_config(vision_aux=None))(images).shape), (2, 16, 16))   # LLaVA: no second tower
+    test_eq(small_config(aux_stages=[-1, 0]).aux_stages, [0, 1])
+    with expect_fail(ConfigError, contains="there is no stage 2"): small_config(aux_stages=[2])
+    with expect_fail(ConfigError, contains="has no stages to mine"): small_config(vision_aux_config=dict(model_type="siglip_vision_model"))
+    with expect_fail(ConfigError, contains="at least 2 with image_global"): small_config(image_global=True)
+    with expect_fail(ConfigError, contains="the low-resolution tower reads 336 pixels"): VLMConfig(image_size=224)
 
 def test_pictures_land_in_their_own_gaps():
     ids = torch.tensor([[2, -200, 5, -200], [2, 7, -200, 0]])
@@ -132,13 +129,42 @@ def test_splice_equals_a_loop_over_samples():
             rows = torch.cat([next(queue) if ids[b, t] == -200 else text[b, t:t+1] for t in range(int(lengths[b]))])
             assert torch.equal(out[b, :len(rows)], rows) and plan.filled[b].sum() == len(rows) and (out[b, len(rows):] == 0).all()
 
-def test_only_states_before_learned_tokens_are_selected():
-    states = torch.arange(10.).reshape(2, 5, 1)
+def test_splice_compiles_without_a_break():
+    def compiled_part(input_ids, attention_mask, text, features):
+        plan = plan_splice(input_ids, attention_mask, features.shape[1], spliced_len=12)
+        return splice(plan, text, features), splice_labels(plan, input_ids)
+
+    ids, mask = torch.tensor([[2, -200, 5, -200, 9, 8], [2, 7, -200, 0, 0, 0]]), torch.tensor([[1]*6, [1]*3 + [0]*3])
+    text, features = torch.randn(2, 6, 4), torch.randn(3, 4, 4)
+    for got,want in zip(torch.compile(compiled_part, fullgraph=True, backend="eager")(ids, mask, text, features), compiled_part(ids, mask, text, features), strict=True):
+        assert torch.equal(got, want)
+    test_eq(plan_splice(ids, mask, 4).filled.shape, (2, 12))            # counted: the same 12
+
+def test_numbers_of_tags_and_pictures_are_compared():
+    check_pictures(torch.tensor([[2, -200, 5]]), 1)
+    with expect_fail(DataError, contains="1 image sentinel(s) in input_ids for 2 image(s)"): check_pictures(torch.tensor([[2, -200, 5]]), 2)
+
+def test_learned_positions_stand_before_learned_tokens():
     labels = torch.tensor([[-100, -100, 11, 12, -100], [-100, -100, -100, -100, 13]])
-    rows, targets = select_learned(states, labels)
-    print(rows.flatten().tolist(), targets.tolist())
-    test_eq(rows.flatten().tolist(), [1, 2, 8])      # one before each label
+    places, targets = learned_positions(labels)
+    print(places.tolist(), targets.tolist())
+    test_eq(places.tolist(), [1, 2, 8])      # one before each label; 8 is place 3 of the second row
     test_eq(targets.tolist(), [11, 12, 13])
+    test_eq([len(x) for x in learned_positions(torch.full((2, 3), -100))], [0, 0])
+    test_eq(learned_positions(torch.tensor([[7, -100], [8, 9]]))[1].tolist(), [9])      # a first token is predicted by nobody, not by the row before
+
+def test_every_familys_logits_are_its_own():
+    embeds, places = torch.randn(2, 5, 16), torch.tensor([1, 4, 8])
+    for family in HEADS:
+        model = tiny_language_model(family)
+        with torch.no_grad():
+            want = model(inputs_embeds=embeds).logits.flatten(0, 1)[places]
+            got = run_language_model(model, embeds, places).logits
+            bare = model.get_output_embeddings()(model.base_model(inputs_embeds=embeds).last_hidden_state.flatten(0, 1)[places])
+        print(f"{family:8} {tuple(got.shape)}  head called by hand: {'equal' if torch.allclose(bare, want, atol=1e-5) else f'off by up to {float((bare - want).abs().max()):.2f}'}")
+        test_close(got, want, eps=1e-5)
+        assert not model.get_output_embeddings()._forward_pre_hooks                   # and nothing stays behind
+        test_eq(torch.allclose(bare, want, atol=1e-3), family not in ("gemma2", "cohere", "granite"))
 
 def test_positions_restart_with_each_sample():
     ids = torch.tensor([[5, 6, -200, 7, 8, 9, 5, 0, 0]])
@@ -210,7 +236,7 @@ def test_disagreeing_batches_are_refused():
 
 def test_compact_table_has_few_rows_and_gemma_ids():
     compact = VLM(small_config(used_ids=(0, 1, 2, 3, 20, 21, 30, 31, 106, 108)))
-    test_eq(compact.language_model.get_input_embeddings().weight.shape[0], 10)
+    test_eq(compact.get_input_embeddings().weight.shape[0], 10)
     out = compact(**small_batch())
     test_eq(compact.id_table.to_ids(out.targets).tolist(), [20, 21, 1, 31, 1])
     test_eq(tuple(out.logits.shape), (5, 10))
@@ -219,7 +245,7 @@ def test_bytes_give_the_logits_of_floats():
     torch.manual_seed(0)
     model, batch = VLM(small_config()).eval(), small_batch()
     pixels = to_bytes(make_square(sample_image(), 64))
-    floats = prepare_image(sample_image(), 64, 32, mean=model.cfg.image_mean, std=model.cfg.image_std)
+    floats = prepare_image(sample_image(), 64, 32, mean=model.config.image_mean, std=model.config.image_std)
     text = {k: v for k,v in batch.items() if not k.startswith("images")}
     with torch.no_grad():
         ours, want = model(**text, images_aux=pixels[None]), model(**text, images=floats["image"][None], images_aux=floats["image_aux"][None])
@@ -228,7 +254,7 @@ def test_bytes_give_the_logits_of_floats():
     test_close(model.double()(**text, images_aux=pixels[None]).logits, want.logits.double(), eps=1e-4)       # finished in the model's own type
     with expect_fail(DataError, contains="1 image sentinel(s) in input_ids for 2 image(s)"): model(**text, images_aux=pixels.repeat(2, 1, 1, 1))
     with expect_fail(DataError, contains="bytes in images_aux alone"): model.float()(**text, images=floats["image"][None], images_aux=pixels[None])
-    with expect_fail(ConfigError, contains="reads each picture whole"): model(**text, images=floats["image"][None, None], images_aux=floats["image_aux"][None])
+    with expect_fail(ConfigError, contains="this model has image_grid 1"): model(**text, images=floats["image"][None, None], images_aux=floats["image_aux"][None])
 
 def test_packed_samples_do_not_see_each_other():
     for family in FAMILIES:
@@ -248,7 +274,7 @@ def test_collator_and_model_agree_on_packed_rows():
     test_eq(batch["input_ids"].shape[0], 1)                                           # 20 + 20 + 3 positions
     test_eq([expanded_length(s["input_ids"], 16) for s in samples], [20, 20, 3])
     plain = DataCollatorForSupervisedDataset(0)(samples)
-    with torch.no_grad(): test_close(model(**batch, num_items=1).loss, model(**{k: v for k,v in plain.items()}, num_items=1).loss, eps=1e-4)
+    with torch.no_grad(): test_close(model(**batch, num_items_in_batch=1).loss, model(**{k: v for k,v in plain.items()}, num_items_in_batch=1).loss, eps=1e-4)
     careless = {**batch, "labels": torch.where(batch["attention_mask"], batch["input_ids"], -100)}     # labels that somebody else joined
     with torch.no_grad(): test_eq(model(**careless).targets.tolist(), [20, 21, 22, 30, 31, 32, 40, 41])   # no 11, no second 2
     model.language_model.config._attn_implementation = "flash_attention_2"
@@ -284,6 +310,133 @@ def test_text_is_scaled_once_and_pictures_are_not():
         test_close(inputs_embeds[1, 0], table[2]*16**.5, eps=1e-5)
         test_close(inputs_embeds[0, 2:18], model.image_encoder(batch["images"], batch["images_aux"])[0], eps=1e-5)
     print("text x", 16**.5, " pictures x 1")
+
+def test_text_only_batch_keeps_the_vision_path_in_the_graph():
+    torch.manual_seed(0)
+    model = VLM(small_config()).train()
+    text_only = dict(input_ids=torch.tensor([[2, 30, 31, 1]]), labels=torch.tensor([[-100, -100, 31, 1]]))
+    out = model(**text_only)
+    out.loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    test_eq(max(float(p.grad.abs().max()) for p in model.image_encoder.parameters()), 0)
+    alone = F.cross_entropy(model.language_model(input_ids=text_only["input_ids"]).logits[0, 1:3], torch.tensor([31, 1]))
+    test_close(out.loss, alone, eps=1e-5)
+    with torch.no_grad(): test_close(model.eval()(**text_only).loss, alone, eps=1e-5)      # no gradient wanted: no picture run
+
+def test_crops_and_whole_picture_are_read():
+    torch.manual_seed(0)
+    hd = VLM(small_config(image_grid=2, image_global=True, image_size_aux=128)).eval()
+    pixels = torch.stack([to_bytes(make_square(sample_image(), 128)), to_bytes(make_square(sample_image(300, 400), 128))])
+    floats = [prepare_image(image, 128, 32, mean=hd.config.image_mean, std=hd.config.image_std, image_grid=2, image_global=True) for image in (sample_image(), sample_image(300, 400))]
+    batch = dict(input_ids=torch.tensor([[2, -200, 20, -200, 21]]), labels=torch.tensor([[-100, -100, 20, -100, 21]]))
+    with torch.no_grad():
+        from_bytes = hd(**batch, images_aux=pixels)
+        from_floats = hd(**batch, images=torch.stack([f["image"] for f in floats]), images_aux=torch.stack([f["image_aux"] for f in floats]))
+    print(f"{hd.config.num_patches} rows a picture; the row is {from_bytes.inputs_embeds.shape[1]} positions long")
+    test_eq(from_bytes.inputs_embeds.shape[1], 3 + 2*80)
+    test_close(from_bytes.logits, from_floats.logits, eps=1e-4)
+    with expect_fail(ConfigError, contains="this model has image_grid 2"): hd(**batch, images=torch.zeros(2, 3, 32, 32), images_aux=torch.zeros(2, 3, 128, 128))
+
+def test_saved_models_come_back_through_the_auto_classes():
+    torch.manual_seed(0)
+    for changes in ({}, dict(used_ids=(0, 1, 2, 3, 20, 21, 30, 31, 106, 108)), dict(vision_aux_config=None), dict(projector_type="linear")):
+        model = VLM(small_config(**changes)).eval()
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            again = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+            test_eq(AutoConfig.from_pretrained(folder).to_dict()["text_config"], model.config.to_dict()["text_config"])
+        assert type(again) is VLM and again.language_model.config._attn_implementation == "eager"
+        assert all(torch.equal(p, q) for p,q in zip(model.parameters(), again.parameters(), strict=True))
+        assert again.get_output_embeddings().weight is again.get_input_embeddings().weight                   # still tied
+        with torch.no_grad(): test_close(again(**small_batch()).loss, model(**small_batch()).loss, eps=1e-5)
+        again.set_attn_implementation("sdpa")
+        test_eq({again.language_model.config._attn_implementation, again.image_encoder.vision_tower.config._attn_implementation}, {"sdpa"})
+
+def test_generation_is_transformers_own():
+    torch.manual_seed(0)
+    model, batch = VLM(small_config()).eval(), question_batch()
+    with torch.no_grad():
+        greedy = model.generate(**batch, max_new_tokens=5, do_sample=False, eos_token_id=None)
+        row = [2, 106, -200, 108]
+        for _ in range(5): row.append(int(model(input_ids=torch.tensor([row]), images=batch["images"], images_aux=batch["images_aux"]).logits[0, -1].argmax()))
+        print(greedy.tolist())
+        test_eq(greedy[0].tolist(), row[4:])
+        test_eq(greedy, model.generate(**batch, max_new_tokens=5, do_sample=False, eos_token_id=None, use_cache=False))
+        test_eq(greedy[1:], model.generate(batch["input_ids"][1:, :2], max_new_tokens=5, do_sample=False, eos_token_id=None))      # padding and neighbours do not matter
+        beams = model.generate(**batch, max_new_tokens=5, num_beams=4, do_sample=False, eos_token_id=None)
+        for beam,single in zip(log_likelihood(model, batch, beams), log_likelihood(model, batch, greedy)): assert beam >= single - 1e-4
+        sampled = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            sampled.append(model.generate(**batch, max_new_tokens=8, do_sample=True, eos_token_id=None).tolist())
+    assert sampled[0] == sampled[1] != sampled[2]
+
+def test_compact_models_write_ids():
+    compact = VLM(small_config(used_ids=(0, 1, 2, 3, 20, 21, 30, 31, 106, 108))).eval()
+    written = compact.generate(**question_batch(), max_new_tokens=6, do_sample=False, eos_token_id=[1, 250], pad_token_id=0)
+    assert set(written.flatten().tolist()) <= set(compact.config.used_ids)
+    scored = compact.generate(**question_batch(), max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True, output_scores=True)
+    test_eq(scored.sequences.shape[0], 2)
+    test_eq(scored.sequences[:, 0].tolist(), compact.id_table.to_ids(scored.scores[0].argmax(-1)).tolist())
+
+def test_adapters_and_checkpointing_change_no_loss():
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(0)
+    model = VLM(small_config()).train()
+    want = model(**small_batch())
+    want.loss.backward()
+    gradients = {n: p.grad.clone() for n,p in model.named_parameters()}
+    model.zero_grad()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)      # transformers 5.23 has a new name for it, 5.17 does not
+        model.gradient_checkpointing_enable()
+    out = model(**small_batch())
+    out.loss.backward()
+    test_close(out.loss, want.loss, eps=1e-6)
+    for n,p in model.named_parameters(): test_close(p.grad, gradients[n], eps=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=r".*language_model.*\.(q|v)_proj", modules_to_save=["mm_projector"]))
+    test_close(adapted(**small_batch()).loss, want.loss, eps=1e-6)                                # adapters begin at zero
+    moving = sorted({re.sub(r"\.(lora_|modules_to_save).*", "", n.removeprefix("base_model.model.")) for n,p in adapted.named_parameters() if p.requires_grad})
+    print("moving:", *moving)
+    test_eq([name.split(".")[-1] for name in moving], ["mm_projector", "q_proj", "v_proj", "q_proj", "v_proj"])
+    assert not any("vision" in name for name in moving)
+
+def test_mlps_made_again_give_the_same_gradients_and_keep_less():
+    def kept_bytes(model, batch):
+        "Loss, and bytes that autograd keeps between forward and backward, each memory once."
+        kept = {}
+        def pack(x): kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(); return x
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x): loss = model(**batch).loss
+        loss.backward()
+        return loss.detach(), sum(kept.values())
+
+    gradients, sizes = {}, {}
+    for what in ("none", "gates", "mlp"):
+        torch.manual_seed(0)
+        model = VLM(small_config(text_config={**SMALL_TEXT, "intermediate_size": 512})).train()
+        model.language_model.requires_grad_(False)
+        test_eq(recompute_mlps(model.language_model, what), 2)
+        loss, sizes[what] = kept_bytes(model, small_batch())
+        gradients[what] = [loss, *(p.grad for p in model.image_encoder.parameters())]
+    for what in ("gates", "mlp"):
+        for got,want in zip(gradients[what], gradients["none"], strict=True): test_close(got, want, eps=1e-6)
+    print({what: f"{size/sizes['none']:.2f}" for what,size in sizes.items()}, "of the bytes kept")
+    assert sizes["mlp"] < sizes["gates"] < sizes["none"]
+    test_eq([recompute_mlps(model.language_model, "none"), "forward" in model.language_model.model.layers[0].mlp.__dict__], [2, False])       # and back
+    with expect_fail(ConfigError, contains="a gpt2 has no gated MLP"): recompute_mlps(AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=16, n_head=2, vocab_size=20, bos_token_id=0, eos_token_id=0)))
+    with expect_fail(ConfigError, contains="what must be"): recompute_mlps(model.language_model, "all")
+
+def test_frozen_towers_stay_in_evaluation_mode():
+    model = VLM(small_config(vision_aux_config=dict(hidden_sizes=[8, 12], depths=[1, 2], num_stages=2, patch_size=2, drop_path_rate=.5)))
+    model.train()
+    assert model.image_encoder.vision_tower_aux.training
+    model.image_encoder.vision_tower_aux.requires_grad_(False)
+    model.train()
+    assert not model.image_encoder.vision_tower_aux.training and model.image_encoder.vision_tower.training and model.training
+    pictures = torch.randn(2, 3, 64, 64)
+    for a,b in zip(model.image_encoder.high_features(pictures), model.image_encoder.high_features(pictures), strict=True): assert torch.equal(a, b)
 
 def test_calibrated_rows_are_as_large_as_words():
     torch.manual_seed(0)
