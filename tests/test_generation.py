@@ -1,78 +1,298 @@
 "Derived from nbs/12_generation.ipynb by `make tests`; edit the notebook, not this file."
 import warnings
+from pathlib import Path
 import torch
 from PIL import Image
-from vlm_lit.core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from vlm_lit.core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from vlm_lit.templates import Segment
-from vlm_lit.sentinels import move_tag
-from vlm_lit.labels import generation_ids, preprocess
-from vlm_lit.images import prepare_image
+from vlm_lit.sentinels import check_image_count, preprocess_multimodal
+from vlm_lit.labels import check_tokenizer, check_turns, generation_ids, preprocess
+from vlm_lit.images import make_square, on_white, open_image, to_bytes, turn_upright
+from vlm_lit.dataset import check_path, encode_records, image_names, read_record
 from vlm_lit.batches import DataCollatorForSupervisedDataset
-from vlm_lit.model import VLM
+from vlm_lit.model import VLM, VLMConfig
+import json, lzma, tempfile
 from fastcore.test import test_eq, test_close, expect_fail
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerFast, TextStreamer
+from transformers.utils.logging import disable_progress_bar
 from vlm_lit.core import IGNORE_INDEX, DataError, peek
+from vlm_lit.dataset import LazySupervisedDataset
 from vlm_lit.images import sample_image
-from vlm_lit.labels import preprocess
+from vlm_lit.model import VLM, VLMConfig, pad_left
 from vlm_lit.tokenizer import load_tokenizer
-from vlm_lit.weights import make_model, tiny_config
 from vlm_lit.generation import *
 
 def setup_module():
-    global model, tok, used, words
+    global PICTURES, QUESTIONS, compact, golden, golden_tokenizer, llama, model, other, photo, plain_greedy, processor, qwen, small_model, tok, used, words
+    disable_progress_bar()
+    golden = next(p for p in (Path("../tests/golden"), Path("tests/golden")) if p.is_dir())
+    def golden_tokenizer(name, bos, eos, unk):
+        "A tokenizer cut down for tests."
+        backend = Tokenizer.from_str(lzma.decompress((golden/f"{name}.tokenizer.json.xz").read_bytes()).decode())
+        return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, unk_token=unk, pad_token=unk)
+    def small_model(tokenizer, family="llama", used_ids=None, seed=0):
+        "A small model with random weights, in evaluation mode."
+        rows = max(tokenizer.get_vocab().values()) + 1            # a tokenizer that was cut down keeps its ids
+        text = dict(model_type=family, vocab_size=len(used_ids) if used_ids else rows, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8, intermediate_size=32,
+                    initializer_range=.4, tie_word_embeddings=False, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+        vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
+        aux = dict(hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, patch_size=2)
+        torch.manual_seed(seed)
+        return VLM(VLMConfig(text, vision, aux, image_size=32, image_size_aux=64, select_layer=-1, used_ids=used_ids, vocab_size=rows)).eval()
     tok = load_tokenizer("gemma")
+    llama = golden_tokenizer("sentencepiece_like", "<s>", "</s>", "<unk>")
+    qwen = golden_tokenizer("chatml_no_bos", None, "<|im_end|>", "<|endoftext|>")
+    qwen.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    photo, other = sample_image(90, 60), sample_image(40, 70)
+    model = small_model(tok, "gemma")
+    processor = VLMProcessor.for_model(model.config, tok)
+    processor.set_stops(model)
+    QUESTIONS = ["what is it?", "which of them is the blue one, and why?", "hello", "what?"]
+    PICTURES = [photo, [photo, other], None, other]
+    def plain_greedy(model, inputs, n, stops):
+        "The most likely id, n times or up to a stop, the whole row computed anew each time."
+        embeds, _ = model.prepare(**inputs)
+        written = []
+        while len(written) < n and not (written and written[-1] in stops):
+            with torch.no_grad(): row = model.language_model(inputs_embeds=embeds, use_cache=False).logits[0, -1].argmax()
+            written.append(model.id_table.to_ids(row).item())
+            embeds = torch.cat([embeds, model.embed(torch.tensor([written[-1:]]))], 1)
+        return written
     words = "what color is the shape? a blue rectangle circle yes no"
     used = sorted({0, 1, 2, 3, 106, 107, 108, 1645, 2516, *tok(words).input_ids, *tok("\nwhat").input_ids})
-    model = make_model(tiny_config(tuple(used), (.5,)*3, (.2,)*3), seed=0).eval()
+    compact = small_model(tok, "gemma", used, seed=1)
+
+def test_conversations_of_any_form_are_read_alike():
+    ways = ["what is it?", [{"from": "human", "value": "<image>\nwhat is it?"}], [{"role": "user", "content": [{"type": "image", "image": photo}, {"type": "text", "text": "\nwhat is it?"}]}],
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nwhat is it?"}]}]]
+    for n,way in enumerate(ways):
+        record, pictures = read_conversation(way, [] if n == 2 else [photo])
+        test_eq(record["conversations"], [{"from": "human", "value": "<image>\nwhat is it?"}])
+        assert pictures == [photo]
+    test_eq(read_conversation("compare", [photo, other])[0]["conversations"][0]["value"], "<image>\n<image>\ncompare")
+    test_eq(read_conversation("hello", [])[0]["conversations"][0]["value"], "hello")
+    talk = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "what?"}]
+    test_eq([t["value"] for t in read_conversation(talk, [photo])[0]["conversations"]], ["be brief", "<image>\nhi", "yes?", "what?"])
+
+def test_pictures_are_given_to_conversations():
+    test_eq(split_images(None, 3), [[], [], []])
+    assert split_images(photo, 2) == [[photo], [photo]] and split_images([photo, None], 2) == [[photo], []] and split_images([[photo, other], other], 2) == [[photo, other], [other]]
+    assert split_images(photo, 1) == split_images([photo], 1) == split_images([[photo]], 1) == [[photo]] and split_images([photo, other], 1) == [[photo, other]]
+    pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    test_eq([len(own) for own in split_images(pixels, 1)], [2])
+    test_eq([len(own) for own in split_images(pixels, 2)], [1, 1])
+    test_eq((split_conversations("a"), split_conversations(["a", "b"]), split_conversations([{"from": "human", "value": "a"}])), (["a"], ["a", "b"], [[{"from": "human", "value": "a"}]]))
+    with expect_fail(DataError, contains="2 conversations and a list of 3 images"): split_images([photo]*3, 2)
+    for wrong in ([], None, 7):
+        with expect_fail(DataError, contains="a question or a list of turns"): split_conversations(wrong)
+
+def test_paths_in_messages_need_a_folder():
+    ask = lambda **part: [{"role": "user", "content": [{"type": "image", **part}, {"type": "text", "text": "what?"}]}]
+    with expect_fail(DataError, contains="record 'q', turn 0: the message names the picture 'a.png' by its path; pass image_folder"): read_conversation(ask(image="a.png"), [], "q")
+    test_eq(read_conversation(ask(path="a.png"), [], image_folder=".")[1], ["a.png"])
+    with expect_fail(DataError, contains="an address, not a path"): read_conversation(ask(url="https://example.org/a.png"), [], image_folder=".")
+    with expect_fail(DataError, contains="some pictures stand in the messages and some do not"): read_conversation(ask(image=photo), [other])
+    with expect_fail(DataError, contains="hold 1 image(s), and 'image' names 2"): read_conversation(ask(), [photo, other])
+
+def test_pictures_come_in_any_form():
+    folder = Path(tempfile.mkdtemp())
+    photo.save(folder/"a.png")
+    pixels = [to_bytes(read_picture(p)) for p in (photo, folder/"a.png", str(folder/"a.png"), to_bytes(photo), Image.open(folder/"a.png"))]
+    print(tuple(pixels[0].shape), all(torch.equal(p, pixels[0]) for p in pixels))
+    for p in pixels[1:]: test_eq(p, pixels[0])
+    test_eq(to_bytes(read_picture("a.png", folder)), pixels[0])
+    test_eq(read_picture(Image.new("RGBA", (2, 2), (0, 0, 0, 0))).getpixel((0, 0)), (255, 255, 255))       # what shines through is white
+    exif = Image.Exif(); exif[0x0112] = 6
+    photo.save(folder/"turned.jpg", exif=exif)
+    test_eq((read_picture(folder/"turned.jpg").size, read_picture(Image.open(folder/"turned.jpg")).size), ((60, 90), (60, 90)))
+    with expect_fail(DataError, contains="leaves the image folder"): read_picture("../a.png", folder/"..")
+    with expect_fail(DataError, contains="no image 'b.png'"): read_picture(folder/"b.png")
+    with expect_fail(DataError, contains="got float32 (3, 4, 4)"): read_picture(torch.zeros(3, 4, 4))
+    with expect_fail(DataError, contains="got bytes"): read_picture(b"png")
+    with expect_fail(DataError, contains="more than 8 bits"): read_picture(Image.new("I;16", (2, 2)))
 
 def test_question_is_a_prefix_of_its_training_sample():
-    asked = question_ids("what color is the shape?", tok).tolist()
-    told = preprocess([[{"from": "human", "value": "<image>\nwhat color is the shape?"}, {"from": "gpt", "value": "blue"}]], tok)
-    print(tok.decode(asked[:4]), "|", tok.decode(asked[5:]))
-    test_eq(told["input_ids"][0][:len(asked)].tolist(), asked)
-    test_eq(told["labels"][0][len(asked)].item(), tok("blue", add_special_tokens=False).input_ids[0])
-    test_eq(question_ids("<image>\nwhat color is the shape?", tok).tolist(), asked)
+    for tokenizer,template in [(tok, "gemma"), (llama, "v1"), (llama, "llama_2"), (llama, "plain"), (qwen, "hf"), (qwen, "chatml_direct")]:
+        asked = question_ids("what is it?", tokenizer, template).tolist()
+        told = preprocess([[{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "blue"}]], tokenizer, template)
+        ids, labels = told["input_ids"][0].tolist(), told["labels"][0].tolist()
+        test_eq(ids[:len(asked)], asked)
+        test_eq((set(labels[:len(asked)]), labels[len(asked):]), ({IGNORE_INDEX}, ids[len(asked):][:sum(i != IGNORE_INDEX for i in labels)] + [IGNORE_INDEX]*(len(labels) - len(asked) - sum(i != IGNORE_INDEX for i in labels))))
+        assert labels[len(asked)] != IGNORE_INDEX                                            # the very next id is learned
+    test_eq(question_ids("<image>\nwhat is it?", tok).tolist(), question_ids("what is it?", tok).tolist())
     with expect_fail(DataError, contains="spells the control token"): question_ids("x<end_of_turn>", tok)
-
-def test_rows_move_to_the_right_end():
-    rows = torch.tensor([[[1.], [2.], [0.]], [[3.], [4.], [5.]]])
-    moved, mask = pad_left(rows, torch.tensor([[1, 1, 0], [1, 1, 1]]).bool())
-    print(moved[..., 0].tolist(), mask.int().tolist())
-    test_eq(moved[..., 0].tolist(), [[0, 1, 2], [3, 4, 5]])
-    test_eq(mask.int().tolist(), [[0, 1, 1], [1, 1, 1]])
+    with expect_fail(DataError, contains="2 <image> tag(s) for 1 image(s)"): question_ids("<image> or <image>?", tok)
 
 def test_stop_tokens_come_from_template_and_tokenizer():
-    print(stop_ids(tok), stop_ids(tok, "plain"))
+    print(stop_ids(tok), stop_ids(tok, "plain"), qwen.convert_ids_to_tokens(stop_ids(qwen, "hf")), llama.convert_ids_to_tokens(stop_ids(llama, "v1")))
     test_eq((stop_ids(tok), stop_ids(tok, "plain")), ([1, 107], [1, 108]))
+    test_eq((stop_ids(qwen, "hf"), stop_ids(llama, "v1")), ([qwen.eos_token_id], [llama.eos_token_id]))
+    test_eq(cut_at_stop(torch.tensor([7, 8, 107, 0, 0]), [1, 107]), [7, 8])
+    test_eq(cut_at_stop([7, 8], [1, 107]), [7, 8])
+    unended = golden_tokenizer("llama3_bos", "<|begin_of_text|>", None, None)
+    test_eq((unended.convert_ids_to_tokens(stop_ids(unended, "llama_3")), pad_id(unended), pad_id(tok), pad_id(qwen)), (["<|eot_id|>"], 0, 0, qwen.pad_token_id))
 
-def test_batched_generation_equals_a_plain_greedy_loop():
+def test_processor_pads_and_keeps_equal_pictures_once():
+    inputs = processor(["what is it?", "which one is blue?", "hello"], [photo, [photo, other], None])
+    test_eq((inputs["input_ids"] == IMAGE_TOKEN_INDEX).sum(1).tolist(), [1, 2, 0])
+    test_eq((inputs["images_aux"].dtype, tuple(inputs["images_aux"].shape), inputs["image_index"].tolist()), (torch.uint8, (2, 3, 64, 64), [0, 0, 1]))
+    for n,question in enumerate(["what is it?", "<image>\n<image>\nwhich one is blue?", "hello"]):
+        alone = processor(question, [photo, [photo, other], None][n])
+        test_eq(inputs["input_ids"][n][inputs["attention_mask"][n]].tolist(), alone["input_ids"][0].tolist())
+    test_eq(sorted(processor("hello")), ["attention_mask", "input_ids"])
+    test_eq(processor(["a", "b"], photo)["image_index"].tolist(), [0, 0])                        # one picture, shown to all
+    shape = tuple(model.generate(**inputs, max_new_tokens=4).shape)
+    assert shape[0] == 3 and 1 <= shape[1] <= 4
+
+def test_processor_takes_what_the_model_holds_and_cuts_at_stops():
+    config = VLMConfig(model.config.text_config.to_dict(), model.config.vision_config.to_dict(), image_size=32, image_size_aux=48, image_grid=2, image_global=True, image_mean=(.1, .2, .3), image_std=(.4, .5, .6))
+    own = VLMProcessor.for_model(config, tok, aspect="pad")
+    kept = own.to_dict()
+    test_eq({key: kept[key] for key in ("image_size", "image_size_aux", "image_grid", "image_global", "image_mean", "image_std", "aspect", "template", "control_tokens")},
+            {"image_size": 32, "image_size_aux": 48, "image_grid": 2, "image_global": True, "image_mean": [.1, .2, .3], "image_std": [.4, .5, .6], "aspect": "pad", "template": "gemma", "control_tokens": "refuse"})
+    test_eq(tuple(own("a", photo)["images_aux"].shape), (1, 3, 48, 48))
+    written = tok("blue<end_of_turn>\nred", add_special_tokens=False).input_ids
+    test_eq((own.decode(written), own.batch_decode(torch.tensor([written, written]))), ("blue", ["blue"]*2))
+    test_eq(VLMProcessor(tok, "plain").decode(tok("blue\nred").input_ids), "blue")
+    bare = golden_tokenizer("chatml_no_bos", None, "<|im_end|>", "<|endoftext|>")
+    test_eq(VLMProcessor(bare, "hf", chat_template=qwen.chat_template)("a")["input_ids"].tolist(), VLMProcessor(qwen, "hf")("a")["input_ids"].tolist())
+
+def test_processor_and_dataset_agree():
+    folder = Path(tempfile.mkdtemp())
+    photo.save(folder/"a.png"); other.save(folder/"b.png")
+    question = [{"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "a box"}, {"from": "human", "value": "and <image> <image>?"}, {"from": "gpt", "value": "not"}]
+    record = {"id": "r", "image": ["a.png", "b.png", "a.png"], "conversations": question}
+    for tokenizer,template,aspect in [(tok, "gemma", "pad"), (llama, "v1", "square"), (llama, "v1_mmtag", "square"), (qwen, "hf", "pad")]:
+        ds = LazySupervisedDataset([record], tokenizer, image_folder=folder, template=template, image_size_aux=64, image_size=32, aspect=aspect, uint8=True)
+        own = VLMProcessor(tokenizer, template, image_size=32, image_size_aux=64, aspect=aspect)
+        got = own(question, [folder/"a.png", folder/"b.png", folder/"a.png"])
+        test_eq(got["input_ids"][0], ds[0]["input_ids"]); test_eq(got["labels"][0], ds[0]["labels"])
+        test_eq(got["images_aux"][got["image_index"]], ds[0]["image_aux"])
+        asked = own(question[:3], [photo, other, photo])
+        test_eq(asked["input_ids"][0].tolist(), ds[0]["input_ids"][:asked["input_ids"].shape[1]].tolist())
+        assert "labels" not in asked and ds[0]["labels"][asked["input_ids"].shape[1]] != IGNORE_INDEX
+        inside = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "\nWhat is it?"}]}, *question[1:2]]
+        test_eq(own(inside, image_folder=folder)["input_ids"][0].tolist(), own(question[:2], photo)["input_ids"][0].tolist())
+
+def test_processor_names_what_disagrees():
+    ask = lambda text: [{"from": "human", "value": text}]
+    with expect_fail(DataError, contains="record 1: 2 <image> tag(s) for 1 image(s)"): processor(["a", ask("<image> <image>")], [None, photo])
+    with expect_fail(DataError, contains="record 0: 1 <image> tag(s) for 2 image(s)"): processor("<image> which?", [photo, other])
+    with expect_fail(DataError, contains="record 0: 1 <image> tag(s) for 0 image(s)"): processor("<image> which?")
+    with expect_fail(DataError, contains="record 1: a picture must be"): processor(["a", "b"], [photo, 7])
+    with expect_fail(DataError, contains="record 0, turn 0: the text spells the control token"): processor("x<end_of_turn>", photo)
+    with expect_fail(DataError, contains="record 1: the conversation ends in an answer"): processor(["a", [*ask("a"), {"from": "gpt", "value": "b"}]])
+    with expect_fail(DataError, contains="labels need an answer"): processor("a", labels=True)
+    with expect_fail(DataError, contains="record 0: no turns"): processor([[], "a"])
+    with expect_fail(ConfigError, contains="must be 'pt'"): processor("a", return_tensors="np")
+    with expect_fail(ConfigError, contains="control_tokens must be one of"): VLMProcessor(llama, "v1", control_tokens="ignore")
+    with expect_fail(ConfigError, contains="unknown template 'v9'"): VLMProcessor(llama, "v9")
+    with expect_fail(ConfigError, contains="this tokenizer has none"): VLMProcessor(tok, "hf")
+    assert llama.eos_token_id not in VLMProcessor(llama, "v1", control_tokens="escape")("x</s>")["input_ids"]
+
+def test_model_and_processor_come_back_from_one_folder():
+    for tokenizer,template in [(llama, "v1"), (qwen, "hf")]:
+        folder = Path(tempfile.mkdtemp())
+        saved = small_model(tokenizer)
+        own = VLMProcessor.for_model(saved.config, tokenizer, template, aspect="pad")
+        own.set_stops(saved)
+        saved.save_pretrained(folder); own.save_pretrained(folder)
+        print(sorted(p.name for p in folder.iterdir()))
+        assert {p.suffix for p in folder.iterdir()} <= {".json", ".safetensors", ".jinja", ".md"}
+
+        loaded, again = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+        inputs = again(["what is it?", "and that?"], [photo, other], return_tensors="pt")
+        texts = again.batch_decode(loaded.generate(**inputs, max_new_tokens=20))
+
+        test_eq((type(loaded).__name__, type(again).__name__, again.template, again.aspect, again.image_mean), ("VLM", "VLMProcessor", template, "pad", own.image_mean))
+        test_eq({k: v.tolist() for k,v in inputs.items()}, {k: v.tolist() for k,v in own(["what is it?", "and that?"], [photo, other]).items()})
+        test_eq(loaded.generate(**inputs, max_new_tokens=20).tolist(), saved.generate(**inputs, max_new_tokens=20).tolist())
+        test_eq((loaded.generation_config.eos_token_id, len(texts)), (stop_ids(tokenizer, template), 2))
+        json.loads((folder/"processor_config.json").read_text())
+
+def test_greedy_batch_equals_a_plain_loop_and_each_alone():
+    stops = stop_ids(tok)
+    together = model.generate(**processor(QUESTIONS, PICTURES), max_new_tokens=6)
+    assert len({len(processor(q, p)["input_ids"][0]) for q,p in zip(QUESTIONS, PICTURES)}) == 4        # all of other lengths
+    for question,picture,ids in zip(QUESTIONS, PICTURES, together.tolist()):
+        inputs = processor(question, picture)
+        written = plain_greedy(model, inputs, 6, stops)
+        test_eq(cut_at_stop(ids, stops), cut_at_stop(written, stops))
+        test_eq(cut_at_stop(model.generate(**inputs, max_new_tokens=6)[0], stops), cut_at_stop(written, stops))
+    assert len({tuple(ids) for ids in together.tolist()}) == 4
+
+def test_cache_changes_nothing():
+    inputs = processor(QUESTIONS, PICTURES)
+    test_eq(model.generate(**inputs, max_new_tokens=6, use_cache=True).tolist(), model.generate(**inputs, max_new_tokens=6, use_cache=False).tolist())
+
+def test_beams_find_likelier_answers():
+    def log_likelihood(inputs, ids):
+        "Of the ids behind the prompt, row by row."
+        embeds, plan = model.prepare(**inputs)
+        both = torch.cat([embeds, model.embed(ids)], 1)
+        with torch.no_grad(): logits = model.language_model(inputs_embeds=both, use_cache=False).logits[:, embeds.shape[1] - 1:-1]
+        return logits.log_softmax(-1).gather(2, ids[..., None])[..., 0].sum(1)
+    gains = []
+    for question,picture in zip(QUESTIONS, PICTURES):
+        inputs = processor(question, picture)
+        greedy, beams = [model.generate(**inputs, max_new_tokens=5, num_beams=n, eos_token_id=None) for n in (1, 4)]
+        test_eq((greedy.shape, beams.shape), ((1, 5), (1, 5)))
+        gains.append(float(log_likelihood(inputs, beams) - log_likelihood(inputs, greedy)))
+    print("gain in log-likelihood:", [round(gain, 2) for gain in gains])
+    assert min(gains) > -1e-4 and max(gains) > .01
+
+def test_sampling_repeats_with_its_seed():
+    inputs = processor(QUESTIONS, PICTURES)
+    def drawn(seed):
+        "Answers drawn with a seed."
+        torch.manual_seed(seed)
+        return model.generate(**inputs, max_new_tokens=8, do_sample=True, temperature=1.5).tolist()
+    test_eq(drawn(1), drawn(1))
+    assert drawn(1) != drawn(2)
+
+def test_streamer_writes_what_is_returned():
+    from contextlib import redirect_stdout
+    from io import StringIO
+    inputs, heard = processor("what is it?", photo), StringIO()
+    with redirect_stdout(heard): ids = model.generate(**inputs, max_new_tokens=8, streamer=TextStreamer(tok, skip_special_tokens=True))
+    print(repr(heard.getvalue().strip()))
+    test_eq(heard.getvalue().strip(), tok.decode(ids[0], skip_special_tokens=True).strip())
+    assert len(heard.getvalue()) > 3
+
+def test_compact_batch_equals_a_plain_loop():
     questions = ["what color is the shape?", "is the shape a blue circle?", "what?"]
-    samples = [question_sample(sample_image(), q, tok, model.cfg) for q in questions]
-    together = generate_ids(model, samples, tok, max_new_tokens=5)
-    stops = set(stop_ids(tok))
-    for sample,answer in zip(samples, together):
-        embeds, _ = model.prepare(sample["input_ids"][None], images=sample["image"][None], images_aux=sample["image_aux"][None])
-        written = []
-        with torch.no_grad():
-            while len(written) < 5:
-                row = model.language_model(inputs_embeds=embeds).logits[0, -1].argmax()
-                i = model.id_table.to_ids(row).item()
-                if i in stops: break
-                written.append(i)
-                embeds = torch.cat([embeds, model.embed(torch.tensor([[i]]))], 1)
-        test_eq(answer, written)
-    print([len(a) for a in together], "ids written, as by the loop")
+    samples = [question_sample(photo, q, tok, compact.config) for q in questions]
+    together = generate_ids(compact, samples, tok, max_new_tokens=5)
+    stops = stop_ids(tok)
+    own = VLMProcessor.for_model(compact.config, tok)
+    for question,ids in zip(questions, together): test_eq(ids, cut_at_stop(plain_greedy(compact, own(question, photo), 5, stops), stops))
+    print([len(ids) for ids in together], "ids written, as by the loop")
+    assert all(i in used for ids in together for i in ids)
 
 def test_answer_warns_of_words_the_model_cannot_read():
     import warnings
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        text = answer(model, sample_image(), "what color is the zebra?", tok, max_new_tokens=3)
+        text = answer(compact, photo, "what color is the zebra?", tok, max_new_tokens=3)
     print(str(caught[-1].message))
     assert isinstance(text, str) and "zebra" in str(caught[-1].message)
 
+def test_chat_remembers():
+    chat = Chat(model, processor, max_new_tokens=5)
+    first, second = chat("what is it?", photo), chat("and this?", other)
+    talk = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": first}, {"from": "human", "value": "<image>\nand this?"}]
+    test_eq(chat.turns, [*talk, {"from": "gpt", "value": second}])
+    test_eq(second, processor.decode(model.generate(**processor(talk, [photo, other]), max_new_tokens=5)[0]))
+    before = list(chat.turns)
+    with expect_fail(DataError, contains="spells the control token"): chat("x<eos>")
+    test_eq(chat.turns, before)
+    test_eq(first, answer(model, photo, "what is it?", tok, max_new_tokens=5))
+
 def test_padding_on_the_right_changes_answers():
-    batch = DataCollatorForSupervisedDataset(tok.pad_token_id)(samples := [question_sample(sample_image(), q, tok, model.cfg) for q in ["what?", "is the shape a blue circle?"]])
-    embeds, plan = model.prepare(**{k: v for k,v in batch.items() if k != "labels"})
+    embeds, plan = model.prepare(**processor(["what?", "which of them is the blue one?"], photo))
     with torch.no_grad():
         right = model.language_model(inputs_embeds=embeds).logits[:, -1]
         left_embeds, mask = pad_left(embeds, plan.filled)

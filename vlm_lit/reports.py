@@ -125,6 +125,7 @@ def plot_samples(
     dataset:LazySupervisedDataset, # Of one-turn records with an image
     predictions:list[str], # For each record
     right:list[bool], # For each record
+    asked:list[int]|None=None, # Which records those are; None: all, in order
     n:int=12, # How many to show
 ) -> Figure:
     "A sheet of pictures with question, expected answer and prediction."
@@ -133,7 +134,7 @@ def plot_samples(
     axes = figure.subplots(-(-len(chosen)//4), 4, squeeze=False).flatten()
     for ax in axes: ax.axis("off")
     for ax,i in zip(axes, chosen):
-        record = dataset.records[i]
+        record = dataset.records[i if asked is None else asked[i]]
         question = record["conversations"][0]["value"].replace("<image>", "").strip()
         ax.imshow(open_image(image_names(record)[0], dataset.image_folder))
         verdict = "" if right[i] else f", not {record['conversations'][1]['value']}"
