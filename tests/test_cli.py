@@ -10,14 +10,15 @@ from typing import Annotated, Optional
 import torch, typer
 from accelerate import Accelerator
 from rich.console import Console
-from vlm_lit.core import ConfigError, DataError
+from vlm_lit.core import ConfigError, DataError, progress_console
 from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.images import make_square, open_image, rows_per_image, sample_image, to_bytes
 from vlm_lit.dataset import CAPTION_QUESTION, LazySupervisedDataset, PreparedTexts, easy_vqa_folder, easy_vqa_questions, easy_vqa_records, llava_record, prepare_dataset
-from vlm_lit.weights import channel_statistics, ids_in_use, load_model, make_model, check_preset, preset_config, read_json, save_model, write_json
-from vlm_lit.training import FINETUNE, PRETRAIN, Interrupted, read_metrics, read_progress, train
-from vlm_lit.generation import answer
-from vlm_lit.evaluation import accuracy_table, evaluate, format_table, majority_answer, normalised
+from vlm_lit.model import VLM
+from vlm_lit.weights import build_model, channel_statistics, export_model, ids_in_use, load_model, load_preset, load_preset_tokenizer, preset_names, read_json, save_model, save_projector, write_json
+from vlm_lit.training import ALIGNED, Interrupted, preset_stages, read_metrics, read_progress, train
+from vlm_lit.generation import VLMProcessor, answer
+from vlm_lit.evaluation import accuracy_table, evaluate, fixed_sample, format_table, majority_answer, normalised
 from vlm_lit.audit import AuditSettings, audit
 from vlm_lit.reports import audit_lines, audit_page, plot_curves, plot_samples, walk_lines
 import shlex
@@ -29,7 +30,7 @@ from vlm_lit.cli import *
 
 def setup_module():
     global data_file, data_folder, few, quiet, run, runner, turns
-    few = (replace(PRETRAIN, steps=3, groups_per_batch=4, log_every=1), replace(FINETUNE, steps=3, groups_per_batch=4, log_every=1))
+    few = tuple(replace(stage, steps=3, groups_per_batch=4, log_every=1) for stage in preset_stages(load_preset("tiny")))
     quiet = Console(quiet=True)
     runner = CliRunner()
     def run(line): return runner.invoke(app, shlex.split(line), env={"COLUMNS": "110", "TERM": "dumb"})
@@ -43,7 +44,7 @@ def setup_module():
 
 def test_run_folder_is_made_once_and_compared_on_resume():
     with TemporaryDirectory() as root:
-        folder, config = Path(root)/"a", run_config("tiny", 0, False, (PRETRAIN, FINETUNE))
+        folder, config = Path(root)/"a", run_config("tiny", 0, False, preset_stages(load_preset("tiny")))
         open_run(folder, config, resume=False)
         with expect_fail(ConfigError, contains="already holds a run; go on with --resume"): open_run(folder, config, resume=False)
         open_run(folder, config, resume=True)
@@ -59,14 +60,14 @@ def test_small_run_leaves_every_file():
         stages = [row["stage"] for row in read_metrics(Path(root)/"run"/"metrics.jsonl")]
         model = load_model(Path(root)/"run"/"model")
     print(left)
-    test_eq(left, ["checkpoint", "config.json", "curves.png", "metrics.jsonl", "model", "predictions.jsonl", "result.json", "samples.png"])
+    test_eq(left, ["checkpoint", "config.json", "curves.png", "metrics.jsonl", "model", "predictions.jsonl", "result.json", "samples.png", "tables.json"])
     test_eq(stages, ["captions"]*3 + ["questions"]*3)
-    test_eq(sorted(result), ["baseline_tables", "baselines", "config", "machine", "samples_per_second", "test", "train_seconds", "versions"])
+    test_eq(sorted(result), ["baseline_tables", "baselines", "config", "machine", "samples_per_second", "stages", "test", "train_seconds", "versions"])
     test_eq(sorted(result["baselines"]), ["blind", "majority", "untrained"])
     test_eq((result["test"]["n"], result["baseline_tables"]["majority"]["n"], result["baselines"]["blind"]), (40, 40, None))
 
 def test_blind_baseline_belongs_to_the_default_recipe():
-    default = run_config("tiny", 5, False, tuple(replace(stage, seed=5) for stage in (PRETRAIN, FINETUNE)))
+    default = run_config("tiny", 5, False, tuple(replace(stage, seed=5) for stage in preset_stages(load_preset("tiny"))))
     assert .5 < blind_table(default)["accuracy"] < .7 and blind_table(default)["n"] == 9673
     test_eq(blind_table({**default, "limit": 40}), None)
 
@@ -126,13 +127,15 @@ def test_prepare_writes_texts_once_and_says_what_was_left_out():
 def test_settings_that_cannot_work_are_answered():
     path = data_file({"id": 7, "image": "photo.png", "conversations": turns("<image>\nq", "a")})
     with TemporaryDirectory() as runs:
-        open_run(Path(runs)/"old", run_config("tiny", 0, False, (PRETRAIN,)), resume=False)
+        open_run(Path(runs)/"old", run_config("tiny", 0, False, preset_stages(load_preset("tiny"))), resume=False)
         cases = {f"walk {path} --template gema": "unknown template 'gema'; there are: chatml_direct, default", f"walk {path} --index 5": "--index 5: the data has 1 record(s)",
                  "walk gone.json": "no data file 'gone.json'", f"walk {path} --tokenizer ./gone": "no such folder", f"walk {path} --aspect wide": "aspect must be",
                  f"walk {path} --image-folder gone": "no image folder 'gone'", f"walk {path} --control-tokens maybe": "control_tokens must be",
                  f"pretrain --runs {runs} --name old": "already holds a run", f"pretrain --runs {runs} --name new --preset huge": "unknown preset 'huge'",
-                 f"pretrain --runs {runs} --name new2 --caption-steps 0": "steps must be at least 1", f"pretrain --runs {runs} --name new3 --limit 0": "--limit must be",
-                 "generate nothing photo.png hi": "no run 'nothing'", "eval nothing": "no run 'nothing'", f"eval {runs}/old": "is not finished; go on with"}
+                 f"pretrain --runs {runs} --name new2 --steps 0,0": "leaves no stage", f"pretrain --runs {runs} --name new4 --steps 5": "the preset has 2 stages (captions, questions)",
+                 f"pretrain --runs {runs} --name new6 --preset mgm-2b": "has no stages", f"pretrain --runs {runs} --name new3 --limit 0": "--limit must be",
+                 f"pretrain --runs {runs} --name new5 --preset ./gone.json": "cannot read",
+                 "export nothing --to hf": "no run 'nothing'", "export nothing --to gguf": "--to must be hf or mgm", "generate nothing photo.png hi": "no run 'nothing'", "eval nothing": "no run 'nothing'", f"eval {runs}/old": "is not finished; go on with"}
         for line,message in cases.items():
             out = run(line)
             assert out.exit_code == 2 and message in out.stderr and "Traceback" not in out.output, (line, out.output)
@@ -155,7 +158,7 @@ def test_walk_without_data_shows_the_seed():
 
 def test_commands_work_on_a_small_run():
     with TemporaryDirectory() as runs:
-        small = f"pretrain --runs {runs} --name small --caption-steps 2 --question-steps 2 --limit 30"
+        small = f"pretrain --runs {runs} --name small --steps 2,2 --limit 30"
         out = run(small)
         assert out.exit_code == 0 and "% of test questions" in out.output and "this model" in out.output, out.output
         table = [line for line in out.output.splitlines() if line.startswith("this model")]
@@ -166,15 +169,20 @@ def test_commands_work_on_a_small_run():
         test_eq(reply.exit_code, 0)
         wrong = run(f"generate {runs}/small gone.png 'what color is the shape?'")
         assert wrong.exit_code == 2 and "no image 'gone.png'" in wrong.stderr
+        for to,wanted in [("hf", {"README.md", "config.json", "model.safetensors", "processor_config.json"}), ("mgm", {"config.json", "mm_projector.bin"})]:
+            test_eq(run(f"export {runs}/small --to {to}").exit_code, 0)
+            assert wanted <= {p.name for p in (Path(runs)/"small"/f"export-{to}").iterdir()}
+        assert "is there already" in run(f"export {runs}/small --to mgm").stderr
         assert run(small).exit_code == 2                          # the folder holds a run now
         resumed = run(small + " --resume")                        # a finished run: trains nothing, tests again
-        assert resumed.exit_code == 0 and [line for line in resumed.output.splitlines() if line.startswith("this model")] == table
-    print("pretrain, eval, generate, resume: fine")
+        assert resumed.exit_code == 0, (resumed.output, repr(resumed.exception))
+        test_eq([line for line in resumed.output.splitlines() if line.startswith("this model")], table)
+    print("pretrain, eval, generate, export, resume: fine")
 
 def test_ctrl_c_saves_and_says_how_to_go_on():
     import signal, threading
     with TemporaryDirectory() as runs:
-        line = f"pretrain --runs {runs} --name cut --caption-steps 400 --question-steps 2 --limit 30"
+        line = f"pretrain --runs {runs} --name cut --steps 400,2 --limit 30"
         def press():
             while not (Path(runs)/"cut"/"metrics.jsonl").exists() or not read_metrics(Path(runs)/"cut"/"metrics.jsonl"): time.sleep(.05)
             signal.raise_signal(signal.SIGINT)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'SEED_RECORD', 'DataArgument', 'TemplateOption', 'TokenizerOption', 'PolicyOption', 'TagsOption',
-           'WorkersOption', 'run_config', 'open_run', 'machine_facts', 'easy_vqa_dataset', 'easy_vqa_config', 'recipe',
-           'blind_table', 'measure', 'stage_totals', 'run_result', 'pretrain_run', 'say', 'user_errors', 'find_run',
-           'walk', 'audit_data', 'prepare', 'pretrain', 'generate', 'evaluate_run', 'main']
+           'WorkersOption', 'run_config', 'open_run', 'machine_facts', 'easy_vqa_dataset', 'from_scratch',
+           'easy_vqa_model', 'recipe', 'blind_table', 'keep_answers', 'stage_totals', 'run_result', 'default_sample',
+           'fast_accelerator', 'pretrain_run', 'say', 'user_errors', 'shortened', 'load_run', 'find_run', 'walk',
+           'audit_data', 'prepare', 'pretrain', 'generate', 'evaluate_run', 'export', 'main']
 
 # %% ../nbs/16_cli.ipynb #c002
 import os
@@ -21,15 +22,16 @@ from typing import Annotated, Optional
 import torch, typer
 from accelerate import Accelerator
 from rich.console import Console
-from .core import ConfigError, DataError
+from .core import ConfigError, DataError, progress_console
 from .tokenizer import load_tokenizer
 
 from .images import make_square, open_image, rows_per_image, sample_image, to_bytes
 from .dataset import CAPTION_QUESTION, LazySupervisedDataset, PreparedTexts, easy_vqa_folder, easy_vqa_questions, easy_vqa_records, llava_record, prepare_dataset
-from .weights import channel_statistics, ids_in_use, load_model, make_model, check_preset, preset_config, read_json, save_model, write_json
-from .training import FINETUNE, PRETRAIN, Interrupted, read_metrics, read_progress, train
-from .generation import answer
-from .evaluation import accuracy_table, evaluate, format_table, majority_answer, normalised
+from .model import VLM
+from .weights import build_model, channel_statistics, export_model, ids_in_use, load_model, load_preset, load_preset_tokenizer, preset_names, read_json, save_model, save_projector, write_json
+from .training import ALIGNED, Interrupted, preset_stages, read_metrics, read_progress, train
+from .generation import VLMProcessor, answer
+from .evaluation import accuracy_table, evaluate, fixed_sample, format_table, majority_answer, normalised
 from .audit import AuditSettings, audit
 from .reports import audit_lines, audit_page, plot_curves, plot_samples, walk_lines
 
@@ -39,9 +41,10 @@ def run_config(
     seed:int, # Of weights and order
     blind:bool, # Whether pictures are black
     stages:tuple, # `TrainConfig`s, in order
+    template:str="gemma", # Of the conversations
 ) -> dict: # JSON
     "What identifies a run."
-    return json.loads(json.dumps({"preset": preset, "seed": seed, "blind": blind, "data": "easy-vqa", "template": "gemma", "stages": [asdict(s) for s in stages]}))
+    return json.loads(json.dumps({"preset": preset, "seed": seed, "blind": blind, "data": "easy-vqa", "template": template, "stages": [asdict(s) for s in stages]}))
 
 def open_run(
     folder:Path, # Of the run
@@ -71,28 +74,41 @@ def machine_facts() -> tuple[str, dict[str,str]]: # A description, and versions
 # %% ../nbs/16_cli.ipynb #c009
 def easy_vqa_dataset(
     split:str, # "train" or "test"
-    stage:int, # 1: captions, 2: questions
-    tokenizer, # Gemma's
-    cfg=None, # `VLMConfig` with sizes, mean and deviation; None: tiny's sizes and CLIP's values
+    data:str, # "captions", "questions" or "both": questions, and every caption six times, which makes them a third
+    processor:VLMProcessor, # Tokenizer, template and geometry of the pictures
     blind:bool=False, # Black pictures
     limit:int|None=None, # Only the first so many records
-) -> LazySupervisedDataset: # Preloaded
+) -> LazySupervisedDataset: # Preloaded, pictures as bytes
     "A split of easy-VQA as the model wants it."
-    extra = dict(image_size_aux=cfg.image_size_aux, image_size=cfg.image_size, mean=cfg.image_mean, std=cfg.image_std)
-    return LazySupervisedDataset(easy_vqa_records(split, stage)[:limit], tokenizer, easy_vqa_folder(), blank_images=blind, **extra).preload()
+    captions, questions = (easy_vqa_records(split, stage) for stage in (1, 2))
+    records = {"captions": captions, "questions": questions, "both": questions + 6*captions}[data]
+    return LazySupervisedDataset(records[:limit], processor.tokenizer, easy_vqa_folder(), blank_images=blind, uint8=True, template=processor.template, aspect=processor.aspect, image_size=processor.image_size, image_size_aux=processor.image_size_aux,
+                                 image_grid=processor.image_grid, image_global=processor.image_global, mean=processor.image_mean, std=processor.image_std).preload()
 
-def easy_vqa_config(
-    preset:str, # Name of the model's preset
-    tokenizer, # Gemma's
-): # `VLMConfig`
-    "A preset filled with what the training split decides."
-    questions, sizes = easy_vqa_questions("train"), dict(image_size_aux=64, image_size=32)
+def from_scratch(
+    tokenizer, # The preset's
+    preset:dict, # From `load_preset`
+) -> dict: # `used_ids`, `image_mean`, `image_std`
+    "What easy-VQA's training split decides of a model that is made from nothing."
+    questions, sizes = easy_vqa_questions("train"), dict(template=preset["template"], image_size_aux=preset["image_size_aux"], image_size=preset["image_size"])
     distinct = {(q, a): llava_record(str(n), f"train/images/{i}.png", q, a) for n,(q,a,i) in enumerate(questions)}
     captions = {r["conversations"][1]["value"]: r for r in easy_vqa_records("train", 1)}
     used = ids_in_use(LazySupervisedDataset([*distinct.values(), *captions.values()], tokenizer, easy_vqa_folder(), **sizes))
     pictures = sorted({f"train/images/{i}.png" for _,_,i in questions})
-    mean, std = channel_statistics([to_bytes(make_square(open_image(name, easy_vqa_folder()), 64)) for name in pictures])
-    return preset_config(preset, used_ids=used, image_mean=mean, image_std=std)
+    mean, std = channel_statistics([to_bytes(make_square(open_image(name, easy_vqa_folder()), preset["image_size_aux"])) for name in pictures])
+    return dict(used_ids=used, image_mean=mean, image_std=std)
+
+def easy_vqa_model(
+    preset:dict, # From `load_preset`
+    seed:int=0, # Of the weights that are made anew
+) -> tuple[VLM, VLMProcessor]:
+    "A preset's model before training, with its processor."
+    tokenizer = load_preset_tokenizer(preset)
+    found = from_scratch(tokenizer, preset) if preset["from_data"] else {}
+    model = build_model(preset, seed, **{key: found[key] for key in preset["from_data"]})
+    processor = VLMProcessor.for_model(model.config, tokenizer, preset["template"], aspect=preset["image_aspect_ratio"])
+    processor.set_stops(model)
+    return model, processor
 
 # %% ../nbs/16_cli.ipynb #c011
 def recipe(
@@ -104,26 +120,25 @@ def recipe(
 
 def blind_table(
     config:dict, # Of the run
-) -> dict|None: # None if the run on black pictures was made with another recipe
+) -> dict|None: # None if no run on black pictures was made with this recipe
     "The accuracy of the same recipe trained on black pictures, measured once and kept in the package with its command."
-    kept = json.loads(files("vlm_lit").joinpath("assets/easy_vqa_blind.json").read_text(encoding="utf-8"))
-    return kept["test"] if recipe(kept["config"]) == recipe(config) else None
+    kept = [json.loads(path.read_text(encoding="utf-8")) for path in files("vlm_lit").joinpath("assets").iterdir() if path.name.startswith("easy_vqa_blind")]
+    return next((run["test"] for run in kept if recipe(run["config"]) == recipe(config)), None)
 
-def measure(
-    model, # `VLM`
+def keep_answers(
     folder:Path, # Of the run: gets predictions.jsonl and samples.png
     test:LazySupervisedDataset, # The test split
-) -> dict: # Table of accuracies
-    "Ask every test question; keep the answers and a sheet of samples."
-    table, predictions = evaluate(model, test)
-    expected = [r["conversations"][1]["value"] for r in test.records]
-    right = [normalised(p) == normalised(a) for p,a in zip(predictions, expected)]
+    asked:list[int], # Which of its records
+    predictions:list[str], # What the model answered
+) -> None:
+    "Write every question with expected answer and prediction, and a sheet of samples."
+    records = [test.records[i] for i in asked]
+    right = [normalised(p) == normalised(r["conversations"][1]["value"]) for p,r in zip(predictions, records)]
     with open(folder/"predictions.jsonl", "w", encoding="utf-8") as file:
-        for record,prediction,ok in zip(test.records, predictions, right):
+        for record,prediction,ok in zip(records, predictions, right):
             q, a = [turn["value"] for turn in record["conversations"]]
             print(json.dumps({"id": record["id"], "image": record["image"], "question": q.replace("<image>", "").strip(), "answer": a, "prediction": prediction, "right": ok}), file=file)
-    plot_samples(test, predictions, right).savefig(folder/"samples.png", dpi=130)
-    return table
+    plot_samples(test, predictions, right, asked).savefig(folder/"samples.png", dpi=130)
 
 def stage_totals(
     rows:list[dict], # Lines of metrics.jsonl
@@ -135,49 +150,79 @@ def stage_totals(
 def run_result(
     folder:Path, # Of the run
     test:dict, # Table of the trained model
-    untrained:dict, # Table of the model before training
+    tables:dict, # Tables of the model before training ("untrained") and after each stage
+    asked:list[int], # Which test questions
     config:dict, # Of the run
 ) -> dict: # What is written to result.json
     "Accuracies, baselines, time, machine."
-    best = majority_answer([a for _,a,_ in easy_vqa_questions("train")])
-    answers = [a for _,a,_ in easy_vqa_questions("test")][:test["n"]]
-    tables = {"majority": accuracy_table([best]*len(answers), answers), "blind": blind_table(config), "untrained": untrained}
-    seconds, samples = stage_totals(read_metrics(folder/"metrics.jsonl"))
+    best, questions = majority_answer([a for _,a,_ in easy_vqa_questions("train")]), easy_vqa_questions("test")
+    answers = [questions[i][1] for i in asked]
+    baselines = {"majority": accuracy_table([best]*len(answers), answers), "blind": blind_table(config), "untrained": tables["untrained"]}
+    rows = read_metrics(folder/"metrics.jsonl")
+    seconds, samples = stage_totals(rows)
     machine, versions = machine_facts()
-    return {"test": test, "baselines": {name: table and table["accuracy"] for name,table in tables.items()}, "baseline_tables": tables,
+    stages = {name: {**table, "seconds": round(stage_totals([r for r in rows if r["stage"] == name])[0], 1)} for name,table in tables.items() if name != "untrained"}
+    return {"test": test, "baselines": {name: table and table["accuracy"] for name,table in baselines.items()}, "baseline_tables": baselines, "stages": stages,
             "train_seconds": round(seconds, 1), "samples_per_second": round(samples/seconds, 1), "machine": machine, "versions": versions, "config": config}
+
+def default_sample(
+    preset:dict, # From `load_preset`
+) -> int|None: # Test questions; None: all
+    "Pretrained parts are slow on a CPU: 1,200 questions. A small model, or a GPU, is asked everything."
+    return None if preset["from_data"] or torch.cuda.is_available() else 1200
+
+def fast_accelerator() -> Accelerator:
+    "accelerate's own configuration where there is one; else bfloat16 on a GPU that has it."
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) and "ACCELERATE_MIXED_PRECISION" not in os.environ
+    return Accelerator(mixed_precision="bf16" if bf16 else None)
 
 def pretrain_run(
     folder:Path, # Of the run
-    preset:str="tiny", # Name of the model's preset
+    preset:str="tiny", # Name of a preset, or a file
     seed:int=0, # Of weights and order
-    stages:tuple=(PRETRAIN, FINETUNE), # Captions, then questions
+    stages:tuple|None=None, # `TrainConfig`s in order; None: the preset's
     blind:bool=False, # Black pictures in training and test
     resume:bool=False, # Go on with the run in the folder
     limit:int|None=None, # Only the first so many records of each set, for trying out
+    test_questions:int|None=None, # A fixed sample of the test questions; 0: all; None: as `default_sample` says
     console:Console|None=None, # Where to write; None: standard error
 ) -> dict: # result.json
-    "Stage 1, stage 2, test, baselines, pictures: a whole run in one folder."
-    console, stages = console or Console(stderr=True, force_jupyter=False), tuple(replace(stage, seed=seed) for stage in stages)
-    config = run_config(preset, seed, blind, stages) | ({"limit": limit} if limit else {})
-    easy_vqa_folder()                                   # no data, no such preset: say so before a folder is made
-    check_preset(preset)
+    "Untrained baseline, stages, test, pictures: a whole run in one folder."
+    console, parts = console or progress_console(), load_preset(preset)
+    stages = tuple(replace(stage, seed=seed) for stage in stages or shortened(preset_stages(parts), None))
+    sample = default_sample(parts) if test_questions is None else test_questions or None
+    config = run_config(preset, seed, blind, stages, parts["template"]) | {key: value for key,value in [("limit", limit), ("test_questions", sample)] if value}
+    easy_vqa_folder()                                   # no data: say so before a folder is made
     open_run(folder, config, resume)
     console.print(f"run in {folder}: reading easy-vqa", highlight=False)
-    tokenizer = load_tokenizer("gemma")
-    cfg = easy_vqa_config(preset, tokenizer)
-    model, accelerator = make_model(cfg, seed), Accelerator()
-    console.print(f"model {preset}: {sum(p.numel() for p in model.parameters()):,} weights, rows for {len(cfg.used_ids)} of {cfg.vocab_size:,} ids", highlight=False)
+    model, processor = easy_vqa_model(parts, seed)
+    accelerator = fast_accelerator()
+    console.print(f"model {preset}: {sum(p.numel() for p in model.parameters()):,} weights", highlight=False)
+    test = easy_vqa_dataset("test", "questions", processor, blind, limit)
+    asked = fixed_sample(len(test), sample)
+    tables = read_json(folder/"tables.json") if (folder/"tables.json").is_file() else {}
+    def ask(name):
+        console.print(f"asking {len(asked):,} test questions: {name}", highlight=False)
+        table, predictions = evaluate(model, test, sample=sample)
+        tables[name] = table
+        write_json(folder/"tables.json", tables)
+        return table, predictions
+    model.to(accelerator.device)
+    if "untrained" not in tables: ask("untrained")
     saved = read_progress(folder/"checkpoint") if resume else None
     reached = [stage.name for stage in stages].index(saved["stage"]) if saved else 0
     for n,stage in enumerate(stages):
         if n < reached: continue                        # its result is in the later checkpoint
-        train(model, easy_vqa_dataset("train", n + 1, tokenizer, cfg, blind, limit), stage, folder, resume, not n, accelerator, console)
+        earlier, later = (tuple(name for other in others for name in other.trainable) for others in (stages[:n], stages[n + 1:]))
+        train(model, easy_vqa_dataset("train", stage.data, processor, blind, limit), stage, folder, resume, not n, earlier, later, accelerator, console)
+        if set(stage.trainable) == set(ALIGNED): save_projector(model, folder/"mm_projector.bin")       # what LLaVA and MGM keep of stage 1
+        if n + 1 < len(stages) and not parts["from_data"]: ask(stage.name)
     save_model(model, folder/"model")
+    processor.save_pretrained(folder/"model")
     plot_curves(read_metrics(folder/"metrics.jsonl")).savefig(folder/"curves.png", dpi=130)
-    console.print("asking the test questions, first the trained model, then an untrained one", highlight=False)
-    test = easy_vqa_dataset("test", 2, tokenizer, cfg, blind, limit)
-    result = run_result(folder, measure(model, folder, test), evaluate(make_model(cfg, seed), test)[0], config)
+    table, predictions = ask(stages[-1].name)
+    keep_answers(folder, test, asked, predictions)
+    result = run_result(folder, table, tables, asked, config)
     write_json(folder/"result.json", result)
     return result
 
@@ -207,6 +252,24 @@ class user_errors:
         elif isinstance(error, KeyboardInterrupt): say("interrupted")
         else: return False
         raise typer.Exit(130 if isinstance(error, (Interrupted, KeyboardInterrupt)) else 2)
+
+def shortened(
+    stages:tuple, # `TrainConfig`s of a preset
+    steps:str|None, # For each of them its steps, with commas between, 0 leaves it out; None: as they are
+) -> tuple: # `TrainConfig`s
+    "Stages with other numbers of steps. Raises `ConfigError` for numbers that are none, or not one for each stage."
+    if not stages: raise ConfigError("this preset names parts and has no stages; copy its file, write a recipe into `stages` and pass the path as --preset")
+    if steps is None: return stages
+    numbers = [int(own) if own.strip().isdecimal() else -1 for own in steps.split(",")]
+    if min(numbers) < 0 or len(numbers) != len(stages): raise ConfigError(f"--steps {steps!r}: the preset has {len(stages)} stages ({', '.join(stage.name for stage in stages)}); give a number for each, as in {','.join(str(stage.steps) for stage in stages)}")
+    if not any(numbers): raise ConfigError("--steps leaves no stage")
+    return tuple(replace(stage, steps=own) for stage,own in zip(stages, numbers) if own)
+
+def load_run(
+    folder:Path, # From `find_run`
+) -> tuple[VLM, VLMProcessor]: # In evaluation mode
+    "A finished run's model, and what turns conversations and pictures into its inputs."
+    return load_model(folder/"model"), VLMProcessor.from_pretrained(folder/"model")
 
 def find_run(
     run:str, # A folder, or the name of one under runs/
@@ -304,22 +367,21 @@ def prepare(
 def pretrain(
     name: Annotated[str, typer.Option(help="Name of the run: its folder under --runs.")] = "easy-vqa",
     runs: Annotated[Path, typer.Option(help="Folder that holds the runs.")] = Path("runs"),
-    preset: Annotated[str, typer.Option(help="Model preset.")] = "tiny",
+    preset: Annotated[str, typer.Option(help=f"Model and recipe: {', '.join(preset_names())}, or a .json file of your own.")] = "tiny",
     seed: Annotated[int, typer.Option(help="Of the weights and of the order of records.")] = 0,
-    caption_steps: Annotated[int, typer.Option(help="Steps of stage 1.")] = PRETRAIN.steps,
-    question_steps: Annotated[int, typer.Option(help="Steps of stage 2.")] = FINETUNE.steps,
+    steps: Annotated[Optional[str], typer.Option(help="Steps of each stage, with commas between; 0 leaves a stage out. Left out: the preset's.")] = None,
     blind: Annotated[bool, typer.Option("--blind/--no-blind", help="Train and test on black pictures: the baseline that does not see.")] = False,
     resume: Annotated[bool, typer.Option("--resume/--no-resume", help="Go on with the run of this name.")] = False,
     limit: Annotated[Optional[int], typer.Option(help="Use only the first so many records, for trying out.")] = None,
+    test_questions: Annotated[Optional[int], typer.Option(help="Ask a fixed sample of so many test questions; 0 for all. Left out: all; with pretrained parts on a CPU 1,200.", min=0)] = None,
 ):
-    "Train a small model on easy-vqa: captions, then questions; then test it."
+    "Train a model on easy-vqa, stage by stage; then test it."
     go_on = f"vlm-lit pretrain --name {shlex.quote(name)} --runs {shlex.quote(str(runs))} --resume" + "".join(f" {flag} {value}" for flag,value,default in [
-        ("--preset", preset, "tiny"), ("--seed", seed, 0), ("--caption-steps", caption_steps, PRETRAIN.steps), ("--question-steps", question_steps, FINETUNE.steps),
-        ("--limit", limit, None)] if value != default) + (" --blind" if blind else "")
+        ("--preset", shlex.quote(preset), "tiny"), ("--seed", seed, 0), ("--steps", steps, None), ("--limit", limit, None), ("--test-questions", test_questions, None)] if value != default) + (" --blind" if blind else "")
     with user_errors(go_on):
         if limit is not None and limit < 1: raise ConfigError(f"--limit must be at least 1, got {limit}")
-        stages = (replace(PRETRAIN, steps=caption_steps), replace(FINETUNE, steps=question_steps))
-        result = pretrain_run(runs/name, preset, seed, stages, blind, resume, limit)
+        stages = shortened(preset_stages(load_preset(preset)), steps)
+        result = pretrain_run(runs/name, preset, seed, stages, blind, resume, limit, test_questions)
         typer.echo(format_table(result))
         typer.echo(f"trained in {result['train_seconds']:.0f} s, {result['samples_per_second']:.0f} samples a second; everything is in {runs/name}")
         typer.echo(f'ask it something: vlm-lit generate {runs/name} IMAGE "what color is the shape?"')
@@ -334,22 +396,43 @@ def generate(
 ):
     "Answer one question about one image."
     with user_errors():
-        model = load_model(find_run(run)/"model")
+        model, processor = load_run(find_run(run))
+        model.to(fast_accelerator().device)
         image = image.resolve()                         # the user's own choice, so a link may lead anywhere
-        typer.echo(answer(model, open_image(image.name, image.parent), question, load_tokenizer("gemma"), max_new_tokens=max_new_tokens, control_tokens=control_tokens))
+        typer.echo(answer(model, open_image(image.name, image.parent), question, processor.tokenizer, processor.template, max_new_tokens=max_new_tokens, control_tokens=control_tokens))
 
 @app.command(name="eval")
 def evaluate_run(
     run: Annotated[str, typer.Argument(help="Folder of a run, or its name under runs/.")],
+    test_questions: Annotated[Optional[int], typer.Option(help="Ask a fixed sample of so many test questions; 0 for all. Left out: as the run did.", min=0)] = None,
 ):
-    "Ask a run's model every test question and print the table again."
+    "Ask a run's model the test questions and print the table again."
     with user_errors():
         folder = find_run(run)
         result = read_json(folder/"result.json") if (folder/"result.json").is_file() else None
         if result is None: raise ConfigError(f"the run in {str(folder)!r} is not finished; go on with: vlm-lit pretrain --name {folder.name} --runs {folder.parent} --resume")
-        model, config = load_model(folder/"model"), result["config"]
-        test = easy_vqa_dataset("test", 2, load_tokenizer("gemma"), model.cfg, config["blind"], config.get("limit"))
-        typer.echo(format_table({**result, "test": evaluate(model, test)[0]}))
+        (model, processor), config = load_run(folder), result["config"]
+        model.to(fast_accelerator().device)
+        test = easy_vqa_dataset("test", "questions", processor, config["blind"], config.get("limit"))
+        sample = (config.get("test_questions") if test_questions is None else test_questions) or None
+        typer.echo(format_table({**result, "test": evaluate(model, test, sample=sample)[0]}))
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="Folder of a run, or its name under runs/.")],
+    to: Annotated[str, typer.Option("--to", help="hf: a folder for from_pretrained and the hub, with processor and model card; mgm: mm_projector.bin with MGM's and LLaVA's names, and config.json.")] = "hf",
+    out: Annotated[Optional[Path], typer.Option(help="Folder to write. Left out: RUN/export-hf or RUN/export-mgm.")] = None,
+):
+    "Write a run's model for others: transformers, or MGM and LLaVA."
+    with user_errors():
+        if to not in ("hf", "mgm"): raise ConfigError(f"--to must be hf or mgm, got {to!r}")
+        folder = find_run(run)
+        out = out or folder/f"export-{to}"
+        if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ConfigError(f"{str(out)!r} is there already and not an empty folder; choose another --out")
+        model, processor = load_run(folder)
+        export_model(model, out, to)
+        if to == "hf": processor.save_pretrained(out)
+        for path in sorted(out.iterdir()): typer.echo(f"{path.stat().st_size:>12,}  {path}")
 
 def main():
     "The console script `vlm-lit`."
