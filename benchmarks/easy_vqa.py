@@ -1,13 +1,17 @@
-"""Train the default run from nothing and keep its result, and the blind baseline's, in the project.
+"""Train a preset on easy-vqa and keep its result, and the blind baseline's, in the project.
 
-    python benchmarks/easy_vqa.py            the run of `make pretrain`  -> benchmarks/results/easy_vqa_tiny*.{json,png}
-    python benchmarks/easy_vqa.py --blind    the same on black pictures  -> vlm_lit/assets/easy_vqa_blind.json
+    python benchmarks/easy_vqa.py                    the run of `make pretrain`  -> benchmarks/results/easy_vqa_tiny*.{json,png}
+    python benchmarks/easy_vqa.py --preset smol      with pretrained parts       -> benchmarks/results/easy_vqa_smol*, smol_mm_projector.bin
+    python benchmarks/easy_vqa.py --blind            the same on black pictures  -> vlm_lit/assets/easy_vqa_blind.json
+    python benchmarks/easy_vqa.py --keep FOLDER      an existing run instead of training one
+
+Other flags go to `vlm-lit pretrain`, such as --steps 200,0,0.
 """
 import argparse, json, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS, BLIND = ROOT/"benchmarks/results", ROOT/"vlm_lit/assets/easy_vqa_blind.json"
+RESULTS, ASSETS = ROOT/"benchmarks/results", ROOT/"vlm_lit/assets"
 
 def run(*flags):
     "A whole run in a temporary folder; the caller takes what it needs."
@@ -15,24 +19,27 @@ def run(*flags):
     subprocess.run([Path(sys.executable).with_name("vlm-lit"), "pretrain", "--runs", runs, "--name", "run", *flags], check=True)
     return runs/"run"
 
-def keep(folder):
-    "The result and pictures of a run, for README and notebooks."
+def keep(folder, preset):
+    "The result and pictures of a run, and what its first stage has learned, for README and notebooks."
     RESULTS.mkdir(exist_ok=True)
-    shutil.copy(folder/"result.json", RESULTS/"easy_vqa_tiny.json")
-    for name in ("curves", "samples"): shutil.copy(folder/f"{name}.png", RESULTS/f"easy_vqa_tiny_{name}.png")
+    shutil.copy(folder/"result.json", RESULTS/f"easy_vqa_{preset}.json")
+    for name in ("curves", "samples"): shutil.copy(folder/f"{name}.png", RESULTS/f"easy_vqa_{preset}_{name}.png")
+    if (folder/"mm_projector.bin").is_file(): shutil.copy(folder/"mm_projector.bin", RESULTS/f"{preset}_mm_projector.bin")
 
-def keep_blind(folder):
+def keep_blind(folder, preset):
     "Accuracy of the run on black pictures, with the command that measured it."
     result = json.loads((folder/"result.json").read_text())
-    kept = {"command": "python benchmarks/easy_vqa.py --blind", **{k: result[k] for k in ("config", "test", "machine", "versions")}}
-    BLIND.write_text(json.dumps(kept, indent=1) + "\n")
+    command = "python benchmarks/easy_vqa.py --blind" + ("" if preset == "tiny" else f" --preset {preset}")
+    kept = {"command": command, **{k: result[k] for k in ("config", "test", "machine", "versions")}}
+    (ASSETS/("easy_vqa_blind.json" if preset == "tiny" else f"easy_vqa_blind_{preset}.json")).write_text(json.dumps(kept, indent=1) + "\n")
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny", help="which preset")
     parser.add_argument("--blind", action="store_true", help="black pictures")
     parser.add_argument("--keep", type=Path, help="keep an existing run's folder instead of training")
-    args = parser.parse_args()
-    folder = args.keep or run(*(["--blind"] if args.blind else []))
-    (keep_blind if args.blind else keep)(folder)
+    args, flags = parser.parse_known_args()
+    folder = args.keep or run("--preset", args.preset, *(["--blind"] if args.blind else []), *flags)
+    (keep_blind if args.blind else keep)(folder, args.preset)
 
 if __name__ == "__main__": main()
