@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, TESTS = ROOT/"nbs", ROOT/"tests"
-ORDER = ["[0-9]*.ipynb", "walkthrough.ipynb", "index.ipynb"]
+ORDER = ["[0-9]*.ipynb", "walkthrough.ipynb", "alignment.ipynb", "index.ipynb"]
 
 
 def notebooks(names=()):

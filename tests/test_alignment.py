@@ -1,0 +1,82 @@
+"Derived from nbs/alignment.ipynb by `make tests`; edit the notebook, not this file."
+import json
+from collections import Counter
+from pathlib import Path
+import matplotlib.pyplot as plt
+import torch
+from accelerate import Accelerator
+from fastcore.test import test_eq
+from transformers.utils.logging import disable_progress_bar
+from vlm_lit.batches import DataCollatorForSupervisedDataset
+from vlm_lit.breakpoints import Breakpoint
+from vlm_lit.cli import easy_vqa_dataset, easy_vqa_model
+from vlm_lit.core import peek
+from vlm_lit.dataset import easy_vqa_folder, easy_vqa_questions
+from vlm_lit.evaluation import evaluate, format_table
+from vlm_lit.images import open_image
+from vlm_lit.model import calibrate_projector
+from vlm_lit.training import ALIGNED, freeze_others, gradient_norms, make_optimizer, preset_stages, train_step
+from vlm_lit.weights import load_preset, load_projector
+
+def setup_module():
+    global _, aligned, ask, habits, model, processor, questions, report, results, show_answers, shown, smol, test, train
+    disable_progress_bar()
+    torch.set_num_threads(2)
+    results = next(p for p in (Path("../benchmarks/results"), Path("benchmarks/results")) if p.is_dir())
+    smol = load_preset("smol")
+    model, processor = easy_vqa_model(smol, seed=0)
+    train, test = easy_vqa_dataset("train", "questions", processor, limit=64), easy_vqa_dataset("test", "questions", processor, limit=200)
+    calibrate_projector(model, None, torch.stack([train[i]["image_aux"] for i in range(0, 64, 8)]))
+    questions = ["what shape is present?", "what color is the shape?", "is there a circle?"]
+    shown = [f"test/images/{n}.png" for n in (0, 5, 9, 21)]
+    def ask(model, max_new_tokens=12):
+        "What the model answers to every question about every picture: `{picture: [answers]}`."
+        pictures = [open_image(name, easy_vqa_folder()) for name in shown for _ in questions]
+        inputs = processor(questions*len(shown), images=pictures, return_tensors="pt")
+        with torch.no_grad(): written = model.eval().generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        answers = [text.strip() for text in processor.batch_decode(written, skip_special_tokens=True)]
+        return {name: answers[n*len(questions):(n + 1)*len(questions)] for n,name in enumerate(shown)}
+    def show_answers(answers):
+        "Pictures with questions and answers."
+        fig, axes = plt.subplots(1, len(shown), figsize=(11, 3.2))
+        for ax,(name,own) in zip(axes, answers.items()):
+            ax.imshow(open_image(name, easy_vqa_folder())); ax.axis("off")
+            ax.set_title("\n".join(f"{q}\n   {a[:34]}" for q,a in zip(questions, own)), fontsize=7, loc="left", parse_math=False)
+        fig.tight_layout()
+    aligned, _ = easy_vqa_model(smol, seed=0)
+    report = load_projector(aligned, results/"smol_mm_projector.bin")
+    def habits():
+        "For every question of the training split its most frequent answer."
+        counts = {}
+        for question,answer,_ in easy_vqa_questions("train"): counts.setdefault(question, Counter())[answer] += 1
+        return {question: answers.most_common(1)[0][0] for question,answers in counts.items()}
+
+def test_stage_one_of_real_parts_moves_mining_and_projector_only():
+    model, _ = easy_vqa_model(smol, seed=0)
+    stage = preset_stages(smol)[0]
+    test_eq(stage.trainable, ALIGNED)
+    freeze_others(model, stage.trainable)
+    batch = DataCollatorForSupervisedDataset(processor.tokenizer.pad_token_id, image_rows=model.config.num_patches)([train[i] for i in range(4)])
+    before = {name: weight.detach().clone() for name,weight in model.named_parameters()}
+    optimizer, losses = make_optimizer(model, stage), []
+    for step in range(3): losses.append(train_step(model.train(), batch, optimizer, Accelerator(), stage, step + int(stage.warmup*stage.steps)))
+    assert losses[-1] < losses[0]                                                       # four records can be learned by heart
+    changed = {name for name,weight in model.named_parameters() if not torch.equal(weight, before[name])}
+    test_eq({".".join(name.split(".")[:2]) for name in changed}, set(ALIGNED))
+
+def test_frozen_language_model_sees_through_the_kept_projector():
+    source, _ = easy_vqa_model(smol, seed=0)
+    assert all(torch.equal(p, q) for p,q in zip(aligned.language_model.parameters(), source.language_model.parameters(), strict=True))
+    table, _ = evaluate(aligned, test)
+    blind, _ = evaluate(aligned, easy_vqa_dataset("test", "questions", processor, blind=True, limit=200))
+    print(f"{table['n']} test questions: {100*table['accuracy']:.1f} %; the same model before black pictures: {100*blind['accuracy']:.1f} %")
+    assert table["accuracy"] > .85 and table["accuracy"] > blind["accuracy"] + .15
+
+def test_kept_projector_answers_yes_and_no_by_habit():
+    habit = habits()
+    _, predictions = evaluate(aligned, test)
+    asked = [(q, a, p) for (q,a,_),p in zip(easy_vqa_questions("test"), predictions) if a in ("yes", "no")]
+    by_habit, right = (sum(map(f, asked))/len(asked) for f in (lambda x: x[2] == habit[x[0]], lambda x: x[2] == x[1]))
+    what = [(a, p) for (_,a,_),p in zip(easy_vqa_questions("test"), predictions) if a not in ("yes", "no")]
+    print(f"yes or no: {100*by_habit:.0f} % answered as habit has it, {100*right:.0f} % right; what: {100*sum(a == p for a,p in what)/len(what):.0f} % right")
+    assert by_habit > .9 and sum(a == p for a,p in what)/len(what) > .95
