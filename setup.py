@@ -11,9 +11,9 @@ setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], keywords=cfg["keywords"],
     author=cfg["author"], author_email=cfg["author_email"], url=cfg["git_url"], license="Apache-2.0",
     long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
-    packages=["vlm_lit"], package_data={"vlm_lit": ["assets/*"]}, license_files=["LICENSE", "NOTICE"],
+    packages=["vlm_lit"], package_data={"vlm_lit": ["assets/*", "assets/presets/*"]}, license_files=["LICENSE", "NOTICE"],
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "easy-vqa": cfg["extra_easy_vqa"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), **{key.removeprefix("extra_").replace("_", "-"): value.split() for key,value in cfg.items() if key.startswith("extra_")}},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

@@ -97,8 +97,13 @@ def test_every_value_of_the_worked_example(seed):
 
 def test_console_script_explains_itself():
     script = Path(sys.executable).with_name("vlm-lit")
-    for command in ([], ["walk"], ["audit"], ["prepare"], ["pretrain"], ["generate"], ["eval"]):
+    for command in ([], ["walk"], ["audit"], ["prepare"], ["pretrain"], ["generate"], ["eval"], ["export"]):
         done = subprocess.run([script, *command, "--help"], capture_output=True, text=True)
         assert done.returncode == 0 and "Usage: vlm-lit" in done.stdout, done.stderr
     wrong = subprocess.run([script, "walk", "gone.json"], capture_output=True, text=True)
     assert wrong.returncode == 2 and wrong.stderr.strip() == "error: no data file 'gone.json'" and not wrong.stdout
+
+def test_training_step_agrees_with_its_peers():
+    "Losses and gradients of the reference algorithm, of transformers' LLaVA and of this project, on the same weights and batch."
+    done = subprocess.run([sys.executable, ROOT/"benchmarks/train_step.py", "--check", "--threads", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
