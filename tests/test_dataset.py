@@ -397,7 +397,7 @@ def test_skipping_has_limits_of_its_own():
 def test_an_interrupt_ends_a_run_with_workers():
     (folder/"mixed.json").write_text(json.dumps(mixed))
     (folder/"script.py").write_text("\n".join(SCRIPT))
-    run = subprocess.Popen([sys.executable, folder/"script.py", folder/"mixed.json", folder/"skipped.jsonl"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    run = subprocess.Popen([sys.executable, folder/"script.py", folder/"mixed.json", folder/"skipped.jsonl"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),      # tests in the background ignore it, and children inherit that
                            env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)})
     watch = threading.Timer(120, lambda: os.killpg(run.pid, signal.SIGKILL))      # should it hang after all, the test fails and does not wait
     watch.start()
