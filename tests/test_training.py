@@ -22,7 +22,7 @@ from vlm_lit.breakpoints import Breakpoint
 from vlm_lit.core import peek
 from vlm_lit.dataset import LazySupervisedDataset, easy_vqa_folder, easy_vqa_records
 from vlm_lit.tokenizer import load_tokenizer
-from vlm_lit.weights import ids_in_use, make_model, preset_config
+from vlm_lit.weights import ids_in_use, load_preset, make_model, preset_config
 from accelerate.state import AcceleratorState
 from torch.utils.data import Subset
 from transformers import Trainer, TrainingArguments
@@ -55,6 +55,10 @@ def test_stages_differ_in_values_only():
     with expect_fail(ConfigError, contains="leave each other room"): replace(PRETRAIN, warmup=.8)
     with expect_fail(ConfigError, contains="learning_rate must be positive"): replace(PRETRAIN, learning_rate=0)
     with expect_fail(ConfigError, contains="data must be"): replace(PRETRAIN, data="pictures")
+
+def test_stages_of_tiny_are_written_once():
+    test_eq(preset_stages(load_preset("tiny")), (PRETRAIN, FINETUNE))      # the preset's file and these values say the same
+    with expect_fail(ConfigError, contains="is not a TrainConfig"): preset_stages({"stages": [{"name": "x", "speed": 1}]})
 
 def test_rate_climbs_stays_and_falls():
     factors = [learning_rate_factor(s, TrainConfig("x", steps=100)) for s in range(100)]

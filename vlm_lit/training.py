@@ -70,7 +70,7 @@ def preset_stages(
 
 ALIGNED = ("image_encoder.mining", "image_encoder.mm_projector")  # what stage 1 moves when towers and language model are pretrained
 
-# %% ../nbs/11_training.ipynb #c009
+# %% ../nbs/11_training.ipynb #c010
 def learning_rate_factor(
     step:int, # Counted from 0
     cfg:TrainConfig,
@@ -80,7 +80,7 @@ def learning_rate_factor(
     down = (cfg.steps - step)/max(cfg.decay*cfg.steps, 1)
     return min(1.0, up, down)
 
-# %% ../nbs/11_training.ipynb #c013
+# %% ../nbs/11_training.ipynb #c014
 def freeze_others(
     model:nn.Module, # Changed in place
     trainable:tuple, # Beginnings of names
@@ -104,7 +104,7 @@ def make_optimizer(
     settings = lambda matrix, language: {"weight_decay": cfg.weight_decay if matrix else 0.0, "share": cfg.language_rate if language else 1.0}
     return torch.optim.AdamW([{"params": own, **settings(*kind)} for kind,own in groups.items()], lr=cfg.learning_rate, betas=cfg.betas, fused=True)
 
-# %% ../nbs/11_training.ipynb #c016
+# %% ../nbs/11_training.ipynb #c017
 def gradient_norms(
     model:nn.Module, # After `backward`
     depth:int=2, # How many parts of a name make a row
@@ -116,7 +116,7 @@ def gradient_norms(
         parts.setdefault(part, []).extend([] if weight.grad is None else [weight.grad.norm()])
     return {part: float(torch.stack(norms).norm()) if norms else None for part,norms in parts.items()}
 
-# %% ../nbs/11_training.ipynb #c018
+# %% ../nbs/11_training.ipynb #c019
 def mirror_some(
     batch:dict, # From the collator
     cfg:TrainConfig, # With the share in `mirror`
@@ -130,7 +130,7 @@ def mirror_some(
     chosen = (draw < cfg.mirror).to(batch[keys[0]].device)[:, None, None, None]
     return {**batch, **{key: torch.where(chosen, batch[key].flip(-1), batch[key]) for key in keys}}
 
-# %% ../nbs/11_training.ipynb #c022
+# %% ../nbs/11_training.ipynb #c023
 def train_step(
     model:nn.Module, # Prepared by accelerate
     batch:dict, # From the collator
@@ -149,7 +149,7 @@ def train_step(
     optimizer.zero_grad()
     return float(accelerator.reduce(out.loss.detach(), "sum"))
 
-# %% ../nbs/11_training.ipynb #c030
+# %% ../nbs/11_training.ipynb #c031
 def optimizer_tensors(
     model:nn.Module, # Whose weights it moves
     optimizer:torch.optim.Optimizer,
@@ -217,7 +217,7 @@ def load_checkpoint(
     restore_optimizer(model, optimizer, tensors)
     return progress
 
-# %% ../nbs/11_training.ipynb #c032
+# %% ../nbs/11_training.ipynb #c033
 class Interrupted(Exception):
     "A run was asked to stop; its checkpoint is on disk."
     def __init__(self, stage:str, step:int):
@@ -239,7 +239,7 @@ def noted_interrupt():
     try: yield notes
     finally: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/11_training.ipynb #c034
+# %% ../nbs/11_training.ipynb #c035
 class TrainProgress:
     "A live bar in a terminal, a line every few steps elsewhere."
     def __init__(self,
@@ -289,7 +289,7 @@ def rewind_metrics(
     rows = [row for row in read_metrics(path) if row["stage"] != stage or row["step"] <= step]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
-# %% ../nbs/11_training.ipynb #c036
+# %% ../nbs/11_training.ipynb #c037
 def halve_frozen(
     model:VLM, # Changed in place
     moving:tuple, # Beginnings of the names of weights that any stage of the run moves
