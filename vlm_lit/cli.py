@@ -26,12 +26,12 @@ from .core import ConfigError, DataError, progress_console
 from .tokenizer import load_tokenizer
 
 from .images import make_square, open_image, rows_per_image, sample_image, to_bytes
-from .dataset import CAPTION_QUESTION, LazySupervisedDataset, PreparedTexts, easy_vqa_folder, easy_vqa_questions, easy_vqa_records, llava_record, prepare_dataset
+from .dataset import CAPTION_QUESTION, LazySupervisedDataset, PreparedTexts, balance_answers, easy_vqa_folder, easy_vqa_questions, easy_vqa_records, llava_record, prepare_dataset
 from .model import VLM
 from .weights import build_model, channel_statistics, export_model, ids_in_use, load_model, load_preset, load_preset_tokenizer, preset_names, read_json, save_model, save_projector, write_json
-from .training import ALIGNED, Interrupted, preset_stages, read_metrics, read_progress, train
+from .training import ALIGNED, Interrupted, TrainConfig, preset_stages, read_metrics, read_progress, train
 from .generation import VLMProcessor, answer
-from .evaluation import accuracy_table, evaluate, fixed_sample, format_table, majority_answer, normalised
+from .evaluation import accuracy_table, evaluate, fixed_sample, format_table, majority_answer, question_prior, normalised
 from .audit import AuditSettings, audit
 from .reports import audit_lines, audit_page, plot_curves, plot_samples, walk_lines
 
@@ -74,14 +74,14 @@ def machine_facts() -> tuple[str, dict[str,str]]: # A description, and versions
 # %% ../nbs/16_cli.ipynb #c009
 def easy_vqa_dataset(
     split:str, # "train" or "test"
-    data:str, # "captions", "questions" or "both": questions, and every caption six times, which makes them a third
+    data:str, # "captions", "questions", "balanced" (by `balance_answers`), or "both": questions, and every caption six times, which makes them a third
     processor:VLMProcessor, # Tokenizer, template and geometry of the pictures
     blind:bool=False, # Black pictures
     limit:int|None=None, # Only the first so many records
 ) -> LazySupervisedDataset: # Preloaded, pictures as bytes
     "A split of easy-VQA as the model wants it."
     captions, questions = (easy_vqa_records(split, stage) for stage in (1, 2))
-    records = {"captions": captions, "questions": questions, "both": questions + 6*captions}[data]
+    records = {"captions": captions, "questions": questions, "balanced": balance_answers(questions) if data == "balanced" else [], "both": questions + 6*captions}[data]
     return LazySupervisedDataset(records[:limit], processor.tokenizer, easy_vqa_folder(), blank_images=blind, uint8=True, template=processor.template, aspect=processor.aspect, image_size=processor.image_size, image_size_aux=processor.image_size_aux,
                                  image_grid=processor.image_grid, image_global=processor.image_global, mean=processor.image_mean, std=processor.image_std).preload()
 
@@ -114,8 +114,8 @@ def easy_vqa_model(
 def recipe(
     config:dict, # Of a run
 ) -> dict: # The same without seeds
-    "What two runs must share to be compared."
-    stages = [{k: v for k,v in stage.items() if k != "seed"} for stage in config["stages"]]
+    "What two runs must share to be compared. A setting that an older run did not know has its default there."
+    stages = [{k: v for k,v in asdict(TrainConfig(**stage)).items() if k != "seed"} for stage in config["stages"]]
     return {**{k: v for k,v in config.items() if k not in ("seed", "blind")}, "stages": stages}
 
 def blind_table(
@@ -156,8 +156,8 @@ def run_result(
 ) -> dict: # What is written to result.json
     "Accuracies, baselines, time, machine."
     best, questions = majority_answer([a for _,a,_ in easy_vqa_questions("train")]), easy_vqa_questions("test")
-    answers = [questions[i][1] for i in asked]
-    baselines = {"majority": accuracy_table([best]*len(answers), answers), "blind": blind_table(config), "untrained": tables["untrained"]}
+    answers, prior = [questions[i][1] for i in asked], question_prior([(q, a) for q,a,_ in easy_vqa_questions("train")])
+    baselines = {"majority": accuracy_table([best]*len(answers), answers), "question": accuracy_table([prior.get(questions[i][0], best) for i in asked], answers), "blind": blind_table(config), "untrained": tables["untrained"]}
     rows = read_metrics(folder/"metrics.jsonl")
     seconds, samples = stage_totals(rows)
     machine, versions = machine_facts()
@@ -215,6 +215,7 @@ def pretrain_run(
         if n < reached: continue                        # its result is in the later checkpoint
         earlier, later = (tuple(name for other in others for name in other.trainable) for others in (stages[:n], stages[n + 1:]))
         train(model, easy_vqa_dataset("train", stage.data, processor, blind, limit), stage, folder, resume, not n, earlier, later, accelerator, console)
+        if stage.objective == "words": continue         # it has not learned to answer
         if set(stage.trainable) == set(ALIGNED): save_projector(model, folder/"mm_projector.bin")       # what LLaVA and MGM keep of stage 1
         if n + 1 < len(stages) and not parts["from_data"]: ask(stage.name)
     save_model(model, folder/"model")
@@ -226,7 +227,7 @@ def pretrain_run(
     write_json(folder/"result.json", result)
     return result
 
-# %% ../nbs/16_cli.ipynb #c017
+# %% ../nbs/16_cli.ipynb #c018
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="Vision-language-model pretraining: look into the data path, train, ask.")
 
@@ -281,7 +282,7 @@ def find_run(
     if place: raise ConfigError(f"the run in {str(place)!r} is not finished; go on with: vlm-lit pretrain --name {place.name} --runs {place.parent} --resume")
     raise ConfigError(f"no run {run!r}, neither as a folder nor under runs/; make one with: vlm-lit pretrain")
 
-# %% ../nbs/16_cli.ipynb #c019
+# %% ../nbs/16_cli.ipynb #c020
 SEED_RECORD = {"id": "seed", "image": "photo.png", "conversations": [{"from": "human", "value": f"{CAPTION_QUESTION}\n<image>"},
                                                                     {"from": "gpt", "value": "the box chain purse black"}]}
 
@@ -304,7 +305,7 @@ def walk(
         if not 0 <= index < len(dataset): raise ConfigError(f"--index {index}: the data has {len(dataset)} record(s), 0 to {len(dataset) - 1}")
         typer.echo("\n".join(walk_lines(dataset, index, template)))
 
-# %% ../nbs/16_cli.ipynb #c021
+# %% ../nbs/16_cli.ipynb #c022
 DataArgument = Annotated[Path, typer.Argument(help="A LLaVA .json or .jsonl file, a .parquet file, or a folder of tables (Parquet, datasets).")]
 TemplateOption = Annotated[str, typer.Option(help="Conversation template; 'hf' for the tokenizer's own.")]
 TokenizerOption = Annotated[str, typer.Option(help="'gemma' (comes along), a folder, or a hub name.")]
@@ -340,7 +341,7 @@ def audit_data(
             typer.echo(f"the page is in {html}", err=as_json)
     if not report["ok"]: raise typer.Exit(1)
 
-# %% ../nbs/16_cli.ipynb #c023
+# %% ../nbs/16_cli.ipynb #c024
 @app.command()
 def prepare(
     data: DataArgument,
@@ -362,7 +363,7 @@ def prepare(
         typer.echo(f"{len(lengths):,} records, {int(lengths.sum()):,} positions with images expanded, the longest {int(lengths.max(initial=0)):,}; {n_bad:,} left out" + (f", see {folder/'bad_samples.jsonl'}" if n_bad else ""))
         typer.echo(f"prepared in {folder}; use it with LazySupervisedDataset({str(data)!r}, tokenizer, template={template!r}, prepared={str(folder)!r})")
 
-# %% ../nbs/16_cli.ipynb #c025
+# %% ../nbs/16_cli.ipynb #c026
 @app.command()
 def pretrain(
     name: Annotated[str, typer.Option(help="Name of the run: its folder under --runs.")] = "easy-vqa",

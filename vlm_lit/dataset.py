@@ -12,10 +12,10 @@ __all__ = ['ROLES', 'BLOCK', 'MAX_RECORD', 'ROW', 'ROWS', 'INDEX_VERSION', 'RECO
            'encode_records', 'halve_until_right', 'LazySupervisedDataset', 'ArrayWriter', 'ArrayReader',
            'tokenizer_hash', 'prepared_from', 'is_prepared', 'changes', 'prepare_command', 'PreparedTexts',
            'one_thread', 'TextChunks', 'write_texts', 'prepare_dataset', 'easy_vqa_folder', 'told_by', 'caption',
-           'easy_vqa_questions', 'llava_record', 'easy_vqa_records']
+           'easy_vqa_questions', 'llava_record', 'easy_vqa_records', 'balance_answers']
 
 # %% ../nbs/07_dataset.ipynb #c002
-import codecs, hashlib, importlib.util, io, json, os, re, shlex, shutil, struct, subprocess, sys, tempfile, weakref
+import codecs, hashlib, importlib.util, io, json, os, random, re, shlex, shutil, struct, subprocess, sys, tempfile, weakref
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -1036,3 +1036,20 @@ def easy_vqa_records(
     for q,a,i in questions: by_image.setdefault(i, []).append((q, a))
     captions = {i: caption(pairs) for i,pairs in by_image.items()}
     return [llava_record(f"{split}-{i}", path(i), CAPTION_QUESTION, text) for i,text in captions.items() if text]
+
+# %% ../nbs/07_dataset.ipynb #c110
+def balance_answers(
+    records:list[dict], # One question and one answer each, as `easy_vqa_records` makes them
+    seed:int=0, # Of the choice
+) -> list[dict]: # Those that are kept, in their order
+    "Keep of each question as many records with every answer as there are with its rarest. Raises `ConfigError` for conversations of several rounds."
+    places = {}                                                  # question -> answer -> numbers of records
+    for n,record in enumerate(records):
+        if len(record["conversations"]) != 2: raise ConfigError(f"record {record.get('id', n)} has {len(record['conversations'])} turns; only single questions with their answers can be balanced")
+        question, answer = (turn["value"] for turn in record["conversations"])
+        places.setdefault(question, {}).setdefault(answer, []).append(n)
+    draw, kept = random.Random(seed), []
+    for answers in places.values():
+        least = min(map(len, answers.values()))
+        kept += [n for own in answers.values() for n in draw.sample(own, least)]
+    return [records[n] for n in sorted(kept)]

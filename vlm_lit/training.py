@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRETRAIN', 'FINETUNE', 'ALIGNED', 'TrainConfig', 'preset_stages', 'learning_rate_factor', 'freeze_others',
-           'make_optimizer', 'gradient_norms', 'mirror_some', 'train_step', 'optimizer_tensors', 'restore_optimizer',
-           'moved_weights', 'save_checkpoint', 'read_progress', 'load_checkpoint', 'Interrupted', 'noted_interrupt',
-           'TrainProgress', 'read_metrics', 'rewind_metrics', 'halve_frozen', 'check_fit', 'batch_keys', 'train']
+           'renew_parts', 'make_optimizer', 'gradient_norms', 'mirror_some', 'answer_words', 'word_loss', 'train_step',
+           'optimizer_tensors', 'restore_optimizer', 'moved_weights', 'save_checkpoint', 'read_progress',
+           'load_checkpoint', 'Interrupted', 'noted_interrupt', 'TrainProgress', 'read_metrics', 'rewind_metrics',
+           'halve_frozen', 'check_fit', 'batch_keys', 'train']
 
 # %% ../nbs/11_training.ipynb #c002
 import json, math, shutil, signal, threading, time
@@ -19,8 +20,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import nn
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from .core import IGNORE_INDEX, ConfigError
+from .core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from .batches import DataCollatorForSupervisedDataset, StepBatchSampler
 from .model import VLM, calibrate_projector
 from .weights import load_weights, weights_of
@@ -31,7 +33,8 @@ class TrainConfig:
     "One stage of training."
     name: str                        # of the stage, for messages and files
     steps: int                       # optimiser steps
-    data: str = "questions"          # which records it sees: "captions", "questions" or "both"
+    data: str = "questions"          # which records it sees: "captions", "questions", "both", or "balanced": questions that do not tell their answers
+    objective: str = "answers"       # "answers": that the language model gives them; "words": that image rows are the embeddings of the answer's words
     groups_per_batch: int = 32       # groups in a batch, each about one picture
     group_size: int = 1              # most records of one picture in a group
     learning_rate: float = 7e-4      # at its highest
@@ -42,16 +45,18 @@ class TrainConfig:
     decay: float = 0.3               # share of the steps at the end in which it falls to zero
     mirror: float = 0.5              # share of pictures mirrored left to right; 0 for data that speaks of left and right
     trainable: tuple = ("",)         # beginnings of the names of weights that move; "" is all of them
+    renew: tuple = ()                # beginnings of the names of parts that begin anew, with random weights of this seed
     language_rate: float = 1.0       # learning rate of the language model's weights, as a share of `learning_rate`
     seed: int = 0                    # of the order of the records
     save_every: int = 200            # steps between checkpoints
     log_every: int = 10              # steps between lines of metrics.jsonl
 
     def __post_init__(self):
-        for name in ("betas", "trainable"): object.__setattr__(self, name, tuple(getattr(self, name)))     # lists, when read from JSON
+        for name in ("betas", "trainable", "renew"): object.__setattr__(self, name, tuple(getattr(self, name)))     # lists, when read from JSON
         for name in ("steps", "groups_per_batch", "group_size", "save_every", "log_every"):
             if getattr(self, name) < 1: raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.data not in ("captions", "questions", "both"): raise ConfigError(f"data must be 'captions', 'questions' or 'both', got {self.data!r}")
+        for name,known in [("data", ("captions", "questions", "both", "balanced")), ("objective", ("answers", "words"))]:
+            if getattr(self, name) not in known: raise ConfigError(f"{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}")
         if not 0 <= self.seed < 2**32: raise ConfigError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         if self.language_rate <= 0: raise ConfigError(f"language_rate must be positive, got {self.language_rate}; to freeze the language model leave it out of trainable")
         if self.learning_rate <= 0: raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}")
@@ -92,6 +97,27 @@ def freeze_others(
     for name,weight in model.named_parameters(): weight.requires_grad_(name.startswith(tuple(trainable)))
     return [name for name,weight in model.named_parameters() if weight.requires_grad]
 
+@torch.no_grad()
+def renew_parts(
+    model:nn.Module, # Changed in place
+    renew:tuple, # Beginnings of names
+    seed:int=0, # Of the new weights
+) -> list[str]: # Names of the weights that are new
+    "Forget what some parts have learned. Raises `ConfigError` for a beginning that fits none, and for a weight that no layer can make anew."
+    before = {name for name,_ in model.named_parameters() if name.startswith(tuple(renew))} if renew else set()
+    for begin in renew:
+        if not any(name.startswith(begin) for name in before): raise ConfigError(f"no weight begins with {begin!r}, so nothing there can begin anew")
+    made = set()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name,layer in model.named_modules():
+            own = {f"{name}.{weight}" for weight,_ in layer.named_parameters(recurse=False)}
+            if own and own <= before and hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+                made |= own
+    if before - made: raise ConfigError(f"{sorted(before - made)[0]} cannot be made anew; leave its part out of renew")
+    return sorted(made)
+
 def make_optimizer(
     model:nn.Module, # Its frozen weights are left out
     cfg:TrainConfig,
@@ -131,6 +157,32 @@ def mirror_some(
     return {**batch, **{key: torch.where(chosen, batch[key].flip(-1), batch[key]) for key in keys}}
 
 # %% ../nbs/11_training.ipynb #c023
+def answer_words(
+    labels:torch.Tensor, # (batch, seq_len)
+    tokenizer, # That made them
+    image_rows:int, # Rows of a picture
+) -> torch.Tensor: # (batch, image_rows) ids
+    "The ids of each answer's words, spread over the rows of a picture; of more words than rows some are skipped."
+    ends, out = set(tokenizer.all_special_ids), []
+    for n,own in enumerate(labels):
+        ids = [i for i in own[own != IGNORE_INDEX].tolist() if i not in ends and tokenizer.decode([i]).strip()]
+        if not ids: raise DataError(f"sample {n} of the batch has an answer without a word; the objective 'words' needs one in each")
+        out.append([ids[row*len(ids)//image_rows] for row in range(image_rows)])
+    return torch.tensor(out, device=labels.device)
+
+def word_loss(
+    model:VLM,
+    batch:dict, # From the collator, one picture a sample
+    tokenizer, # Of the dataset
+) -> torch.Tensor: # Mean squared distance, as a share of the embeddings' mean square
+    "How far the rows of the pictures are from the words of the answers."
+    if not ((batch["input_ids"] == IMAGE_TOKEN_INDEX).sum(1) == 1).all(): raise DataError("the objective 'words' needs one picture in every sample; captions have that")
+    words = model.embed(answer_words(batch["labels"], tokenizer, model.config.num_patches)).float()
+    rows = model.encode_images(batch.get("images"), batch.get("images_aux"), words)
+    if "image_index" in batch: rows = rows[batch["image_index"]]
+    return F.mse_loss(rows.float(), words.detach())/words.detach().pow(2).mean()
+
+# %% ../nbs/11_training.ipynb #c028
 def train_step(
     model:nn.Module, # Prepared by accelerate
     batch:dict, # From the collator
@@ -138,18 +190,20 @@ def train_step(
     accelerator:Accelerator,
     cfg:TrainConfig,
     step:int, # Counted from 0
-) -> float: # Loss a learned token, over all processes
+    tokenizer=None, # Of the dataset; for the objective "words"
+) -> float: # Loss a learned token, over all processes; of "words" their `word_loss`
     "One optimiser step."
     for group in optimizer.param_groups: group["lr"] = cfg.learning_rate*group["share"]*learning_rate_factor(step, cfg)
     num_items = accelerator.reduce((batch["labels"][:, 1:] != IGNORE_INDEX).sum(), "sum").clamp(min=1)
-    out = model(**mirror_some(batch, cfg, step), num_items_in_batch=num_items)
-    accelerator.backward(out.loss*accelerator.num_processes)
+    batch = mirror_some(batch, cfg, step)
+    with accelerator.autocast(): loss = word_loss(accelerator.unwrap_model(model), batch, tokenizer) if cfg.objective == "words" else model(**batch, num_items_in_batch=num_items).loss
+    accelerator.backward(loss*accelerator.num_processes)
     accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], cfg.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return float(accelerator.reduce(out.loss.detach(), "sum"))
+    return float(accelerator.reduce(loss.detach(), "sum"))
 
-# %% ../nbs/11_training.ipynb #c031
+# %% ../nbs/11_training.ipynb #c038
 def optimizer_tensors(
     model:nn.Module, # Whose weights it moves
     optimizer:torch.optim.Optimizer,
@@ -217,7 +271,7 @@ def load_checkpoint(
     restore_optimizer(model, optimizer, tensors)
     return progress
 
-# %% ../nbs/11_training.ipynb #c033
+# %% ../nbs/11_training.ipynb #c040
 class Interrupted(Exception):
     "A run was asked to stop; its checkpoint is on disk."
     def __init__(self, stage:str, step:int):
@@ -239,7 +293,7 @@ def noted_interrupt():
     try: yield notes
     finally: signal.signal(signal.SIGINT, before)
 
-# %% ../nbs/11_training.ipynb #c035
+# %% ../nbs/11_training.ipynb #c042
 class TrainProgress:
     "A live bar in a terminal, a line every few steps elsewhere."
     def __init__(self,
@@ -289,7 +343,7 @@ def rewind_metrics(
     rows = [row for row in read_metrics(path) if row["stage"] != stage or row["step"] <= step]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
-# %% ../nbs/11_training.ipynb #c037
+# %% ../nbs/11_training.ipynb #c044
 def halve_frozen(
     model:VLM, # Changed in place
     moving:tuple, # Beginnings of the names of weights that any stage of the run moves
@@ -325,7 +379,7 @@ def train(
     cfg:TrainConfig, # The stage
     folder:str|Path, # Of the run: gets metrics.jsonl and checkpoint/
     resume:bool=False, # Go on from the checkpoint, if it is of this stage
-    calibrate:bool=False, # Scale the projector to the words before the first step
+    calibrate:bool=False, # Scale the projector to the words before the first step; one that begins anew is scaled always
     earlier:tuple=(), # Beginnings of the names of weights that earlier stages moved; they are kept in the checkpoint, too
     later:tuple=(), # Likewise of those that later stages will move; they stay in float32
     accelerator:Accelerator|None=None, # None: one is made from accelerate's own configuration
@@ -349,14 +403,15 @@ def train(
     sampler = StepBatchSampler(batch_keys(dataset), cfg.groups_per_batch, cfg.group_size, cfg.seed, done["step"], cfg.steps)
     collator = DataCollatorForSupervisedDataset(dataset.tokenizer.pad_token_id or 0, image_rows=model.config.num_patches)      # nothing reads the padding
     loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=collator)
-    if calibrate and not done["step"]:
+    if cfg.renew and not done["step"]: renew_parts(model, cfg.renew, cfg.seed)
+    if (calibrate or cfg.renew) and not done["step"]:
         first = loader.collate_fn([dataset[i] for i in sampler.batch(0)])
         if "images_aux" in first or "images" in first: calibrate_projector(model, first.get("images"), first.get("images_aux"))
     wrapped, prepared, loader = accelerator.prepare(model.train(), optimizer, loader)
     with noted_interrupt() as notes, TrainProgress(cfg, done["step"], console) as bar, open(folder/"metrics.jsonl", "a", encoding="utf-8") as metrics:
         for batch in loader:
             began = time.perf_counter()
-            loss = train_step(wrapped, batch, prepared, accelerator, cfg, done["step"])
+            loss = train_step(wrapped, batch, prepared, accelerator, cfg, done["step"], dataset.tokenizer)
             seconds, samples = time.perf_counter() - began, len(batch["input_ids"])*accelerator.num_processes
             done = {**done, "step": done["step"] + 1, "seconds": done["seconds"] + seconds, "samples": done["samples"] + samples}
             if not math.isfinite(loss): raise ConfigError(f"the loss of stage {cfg.name!r} is {loss} at step {done['step']}; start a new run with a lower learning_rate")
