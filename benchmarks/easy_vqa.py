@@ -2,6 +2,7 @@
 
     python benchmarks/easy_vqa.py                    the run of `make pretrain`  -> benchmarks/results/easy_vqa_tiny*.{json,png}
     python benchmarks/easy_vqa.py --preset smol      with pretrained parts       -> benchmarks/results/easy_vqa_smol*, smol_mm_projector.bin
+    python benchmarks/easy_vqa.py --preset gemma3-270m --steps 200,120,0,0 --test-questions 200     a short run of stage 1
     python benchmarks/easy_vqa.py --blind            the same on black pictures  -> vlm_lit/assets/easy_vqa_blind.json
     python benchmarks/easy_vqa.py --keep FOLDER      an existing run instead of training one
 
@@ -24,7 +25,7 @@ def keep(folder, preset):
     RESULTS.mkdir(exist_ok=True)
     shutil.copy(folder/"result.json", RESULTS/f"easy_vqa_{preset}.json")
     for name in ("curves", "samples"): shutil.copy(folder/f"{name}.png", RESULTS/f"easy_vqa_{preset}_{name}.png")
-    if (folder/"mm_projector.bin").is_file(): shutil.copy(folder/"mm_projector.bin", RESULTS/f"{preset}_mm_projector.bin")
+    if preset == "smol": shutil.copy(folder/"mm_projector.bin", RESULTS/"smol_mm_projector.bin")       # alignment.ipynb asks it
 
 def keep_blind(folder, preset):
     "Accuracy of the run on black pictures, with the command that measured it."

@@ -1,6 +1,6 @@
 "Derived from nbs/alignment.ipynb by `make tests`; edit the notebook, not this file."
 import json
-from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
@@ -12,20 +12,20 @@ from vlm_lit.breakpoints import Breakpoint
 from vlm_lit.cli import easy_vqa_dataset, easy_vqa_model
 from vlm_lit.core import peek
 from vlm_lit.dataset import easy_vqa_folder, easy_vqa_questions
-from vlm_lit.evaluation import evaluate, format_table
+from vlm_lit.evaluation import evaluate, format_table, question_prior
 from vlm_lit.images import open_image
 from vlm_lit.model import calibrate_projector
-from vlm_lit.training import ALIGNED, freeze_others, gradient_norms, make_optimizer, preset_stages, train_step
+from vlm_lit.training import ALIGNED, answer_words, freeze_others, gradient_norms, make_optimizer, preset_stages, train_step
 from vlm_lit.weights import load_preset, load_projector
 
 def setup_module():
-    global _, aligned, ask, habits, model, processor, questions, report, results, show_answers, shown, smol, test, train
+    global _, aligned, ask, captions, collate, habits, model, nearest_words, processor, questions, report, results, show_answers, shown, smol, test, train, words_first
     disable_progress_bar()
     torch.set_num_threads(2)
     results = next(p for p in (Path("../benchmarks/results"), Path("benchmarks/results")) if p.is_dir())
     smol = load_preset("smol")
     model, processor = easy_vqa_model(smol, seed=0)
-    train, test = easy_vqa_dataset("train", "questions", processor, limit=64), easy_vqa_dataset("test", "questions", processor, limit=200)
+    train, captions, test = easy_vqa_dataset("train", "questions", processor, limit=64), easy_vqa_dataset("train", "captions", processor, limit=1000), easy_vqa_dataset("test", "questions", processor, limit=200)
     calibrate_projector(model, None, torch.stack([train[i]["image_aux"] for i in range(0, 64, 8)]))
     questions = ["what shape is present?", "what color is the shape?", "is there a circle?"]
     shown = [f"test/images/{n}.png" for n in (0, 5, 9, 21)]
@@ -43,6 +43,19 @@ def setup_module():
             ax.imshow(open_image(name, easy_vqa_folder())); ax.axis("off")
             ax.set_title("\n".join(f"{q}\n   {a[:34]}" for q,a in zip(questions, own)), fontsize=7, loc="left", parse_math=False)
         fig.tight_layout()
+    collate = DataCollatorForSupervisedDataset(processor.tokenizer.pad_token_id, image_rows=config.num_patches)
+    def nearest_words(model, dataset, numbers):
+        "For some records the word whose embedding is nearest to each image row, and the word that it should be."
+        batch, table = collate([dataset[n] for n in numbers]), model.get_input_embeddings().weight
+        with torch.no_grad(): found = torch.cdist(model.eval().encode_images(None, batch["images_aux"], table).flatten(0, 1), table).argmin(1)
+        return found.view(len(numbers), -1), answer_words(batch["labels"], processor.tokenizer, config.num_patches)
+    def words_first(model, steps):
+        "The beginning of the first stage; the last hundred captions are held out."
+        words = replace(preset_stages(smol)[0], steps=steps)
+        freeze_others(model, words.trainable)
+        optimizer, accelerator, order = make_optimizer(model, words), Accelerator(), torch.Generator().manual_seed(0)
+        for step in range(steps): loss = train_step(model.train(), collate([captions[n] for n in torch.randint(900, (32,), generator=order).tolist()]), optimizer, accelerator, words, step, processor.tokenizer)
+        return loss
     aligned, _ = easy_vqa_model(smol, seed=0)
     report = load_projector(aligned, results/"smol_mm_projector.bin")
     def habits():
@@ -51,12 +64,22 @@ def setup_module():
         for question,answer,_ in easy_vqa_questions("train"): counts.setdefault(question, Counter())[answer] += 1
         return {question: answers.most_common(1)[0][0] for question,answers in counts.items()}
 
+def test_rows_of_pictures_become_words():
+    model, _ = easy_vqa_model(smol, seed=0)
+    calibrate_projector(model, None, torch.stack([train[i]["image_aux"] for i in range(0, 64, 8)]))
+    held_out = list(range(900, 1000))
+    before = [(found == wanted).float().mean().item() for found,wanted in [nearest_words(model, captions, held_out)]][0]
+    words_first(model, 60)
+    found, wanted = nearest_words(model, captions, held_out)
+    print(f"rows whose nearest word is the right one: {100*before:.0f} % before, {100*(found == wanted).float().mean():.0f} % after 60 steps")
+    assert before < .05 and (found == wanted).float().mean() > .6
+
 def test_stage_one_of_real_parts_moves_mining_and_projector_only():
     model, _ = easy_vqa_model(smol, seed=0)
-    stage = preset_stages(smol)[0]
-    test_eq(stage.trainable, ALIGNED)
+    words, stage, tune = preset_stages(smol)
+    test_eq((words.trainable, stage.trainable, set(tune.trainable) > set(ALIGNED)), (ALIGNED, ALIGNED, True))
     freeze_others(model, stage.trainable)
-    batch = DataCollatorForSupervisedDataset(processor.tokenizer.pad_token_id, image_rows=model.config.num_patches)([train[i] for i in range(4)])
+    batch = collate([train[i] for i in range(4)])
     before = {name: weight.detach().clone() for name,weight in model.named_parameters()}
     optimizer, losses = make_optimizer(model, stage), []
     for step in range(3): losses.append(train_step(model.train(), batch, optimizer, Accelerator(), stage, step + int(stage.warmup*stage.steps)))

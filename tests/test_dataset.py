@@ -1,5 +1,5 @@
 "Derived from nbs/07_dataset.ipynb by `make tests`; edit the notebook, not this file."
-import codecs, hashlib, importlib.util, io, json, os, re, shlex, shutil, struct, subprocess, sys, tempfile, weakref
+import codecs, hashlib, importlib.util, io, json, os, random, re, shlex, shutil, struct, subprocess, sys, tempfile, weakref
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +14,7 @@ from vlm_lit.sentinels import check_image_count, preprocess_multimodal
 from vlm_lit.labels import check_tokenizer, check_turns, preprocess
 from vlm_lit.images import grid_crops, make_square, normalise, open_image, rows_per_image as count_rows, to_bytes
 import multiprocessing, signal, threading, time
+from collections import Counter
 from fastcore.test import test_eq, test_close, expect_fail
 from hypothesis import given, settings, strategies as st
 from PIL import Image
@@ -25,7 +26,7 @@ from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.dataset import *
 
 def setup_module():
-    global SCRIPT, alive, bad_ones, failure, folder, good, ids_of, large_file, limited, loader, mixed, mixed_records, plain, rounds, seed, tok, two, write_all_kinds
+    global SCRIPT, alive, answers_by_question, bad_ones, failure, folder, good, ids_of, large_file, limited, loader, mixed, mixed_records, plain, rounds, seed, tok, two, write_all_kinds
     os.environ["VLM_LIT_CACHE"] = tempfile.mkdtemp()
     def mixed_records():
         turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "é 🙂\u2028"}]
@@ -91,6 +92,13 @@ def setup_module():
         "Whether a process still runs."
         try: return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z" if Path("/proc").is_dir() else os.kill(pid, 0) is None
         except (OSError, ProcessLookupError): return False
+    def answers_by_question(records):
+        "`{question: {answer: how often}}`"
+        found = {}
+        for record in records:
+            question, answer = (turn["value"] for turn in record["conversations"])
+            found.setdefault(question.split("\n")[0], Counter())[answer] += 1
+        return found
 
 def test_records_of_all_forms_become_llava_records():
     llava = {"id": "a", "image": ["x.png"], "conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "<image>What is this?"}, {"from": "gpt", "value": "A cat"}]}
@@ -499,6 +507,16 @@ def test_easy_vqa_as_llava_records():
     test_eq(easy_vqa_records("train", 1)[0], llava_record("train-0", "train/images/0.png", "What is in the photo?", "a blue rectangle"))
     train, test = [{r["image"] for r in easy_vqa_records(split, 2)} for split in ("train", "test")]
     test_eq((len(train), len(test), len(train & test)), (4000, 1000, 0))
+
+def test_balanced_questions_do_not_tell_their_answers():
+    train = easy_vqa_records("train", 2)
+    balanced = balance_answers(train)
+    assert all(len(set(answers.values())) == 1 for answers in answers_by_question(balanced).values())
+    test_eq(set(answers_by_question(balanced)), set(answers_by_question(train)))
+    test_eq([r["id"] for r in balanced], [r["id"] for r in train if r["id"] in {b["id"] for b in balanced}])       # in their order, none twice
+    test_eq(balanced, balance_answers(train, seed=0)); assert balanced != balance_answers(train, seed=1)
+    talk = llava_record("a", "x.png", "q", "yes"); talk["conversations"] *= 2
+    with expect_fail(ConfigError, contains="record a has 4 turns"): balance_answers([talk])
 
 def test_easy_vqa_item():
     item = LazySupervisedDataset(easy_vqa_records("train", 1), tok, image_folder=easy_vqa_folder(), image_size_aux=64, image_size=32)[0]

@@ -71,6 +71,12 @@ def test_majority_answer_is_right_for_a_third():
     test_eq((round(table["accuracy"], 3), table["color"], table["shape"], table["n"]), (0.373, 0., 0., 9673))
     test_eq(majority_answer(["b", "a", "b", "a", "c"]), "a")
 
+def test_a_question_tells_much_of_its_answer():
+    test_eq(question_prior([("a?", "yes"), ("a?", "no"), ("a?", "no"), ("b?", "yes")]), {"a?": "no", "b?": "yes"})
+    prior = question_prior([(q, a) for q,a,_ in easy_vqa_questions("train")])
+    table = accuracy_table([prior[q] for q,_,_ in easy_vqa_questions("test")], [a for _,a,_ in easy_vqa_questions("test")])
+    assert table["yes_no"] > .8 and table["color"] < .2 and table["shape"] < .4 and .6 < table["accuracy"] < .7
+
 def test_questions_about_a_picture_meet_in_a_batch():
     test_eq(picture_batches(["a", "b", "a", "c", "b", "a"], 4), [[0, 2, 5], [1, 4, 3]])
     test_eq(picture_batches(["a"]*5, 2), [[0, 1], [2, 3], [4]])

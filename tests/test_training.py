@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from torch import nn
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from vlm_lit.core import IGNORE_INDEX, ConfigError
+from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from vlm_lit.batches import DataCollatorForSupervisedDataset, StepBatchSampler
 from vlm_lit.model import VLM, calibrate_projector
 from vlm_lit.weights import load_weights, weights_of
@@ -54,7 +55,8 @@ def test_stages_differ_in_values_only():
     with expect_fail(ConfigError, contains="steps must be at least 1"): replace(PRETRAIN, steps=0)
     with expect_fail(ConfigError, contains="leave each other room"): replace(PRETRAIN, warmup=.8)
     with expect_fail(ConfigError, contains="learning_rate must be positive"): replace(PRETRAIN, learning_rate=0)
-    with expect_fail(ConfigError, contains="data must be"): replace(PRETRAIN, data="pictures")
+    with expect_fail(ConfigError, contains="data must be one of captions,"): replace(PRETRAIN, data="pictures")
+    with expect_fail(ConfigError, contains="objective must be one of answers, words; got 'rows'"): replace(PRETRAIN, objective="rows")
 
 def test_stages_of_tiny_are_written_once():
     test_eq(preset_stages(load_preset("tiny")), (PRETRAIN, FINETUNE))      # the preset's file and these values say the same
@@ -84,6 +86,25 @@ def test_bytes_are_mirrored_like_floats():
     test_eq(mirror_some({"images_aux": bytes_}, half, 2)["images_aux"].float().tolist(), floats["images_aux"].tolist())
     test_eq(mirror_some({"input_ids": 1}, half, 2), {"input_ids": 1})
 
+def test_words_are_spread_over_the_rows():
+    answer = tok("a blue rectangle").input_ids[1:]
+    labels = torch.tensor([[IGNORE_INDEX, *answer, tok.eos_token_id], [IGNORE_INDEX, answer[0], tok.eos_token_id, IGNORE_INDEX, IGNORE_INDEX]])
+    test_eq(answer_words(labels, tok, 4).tolist(), [[answer[0], answer[0], answer[1], answer[2]], [answer[0]]*4])
+    test_eq(answer_words(labels, tok, 2).tolist(), [[answer[0], answer[1]], [answer[0]]*2])
+    with expect_fail(DataError, contains="sample 0 of the batch has an answer without a word"): answer_words(torch.tensor([[IGNORE_INDEX, tok.eos_token_id]]), tok, 4)
+
+def test_rows_go_to_the_words_and_the_language_model_stays_out():
+    model, optimizer, batch = stage_one()
+    with torch.no_grad(): words = model.embed(answer_words(batch["labels"], tok, model.config.num_patches))
+    by_hand = (model.encode_images(batch["images"], batch["images_aux"], words) - words).pow(2).mean()/words.pow(2).mean()
+    test_close(float(word_loss(model, batch, tok)), float(by_hand), eps=1e-5)
+    word_loss(model, batch, tok).backward()
+    assert {name.split(".")[0] for name,weight in model.named_parameters() if weight.grad is not None} == {"image_encoder"}
+    model.zero_grad()
+    twice = {**batch, "image_index": torch.arange(len(batch["input_ids"])).flip(0)}                               # which picture is whose
+    assert not torch.equal(word_loss(model, twice, tok), word_loss(model, batch, tok))
+    with expect_fail(DataError, contains="one picture in every sample"): word_loss(model, {**batch, "input_ids": batch["input_ids"].clamp(min=0)}, tok)
+
 def test_stage_one_moves_projector_and_mining_only():
     model, optimizer, batch = stage_one()
     before = {name: weight.detach().clone() for name,weight in model.named_parameters()}
@@ -96,11 +117,34 @@ def test_stage_one_moves_projector_and_mining_only():
     test_eq(len(optimizer.state), len([name for name in before if name.startswith(ALIGNED)]))                                     # no memory for what is frozen
     with expect_fail(ConfigError, contains="no weight begins with 'projector'"): freeze_others(model, ("projector",))
 
+def test_words_are_learned_without_the_language_model():
+    model, optimizer, batch = stage_one()
+    before = {name: weight.detach().clone() for name,weight in model.language_model.named_parameters()}
+    asked = []
+    model.language_model.register_forward_pre_hook(lambda *_: asked.append(1))
+    losses = [train_step(model, batch, optimizer, Accelerator(), replace(aligned, objective="words"), 5, tok) for _ in range(40)]
+    print(f"{losses[0]:.3f} -> {losses[-1]:.3f}")
+    assert losses[-1] < .7*losses[0] and not asked
+    assert all(torch.equal(weight, before[name]) for name,weight in model.language_model.named_parameters())
+
 def test_bias_of_the_keys_has_no_gradient_to_speak_of():
     model, optimizer, batch = stage_one()
     model(**batch).loss.backward()
     keys = model.image_encoder.mining.vlm_uni_aux_projector[1]
     assert keys.bias.grad.norm() < 1e-5*keys.weight.grad.norm()
+
+def test_parts_begin_anew_and_the_rest_does_not():
+    model, optimizer, batch = stage_one()
+    for step in range(3): train_step(model, batch, optimizer, Accelerator(), aligned, step)
+    trained, state = {name: weight.detach().clone() for name,weight in model.named_parameters()}, torch.get_rng_state()
+    names = renew_parts(model, ALIGNED, seed=3)
+    once = {name: weight.detach().clone() for name,weight in model.named_parameters()}
+    test_eq(set(names), {name for name in trained if name.startswith(ALIGNED)})
+    assert all(torch.equal(trained[name], once[name]) == (name not in names) for name in trained)              # nothing kept where it should not be, nothing lost elsewhere
+    renew_parts(model, ALIGNED, seed=3)
+    assert all(torch.equal(weight, once[name]) for name,weight in model.named_parameters()) and torch.equal(state, torch.get_rng_state())
+    test_eq(renew_parts(model, ()), [])
+    with expect_fail(ConfigError, contains="no weight begins with 'eyes'"): renew_parts(model, ("eyes",))
 
 def test_language_model_may_have_a_rate_of_its_own():
     model = make_model(cfg, seed=0)
