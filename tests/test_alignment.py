@@ -19,7 +19,7 @@ from vlm_lit.training import ALIGNED, answer_words, freeze_others, gradient_norm
 from vlm_lit.weights import load_preset, load_projector
 
 def setup_module():
-    global _, aligned, ask, captions, collate, habits, model, nearest_words, processor, questions, report, results, show_answers, shown, smol, test, train, words_first
+    global _, aligned, ask, captions, collate, model, nearest_words, processor, questions, report, results, show_answers, shown, smol, test, train, words_first
     disable_progress_bar()
     torch.set_num_threads(2)
     results = next(p for p in (Path("../benchmarks/results"), Path("benchmarks/results")) if p.is_dir())
@@ -58,11 +58,6 @@ def setup_module():
         return loss
     aligned, _ = easy_vqa_model(smol, seed=0)
     report = load_projector(aligned, results/"smol_mm_projector.bin")
-    def habits():
-        "For every question of the training split its most frequent answer."
-        counts = {}
-        for question,answer,_ in easy_vqa_questions("train"): counts.setdefault(question, Counter())[answer] += 1
-        return {question: answers.most_common(1)[0][0] for question,answers in counts.items()}
 
 def test_rows_of_pictures_become_words():
     model, _ = easy_vqa_model(smol, seed=0)
@@ -76,8 +71,8 @@ def test_rows_of_pictures_become_words():
 
 def test_stage_one_of_real_parts_moves_mining_and_projector_only():
     model, _ = easy_vqa_model(smol, seed=0)
-    words, stage, tune = preset_stages(smol)
-    test_eq((words.trainable, stage.trainable, set(tune.trainable) > set(ALIGNED)), (ALIGNED, ALIGNED, True))
+    words, stage, again, tune = preset_stages(smol)
+    test_eq((words.trainable, stage.trainable, again.trainable, again.renew, set(tune.trainable) > set(ALIGNED)), (ALIGNED, ALIGNED, ALIGNED, ALIGNED, True))
     freeze_others(model, stage.trainable)
     batch = collate([train[i] for i in range(4)])
     before = {name: weight.detach().clone() for name,weight in model.named_parameters()}
@@ -90,16 +85,27 @@ def test_stage_one_of_real_parts_moves_mining_and_projector_only():
 def test_frozen_language_model_sees_through_the_kept_projector():
     source, _ = easy_vqa_model(smol, seed=0)
     assert all(torch.equal(p, q) for p,q in zip(aligned.language_model.parameters(), source.language_model.parameters(), strict=True))
-    table, _ = evaluate(aligned, test)
+    table, predictions = evaluate(aligned, test)
     blind, _ = evaluate(aligned, easy_vqa_dataset("test", "questions", processor, blind=True, limit=200))
     print(f"{table['n']} test questions: {100*table['accuracy']:.1f} %; the same model before black pictures: {100*blind['accuracy']:.1f} %")
-    assert table["accuracy"] > .85 and table["accuracy"] > blind["accuracy"] + .15
+    assert table["accuracy"] > .82 and table["accuracy"] > blind["accuracy"] + .15
+
+def test_kept_run_of_smol_reads_pictures():
+    run = json.loads((results/"easy_vqa_smol.json").read_text())
+    prior, align, tune = run["baseline_tables"]["question"], run["stages"]["align"], run["stages"]["tune"]
+    assert tune["accuracy"] >= .96 and run["train_seconds"] < 40*60 and tune["n"] == 1200
+    assert abs(align["yes_no"] - prior["yes_no"]) < .005 and tune["yes_no"] > prior["yes_no"] + .1          # "stage 1 answers from habit, stage 2 does not"
+    assert align["color"] > .9 and align["shape"] > .95
 
 def test_kept_projector_answers_yes_and_no_by_habit():
-    habit = habits()
-    _, predictions = evaluate(aligned, test)
+    prior = question_prior([(q, a) for q,a,_ in easy_vqa_questions("train")])
     asked = [(q, a, p) for (q,a,_),p in zip(easy_vqa_questions("test"), predictions) if a in ("yes", "no")]
-    by_habit, right = (sum(map(f, asked))/len(asked) for f in (lambda x: x[2] == habit[x[0]], lambda x: x[2] == x[1]))
+    by_habit, right = (sum(map(f, asked))/len(asked) for f in (lambda x: x[2] == prior[x[0]], lambda x: x[2] == x[1]))
     what = [(a, p) for (_,a,_),p in zip(easy_vqa_questions("test"), predictions) if a not in ("yes", "no")]
-    print(f"yes or no: {100*by_habit:.0f} % answered as habit has it, {100*right:.0f} % right; what: {100*sum(a == p for a,p in what)/len(what):.0f} % right")
-    assert by_habit > .9 and sum(a == p for a,p in what)/len(what) > .95
+    print(f"yes or no: {100*by_habit:.0f} % answered as the question alone suggests, {100*right:.0f} % right; what: {100*sum(a == p for a,p in what)/len(what):.0f} % right")
+    assert by_habit > .9 and sum(a == p for a,p in what)/len(what) > .9
+
+def test_short_run_of_gemma_learns():
+    short = json.loads((results/"easy_vqa_gemma3-270m.json").read_text())
+    test_eq([stage["name"] for stage in short["config"]["stages"]], ["words", "align"])
+    assert short["test"]["accuracy"] > short["baselines"]["untrained"] + .3 and short["config"]["preset"] == "gemma3-270m"
