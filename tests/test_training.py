@@ -97,7 +97,7 @@ def test_rows_go_to_the_words_and_the_language_model_stays_out():
     model, optimizer, batch = stage_one()
     with torch.no_grad(): words = model.embed(answer_words(batch["labels"], tok, model.config.num_patches))
     by_hand = (model.encode_images(batch["images"], batch["images_aux"], words) - words).pow(2).mean()/words.pow(2).mean()
-    test_close(float(word_loss(model, batch, tok)), float(by_hand), eps=1e-5)
+    test_close(word_loss(model, batch, tok).item(), by_hand.item(), eps=1e-5)
     word_loss(model, batch, tok).backward()
     assert {name.split(".")[0] for name,weight in model.named_parameters() if weight.grad is not None} == {"image_encoder"}
     model.zero_grad()
