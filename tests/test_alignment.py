@@ -43,12 +43,12 @@ def setup_module():
             ax.imshow(open_image(name, easy_vqa_folder())); ax.axis("off")
             ax.set_title("\n".join(f"{q}\n   {a[:34]}" for q,a in zip(questions, own)), fontsize=7, loc="left", parse_math=False)
         fig.tight_layout()
-    collate = DataCollatorForSupervisedDataset(processor.tokenizer.pad_token_id, image_rows=config.num_patches)
+    collate = DataCollatorForSupervisedDataset(processor.tokenizer.pad_token_id, image_rows=model.config.num_patches)
     def nearest_words(model, dataset, numbers):
         "For some records the word whose embedding is nearest to each image row, and the word that it should be."
         batch, table = collate([dataset[n] for n in numbers]), model.get_input_embeddings().weight
         with torch.no_grad(): found = torch.cdist(model.eval().encode_images(None, batch["images_aux"], table).flatten(0, 1), table).argmin(1)
-        return found.view(len(numbers), -1), answer_words(batch["labels"], processor.tokenizer, config.num_patches)
+        return found.view(len(numbers), -1), answer_words(batch["labels"], processor.tokenizer, model.config.num_patches)
     def words_first(model, steps):
         "The beginning of the first stage; the last hundred captions are held out."
         words = replace(preset_stages(smol)[0], steps=steps)
@@ -99,6 +99,7 @@ def test_kept_run_of_smol_reads_pictures():
 
 def test_kept_projector_answers_yes_and_no_by_habit():
     prior = question_prior([(q, a) for q,a,_ in easy_vqa_questions("train")])
+    _, predictions = evaluate(aligned, test)
     asked = [(q, a, p) for (q,a,_),p in zip(easy_vqa_questions("test"), predictions) if a in ("yes", "no")]
     by_habit, right = (sum(map(f, asked))/len(asked) for f in (lambda x: x[2] == prior[x[0]], lambda x: x[2] == x[1]))
     what = [(a, p) for (_,a,_),p in zip(easy_vqa_questions("test"), predictions) if a not in ("yes", "no")]
