@@ -9,7 +9,7 @@ from fastcore.test import test_eq
 from transformers.utils.logging import disable_progress_bar
 from vlm_lit.batches import DataCollatorForSupervisedDataset
 from vlm_lit.breakpoints import Breakpoint
-from vlm_lit.cli import easy_vqa_dataset, easy_vqa_model
+from vlm_lit.cli import easy_vqa_dataset, easy_vqa_model, recipe
 from vlm_lit.core import peek
 from vlm_lit.dataset import easy_vqa_folder, easy_vqa_questions
 from vlm_lit.evaluation import evaluate, format_table, question_prior
@@ -19,7 +19,7 @@ from vlm_lit.training import ALIGNED, answer_words, freeze_others, gradient_norm
 from vlm_lit.weights import load_preset, load_projector
 
 def setup_module():
-    global _, aligned, ask, captions, collate, model, nearest_words, processor, questions, report, results, show_answers, shown, smol, test, train, words_first
+    global _, aligned, ask, captions, collate, model, nearest_words, predictions, processor, questions, report, results, show_answers, shown, smol, table, test, train, words_first
     disable_progress_bar()
     torch.set_num_threads(2)
     results = next(p for p in (Path("../benchmarks/results"), Path("benchmarks/results")) if p.is_dir())
@@ -58,6 +58,7 @@ def setup_module():
         return loss
     aligned, _ = easy_vqa_model(smol, seed=0)
     report = load_projector(aligned, results/"smol_mm_projector.bin")
+    table, predictions = evaluate(aligned, test)
 
 def test_rows_of_pictures_become_words():
     model, _ = easy_vqa_model(smol, seed=0)
@@ -85,13 +86,13 @@ def test_stage_one_of_real_parts_moves_mining_and_projector_only():
 def test_frozen_language_model_sees_through_the_kept_projector():
     source, _ = easy_vqa_model(smol, seed=0)
     assert all(torch.equal(p, q) for p,q in zip(aligned.language_model.parameters(), source.language_model.parameters(), strict=True))
-    table, predictions = evaluate(aligned, test)
     blind, _ = evaluate(aligned, easy_vqa_dataset("test", "questions", processor, blind=True, limit=200))
     print(f"{table['n']} test questions: {100*table['accuracy']:.1f} %; the same model before black pictures: {100*blind['accuracy']:.1f} %")
     assert table["accuracy"] > .82 and table["accuracy"] > blind["accuracy"] + .15
 
 def test_kept_run_of_smol_reads_pictures():
     run = json.loads((results/"easy_vqa_smol.json").read_text())
+    assert recipe(run["config"])["stages"] == recipe({"stages": load_preset("smol")["stages"]})["stages"]          # the run is of the recipe that the preset has now
     prior, align, tune = run["baseline_tables"]["question"], run["stages"]["align"], run["stages"]["tune"]
     assert tune["accuracy"] >= .96 and run["train_seconds"] < 40*60 and tune["n"] == 1200
     assert abs(align["yes_no"] - prior["yes_no"]) < .005 and tune["yes_no"] > prior["yes_no"] + .1          # "stage 1 answers from habit, stage 2 does not"
@@ -99,7 +100,6 @@ def test_kept_run_of_smol_reads_pictures():
 
 def test_kept_projector_answers_yes_and_no_by_habit():
     prior = question_prior([(q, a) for q,a,_ in easy_vqa_questions("train")])
-    _, predictions = evaluate(aligned, test)
     asked = [(q, a, p) for (q,a,_),p in zip(easy_vqa_questions("test"), predictions) if a in ("yes", "no")]
     by_habit, right = (sum(map(f, asked))/len(asked) for f in (lambda x: x[2] == prior[x[0]], lambda x: x[2] == x[1]))
     what = [(a, p) for (_,a,_),p in zip(easy_vqa_questions("test"), predictions) if a not in ("yes", "no")]

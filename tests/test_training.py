@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from vlm_lit.batches import DataCollatorForSupervisedDataset, StepBatchSampler
 from vlm_lit.model import VLM, calibrate_projector
-from vlm_lit.weights import load_weights, weights_of
+from vlm_lit.weights import load_weights, seeded, weights_of
 import tempfile
 from dataclasses import replace
 import matplotlib.pyplot as plt
@@ -144,6 +144,8 @@ def test_parts_begin_anew_and_the_rest_does_not():
     renew_parts(model, ALIGNED, seed=3)
     assert all(torch.equal(weight, once[name]) for name,weight in model.named_parameters()) and torch.equal(state, torch.get_rng_state())
     test_eq(renew_parts(model, ()), [])
+    with expect_fail(ConfigError, contains="vision_tower.embeddings cannot be made anew"): renew_parts(model, ("image_encoder.vision_tower.embeddings",))
+    with expect_fail(ConfigError, contains="mm_projector.0 cannot be made anew as a whole"): renew_parts(model, ("image_encoder.mm_projector.0.weight",))
     with expect_fail(ConfigError, contains="no weight begins with 'eyes'"): renew_parts(model, ("eyes",))
 
 def test_language_model_may_have_a_rate_of_its_own():

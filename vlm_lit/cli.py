@@ -81,7 +81,7 @@ def easy_vqa_dataset(
 ) -> LazySupervisedDataset: # Preloaded, pictures as bytes
     "A split of easy-VQA as the model wants it."
     captions, questions = (easy_vqa_records(split, stage) for stage in (1, 2))
-    records = {"captions": captions, "questions": questions, "balanced": balance_answers(questions) if data == "balanced" else [], "both": questions + 6*captions}[data]
+    records = {"captions": captions, "questions": questions, "balanced": balance_answers(questions), "both": questions + 6*captions}[data]
     return LazySupervisedDataset(records[:limit], processor.tokenizer, easy_vqa_folder(), blank_images=blind, uint8=True, template=processor.template, aspect=processor.aspect, image_size=processor.image_size, image_size_aux=processor.image_size_aux,
                                  image_grid=processor.image_grid, image_global=processor.image_global, mean=processor.image_mean, std=processor.image_std).preload()
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from .core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from .batches import DataCollatorForSupervisedDataset, StepBatchSampler
 from .model import VLM, calibrate_projector
-from .weights import load_weights, weights_of
+from .weights import load_weights, seeded, weights_of
 
 # %% ../nbs/11_training.ipynb #c006
 @dataclass(frozen=True)
@@ -104,19 +104,16 @@ def renew_parts(
     seed:int=0, # Of the new weights
 ) -> list[str]: # Names of the weights that are new
     "Forget what some parts have learned. Raises `ConfigError` for a beginning that fits none, and for a weight that no layer can make anew."
-    before = {name for name,_ in model.named_parameters() if name.startswith(tuple(renew))} if renew else set()
+    names = [name for name,_ in model.named_parameters() if name.startswith(tuple(renew))]
     for begin in renew:
-        if not any(name.startswith(begin) for name in before): raise ConfigError(f"no weight begins with {begin!r}, so nothing there can begin anew")
-    made = set()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for name,layer in model.named_modules():
-            own = {f"{name}.{weight}" for weight,_ in layer.named_parameters(recurse=False)}
-            if own and own <= before and hasattr(layer, "reset_parameters"):
-                layer.reset_parameters()
-                made |= own
-    if before - made: raise ConfigError(f"{sorted(before - made)[0]} cannot be made anew; leave its part out of renew")
-    return sorted(made)
+        if not any(name.startswith(begin) for name in names): raise ConfigError(f"no weight begins with {begin!r}, so nothing there can begin anew")
+    layers = {layer: model.get_submodule(layer) for layer in dict.fromkeys(name.rpartition(".")[0] for name in names)}
+    for name,layer in layers.items():
+        whole = all(f"{name}.{own}" in names for own,_ in layer.named_parameters(recurse=False))
+        if not whole or not hasattr(layer, "reset_parameters"): raise ConfigError(f"{name} cannot be made anew as a whole; name whole layers in renew, and leave this one out")
+    with seeded(seed):
+        for layer in layers.values(): layer.reset_parameters()
+    return names
 
 def make_optimizer(
     model:nn.Module, # Its frozen weights are left out
