@@ -25,9 +25,10 @@ from vlm_lit.images import grid_crops, make_square, sample_image, to_bytes
 from vlm_lit.vision import *
 
 def setup_module():
-    global CASES, LiveBytes, brightness_maps, clip_config, convnext_config, cost, example, fast, images, large, mining_in_loops, mining_in_windows, relative, results, same_weights, siglip_config, small, small_encoder, teach, to_windows, upsampled, wishes
+    global CASES, LiveBytes, benchmark_results, brightness_maps, clip_config, convnext_config, cost, example, fast, images, large, mining_in_loops, mining_in_windows, relative, results, same_weights, siglip_config, small, small_encoder, teach, to_windows, upsampled, wishes
     torch.set_printoptions(precision=3, sci_mode=False)
     disable_progress_bar()
+    benchmark_results = next(p for p in (Path("../benchmarks/results"), Path("benchmarks/results")) if p.is_dir())
     small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, image_size=32, patch_size=8)
     clip_config, siglip_config = CLIPVisionConfig(**small), SiglipVisionConfig(**small)
     convnext_config = ConvNextConfig(hidden_sizes=[8, 12, 16], depths=[1, 2, 1], num_stages=3, patch_size=2, layer_scale_init_value=1.0)
@@ -574,3 +575,10 @@ def test_encoder_compiles_without_a_graph_break():
     crops = grid_crops(largest, image_size=32, image_grid=2, image_global=True)
     for encoder,args in ((small_encoder(), (images, large)), (small_encoder(image_grid=2, image_global=True), (crops, largest))):
         with torch.no_grad(): test_close(torch.compile(encoder, fullgraph=True, backend="eager")(*args), encoder(*args), eps=1e-5)
+
+def test_mining_helps_in_the_kept_ablation():
+    ablation = json.loads((benchmark_results/"mining_ablation.json").read_text())
+    without, mined = ([run["accuracy"] for run in ablation["runs"] if run["arm"] == arm] for arm in ("without mining", "with mining"))
+    test_eq((len(without), len(mined), {run["steps"] for run in ablation["runs"]}), (3, 3, {300}))
+    assert sum(mined)/3 - sum(without)/3 > .135 and min(mined) - max(without) > .095           # "fourteen points", "ten points above the best without"
+    assert (sum(mined)/3 - sum(without)/3)/(1 - sum(without)/3) > .7                            # "three of four"
