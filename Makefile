@@ -38,6 +38,7 @@ bench: .venv/.made
 	$(BIN)/python benchmarks/easy_vqa.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/mining_ablation.py
+	$(BIN)/python benchmarks/frozen_prompt.py
 	$(BIN)/python benchmarks/easy_vqa.py --preset smol --blind
 	$(BIN)/python benchmarks/easy_vqa.py --preset smol
 

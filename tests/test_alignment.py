@@ -106,6 +106,12 @@ def test_kept_projector_answers_yes_and_no_by_habit():
     print(f"yes or no: {100*by_habit:.0f} % answered as the question alone suggests, {100*right:.0f} % right; what: {100*sum(a == p for a,p in what)/len(what):.0f} % right")
     assert by_habit > .9 and sum(a == p for a,p in what)/len(what) > .9
 
+def test_frozen_model_compares_with_examples_and_stumbles_over_negations():
+    trials = {(t["prompt"], t["questions"]): t for t in json.loads((results/"frozen_prompt.json").read_text())["trials"]}
+    positive, turns, both = (trials[key]["accuracy"] for key in (("examples", "positive"), ("turns", "positive"), ("examples", "all")))
+    test_eq({(t["seen"], t["held_out"]) for t in trials.values()}, {(960, 200)})
+    assert positive > .98 and .6 < turns < positive and .6 < both < .8                      # "every positive question", "more slowly", "not enough"
+
 def test_short_run_of_gemma_learns():
     short = json.loads((results/"easy_vqa_gemma3-270m.json").read_text())
     test_eq([stage["name"] for stage in short["config"]["stages"]], ["words", "align"])
