@@ -70,7 +70,7 @@ def trial(prompt, kind, steps, batch_size=16, learning_rate=3e-3, held_out=200):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=STEPS, help="of 16 questions, in each trial")
-    parser.add_argument("--only", type=int, help="one trial by its number, counted from 0; written only with --out")
+    parser.add_argument("--only", type=int, choices=range(len(TRIALS)), help="one trial by its number, counted from 0; written only with --out")
     parser.add_argument("--out", type=Path, help="where to write; the default run has its place")
     args = parser.parse_args()
     from vlm_lit.cli import machine_facts
