@@ -5,6 +5,7 @@
 No picture is involved: the words of the true caption stand where the projector's rows would, so that only the language
 model is in question. Beside them stand rows that are trained freely, the most that a projector could add. Questions are of
 the training split, yes and no alike, each about a colour or a shape; 200 are held out and asked at the end.
+Colours and shapes are few: a held-out question may have been seen with another picture of the same caption.
 """
 import argparse, json, random, sys, time
 from pathlib import Path
@@ -46,7 +47,7 @@ def trial(prompt, kind, steps, batch_size=16, learning_rate=3e-3, held_out=200):
     optimizer, questions, course, start = torch.optim.AdamW([free], lr=learning_rate, betas=(.9, .98), weight_decay=0), asked(kind), [], time.monotonic()
 
     def logits(own):
-        rows = [torch.cat([embed(ids(before)), free, embed(ids(f" {told}{between}{question}{after}".replace("  ", " ")))]) for question,_,told in own]
+        rows = [torch.cat([embed(ids(before)), free, embed(ids(f" {told}{between}{question}{after}"))]) for question,_,told in own]
         longest = max(map(len, rows))
         padded = torch.stack([F.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
         mask = torch.tensor([[0]*(longest - len(row)) + [1]*len(row) for row in rows])
