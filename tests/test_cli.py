@@ -13,7 +13,7 @@ from rich.console import Console
 from vlm_lit.core import ConfigError, DataError, progress_console
 from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.images import make_square, open_image, rows_per_image, sample_image, to_bytes
-from vlm_lit.dataset import CAPTION_QUESTION, LazySupervisedDataset, PreparedTexts, balance_answers, easy_vqa_folder, easy_vqa_questions, easy_vqa_records, llava_record, prepare_dataset
+from vlm_lit.dataset import CAPTION_QUESTION, LazySupervisedDataset, PreparedTexts, balance_answers, easy_vqa_folder, easy_vqa_questions, easy_vqa_records, llava_record, positive_questions, prepare_dataset
 from vlm_lit.model import VLM
 from vlm_lit.weights import build_model, channel_statistics, export_model, ids_in_use, load_model, load_preset, load_preset_tokenizer, preset_names, read_json, save_model, save_projector, write_json
 from vlm_lit.training import ALIGNED, Interrupted, TrainConfig, preset_stages, read_metrics, read_progress, train
@@ -68,15 +68,16 @@ def test_small_run_leaves_every_file():
 
 def test_every_kind_of_data_and_objective_trains():
     with TemporaryDirectory() as root:
-        kinds = [("words", "captions", "words"), ("mixed", "both", "answers"), ("fair", "balanced", "answers")]
+        kinds = [("words", "captions", "words"), ("mixed", "both", "answers"), ("fair", "balanced", "answers"), ("easy", "positive", "answers")]
         stages = tuple(replace(few[0], name=name, data=data, objective=objective) for name,data,objective in kinds)
         pretrain_run(Path(root)/"run", stages=stages, limit=40, console=quiet)
         rows = read_metrics(Path(root)/"run"/"metrics.jsonl")
-    test_eq([row["stage"] for row in rows], ["words"]*3 + ["mixed"]*3 + ["fair"]*3)
+    test_eq([row["stage"] for row in rows], ["words"]*3 + ["mixed"]*3 + ["fair"]*3 + ["easy"]*3)
     _, processor = easy_vqa_model(load_preset("tiny"))
-    records = {data: easy_vqa_dataset("test", data, processor, limit=None).records for data in ("captions", "questions", "both", "balanced")}
+    records = {data: easy_vqa_dataset("test", data, processor, limit=None).records for data in ("captions", "questions", "both", "balanced", "positive")}
     test_eq(len(records["both"]), len(records["questions"]) + 6*len(records["captions"]))
     test_eq([r["id"] for r in records["balanced"]], [r["id"] for r in balance_answers(easy_vqa_records("test", 2))])
+    test_eq([r["id"] for r in records["positive"]], [r["id"] for r in balance_answers(positive_questions(easy_vqa_records("test", 2)))])
 
 def test_blind_baseline_belongs_to_the_default_recipe():
     default = run_config("tiny", 5, False, tuple(replace(stage, seed=5) for stage in preset_stages(load_preset("tiny"))))

@@ -518,6 +518,15 @@ def test_balanced_questions_do_not_tell_their_answers():
     talk = llava_record("a", "x.png", "q", "yes"); talk["conversations"] *= 2
     with expect_fail(ConfigError, contains="record a has 4 turns"): balance_answers([talk])
 
+def test_positive_questions_turn_nothing_around():
+    positive = positive_questions(train)
+    asked = answers_by_question(positive)
+    print(len(positive), list(asked)[:4])
+    assert all(set(answers) == {"yes", "no"} for answers in asked.values()) and {r["id"] for r in positive} < {r["id"] for r in train}
+    left = {question for question,answers in answers_by_question(train).items() if set(answers) == {"yes", "no"}} - set(asked)
+    assert left and all({"not", "no"} & set(question.rstrip("?").split()) for question in left)                   # nothing else is left out
+    assert not any({"not", "no"} & set(question.rstrip("?").split()) for question in asked)
+
 def test_easy_vqa_item():
     item = LazySupervisedDataset(easy_vqa_records("train", 1), tok, image_folder=easy_vqa_folder(), image_size_aux=64, image_size=32)[0]
     test_eq(tok.decode([i for i in item["labels"].tolist() if i >= 0]), "a blue rectangle<end_of_turn>\n<eos>")

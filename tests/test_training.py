@@ -57,6 +57,8 @@ def test_stages_differ_in_values_only():
     with expect_fail(ConfigError, contains="learning_rate must be positive"): replace(PRETRAIN, learning_rate=0)
     with expect_fail(ConfigError, contains="data must be one of captions,"): replace(PRETRAIN, data="pictures")
     with expect_fail(ConfigError, contains="objective must be one of answers, words; got 'rows'"): replace(PRETRAIN, objective="rows")
+    for words in ("a red circle", "{answer}, {answer}"):
+        with expect_fail(ConfigError, contains="words must name the place of the answer once, as {answer}; got"): replace(PRETRAIN, words=words)
 
 def test_stages_of_tiny_are_written_once():
     test_eq(preset_stages(load_preset("tiny")), (PRETRAIN, FINETUNE))      # the preset's file and these values say the same
@@ -89,18 +91,27 @@ def test_bytes_are_mirrored_like_floats():
 def test_words_are_spread_over_the_rows():
     answer = tok("a blue rectangle").input_ids[1:]
     labels = torch.tensor([[IGNORE_INDEX, *answer, tok.eos_token_id], [IGNORE_INDEX, answer[0], tok.eos_token_id, IGNORE_INDEX, IGNORE_INDEX]])
-    test_eq(answer_words(labels, tok, 4).tolist(), [[answer[0], answer[0], answer[1], answer[2]], [answer[0]]*4])
-    test_eq(answer_words(labels, tok, 2).tolist(), [[answer[0], answer[1]], [answer[0]]*2])
+    test_eq(answer_words(labels, tok, 4)[0].tolist(), [[answer[0], answer[0], answer[1], answer[2]], [answer[0]]*4])
+    test_eq(answer_words(labels, tok, 2)[0].tolist(), [[answer[0], answer[1]], [answer[0]]*2])
+    assert answer_words(labels, tok, 4)[1].all()
+    ids, told = answer_words(labels, tok, 6, "yes\n{answer}.")
+    yes, line, stop = (tok(text, add_special_tokens=False).input_ids[0] for text in ("yes", "\n", "."))
+    test_eq(ids.tolist(), [[yes, line, *answer, stop], [yes, yes, line, answer[0], answer[0], stop]])
+    test_eq(told.int().tolist(), [[0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 1, 0]])
     with expect_fail(DataError, contains="sample 0 of the batch has an answer without a word"): answer_words(torch.tensor([[IGNORE_INDEX, tok.eos_token_id]]), tok, 4)
 
 def test_rows_go_to_the_words_and_the_language_model_stays_out():
     model, optimizer, batch = stage_one()
-    with torch.no_grad(): words = model.embed(answer_words(batch["labels"], tok, model.config.num_patches))
+    with torch.no_grad(): words = model.embed(answer_words(batch["labels"], tok, model.config.num_patches)[0])
     by_hand = (model.encode_images(batch["images"], batch["images_aux"], words) - words).pow(2).mean()/words.pow(2).mean()
     test_close(word_loss(model, batch, tok).item(), by_hand.item(), eps=1e-5)
     word_loss(model, batch, tok).backward()
     assert {name.split(".")[0] for name,weight in model.named_parameters() if weight.grad is not None} == {"image_encoder"}
     model.zero_grad()
+    ids, told = answer_words(batch["labels"], tok, model.config.num_patches, "yes {answer}")                      # the answer's rows, and the others a seventh
+    with torch.no_grad(): words, rows = model.embed(ids), model.encode_images(batch["images"], batch["images_aux"], words)
+    apart = [((rows - words).pow(2).mean(2)*own).sum() for own in (told, ~told)]
+    test_close(word_loss(model, batch, tok, "yes {answer}").item(), ((apart[0] + apart[1]/7)/(told.sum() + (~told).sum()/7)/words.pow(2).mean()).item(), eps=1e-5)
     twice = {**batch, "image_index": torch.arange(len(batch["input_ids"])).flip(0)}                               # which picture is whose
     assert not torch.equal(word_loss(model, twice, tok), word_loss(model, batch, tok))
     with expect_fail(DataError, contains="one picture in every sample"): word_loss(model, {**batch, "input_ids": batch["input_ids"].clamp(min=0)}, tok)

@@ -26,7 +26,7 @@ from .core import ConfigError, DataError, progress_console
 from .tokenizer import load_tokenizer
 
 from .images import make_square, open_image, rows_per_image, sample_image, to_bytes
-from .dataset import CAPTION_QUESTION, LazySupervisedDataset, PreparedTexts, balance_answers, easy_vqa_folder, easy_vqa_questions, easy_vqa_records, llava_record, prepare_dataset
+from .dataset import CAPTION_QUESTION, LazySupervisedDataset, PreparedTexts, balance_answers, easy_vqa_folder, easy_vqa_questions, easy_vqa_records, llava_record, positive_questions, prepare_dataset
 from .model import VLM
 from .weights import build_model, channel_statistics, export_model, ids_in_use, load_model, load_preset, load_preset_tokenizer, preset_names, read_json, save_model, save_projector, write_json
 from .training import ALIGNED, Interrupted, TrainConfig, preset_stages, read_metrics, read_progress, train
@@ -74,14 +74,14 @@ def machine_facts() -> tuple[str, dict[str,str]]: # A description, and versions
 # %% ../nbs/16_cli.ipynb #c009
 def easy_vqa_dataset(
     split:str, # "train" or "test"
-    data:str, # "captions", "questions", "balanced" (by `balance_answers`), or "both": questions, and every caption six times, which makes them a third
+    data:str, # "captions", "questions", "balanced" (by `balance_answers`), "positive" (of `positive_questions`, balanced), or "both": questions, and every caption six times, which makes them a third
     processor:VLMProcessor, # Tokenizer, template and geometry of the pictures
     blind:bool=False, # Black pictures
     limit:int|None=None, # Only the first so many records
 ) -> LazySupervisedDataset: # Preloaded, pictures as bytes
     "A split of easy-VQA as the model wants it."
     captions, questions = (easy_vqa_records(split, stage) for stage in (1, 2))
-    records = {"captions": captions, "questions": questions, "balanced": balance_answers(questions), "both": questions + 6*captions}[data]
+    records = {"captions": captions, "questions": questions, "balanced": balance_answers(questions), "positive": balance_answers(positive_questions(questions)), "both": questions + 6*captions}[data]
     return LazySupervisedDataset(records[:limit], processor.tokenizer, easy_vqa_folder(), blank_images=blind, uint8=True, template=processor.template, aspect=processor.aspect, image_size=processor.image_size, image_size_aux=processor.image_size_aux,
                                  image_grid=processor.image_grid, image_global=processor.image_global, mean=processor.image_mean, std=processor.image_std).preload()
 

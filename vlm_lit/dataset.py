@@ -12,7 +12,7 @@ __all__ = ['ROLES', 'BLOCK', 'MAX_RECORD', 'ROW', 'ROWS', 'INDEX_VERSION', 'RECO
            'encode_records', 'halve_until_right', 'LazySupervisedDataset', 'ArrayWriter', 'ArrayReader',
            'tokenizer_hash', 'prepared_from', 'is_prepared', 'changes', 'prepare_command', 'PreparedTexts',
            'one_thread', 'TextChunks', 'write_texts', 'prepare_dataset', 'easy_vqa_folder', 'told_by', 'caption',
-           'easy_vqa_questions', 'llava_record', 'easy_vqa_records', 'balance_answers']
+           'easy_vqa_questions', 'llava_record', 'easy_vqa_records', 'balance_answers', 'positive_questions']
 
 # %% ../nbs/07_dataset.ipynb #c002
 import codecs, hashlib, importlib.util, io, json, os, random, re, shlex, shutil, struct, subprocess, sys, tempfile, weakref
@@ -1053,3 +1053,10 @@ def balance_answers(
         least = min(map(len, answers.values()))
         kept += [n for own in answers.values() for n in draw.sample(own, least)]
     return [records[n] for n in sorted(kept)]
+
+def positive_questions(
+    records:list[dict], # One question and one answer each, as `easy_vqa_records` makes them
+) -> list[dict]: # Those that are kept, in their order
+    "Questions for yes or no that say neither *not* nor *no*."
+    asks = lambda question, answer: answer["value"] in ("yes", "no") and not {"not", "no"} & set(re.findall(r"\w+", question["value"].lower()))
+    return [record for record in records if asks(*record["conversations"])]
