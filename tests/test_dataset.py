@@ -519,6 +519,7 @@ def test_balanced_questions_do_not_tell_their_answers():
     with expect_fail(ConfigError, contains="record a has 4 turns"): balance_answers([talk])
 
 def test_positive_questions_turn_nothing_around():
+    train = easy_vqa_records("train", 2)
     positive = positive_questions(train)
     asked = answers_by_question(positive)
     print(len(positive), list(asked)[:4])
