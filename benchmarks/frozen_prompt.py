@@ -24,14 +24,14 @@ STEPS = 60
 
 def asked(kind, seed=0):
     "Questions (question, answer, caption), yes and no alike; `positive` leaves out those with a negation."
-    from vlm_lit.dataset import balance_answers, caption, easy_vqa_questions, easy_vqa_records
+    from vlm_lit.dataset import balance_answers, caption, easy_vqa_questions, easy_vqa_records, positive_questions
     by_picture = {}
     for question,answer,picture in easy_vqa_questions("train"): by_picture.setdefault(f"train/images/{picture}.png", []).append((question, answer))
-    out = []
-    for record in balance_answers(easy_vqa_records("train", 2), seed):
+    out, records = [], balance_answers(easy_vqa_records("train", 2), seed)
+    for record in positive_questions(records) if kind == "positive" else records:
         question, answer = record["conversations"][0]["value"].partition("\n")[0], record["conversations"][1]["value"]
-        told, negated = caption(by_picture[record["image"]]), {"not", "no"} & set(question.split())
-        if answer in ("yes", "no") and told and not (kind == "positive" and negated): out.append((question, answer, told))
+        told = caption(by_picture[record["image"]])
+        if answer in ("yes", "no") and told: out.append((question, answer, told))
     random.Random(seed).shuffle(out)
     return out
 

@@ -11,7 +11,7 @@ from vlm_lit.batches import DataCollatorForSupervisedDataset
 from vlm_lit.breakpoints import Breakpoint
 from vlm_lit.cli import easy_vqa_dataset, easy_vqa_model, recipe
 from vlm_lit.core import peek
-from vlm_lit.dataset import easy_vqa_folder, easy_vqa_questions
+from vlm_lit.dataset import easy_vqa_folder, easy_vqa_questions, is_negated
 from vlm_lit.evaluation import evaluate, format_table, question_prior
 from vlm_lit.images import open_image
 from vlm_lit.model import calibrate_projector
@@ -41,7 +41,7 @@ def setup_module():
         fig, axes = plt.subplots(1, len(shown), figsize=(11, 3.2))
         for ax,(name,own) in zip(axes, answers.items()):
             ax.imshow(open_image(name, easy_vqa_folder())); ax.axis("off")
-            ax.set_title("\n".join(f"{q}\n   {a[:34]}" for q,a in zip(questions, own)), fontsize=7, loc="left", parse_math=False)
+            ax.set_title("\n".join(f"{q}\n   {' '.join(a.split())[:34]}" for q,a in zip(questions, own)), fontsize=7, loc="left", parse_math=False)
         fig.tight_layout()
     collate = DataCollatorForSupervisedDataset(processor.tokenizer.pad_token_id, image_rows=model.config.num_patches)
     def nearest_words(model, dataset, numbers):
@@ -105,7 +105,7 @@ def test_kept_projector_compares_in_part_and_does_not_turn_around():
     prior = question_prior([(q, a) for q,a,_ in easy_vqa_questions("train")])
     kinds = {}
     for (question,answer,_),said in zip(easy_vqa_questions("test"), predictions):
-        kind = "what" if answer not in ("yes", "no") else "not, no" if {"not", "no"} & set(question.rstrip("?").split()) else "is there"
+        kind = "what" if answer not in ("yes", "no") else "not, no" if is_negated(question) else "is there"
         kinds.setdefault(kind, []).append((said == answer, said == prior[question], prior[question] == answer))
     right, by_habit, habit = ({kind: sum(own[n] for own in rows)/len(rows) for kind,rows in kinds.items()} for n in range(3))
     for kind,rows in kinds.items(): print(f"{kind:10}{len(rows):4} asked   right {100*right[kind]:3.0f} %   answered as habit would {100*by_habit[kind]:3.0f} %   habit itself is right {100*habit[kind]:3.0f} %")

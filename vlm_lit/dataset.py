@@ -11,8 +11,8 @@ __all__ = ['ROLES', 'BLOCK', 'MAX_RECORD', 'ROW', 'ROWS', 'INDEX_VERSION', 'RECO
            'Records', 'read_records', 'TooLong', 'expanded_length', 'cut_rounds', 'BadSamples', 'same', 'append_line',
            'encode_records', 'halve_until_right', 'LazySupervisedDataset', 'ArrayWriter', 'ArrayReader',
            'tokenizer_hash', 'prepared_from', 'is_prepared', 'changes', 'prepare_command', 'PreparedTexts',
-           'one_thread', 'TextChunks', 'write_texts', 'prepare_dataset', 'easy_vqa_folder', 'told_by', 'caption',
-           'easy_vqa_questions', 'llava_record', 'easy_vqa_records', 'balance_answers', 'positive_questions']
+           'one_thread', 'TextChunks', 'write_texts', 'prepare_dataset', 'easy_vqa_folder', 'is_negated', 'told_by',
+           'caption', 'easy_vqa_questions', 'llava_record', 'easy_vqa_records', 'balance_answers', 'positive_questions']
 
 # %% ../nbs/07_dataset.ipynb #c002
 import codecs, hashlib, importlib.util, io, json, os, random, re, shlex, shutil, struct, subprocess, sys, tempfile, weakref
@@ -991,6 +991,11 @@ def easy_vqa_folder() -> Path:
     if spec is None: raise ConfigError("the default data is the package easy-vqa, which is not installed: pip install 'vlm_lit[easy-vqa]', or give your own data")
     return Path(spec.origin).parent/"data"
 
+def is_negated(
+    question:str, # For yes or no
+) -> bool: # Whether it says *not* or *no*, so that its answer is turned around
+    return bool({"not", "no"} & set(re.findall(r"\w+", question.lower())))
+
 def told_by(
     question:str, # About one picture
     answer:str, # "yes", "no", a colour or a shape
@@ -999,7 +1004,7 @@ def told_by(
     words = set(re.findall(r"\w+", question.lower()))
     named = words & {*COLORS, *SHAPES}
     if answer not in ("yes", "no"): return named | {answer}      # "what is the blue shape?" tells blue
-    return named if (answer == "yes") != bool(words & {"no", "not"}) else set()
+    return named if (answer == "yes") != is_negated(question) else set()
 
 def caption(
     pairs:list[tuple[str,str]], # Questions and answers about one picture
@@ -1057,6 +1062,6 @@ def balance_answers(
 def positive_questions(
     records:list[dict], # One question and one answer each, as `easy_vqa_records` makes them
 ) -> list[dict]: # Those that are kept, in their order
-    "Questions for yes or no that say neither *not* nor *no*."
-    asks = lambda question, answer: answer["value"] in ("yes", "no") and not {"not", "no"} & set(re.findall(r"\w+", question["value"].lower()))
+    "Questions for yes or no that are not negated."
+    asks = lambda question, answer: answer["value"] in ("yes", "no") and not is_negated(question["value"])
     return [record for record in records if asks(*record["conversations"])]
