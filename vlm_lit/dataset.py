@@ -993,7 +993,8 @@ def easy_vqa_folder() -> Path:
 
 def is_negated(
     question:str, # For yes or no
-) -> bool: # Whether it says *not* or *no*, so that its answer is turned around
+) -> bool:
+    "Whether a question says *not* or *no*, so that its answer is turned around."
     return bool({"not", "no"} & set(re.findall(r"\w+", question.lower())))
 
 def told_by(
