@@ -8,8 +8,10 @@
 
 Other flags go to `vlm-lit pretrain`, such as --steps 200,0,0.
 """
-import argparse, json, shutil, subprocess, sys, tempfile
+import argparse, shutil, subprocess, sys, tempfile
 from pathlib import Path
+from vlm_lit.cli import blind_table
+from vlm_lit.weights import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, ASSETS = ROOT/"benchmarks/results", ROOT/"vlm_lit/assets"
@@ -29,10 +31,18 @@ def keep(folder, preset):
 
 def keep_blind(folder, preset):
     "Accuracy of the run on black pictures, with the command that measured it."
-    result = json.loads((folder/"result.json").read_text())
+    result = read_json(folder/"result.json")
     command = "python benchmarks/easy_vqa.py --blind" + ("" if preset == "tiny" else f" --preset {preset}")
     kept = {"command": command, **{k: result[k] for k in ("config", "test", "machine", "versions")}}
-    (ASSETS/("easy_vqa_blind.json" if preset == "tiny" else f"easy_vqa_blind_{preset}.json")).write_text(json.dumps(kept, indent=1) + "\n")
+    write_json(ASSETS/("easy_vqa_blind.json" if preset == "tiny" else f"easy_vqa_blind_{preset}.json"), kept)
+    path = RESULTS/f"easy_vqa_{preset}.json"
+    if path.exists(): write_json(path, with_blind(read_json(path)))
+
+def with_blind(result):
+    "A kept result with the row *blind* of its recipe, which may have been measured after it."
+    table = blind_table(result["config"])
+    result["baseline_tables"]["blind"], result["baselines"]["blind"] = table, table and table["accuracy"]
+    return result
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
