@@ -33,7 +33,7 @@ def keep_blind(folder, preset):
     "Accuracy of the run on black pictures, with the command that measured it."
     result = read_json(folder/"result.json")
     command = "python benchmarks/easy_vqa.py --blind" + ("" if preset == "tiny" else f" --preset {preset}")
-    kept = {"command": command, **{k: result[k] for k in ("config", "test", "machine", "versions")}}
+    kept = {"command": command, **{k: result[k] for k in ("config", "test", "stages", "machine", "versions")}}
     write_json(ASSETS/("easy_vqa_blind.json" if preset == "tiny" else f"easy_vqa_blind_{preset}.json"), kept)
     path = RESULTS/f"easy_vqa_{preset}.json"
     if path.exists(): write_json(path, with_blind(read_json(path)))

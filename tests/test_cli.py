@@ -48,7 +48,12 @@ def test_run_folder_is_made_once_and_compared_on_resume():
         open_run(folder, config, resume=False)
         with expect_fail(ConfigError, contains="already holds a run; go on with --resume"): open_run(folder, config, resume=False)
         open_run(folder, config, resume=True)
-        with expect_fail(ConfigError, contains="other settings (seed)"): open_run(folder, {**config, "seed": 1}, resume=True)
+        with expect_fail(ConfigError, contains="other settings: seed is 0, not 1. Go on with: vlm-lit pretrain --name a"): open_run(folder, {**config, "seed": 1}, resume=True)
+        shorter = run_config("tiny", 0, False, tuple(replace(stage, steps=7) for stage in preset_stages(load_preset("tiny"))))
+        with expect_fail(ConfigError, contains="captions.steps is 600, not 7; questions.steps is 600, not 7; test_questions is left out, not 20. Go"): open_run(folder, {**shorter, "test_questions": 20}, resume=True)
+        with expect_fail(ConfigError, contains="other settings: stages is captions, questions, not captions. Go"): open_run(folder, {**config, "stages": config["stages"][:1]}, resume=True)
+        with expect_fail(ConfigError, contains="to go on with; look at --name"): open_run(Path(root)/"none", config, resume=True)
+        assert not (Path(root)/"none").exists()
         (Path(root)/"b").mkdir()
         (Path(root)/"b"/"letters.txt").write_text("x")
         with expect_fail(ConfigError, contains="is not empty and holds no run"): open_run(Path(root)/"b", config, resume=False)
@@ -134,7 +139,7 @@ def test_prepare_writes_texts_once_and_says_what_was_left_out():
         test_eq(again.stdout, done.stdout)
         refused, allowed = run(f"prepare {bad} --out {folder}/bad --workers 1"), run(f"prepare {bad} --out {folder}/bad --workers 1 --allow-bad 0.2")
         print(refused.stderr.strip()[:90])
-        assert refused.exit_code == 2 and "record 9, turn 0" in refused.stderr and not refused.stdout
+        assert refused.exit_code == 2 and "record 9, turn 0" in refused.stderr and "vlm-lit audit" in refused.stderr and "--allow-bad" in refused.stderr and not refused.stdout
         assert allowed.exit_code == 0 and "1 left out, see" in allowed.stdout
 
 def test_settings_that_cannot_work_are_answered():
@@ -148,7 +153,8 @@ def test_settings_that_cannot_work_are_answered():
                  f"pretrain --runs {runs} --name new2 --steps 0,0": "leaves no stage", f"pretrain --runs {runs} --name new4 --steps 5": "the preset has 2 stages (captions, questions)",
                  f"pretrain --runs {runs} --name new6 --preset mgm-2b": "has no stages", f"pretrain --runs {runs} --name new3 --limit 0": "--limit must be",
                  f"pretrain --runs {runs} --name new5 --preset ./gone.json": "cannot read",
-                 "export nothing --to hf": "no run 'nothing'", "export nothing --to gguf": "--to must be hf or mgm", "generate nothing photo.png hi": "no run 'nothing'", "eval nothing": "no run 'nothing'", f"eval {runs}/old": "is not finished; go on with"}
+                 "export nothing --to hf": "no run 'nothing'", "export nothing --to gguf": "--to must be hf or mgm", "generate nothing photo.png hi": "no run 'nothing'", "eval nothing": "no run 'nothing'", f"eval {runs}/old": "is not finished; go on with",
+                 f"pretrain --runs {runs} --name odl --resume": "to go on with; look at --name", f"pretrain --runs {runs} --name old --steps 5,5 --resume": "captions.steps is 600, not 5"}
         for line,message in cases.items():
             out = run(line)
             assert out.exit_code == 2 and message in out.stderr and "Traceback" not in out.output, (line, out.output)
@@ -180,11 +186,16 @@ def test_commands_work_on_a_small_run():
         image = easy_vqa_folder()/"test/images/0.png"
         reply = run(f"generate {runs}/small {image} 'what color is the shape?'")
         test_eq(reply.exit_code, 0)
-        wrong = run(f"generate {runs}/small gone.png 'what color is the shape?'")
-        assert wrong.exit_code == 2 and "no image 'gone.png'" in wrong.stderr
+        for wrong,said in [("gone.png 'what color?'", "error: no image file 'gone.png'"), (f"{image} ' '", "error: the question is empty"), (f"{image} '<eos> what?'", "error: the text spells the control token '<eos>'; remove it, or pass --control-tokens escape")]:
+            out = run(f"generate {runs}/small {wrong}")
+            assert out.exit_code == 2 and out.stderr.startswith(said), (out.stderr, said)
+        fewer = run(f"eval {runs}/small --test-questions 10").output
+        test_eq([line.split()[-1] for line in fewer.splitlines()[1:]], ["10"]*3)              # the model, majority, question: of the same ten
         for to,wanted in [("hf", {"README.md", "config.json", "model.safetensors", "processor_config.json"}), ("mgm", {"config.json", "mm_projector.bin"})]:
             test_eq(run(f"export {runs}/small --to {to}").exit_code, 0)
             assert wanted <= {p.name for p in (Path(runs)/"small"/f"export-{to}").iterdir()}
+        assert table[0] in (Path(runs)/"small/export-hf/README.md").read_text()               # the card gives the result
+        assert "no run" in run(f"generate {runs}/small/export-hf {image} hi").stderr
         assert "is there already" in run(f"export {runs}/small --to mgm").stderr
         assert run(small).exit_code == 2                          # the folder holds a run now
         resumed = run(small + " --resume")                        # a finished run: trains nothing, tests again
@@ -201,7 +212,20 @@ def test_ctrl_c_saves_and_says_how_to_go_on():
             signal.raise_signal(signal.SIGINT)
         threading.Thread(target=press, daemon=True).start()
         out = run(line)
-        saved = read_progress(Path(runs)/"cut"/"checkpoint")
+        saved, told = read_progress(Path(runs)/"cut"/"checkpoint"), run(f"generate {runs}/cut {easy_vqa_folder()/'test/images/0.png'} hi").stderr
+        command = out.stderr.strip().splitlines()[-1].partition("go on with: vlm-lit ")[2]
     print(out.stderr.strip().splitlines()[-1].replace(runs, "runs"))
-    assert out.exit_code == 130 and "go on with: vlm-lit pretrain --name cut" in out.stderr and "--resume" in out.stderr
-    assert 0 < saved["step"] < 400
+    assert out.exit_code == 130 and 0 < saved["step"] < 400
+    test_eq(command, f"pretrain --name cut --runs {runs} --limit 30 --steps 400,2 --resume")
+    assert told.strip().endswith(command)                     # whoever asks too early is told the same
+
+def test_stopped_run_goes_on_with_the_command_that_is_shown():
+    from unittest.mock import patch
+    with TemporaryDirectory() as runs:
+        with patch("vlm_lit.cli.evaluate", side_effect=KeyboardInterrupt): out = run(f"pretrain --runs {runs} --name asked --steps 0,3 --limit 30 --seed 2 --test-questions 5 --blind")
+        command = out.stderr.strip().splitlines()[-1].partition("go on with: vlm-lit ")[2]
+        print(command.replace(runs, "runs"))
+        test_eq((out.exit_code, command), (130, f"pretrain --name asked --runs {runs} --seed 2 --limit 30 --steps 0,3 --test-questions 5 --blind --resume"))
+        done = run(command)
+        assert done.exit_code == 0 and "vlm-lit generate" in done.stdout, done.output
+        test_eq(run("--version").output.split()[0], "vlm-lit")

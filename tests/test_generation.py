@@ -10,7 +10,7 @@ from vlm_lit.templates import Segment
 from vlm_lit.sentinels import check_image_count, preprocess_multimodal
 from vlm_lit.labels import check_tokenizer, check_turns, generation_ids, preprocess
 from vlm_lit.images import make_square, on_white, open_image, to_bytes, turn_upright
-from vlm_lit.dataset import check_path, encode_records, image_names, read_record
+from vlm_lit.dataset import LazySupervisedDataset, check_path, encode_records, image_names, read_record
 from vlm_lit.batches import DataCollatorForSupervisedDataset
 from vlm_lit.model import VLM, VLMConfig
 import json, lzma, tempfile
@@ -19,7 +19,6 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerFast, TextStreamer
 from transformers.utils.logging import disable_progress_bar
 from vlm_lit.core import IGNORE_INDEX, DataError, peek
-from vlm_lit.dataset import LazySupervisedDataset
 from vlm_lit.images import sample_image
 from vlm_lit.model import VLM, VLMConfig, pad_left
 from vlm_lit.tokenizer import load_tokenizer
@@ -168,6 +167,8 @@ def test_processor_and_dataset_agree():
     for tokenizer,template,aspect in [(tok, "gemma", "pad"), (llama, "v1", "square"), (llama, "v1_mmtag", "square"), (qwen, "hf", "pad")]:
         ds = LazySupervisedDataset([record], tokenizer, image_folder=folder, template=template, image_size_aux=64, image_size=32, aspect=aspect, uint8=True)
         own = VLMProcessor(tokenizer, template, image_size=32, image_size_aux=64, aspect=aspect)
+        made = own.dataset([record], folder)[0]
+        for key,value in ds[0].items(): assert all(torch.equal(a, b) for a,b in zip(made[key], value, strict=True)), key      # as `dataset` makes it
         got = own(question, [folder/"a.png", folder/"b.png", folder/"a.png"])
         test_eq(got["input_ids"][0], ds[0]["input_ids"]); test_eq(got["labels"][0], ds[0]["labels"])
         test_eq(got["images_aux"][got["image_index"]], ds[0]["image_aux"])

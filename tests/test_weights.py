@@ -28,6 +28,7 @@ from vlm_lit.images import finish_images
 from vlm_lit.labels import preprocess
 from vlm_lit.sentinels import preprocess_multimodal
 from vlm_lit.vision import stage_maps, patch_features
+import transformers.modeling_gguf_pytorch_utils as conversion
 from vlm_lit.weights import *
 
 def setup_module():
@@ -44,6 +45,7 @@ def setup_module():
     FEW = dict(used_ids=(0, 1, 2, 3, 106, 107, 108, 1841), image_mean=(.5, .5, .5), image_std=(.2, .2, .2))
     SMOL = load_preset("smol")
     def tiny(seed=0, **overrides): return make_model(preset_config("tiny", **FEW, **overrides), seed)
+    conversion.tqdm = lambda tensors, **_: tensors
     TINY_TEXT = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=128)
     def write_gguf(model, path):
         "A Llama under llama.cpp's names, with a tokenizer of letters."
@@ -515,7 +517,8 @@ def test_model_comes_back_from_disk_bit_for_bit():
         test_eq(again.config.aux_stages, model.config.aux_stages)
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         test_eq(again.get_output_embeddings().weight is again.get_input_embeddings().weight, tied)
-        torch.testing.assert_close(picture_rows(again), picture_rows(model), atol=0, rtol=0)
+        rows, wanted = picture_rows(again), picture_rows(model)                  # weights are equal to the bit (above); sums depend on where in memory they lie
+        assert (rows - wanted).norm() < (1e-5 if model.dtype == torch.float32 else .02)*wanted.norm()
         if model.config.used_ids: assert torch.equal(again.id_table.rows, model.id_table.rows)
     with tempfile.TemporaryDirectory() as folder:
         save_model(MGM_2B, folder, max_shard_size="40KB")

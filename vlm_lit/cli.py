@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['app', 'SEED_RECORD', 'DataArgument', 'TemplateOption', 'TokenizerOption', 'PolicyOption', 'TagsOption',
-           'WorkersOption', 'run_config', 'open_run', 'machine_facts', 'easy_vqa_dataset', 'from_scratch',
-           'easy_vqa_model', 'recipe', 'blind_table', 'keep_answers', 'stage_totals', 'run_result', 'default_sample',
-           'fast_accelerator', 'pretrain_run', 'say', 'user_errors', 'shortened', 'load_run', 'find_run', 'walk',
-           'audit_data', 'prepare', 'pretrain', 'generate', 'evaluate_run', 'export', 'main']
+           'WorkersOption', 'run_config', 'settings', 'differences', 'resume_command', 'default_sample', 'open_run',
+           'machine_facts', 'easy_vqa_dataset', 'from_scratch', 'easy_vqa_model', 'recipe', 'blind_table',
+           'keep_answers', 'stage_totals', 'baselines_without_model', 'run_result', 'fast_accelerator', 'pretrain_run',
+           'show_version', 'common', 'say', 'user_errors', 'shortened', 'load_run', 'find_run', 'walk', 'audit_data',
+           'prepare', 'pretrain', 'generate', 'evaluate_run', 'add_result', 'export', 'main']
 
 # %% ../nbs/16_cli.ipynb #c002
 import os
@@ -35,7 +36,7 @@ from .evaluation import accuracy_table, evaluate, fixed_sample, format_table, ma
 from .audit import AuditSettings, audit
 from .reports import audit_lines, audit_page, plot_curves, plot_samples, walk_lines
 
-# %% ../nbs/16_cli.ipynb #c006
+# %% ../nbs/16_cli.ipynb #n000
 def run_config(
     preset:str, # Name of the model's preset
     seed:int, # Of weights and order
@@ -46,6 +47,40 @@ def run_config(
     "What identifies a run."
     return json.loads(json.dumps({"preset": preset, "seed": seed, "blind": blind, "data": "easy-vqa", "template": template, "stages": [asdict(s) for s in stages]}))
 
+def settings(
+    config:dict, # From `run_config`
+) -> dict: # "seed", "words.steps", ... -> value
+    "Every setting of a run under one name. A stage's seed is the run's."
+    own = {key: value for key,value in config.items() if key != "stages"} | {"stages": ", ".join(stage["name"] for stage in config["stages"])}
+    return own | {f"{stage['name']}.{key}": value for stage in config["stages"] for key,value in stage.items() if key not in ("name", "seed")}
+
+def differences(
+    old:dict, # Configuration of a run
+    new:dict, # Another
+) -> list[str]: # "words.steps is 120, not 220"
+    "What two configurations do not share; of a stage that one of them lacks, its name only."
+    a, b = settings(old), settings(new)
+    names = a.keys() & b.keys() | {key for key in a.keys() ^ b.keys() if "." not in key}
+    return [f"{key} is {a.get(key, 'left out')}, not {b.get(key, 'left out')}" for key in sorted(names) if a.get(key) != b.get(key)]
+
+def resume_command(
+    folder:Path, # Of a run
+) -> str:
+    "The command that goes on with a run, with every flag that its configuration asks for."
+    config = read_json(folder/"config.json")
+    preset = load_preset(config["preset"])
+    usual, own = preset_stages(preset), {stage["name"]: stage["steps"] for stage in config["stages"]}
+    line = lambda numbers: ",".join(map(str, numbers))
+    flags = [("--name", folder.name, None), ("--runs", str(folder.parent), "runs"), ("--preset", config["preset"], "tiny"), ("--seed", config["seed"], 0), ("--limit", config.get("limit"), None),
+             ("--steps", line(own.get(stage.name, 0) for stage in usual), line(stage.steps for stage in usual)), ("--test-questions", config.get("test_questions", 0), default_sample(preset) or 0)]
+    return " ".join(["vlm-lit pretrain", *(f"{flag} {shlex.quote(str(value))}" for flag,value,default in flags if value != default), *(["--blind"] if config["blind"] else []), "--resume"])
+
+def default_sample(
+    preset:dict, # From `load_preset`
+) -> int|None: # Test questions; None: all
+    "Pretrained parts are slow on a CPU: 1,200 questions. A small model, or a GPU, is asked everything."
+    return None if preset["from_data"] or torch.cuda.is_available() else 1200
+
 def open_run(
     folder:Path, # Of the run
     config:dict, # From `run_config`
@@ -54,13 +89,14 @@ def open_run(
     "Make the folder of a new run, or check that this is the run to go on with. Raises `ConfigError`."
     path = folder/"config.json"
     if not path.exists():
+        if resume: raise ConfigError(f"no run in {str(folder)!r} to go on with; look at --name and --runs, or leave out --resume to begin one")
         if folder.exists() and any(folder.iterdir()): raise ConfigError(f"folder {str(folder)!r} is not empty and holds no run; choose another --name or --runs")
         folder.mkdir(parents=True, exist_ok=True)
         return write_json(path, config)
     if not resume: raise ConfigError(f"folder {str(folder)!r} already holds a run; go on with --resume, or choose another --name")
-    old = read_json(path)
-    differs = sorted(k for k in old.keys() | config.keys() if old.get(k) != config.get(k))
-    if differs: raise ConfigError(f"the run in {str(folder)!r} was started with other settings ({', '.join(differs)}); give the same, or choose another --name")
+    if read_json(path) == config: return
+    differs = "; ".join(differences(read_json(path), config)) or "a stage's seed"
+    raise ConfigError(f"the run in {str(folder)!r} was started with other settings: {differs}. Go on with: {resume_command(folder)}, or choose another --name")
 
 def machine_facts() -> tuple[str, dict[str,str]]: # A description, and versions
     "What a number was measured on."
@@ -82,8 +118,7 @@ def easy_vqa_dataset(
     "A split of easy-VQA as the model wants it."
     captions, questions = (easy_vqa_records(split, stage) for stage in (1, 2))
     records = {"captions": captions, "questions": questions, "balanced": balance_answers(questions), "positive": balance_answers(positive_questions(questions)), "both": questions + 6*captions}[data]
-    return LazySupervisedDataset(records[:limit], processor.tokenizer, easy_vqa_folder(), blank_images=blind, uint8=True, template=processor.template, aspect=processor.aspect, image_size=processor.image_size, image_size_aux=processor.image_size_aux,
-                                 image_grid=processor.image_grid, image_global=processor.image_global, mean=processor.image_mean, std=processor.image_std).preload()
+    return processor.dataset(records[:limit], easy_vqa_folder(), blank_images=blind).preload()
 
 def from_scratch(
     tokenizer, # The preset's
@@ -147,6 +182,15 @@ def stage_totals(
     last = {row["stage"]: row for row in rows}
     return sum(row["seconds"] for row in last.values()), sum(row["samples"] for row in last.values())
 
+def baselines_without_model(
+    asked:list[int], # Which test questions
+) -> dict: # Tables "majority" and "question"
+    "What is right without a model: the most frequent answer of the training split, and the one that each question alone suggests."
+    trained = [(question, answer) for question,answer,_ in easy_vqa_questions("train")]
+    best, prior = majority_answer([answer for _,answer in trained]), question_prior(trained)
+    questions, answers = zip(*[easy_vqa_questions("test")[i][:2] for i in asked])
+    return {"majority": accuracy_table([best]*len(answers), answers), "question": accuracy_table([prior.get(question, best) for question in questions], answers)}
+
 def run_result(
     folder:Path, # Of the run
     test:dict, # Table of the trained model
@@ -155,21 +199,13 @@ def run_result(
     config:dict, # Of the run
 ) -> dict: # What is written to result.json
     "Accuracies, baselines, time, machine."
-    best, questions = majority_answer([a for _,a,_ in easy_vqa_questions("train")]), easy_vqa_questions("test")
-    answers, prior = [questions[i][1] for i in asked], question_prior([(q, a) for q,a,_ in easy_vqa_questions("train")])
-    baselines = {"majority": accuracy_table([best]*len(answers), answers), "question": accuracy_table([prior.get(questions[i][0], best) for i in asked], answers), "blind": blind_table(config), "untrained": tables["untrained"]}
+    baselines = {**baselines_without_model(asked), "blind": blind_table(config), "untrained": tables["untrained"]}
     rows = read_metrics(folder/"metrics.jsonl")
     seconds, samples = stage_totals(rows)
     machine, versions = machine_facts()
     stages = {name: {**table, "seconds": round(stage_totals([r for r in rows if r["stage"] == name])[0], 1)} for name,table in tables.items() if name != "untrained"}
     return {"test": test, "baselines": {name: table and table["accuracy"] for name,table in baselines.items()}, "baseline_tables": baselines, "stages": stages,
             "train_seconds": round(seconds, 1), "samples_per_second": round(samples/seconds, 1), "machine": machine, "versions": versions, "config": config}
-
-def default_sample(
-    preset:dict, # From `load_preset`
-) -> int|None: # Test questions; None: all
-    "Pretrained parts are slow on a CPU: 1,200 questions. A small model, or a GPU, is asked everything."
-    return None if preset["from_data"] or torch.cuda.is_available() else 1200
 
 def fast_accelerator() -> Accelerator:
     "accelerate's own configuration where there is one; else bfloat16 on a GPU that has it."
@@ -228,8 +264,19 @@ def pretrain_run(
     return result
 
 # %% ../nbs/16_cli.ipynb #c018
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
-                  help="Vision-language-model pretraining: look into the data path, train, ask.")
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+def show_version(
+    wanted:bool, # Whether it was asked for
+) -> None:
+    "Print the version, and end there."
+    if not wanted: return
+    typer.echo(f"vlm-lit {package_version('vlm_lit')}")
+    raise typer.Exit()
+
+@app.callback()
+def common(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=show_version)] = False):
+    "Vision-language-model pretraining: look into the data path, train, ask."
 
 def say(text:str) -> None:
     "A line on standard error."
@@ -237,7 +284,7 @@ def say(text:str) -> None:
 
 class user_errors:
     "Turns what a user can cause into one line and an exit code."
-    def __init__(self, go_on:str=""): self.go_on = go_on   # how an interrupted command goes on
+    def __init__(self, folder:Path|None=None): self.folder = folder   # of the run that an interrupted command leaves
 
     def __enter__(self):
         self.caught = warnings.catch_warnings()
@@ -247,10 +294,9 @@ class user_errors:
 
     def __exit__(self, kind, error, traceback):
         self.caught.__exit__(None, None, None)
-        if isinstance(error, (ConfigError, DataError)): say(f"error: {error}")
+        if isinstance(error, (ConfigError, DataError)): say(f"error: {error}".replace("control_tokens='escape'", "--control-tokens escape"))
         elif isinstance(error, OSError): say(f"error: {error.strerror or error}: {error.filename or ''}".rstrip(": "))
-        elif isinstance(error, Interrupted): say(f"{error}; go on with: {self.go_on}")
-        elif isinstance(error, KeyboardInterrupt): say("interrupted")
+        elif isinstance(error, (Interrupted, KeyboardInterrupt)): say((str(error) or "interrupted") + (f"; go on with: {resume_command(self.folder)}" if self.folder and (self.folder/"config.json").is_file() else ""))
         else: return False
         raise typer.Exit(130 if isinstance(error, (Interrupted, KeyboardInterrupt)) else 2)
 
@@ -259,7 +305,7 @@ def shortened(
     steps:str|None, # For each of them its steps, with commas between, 0 leaves it out; None: as they are
 ) -> tuple: # `TrainConfig`s
     "Stages with other numbers of steps. Raises `ConfigError` for numbers that are none, or not one for each stage."
-    if not stages: raise ConfigError("this preset names parts and has no stages; copy its file, write a recipe into `stages` and pass the path as --preset")
+    if not stages: raise ConfigError(f"this preset names parts and has no stages. Copy its file out of {files('vlm_lit').joinpath('assets', 'presets')}, write a recipe into `stages` (smol.json there has one) and pass the path of the copy as --preset")
     if steps is None: return stages
     numbers = [int(own) if own.strip().isdecimal() else -1 for own in steps.split(",")]
     if min(numbers) < 0 or len(numbers) != len(stages): raise ConfigError(f"--steps {steps!r}: the preset has {len(stages)} stages ({', '.join(stage.name for stage in stages)}); give a number for each, as in {','.join(str(stage.steps) for stage in stages)}")
@@ -274,12 +320,13 @@ def load_run(
 
 def find_run(
     run:str, # A folder, or the name of one under runs/
+    holds:str="model/config.json", # What it must have come to
 ) -> Path:
     "The folder of a finished run. Raises `ConfigError`."
-    for folder in (Path(run), Path("runs")/run):
-        if (folder/"model"/"config.json").is_file(): return folder
-    place = next((f for f in (Path(run), Path("runs")/run) if (f/"config.json").is_file()), None)
-    if place: raise ConfigError(f"the run in {str(place)!r} is not finished; go on with: vlm-lit pretrain --name {place.name} --runs {place.parent} --resume")
+    places = [folder for folder in (Path(run), Path("runs")/run) if (folder/"config.json").is_file() and "stages" in read_json(folder/"config.json")]
+    for folder in places:
+        if (folder/holds).is_file(): return folder
+    if places: raise ConfigError(f"the run in {str(places[0])!r} is not finished; go on with: {resume_command(places[0])}")
     raise ConfigError(f"no run {run!r}, neither as a folder nor under runs/; make one with: vlm-lit pretrain")
 
 # %% ../nbs/16_cli.ipynb #c020
@@ -288,7 +335,7 @@ SEED_RECORD = {"id": "seed", "image": "photo.png", "conversations": [{"from": "h
 
 @app.command()
 def walk(
-    data: Annotated[Optional[Path], typer.Argument(help="A LLaVA .json or .jsonl file. Left out: the example of the walk-through.")] = None,
+    data: Annotated[Optional[Path], typer.Argument(help="A LLaVA .json or .jsonl file, a .parquet file, or a folder of tables. Left out: the example of the walk-through.")] = None,
     index: Annotated[int, typer.Option(help="Which record, counted from 0.")] = 0,
     image_folder: Annotated[Optional[Path], typer.Option(help="Image paths are relative to it. Default: the folder of DATA.")] = None,
     template: Annotated[str, typer.Option(help="Conversation template.")] = "gemma",
@@ -296,7 +343,7 @@ def walk(
     control_tokens: Annotated[str, typer.Option(help="Control tokens in messages: refuse, escape or allow.")] = "refuse",
     aspect: Annotated[str, typer.Option(help="square (cut the middle out) or pad.")] = "square",
 ):
-    "Stop at every step of the data path for one record and show the values."
+    "Stop at every step of the data path and show the values."
     with user_errors(), TemporaryDirectory() as folder:
         if data is None:
             sample_image().save(Path(folder)/"photo.png")
@@ -330,7 +377,7 @@ def audit_data(
     html: Annotated[Optional[Path], typer.Option(help="Also write the report as a page.")] = None,
     as_json: Annotated[bool, typer.Option("--json/--no-json", help="Print the report as JSON.")] = False,
 ):
-    "Look at every record of a data set and say what is wrong with it."
+    "Look at every record and say what is wrong with the data."
     with user_errors():
         if html is not None and not html.parent.is_dir(): raise ConfigError(f"no folder {str(html.parent)!r} for --html")
         settings = AuditSettings(template, control_tokens, image_tags, image_folder, decode_images, max_length, image_rows, batch_size, examples)
@@ -353,10 +400,11 @@ def prepare(
     allow_bad: Annotated[float, typer.Option(help="Share of records that may be left out, 0 to 1; they are listed in bad_samples.jsonl.", min=0, max=1)] = 0.0,
     workers: WorkersOption = min(os.cpu_count() or 1, 8),
 ):
-    "Tokenize every record of a data set once and keep ids, labels and lengths."
+    "Tokenize every record once; keep ids, labels and lengths."
     with user_errors():
         dataset = LazySupervisedDataset(data, load_tokenizer(tokenizer), None, template, control_tokens=control_tokens, image_tags=image_tags)
-        folder = prepare_dataset(dataset, out, allow_bad, max(workers, 1))
+        try: folder = prepare_dataset(dataset, out, allow_bad, max(workers, 1))
+        except DataError as error: raise DataError(f"{error}. All that is wrong is listed by: vlm-lit audit {shlex.quote(str(data))}; bad records are left out with --allow-bad and their share") from error
         texts = PreparedTexts(folder, dataset)
         lengths = texts.lengths(rows_per_image())
         n_bad = int((lengths == 0).sum())
@@ -377,15 +425,13 @@ def pretrain(
     test_questions: Annotated[Optional[int], typer.Option(help="Ask a fixed sample of so many test questions; 0 for all. Left out: all; with pretrained parts on a CPU 1,200.", min=0)] = None,
 ):
     "Train a model on easy-vqa, stage by stage; then test it."
-    go_on = f"vlm-lit pretrain --name {shlex.quote(name)} --runs {shlex.quote(str(runs))} --resume" + "".join(f" {flag} {value}" for flag,value,default in [
-        ("--preset", shlex.quote(preset), "tiny"), ("--seed", seed, 0), ("--steps", steps, None), ("--limit", limit, None), ("--test-questions", test_questions, None)] if value != default) + (" --blind" if blind else "")
-    with user_errors(go_on):
+    with user_errors(runs/name):
         if limit is not None and limit < 1: raise ConfigError(f"--limit must be at least 1, got {limit}")
         stages = shortened(preset_stages(load_preset(preset)), steps)
         result = pretrain_run(runs/name, preset, seed, stages, blind, resume, limit, test_questions)
         typer.echo(format_table(result))
         typer.echo(f"trained in {result['train_seconds']:.0f} s, {result['samples_per_second']:.0f} samples a second; everything is in {runs/name}")
-        typer.echo(f'ask it something: vlm-lit generate {runs/name} IMAGE "what color is the shape?"')
+        typer.echo(f'ask it something: vlm-lit generate {shlex.quote(str(runs/name))} {shlex.quote(str(easy_vqa_folder()/"test/images/0.png"))} "what color is the shape?"')
 
 @app.command()
 def generate(
@@ -397,10 +443,14 @@ def generate(
 ):
     "Answer one question about one image."
     with user_errors():
-        model, processor = load_run(find_run(run))
+        folder = find_run(run)
+        if not image.is_file(): raise ConfigError(f"no image file {str(image)!r}")
+        if not question.strip(): raise ConfigError("the question is empty")
+        model, processor = load_run(folder)
         model.to(fast_accelerator().device)
         image = image.resolve()                         # the user's own choice, so a link may lead anywhere
-        typer.echo(answer(model, open_image(image.name, image.parent), question, processor.tokenizer, processor.template, max_new_tokens=max_new_tokens, control_tokens=control_tokens))
+        try: typer.echo(answer(model, open_image(image.name, image.parent), question, processor.tokenizer, processor.template, max_new_tokens=max_new_tokens, control_tokens=control_tokens))
+        except DataError as error: raise DataError(error.message) from error     # one question, and no record to name
 
 @app.command(name="eval")
 def evaluate_run(
@@ -409,14 +459,24 @@ def evaluate_run(
 ):
     "Ask a run's model the test questions and print the table again."
     with user_errors():
-        folder = find_run(run)
-        result = read_json(folder/"result.json") if (folder/"result.json").is_file() else None
-        if result is None: raise ConfigError(f"the run in {str(folder)!r} is not finished; go on with: vlm-lit pretrain --name {folder.name} --runs {folder.parent} --resume")
+        folder = find_run(run, "result.json")
+        result = read_json(folder/"result.json")
         (model, processor), config = load_run(folder), result["config"]
         model.to(fast_accelerator().device)
         test = easy_vqa_dataset("test", "questions", processor, config["blind"], config.get("limit"))
         sample = (config.get("test_questions") if test_questions is None else test_questions) or None
-        typer.echo(format_table({**result, "test": evaluate(model, test, sample=sample)[0]}))
+        asked = fixed_sample(len(test), sample)
+        kept = {name: table for name,table in result["baseline_tables"].items() if table and table["n"] == len(asked)}     # measured on these questions
+        typer.echo(format_table({"test": evaluate(model, test, sample=sample)[0], "baseline_tables": {**baselines_without_model(asked), **kept}}))
+
+def add_result(
+    card:Path, # README.md of a model folder
+    result:dict, # result.json of the run that made the model
+) -> None:
+    "Add to a model card what the model was trained and tested on, and with which result."
+    steps = ", ".join(f"{stage['name']} {stage['steps']}" for stage in result["config"]["stages"])
+    lines = ["", "## Training and test", "", f"Trained on easy-VQA with vlm_lit's preset `{Path(result['config']['preset']).stem}` (steps: {steps}), in {result['train_seconds']:.0f} s on {result['machine']}.", "", "```", format_table(result), "```", ""]
+    card.write_text(card.read_text(encoding="utf-8") + "\n".join(lines), encoding="utf-8")
 
 @app.command()
 def export(
@@ -432,7 +492,9 @@ def export(
         if out.exists() and (not out.is_dir() or any(out.iterdir())): raise ConfigError(f"{str(out)!r} is there already and not an empty folder; choose another --out")
         model, processor = load_run(folder)
         export_model(model, out, to)
-        if to == "hf": processor.save_pretrained(out)
+        if to == "hf":
+            processor.save_pretrained(out)
+            if (folder/"result.json").is_file(): add_result(out/"README.md", read_json(folder/"result.json"))
         for path in sorted(out.iterdir()): typer.echo(f"{path.stat().st_size:>12,}  {path}")
 
 def main():

@@ -19,7 +19,7 @@ from .templates import Segment
 from .sentinels import check_image_count, preprocess_multimodal
 from .labels import check_tokenizer, check_turns, generation_ids, preprocess
 from .images import make_square, on_white, open_image, to_bytes, turn_upright
-from .dataset import check_path, encode_records, image_names, read_record
+from .dataset import LazySupervisedDataset, check_path, encode_records, image_names, read_record
 from .batches import DataCollatorForSupervisedDataset
 from .model import VLM, VLMConfig
 
@@ -205,6 +205,15 @@ class VLMProcessor(ProcessorMixin):
         "A processor whose pictures are those the model expects."
         own = {name: getattr(config, name) for name in ("image_size", "image_size_aux", "image_grid", "image_global", "image_mean", "image_std")}
         return cls(tokenizer, template, **{**own, **changes})
+
+    def dataset(self,
+        data, # What `LazySupervisedDataset` reads: a file, a folder of tables, or a list of records
+        image_folder:str|Path|None=None, # Likewise
+        **changes, # Other arguments of it
+    ) -> LazySupervisedDataset:
+        "Records to train this processor's model on: with its tokenizer, its template and its pictures."
+        own = {name: getattr(self, name) for name in ("template", "aspect", "control_tokens", "image_size", "image_size_aux", "image_grid", "image_global")}
+        return LazySupervisedDataset(data, self.tokenizer, image_folder, **{**own, "mean": self.image_mean, "std": self.image_std, "uint8": True, **changes})
 
     def pixels(self,
         picture, # As in `read_picture`
