@@ -1,6 +1,6 @@
 """Can a frozen language model compare a question with a picture? SmolLM2, with captions in the place of pictures.
 
-    python benchmarks/frozen_prompt.py     -> benchmarks/results/frozen_prompt.json; a quarter of an hour on two cores
+    python benchmarks/frozen_prompt.py     -> benchmarks/results/frozen_prompt.json; twenty minutes on two cores
 
 No picture is involved: the words of the true caption stand where the projector's rows would, so that only the language
 model is in question. Beside them stand rows that are trained freely, the most that a projector could add. Questions are of
@@ -18,8 +18,9 @@ EXAMPLES = "a red circle. is there a circle? yes\na blue triangle. is there a re
 INSTRUCTION = " Answer yes if the word in the question was named before, and no if not"
 # (text before the free rows, text whose embeddings the free rows begin as, text after the caption, text after the question, answers)
 PROMPTS = {"turns": ("<|im_start|>user\n", INSTRUCTION, "\n", "<|im_end|>\n<|im_start|>assistant\n", ("yes", "no")),
+           "turns, longer": ("<|im_start|>user\n", 3*INSTRUCTION, "\n", "<|im_end|>\n<|im_start|>assistant\n", ("yes", "no")),
            "examples": ("", EXAMPLES, ". ", "", (" yes", " no"))}
-TRIALS = [("turns", "positive"), ("examples", "positive"), ("examples", "all")]
+TRIALS = [("turns", "positive"), ("turns, longer", "positive"), ("examples", "positive"), ("examples", "all")]
 STEPS = 60
 
 def asked(kind, seed=0):
@@ -76,7 +77,7 @@ def main():
     args = parser.parse_args()
     from vlm_lit.cli import machine_facts
     trials = [trial(*own, args.steps) for own in (TRIALS if args.only is None else [TRIALS[args.only]])]
-    for own in trials: print(f"{own['prompt']:10} {own['questions']:10} {own['free_rows']:3} free rows  {own['accuracy']:.1%} of {own['held_out']} after {own['seen']:,}")
+    for own in trials: print(f"{own['prompt']:14} {own['questions']:10} {own['free_rows']:3} free rows  {own['accuracy']:.1%} of {own['held_out']} after {own['seen']:,}")
     target = args.out or (RESULT if args.steps == STEPS and args.only is None else None)
     machine, versions = machine_facts()
     if target: target.write_text(json.dumps({"command": " ".join(["python benchmarks/frozen_prompt.py", *sys.argv[1:]]), "machine": machine, "versions": versions, "trials": trials}, indent=1) + "\n", encoding="utf-8")

@@ -222,7 +222,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on():
 def test_stopped_run_goes_on_with_the_command_that_is_shown():
     from unittest.mock import patch
     with TemporaryDirectory() as runs:
-        with patch("vlm_lit.cli.evaluate", side_effect=KeyboardInterrupt): out = run(f"pretrain --runs {runs} --name asked --steps 0,3 --limit 30 --seed 2 --test-questions 5 --blind")
+        with patch(f"{pretrain_run.__module__}.evaluate", side_effect=KeyboardInterrupt): out = run(f"pretrain --runs {runs} --name asked --steps 0,3 --limit 30 --seed 2 --test-questions 5 --blind")
         command = out.stderr.strip().splitlines()[-1].partition("go on with: vlm-lit ")[2]
         print(command.replace(runs, "runs"))
         test_eq((out.exit_code, command), (130, f"pretrain --name asked --runs {runs} --seed 2 --limit 30 --steps 0,3 --test-questions 5 --blind --resume"))
