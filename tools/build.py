@@ -102,11 +102,12 @@ def write_tests():
     for name,text in derived().items(): (TESTS/name).write_text(text, encoding="utf-8")
 
 def readme():
-    "nbs/index.ipynb as Markdown: hidden cells left out, links to notebooks made relative to the root."
+    "nbs/index.ipynb as Markdown: hidden cells and what stands on standard error left out, links to notebooks made relative to the root."
     import nbformat
     from nbconvert import MarkdownExporter
     nb = nbformat.read(NBS/"index.ipynb", as_version=4)
     nb.cells = [c for c in nb.cells if not c.source.startswith("#| hide")]
+    for cell in nb.cells: cell.update({"outputs": [o for o in cell.outputs if o.get("name") != "stderr"]} if cell.cell_type == "code" else {})
     text = MarkdownExporter().from_notebook_node(nb)[0]
     return re.sub(r"\]\((\w+\.ipynb)\)", r"](nbs/\1)", text).replace("](../", "](").strip() + "\n"
 

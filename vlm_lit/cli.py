@@ -36,7 +36,7 @@ from .evaluation import accuracy_table, evaluate, fixed_sample, format_table, ma
 from .audit import AuditSettings, audit
 from .reports import audit_lines, audit_page, plot_curves, plot_samples, walk_lines
 
-# %% ../nbs/16_cli.ipynb #n000
+# %% ../nbs/16_cli.ipynb #c006
 def run_config(
     preset:str, # Name of the model's preset
     seed:int, # Of weights and order
