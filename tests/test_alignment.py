@@ -106,10 +106,10 @@ def test_kept_run_of_smol_reads_pictures():
     assert min(align["color"], align["shape"]) > .9
     second = json.loads((results/"easy_vqa_smol_seed1.json").read_text())
     test_eq((second["config"]["seed"], recipe(second["config"])), (1, recipe(run["config"])))
-    assert .87 < second["stages"]["align"]["accuracy"] < .9 < .97 < second["test"]["accuracy"]                    # "misses the first mark by a point and a half"
     longer = json.loads((results/"easy_vqa_smol_seed1_longer.json").read_text())
     test_eq([(stage["name"], stage["steps"]) for stage in longer["config"]["stages"]], [("words", 220), ("compare", 300), ("align", 300)])
-    assert longer["test"]["accuracy"] > .92 and longer["train_seconds"] < 20*60 and longer["test"]["n"] == 1200      # "passed by two and a half points"
+    test_eq([round(100*table["accuracy"], 1) for table in (second["stages"]["align"], second["test"], longer["test"])], [88.5, 97.8, 92.5])      # "misses the first mark by a point and a half"; README and CHANGELOG have these as well
+    assert longer["train_seconds"] < 20*60 and longer["test"]["n"] == 1200
     assert second["train_seconds"] < .55*run["train_seconds"]                                                    # "half of them"
     blind = json.loads(files("vlm_lit").joinpath("assets", "easy_vqa_blind_smol.json").read_text())
     test_eq((blind["test"], blind["stages"]["align"]["yes_no"]), (run["baseline_tables"]["blind"], prior["yes_no"]))      # "as often as those of the row *question*"

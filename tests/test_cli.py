@@ -227,5 +227,7 @@ def test_stopped_run_goes_on_with_the_command_that_is_shown():
         print(command.replace(runs, "runs"))
         test_eq((out.exit_code, command), (130, f"pretrain --name asked --runs {runs} --seed 2 --limit 30 --steps 0,3 --test-questions 5 --blind --resume"))
         done = run(command)
+        test_eq(run(f"export {runs}/asked --to hf").exit_code, 0)
+        assert "with black pictures" in (Path(runs)/"asked/export-hf/README.md").read_text()
         assert done.exit_code == 0 and "vlm-lit generate" in done.stdout, done.output
         test_eq(run("--version").output.split()[0], "vlm-lit")

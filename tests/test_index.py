@@ -2,9 +2,11 @@
 import json, tempfile
 from pathlib import Path
 from fastcore.test import test_eq
+from transformers.utils.logging import disable_progress_bar
 
 def setup_module():
     global results
+    disable_progress_bar()
     results = next(p for p in (Path("../benchmarks/results"), Path("benchmarks/results")) if p.is_dir())
 
 def test_ten_lines_of_the_readme():

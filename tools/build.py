@@ -107,7 +107,8 @@ def readme():
     from nbconvert import MarkdownExporter
     nb = nbformat.read(NBS/"index.ipynb", as_version=4)
     nb.cells = [c for c in nb.cells if not c.source.startswith("#| hide")]
-    for cell in nb.cells: cell.update({"outputs": [o for o in cell.outputs if o.get("name") != "stderr"]} if cell.cell_type == "code" else {})
+    for cell in nb.cells:
+        if cell.cell_type == "code": cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
     text = MarkdownExporter().from_notebook_node(nb)[0]
     return re.sub(r"\]\((\w+\.ipynb)\)", r"](nbs/\1)", text).replace("](../", "](").strip() + "\n"
 

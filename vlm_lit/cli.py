@@ -50,9 +50,9 @@ def run_config(
 def settings(
     config:dict, # From `run_config`
 ) -> dict: # "seed", "words.steps", ... -> value
-    "Every setting of a run under one name. A stage's seed is the run's."
+    "Every setting of a run under one name."
     own = {key: value for key,value in config.items() if key != "stages"} | {"stages": ", ".join(stage["name"] for stage in config["stages"])}
-    return own | {f"{stage['name']}.{key}": value for stage in config["stages"] for key,value in stage.items() if key not in ("name", "seed")}
+    return own | {f"{stage['name']}.{key}": value for stage in config["stages"] for key,value in stage.items() if key != "name"}
 
 def differences(
     old:dict, # Configuration of a run
@@ -94,9 +94,8 @@ def open_run(
         folder.mkdir(parents=True, exist_ok=True)
         return write_json(path, config)
     if not resume: raise ConfigError(f"folder {str(folder)!r} already holds a run; go on with --resume, or choose another --name")
-    if read_json(path) == config: return
-    differs = "; ".join(differences(read_json(path), config)) or "a stage's seed"
-    raise ConfigError(f"the run in {str(folder)!r} was started with other settings: {differs}. Go on with: {resume_command(folder)}, or choose another --name")
+    differs = differences(read_json(path), config)
+    if differs: raise ConfigError(f"the run in {str(folder)!r} was started with other settings: {'; '.join(differs)}. Go on with: {resume_command(folder)}, or choose another --name")
 
 def machine_facts() -> tuple[str, dict[str,str]]: # A description, and versions
     "What a number was measured on."
@@ -475,7 +474,8 @@ def add_result(
 ) -> None:
     "Add to a model card what the model was trained and tested on, and with which result."
     steps = ", ".join(f"{stage['name']} {stage['steps']}" for stage in result["config"]["stages"])
-    lines = ["", "## Training and test", "", f"Trained on easy-VQA with vlm_lit's preset `{Path(result['config']['preset']).stem}` (steps: {steps}), in {result['train_seconds']:.0f} s on {result['machine']}.", "", "```", format_table(result), "```", ""]
+    data = "easy-VQA's questions with black pictures" if result["config"]["blind"] else "easy-VQA"
+    lines = ["", "## Training and test", "", f"Trained on {data} with vlm_lit's preset `{Path(result['config']['preset']).stem}` (steps: {steps}), in {result['train_seconds']:.0f} s on {result['machine']}.", "", "```", format_table(result), "```", ""]
     card.write_text(card.read_text(encoding="utf-8") + "\n".join(lines), encoding="utf-8")
 
 @app.command()
