@@ -24,13 +24,13 @@ def test_notebooks_import_only_earlier_modules():
     earlier = set()
     for nb in numbered():
         code = "\n".join(build.code_cells(nb))
-        later = set(re.findall(r"^\s*from vlm_lit\.(\w+) import", code, re.M)) - earlier
+        later = set(re.findall(r"^\s*from vlm_lit\.([\w.]+) import", code, re.M)) - earlier
         assert not later, f"{nb.name} reaches forward to {sorted(later)}"
-        earlier.add(re.search(r"#\|\s*default_exp (\w+)", code)[1])
+        earlier.add(re.search(r"#\|\s*default_exp ([\w.]+)", code)[1])
     assert {"core", "breakpoints", "labels", "model", "training", "cli"} <= earlier
 
 def test_package_imports_no_development_tools():
-    for path in (ROOT/"vlm_lit").glob("*.py"):
+    for path in (ROOT/"vlm_lit").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {n.split(".")[0] for n in names} & {"nbdev", "fastcore", "torchvision", "pytest", "hypothesis", "pickle"}, f"{path.name}: {names}"
@@ -44,7 +44,7 @@ def test_notebooks_narrate_and_test():
         assert any("test" in build.directives(c) for c in code), f"{nb.name} has no test"
 
 def test_every_public_function_has_a_docstring():
-    for path in (ROOT/"vlm_lit").glob("*.py"):
+    for path in (ROOT/"vlm_lit").rglob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)): assert ast.get_docstring(node), f"{path.name}: {node.name}"
 
@@ -53,7 +53,7 @@ def test_requirements_are_imported_and_imports_required():
     config.read(ROOT/"settings.ini")
     required = {re.split(r"[<>=]", r)[0] for r in config["DEFAULT"]["requirements"].split()}
     imported = set()
-    for path in (ROOT/"vlm_lit").glob("*.py"):
+    for path in (ROOT/"vlm_lit").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import): imported |= {a.name.split(".")[0] for a in node.names}
             if isinstance(node, ast.ImportFrom) and node.module and not node.level: imported.add(node.module.split(".")[0])

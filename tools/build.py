@@ -7,14 +7,14 @@
     python tools/build.py all                the four, in order
 
 A notebook cell that begins `#| test some_name` becomes the pytest test `test_some_name`; one that begins `#| test_setup`
-runs once before the tests of its module. What a test uses must come from the module, its imports, or a set-up cell.
+runs once before the tests of its module. `#| default_exp train.trainer` makes `vlm_lit/train/trainer.py` and `tests/test_train_trainer.py`. What a test uses must come from the module, its imports, or a set-up cell.
 """
 import argparse, ast, json, os, re, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, TESTS = ROOT/"nbs", ROOT/"tests"
-ORDER = ["[0-9]*.ipynb", "walkthrough.ipynb", "alignment.ipynb", "index.ipynb"]
+ORDER = ["[0-9]*.ipynb", "walkthrough.ipynb", "own_data.ipynb", "alignment.ipynb", "index.ipynb"]
 
 
 def notebooks(names=()):
@@ -79,7 +79,7 @@ def derive(path):
         out += ["def setup_module():", f"    global {', '.join(bound_names(setup))}" if bound_names(setup) else "", indent(setup), ""]
     for name,source in tests: out += ["", f"def test_{name}():", indent(source)]
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(out)) + "\n"
-    return f"test_{module or path.stem}.py", text
+    return f"test_{(module or path.stem).replace('.', '_')}.py", text
 
 def derived():
     "All derived test modules: `{file name: text}`."

@@ -17,15 +17,15 @@ def sh(*args, **kwargs):
 
 def changed(folder, pattern, make):
     "Names of files that differ after `make` has been run; the files are put back."
-    before = {p: p.read_bytes() for p in folder.glob(pattern)}
+    before = {p: p.read_bytes() for p in folder.rglob(pattern)}
     make()
-    after = {p: p.read_bytes() for p in folder.glob(pattern)}
+    after = {p: p.read_bytes() for p in folder.rglob(pattern)}
     for path in after.keys() - before.keys(): path.unlink()
     for path,data in before.items(): path.write_bytes(data)
-    return sorted(p.name for p in before.keys() | after.keys() if before.get(p) != after.get(p))
+    return sorted(str(p.relative_to(folder)) for p in before.keys() | after.keys() if before.get(p) != after.get(p))
 
 def check_export():
-    "vlm_lit/*.py is what the notebooks export."
+    "vlm_lit/**/*.py is what the notebooks export."
     stale = changed(build.ROOT/"vlm_lit", "*.py", build.export)
     return f"stale, run `make notebooks`: {stale}" if stale else ""
 
