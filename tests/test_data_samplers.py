@@ -62,6 +62,10 @@ def test_grouped_steps_have_one_modality_and_little_padding():
     padding = 1 - lengths[np.concatenate(steps)].sum()/sum(16*lengths[step].max() for step in steps)
     assert mixed <= 2 and padding < 0.05, (mixed, padding)
 
+def test_padding_of_two_batches():
+    assert padding_ratio([[4, 4], [4, 4]]) == 0 and padding_ratio([]) == 0
+    assert abs(padding_ratio([[1, 4], [3]]) - (1 - 8/11)) < 1e-9      # 3 of 8 + 3 positions
+
 def test_packing_pads_least():
     rng = np.random.default_rng(0)
     n = 2000
