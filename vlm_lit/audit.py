@@ -22,7 +22,7 @@ from .templates import Segment
 from .sentinels import check_image_count
 from .labels import check_policy, check_tokenizer, check_turns, control_pattern, first_turn
 from .images import open_image, rows_per_image, safe_path
-from .dataset import Records, encode_records, halve_until_right, image_names, one_thread, read_record
+from .dataset import Records, encode_records, bisect_failures, image_names, one_thread, read_record
 from .batches import GroupedBatchSampler, padding_waste
 
 # %% ../nbs/14_audit.ipynb #c007
@@ -159,7 +159,7 @@ def inspect_chunk(
     encode = lambda some: encode_records([record for _,record in some], tokenizer, settings.template, settings.control_tokens, settings.image_tags)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                     # greetings and empty answers are findings of their own
-        encoded = halve_until_right(standing, encode)
+        encoded = bisect_failures(standing, encode)
     lengths, pictured = [], []
     for (n,record),out in zip(standing, encoded):
         found = inspected[n - start][1]
