@@ -24,7 +24,7 @@ def setup_module():
     def record(name, image, *texts): return {"id": name, **({"image": image} if image else {}), "conversations": [{"from": ("human", "gpt")[n % 2], "value": t} for n,t in enumerate(texts)]}
     records = [record(0, "a.png", "What is it?\n<image>", "a box"), record(1, None, "hi", "hello there"),
                record(2, ["b.png", "a.png"], "<image> or <image>?", "the second"), record(3, "a.png", "<image>\nwhat colour?", "black")]
-    ds = LazySupervisedDataset(records, tok, image_folder=folder, image_size_aux=64, image_size=32).preload()
+    ds = LazySupervisedDataset(records, tok, image_folder=folder, image_size_aux=64, image_size=32).cache_in_memory()
     collate = DataCollatorForSupervisedDataset(tok.pad_token_id)
 
 def test_packing_keeps_all_and_overfills_none():

@@ -56,7 +56,7 @@ def test_signal_saves_and_stops():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL or signal.getsignal(signal.SIGTERM) != stop._note
 
 def test_a_line_without_a_terminal():
-    out = Console(file=io.StringIO(), force_terminal=False, width=200)
+    out = Console(file=io.StringIO(), force_terminal=False, force_jupyter=False, width=200)
     shown = ConsoleProgress(out, every=0)
     state = SimpleNamespace(is_world_process_zero=True, global_step=3, max_steps=8)
     shown.on_train_begin(None, state, None)
