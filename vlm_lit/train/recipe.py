@@ -65,7 +65,7 @@ def _read_file(path: str | Path) -> dict:
 
 def _short(value) -> str:
     "A value for a message, in at most 60 characters."
-    text = repr(value)
+    text = "absent" if value is ... else repr(value)
     return text if len(text) <= 60 else text[:59] + "…"
 
 # %% ../../nbs/16a_recipe.ipynb #c012
@@ -294,7 +294,7 @@ def load_recipe(
     recipe.training = _check_training(recipe.training, origins)
     return recipe
 
-# %% ../../nbs/16a_recipe.ipynb #c037
+# %% ../../nbs/16a_recipe.ipynb #c039
 def _dump(values: dict, indent: str = "") -> str:
     "Values as YAML in their own order."
     text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
@@ -323,8 +323,8 @@ def save_recipe(
     beside.write_text(format_recipe(recipe), encoding="utf-8")
     return beside.replace(path)
 
-# %% ../../nbs/16a_recipe.ipynb #c043
-MAY_DIFFER_ON_RESUME = (
+# %% ../../nbs/16a_recipe.ipynb #c045
+MAY_DIFFER_ON_RESUME = (  # neither data nor updates depend on these, beyond rounding
     "data.eval_samples", "data.check_samples", "data.bad_samples.max_fraction",
     "training.dataloader_num_workers", "training.dataloader_p*", "training.dataloader_in_order",
     "training.dataloader_multiprocessing_context", "training.log*", "training.disable_tqdm",
@@ -332,8 +332,8 @@ MAY_DIFFER_ON_RESUME = (
     "training.include_num_input_tokens_seen", "training.skip_memory_metrics",
     "training.save_*", "training.eval_*", "training.per_device_eval_batch_size",
     "training.batch_eval_metrics", "training.prediction_loss_only", "training.hub_*",
-    "training.push_to_hub", "training.ddp_*", "training.enable_jit_checkpoint",
-    "training.on_bad_loss", "training.spike_factor")  # neither data order nor updates depend on it
+    "training.push_to_hub", "training.ddp_*", "training.gradient_checkpointing*",
+    "training.enable_jit_checkpoint", "training.on_bad_loss", "training.spike_factor")
 
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size")
 
@@ -348,7 +348,7 @@ def _differences(a, b, path: tuple = ()):
     "Path and both values of everything that differs."
     if isinstance(a, dict) and isinstance(b, dict):
         for key in {**a, **b}:
-            yield from _differences(a.get(key, "absent"), b.get(key, "absent"), (*path, key))
+            yield from _differences(a.get(key, ...), b.get(key, ...), (*path, key))
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         for n, pair in enumerate(zip(a, b)): yield from _differences(*pair, (*path, n))
     elif a != b: yield path, a, b
