@@ -156,6 +156,8 @@ def test_more_is_never_less():
     for change in (dict(lengths=[31, 50]), dict(n_images=3), dict(n_supervised=10)):
         assert training_flops(config, {"lora"}, **{**base, **change}) > cost[frozenset({"lora"})]
     test_eq(training_flops(config, {"lora"}, **base), training_flops(config, {"lora"}, [50, 30], 2, 9))
+    plain = small_config()                       # has no mining: naming it changes nothing
+    test_eq(training_flops(plain, STAGE_1, **base), training_flops(plain, {"projector"}, **base))
     forward = sum(f for f, _ in flops_table(config, set(), **base).values())
     test_eq(cost[frozenset()], forward)          # nothing trains: forward only
     with expect_fail(ConfigError, contains="no part 'head'"): training_flops(config, {"head"}, **base)

@@ -136,6 +136,7 @@ def flops_table(
     config, trainable = getattr(config, "config", config), set(trainable)
     wrong = sorted(trainable - {*PARTS, "lora"})
     if wrong: raise ConfigError(f"trainable: no part {wrong[0]!r}; parts: {', '.join(PARTS)}, lora")
+    if not config.vision_aux_config: trainable -= {"vision_tower_aux", "mining"}
     language, below = "language_model" in trainable, bool(trainable)
     text, per_image = config.text_config, image_products(config, trainable)
     head = [(2*n_supervised*text.hidden_size*text.vocab_size, True)]
