@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= easy-vqa
 
-.PHONY: pretrain test notebooks tests readme bench clean help
+.PHONY: pretrain test test-all notebooks tests readme bench clean help
 
 help:
 	@echo "make pretrain    train a small vision-language model on easy-vqa into runs/$(RUN)"
 	@echo "make test        export, clean, notebooks and tests, with one line of totals"
+	@echo "make test-all    the same, and derived tests that take more than a second as well"
 	@echo "make notebooks   export the package, run every notebook, derive tests and README"
 	@echo "make bench       measure against named peers into benchmarks/results"
 
@@ -22,6 +23,9 @@ pretrain: .venv/.made
 
 test: .venv/.made
 	$(BIN)/python tools/check.py
+
+test-all: .venv/.made
+	$(BIN)/python tools/check.py --all
 
 notebooks: .venv/.made
 	$(BIN)/python tools/build.py all

@@ -1,6 +1,10 @@
-"""The test command's work: what is generated is fresh, notebooks are clean and run, tests pass. One line of totals at the end.
+"""The test command's work: what is generated is fresh, notebooks are clean and run, tests pass.
 
     python tools/check.py
+    python tools/check.py --all       slow tests as derived tests, too
+
+One line of totals stands at the end. A test counts once: it has passed if its cell has, where the
+notebook ran, and if the derived test has, where that ran.
 """
 import argparse, os, re, subprocess, sys, tempfile, time
 from collections import Counter
@@ -8,7 +12,9 @@ from pathlib import Path
 import build, warm
 
 BIN = Path(sys.executable).parent
-ENV = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
+ENV = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+       "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg",
+       "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}     # no CUDA context before the forks
 
 
 def sh(*args, **kwargs):

@@ -7,16 +7,18 @@ import builtins, dis, multiprocessing, os, sys, tempfile, time, traceback, types
 from multiprocessing.connection import wait
 import build
 
-SLOW = 1.0                      # seconds; a test that took longer as a cell is not run once more
+SLOW = 1.0      # processor seconds; a test that took more as a cell is not run once more
 SKIPPED_CELLS = {"notest", "gpu"}   # nbdev's `tst_flags` in settings.ini
+RELOADED = "ignore::pytest.PytestAssertRewriteWarning"   # of plugins imported before the fork
 
 
 def import_heavy():
-    "Import once what nearly every notebook and test needs."
-    import hypothesis, matplotlib.pyplot, pytest, torch, transformers  # noqa: F401
-    import execnb.shell, fastcore.test  # noqa: F401
-    import vlm_lit.cli  # noqa: F401
-    from transformers import GemmaForCausalLM, LlamaForCausalLM, SiglipVisionModel  # noqa: F401
+    "Import once what many notebooks and tests need; nothing of the project itself."
+    import datasets, hypothesis, matplotlib.pyplot, peft, pytest, torch._dynamo  # noqa: F401
+    import execnb.shell, fastcore.test, rich.progress, typer.testing  # noqa: F401
+    from transformers import (AutoModelForCausalLM, AutoProcessor, CLIPModel,  # noqa: F401
+        ConvNextModel, GemmaForCausalLM, GenerationMixin, LlamaForCausalLM,
+        PreTrainedTokenizerFast, SiglipModel, Trainer)
 
 def in_forks(jobs, workers):
     "Run `(function, *arguments)` each in a fork; yields job and result. Jobs may be added meanwhile."
@@ -49,6 +51,10 @@ def in_fork(pipe, function, *args):
         log.seek(0)
         pipe.send({**result, "seconds": time.time() - began, "log": log.read()[-4000:]})
 
+def spent():
+    "Processor seconds of this process and of those it has waited for."
+    return sum(os.times()[:4])
+
 def is_run(cell):
     "Whether a notebook's test runs this cell, as nbdev_test has it."
     if cell.cell_type != "code" or "nbdev_export(" in cell.source: return False
@@ -63,10 +69,10 @@ def run_notebook(path):
     os.chdir(path.parent)
     notebook, shell, tests = read_nb(path), CaptureShell(path), {}
     for cell in filter(is_run, notebook.cells):
-        name, began = build.directives(cell.source).get("test"), time.time()
+        name, began = build.directives(cell.source).get("test"), spent()
         shell.cell(cell)
         skipped = type(shell.exc).__name__ == "Skipped"      # pytest.skip
-        if name: tests[name] = "skipped" if skipped else time.time() - began
+        if name: tests[name] = "skipped" if skipped else spent() - began
         if shell.exc and not skipped:
             tests.pop(name, None)
             return {"tests": tests, "failed": name, "trouble": shell.prettytb(fname=path)}
@@ -98,7 +104,8 @@ def run_tests(path, slow=()):
     import pytest
     os.chdir(build.ROOT)
     plugin = Selected(slow)
-    code = pytest.main([str(path), "-q", "-p", "no:cacheprovider", "-p", "no:xdist"], [plugin])
+    quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", RELOADED]
+    code = pytest.main([str(path), *quiet], [plugin])
     results = {name.split("::", 1)[-1]: outcome for name,outcome in plugin.results.items()}
     died = code not in (0, 1, 5) or code == 1 and "failed" not in results.values()
     return {"results": results, "died": died, "trouble": "\n".join(plugin.trouble)}
