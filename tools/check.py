@@ -70,9 +70,9 @@ def run_all(workers, slow):
     """Every notebook from top to bottom, its marked cells being tests; then the same tests as they
     are derived, but for those that took longer than `slow` seconds; and the tests written by hand.
     Returns outcomes by name, and the tests that were too slow to be run twice."""
-    files = {nb: derived[0] for nb in build.notebooks() if (derived := build.derive(nb))}
-    by_hand = [p for p in sorted(build.TESTS.glob("test_*.py")) if not build.is_derived(p)]
-    jobs = [(warm.run_tests, path) for path in by_hand]
+    derived = {nb: made[0] for nb in build.notebooks() if (made := build.derive(nb))}
+    files = sorted(build.TESTS.glob("test_*.py"))
+    jobs = [(warm.run_tests, path) for path in files if not build.is_derived(path)]
     jobs += [(warm.run_notebook, path) for path in reversed(build.notebooks())]
     outcomes, seconds = {}, {}
     for (function,path,*_),result in warm.in_forks(jobs, workers):
@@ -80,10 +80,12 @@ def run_all(workers, slow):
             found, name = notebook_outcomes(path, result), f"{path.name}: top to bottom"
             took = {n: s for n,s in result.get("tests", {}).items() if s != "skipped" and s > slow}
             seconds |= {f"{path.stem}: {n}": s for n,s in took.items()}
-            if path in files:
-                jobs.insert(0, (warm.run_tests, build.TESTS/files[path], [f"test_{n}" for n in took]))
+            if path in derived:
+                names = [f"test_{n}" for n in took]
+                jobs.insert(0, (warm.run_tests, build.TESTS/derived[path], names))
         else:
-            found, name = test_outcomes(path, result), f"{path.name}: {len(result.get('results', []))} tests"
+            found = test_outcomes(path, result)
+            name = f"{path.name}: {len(result.get('results', []))} tests"
         ok = "failed" not in found.values()
         print(f"{'ok' if ok else 'FAILED':7}{name}, {result.get('seconds', 0):.0f} s", flush=True)
         if not ok: print(result.get("trouble", ""), result.get("log", ""), sep="\n", flush=True)
@@ -102,7 +104,8 @@ def notebook_outcomes(path, result):
 
 def test_outcomes(path, result):
     "`{name: outcome}` of a file of tests; a test whose names were resolved keeps its cell's outcome."
-    found = {f"{path.name}::{n}": o for n,o in result.get("results", {}).items() if o != "checked"}
+    results = result.get("results", {})
+    found = {f"{path.name}::{n}": o for n,o in results.items() if o != "checked"}
     if result.get("died"): found[path.name] = "failed"
     return found
 
@@ -116,17 +119,20 @@ def main():
     for check in CHECKS:
         trouble = check()
         outcomes[check.__name__] = "failed" if trouble else "passed"
-        print(f"{'FAILED' if trouble else 'ok':7}{check.__doc__}" + (f"\n{trouble}" if trouble else ""), flush=True)
+        print(f"{'FAILED' if trouble else 'ok':7}{check.__doc__}", flush=True)
+        if trouble: print(trouble, flush=True)
     print(f"       file checks: {time.time() - began:.0f} s", flush=True)
     warm.import_heavy()
     print(f"       imports: {time.time() - began:.0f} s", flush=True)
     found, seconds = run_all(args.workers, float("inf") if args.all else warm.SLOW)
     outcomes |= found
-    slow = [f"{n} {s:.0f} s" for n,s in sorted(seconds.items(), key=lambda item: -item[1])]
-    if slow: print(f"run as cells, only looked at as derived tests ({len(slow)}): {', '.join(slow)}")
+    slow = [f"{n} {seconds[n]:.0f} s" for n in sorted(seconds, key=seconds.get, reverse=True)]
+    if slow:
+        print(f"{len(slow)} tests took over {warm.SLOW:.0f} s as cells; as derived tests only their "
+              f"names are resolved (all run: --all). The slowest: {', '.join(slow[:10])}")
     counts = Counter(outcomes.values())
     print(f"took {time.time() - began:.0f} s")
-    print(f"totals: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
+    print("totals: " + ", ".join(f"{counts[o]} {o}" for o in ("passed", "failed", "skipped")))
     sys.exit(bool(counts["failed"]))
 
 if __name__ == "__main__": main()

@@ -21,7 +21,7 @@ def import_heavy():
         PreTrainedTokenizerFast, SiglipModel, Trainer)
 
 def in_forks(jobs, workers):
-    "Run `(function, *arguments)` each in a fork; yields job and result. Jobs may be added meanwhile."
+    "Run `(function, *arguments)`, each in a fork; yields job and result. Jobs may be added."
     context, running = multiprocessing.get_context("fork"), {}
     while jobs or running:
         while jobs and len(running) < workers:
@@ -115,8 +115,9 @@ def unresolved(function):
     module = function.__globals__
     setup = module.get("setup_module")
     made = {step.argval for step in instructions(setup) if step.opname == "STORE_GLOBAL"}
-    used = {step.argval for step in instructions(function) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
-    own = {step.argval for step in instructions(function) if step.opname == "STORE_NAME"}
+    steps = list(instructions(function))
+    used = {step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    own = {step.argval for step in steps if step.opname == "STORE_NAME"}
     return sorted(used - own - made - module.keys() - vars(builtins).keys() - {"__name__"})
 
 def instructions(function):
