@@ -104,7 +104,7 @@ def notebook_outcomes(path, result):
     return found | {f"{derived[0]}::test_{n}": o for n,o in tests.items()}
 
 def test_outcomes(path, result):
-    "`{name: outcome}` of a file of tests; where only names were resolved, the cell's outcome holds."
+    "`{name: outcome}` of a file of tests; where names were resolved, the cell counts."
     results = result.get("results", {})
     found = {f"{path.name}::{n}": o for n,o in results.items() if o != "checked"}
     if result.get("died"): found[path.name] = "failed"
