@@ -26,6 +26,7 @@ from transformers import CLIPVisionModel, LlavaConfig, LlavaForConditionalGenera
 from vlm_lit.batches import DataCollatorForSupervisedDataset, expanded_length
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from vlm_lit.model import VLM, VLMConfig, recompute_mlps
+from vlm_lit.train.flops import flops_table, peak_flops, training_flops
 from vlm_lit.vision import PatchInfoMining, stage_maps
 
 RESULTS = Path(__file__).resolve().parent/"results"
@@ -39,7 +40,7 @@ SIZES = {
     "tiny": dict(layers=2, hidden=64, heads=4, head_dim=16, ffn=256, vocab=1000, clip=48, clip_layers=3, clip_heads=2, side=56,
                  convnext=(8, 16, 24, 32), depths=(1, 1, 2, 1), side_aux=128, text=24, learned=10, micro_batch=3, steps=2)}
 TOLERANCE = {"float32": (1e-4, 1e-4), "bfloat16": (1e-2, 5e-2)}      # of the loss, and of each part's gradient: |difference|/|gradient|
-PEAK_TFLOPS = {"H100": 989, "H200": 989, "A100": 312}                # dense bf16, SXM
+STAGE_1 = {"projector", "mining"}
 NAMES = {"reference": "reference", "vlm_lit": "vlm_lit", "llava": "llava", "vlm_lit_low": "vlm_lit (low)"}
 
 def make_config(size, high):
@@ -189,7 +190,7 @@ def make_variant(name, args):
     model = make_model(args, has_high(name))
     weights = list(trained(model).values())
     if name.startswith("vlm_lit"): recompute_mlps(model.language_model, args.recompute)
-    if args.compile and name.startswith("vlm_lit"): compile_parts(model, args.memory_budget)
+    if args.compile and name.startswith("vlm_lit"): compile_parts(model, args.memory_budget, args.backend)
     return MAKERS[name](model), weights, model
 
 def batch_for(loss, args, high, micro_batch):
@@ -197,14 +198,14 @@ def batch_for(loss, args, high, micro_batch):
     batch = make_batch(args, high, micro_batch)
     return loss.expand(batch) if isinstance(loss, Llava) else batch
 
-def compile_parts(model, memory_budget):
+def compile_parts(model, memory_budget, backend="inductor"):
     "Compile what repeats: decoder layers, layers of CLIP, stages of ConvNeXt; returns them. Hooks stay outside."
     import torch._dynamo, torch._functorch.config
     torch._dynamo.config.recompile_limit = 64
     torch._functorch.config.activation_memory_budget = memory_budget
     encoder = model.image_encoder
     parts = [*model.language_model.model.layers, *encoder.vision_tower.encoder.layers, *(encoder.vision_tower_aux.encoder.stages if encoder.vision_tower_aux is not None else ())]
-    for part in parts: part.forward = torch.compile(part.forward, dynamic=False)
+    for part in parts: part.forward = torch.compile(part.forward, dynamic=False, backend=backend)
     return parts
 
 # equality
@@ -221,7 +222,7 @@ def compare(args, peer, ours, micro_batch):
     "How far loss and gradients of a peer are from ours on the same weights and batch."
     model = make_model(args, has_high(ours))
     weights, batch = trained(model), make_batch(args, has_high(ours), micro_batch)
-    compiled = compile_parts(model, args.memory_budget) if args.compile else []
+    compiled = compile_parts(model, args.memory_budget, args.backend) if args.compile else []
     own_loss, own = loss_and_gradients(Ours(model), batch, weights)
     for part in compiled: del part.forward           # peers run as they are
     other = MAKERS[peer](model)
@@ -306,7 +307,7 @@ def watch(model, mark):
 # what a process measures
 
 def measure_time(name, args):
-    "Seconds of a step, learned tokens, on a GPU memory, and seconds of its parts."
+    "Seconds of a step, supervised tokens, on a GPU memory, and seconds of its parts."
     loss, weights, model = make_variant(name, args)
     optimizer, batch, seconds, parts = MasterAdamW(weights), batch_for(loss, args, has_high(name), args.micro_batch), [], []
     for _ in range(3 if args.device == "cuda" else 1): train_step(loss, batch, optimizer)
@@ -325,8 +326,9 @@ def measure_time(name, args):
         train_step(loss, batch, optimizer, mark)
         parts.append(mark.seconds)
     middle = statistics.median(seconds)
-    learned = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-    return {"seconds": middle, "samples_per_second": args.micro_batch/middle, "learned_tokens_per_second": learned/middle, "fastest": min(seconds), "slowest": max(seconds), **memory,
+    work = batch_flops(args, has_high(name))
+    return {"seconds": middle, "samples_per_second": args.micro_batch/middle, "supervised_tokens_per_second": supervised(batch)/middle,
+            "tflops_per_second": work/middle/1e12, "mfu": work/middle/peak(args) if peak(args) else None, "fastest": min(seconds), "slowest": max(seconds), **memory,
             "parts": {part: statistics.median(p[part] for p in parts) for part in parts[0]} if parts else {}}
 
 def resident(key="VmRSS"):
@@ -414,24 +416,32 @@ def serve(text):
 # useful work
 
 def flops(args, reference=False):
-    """Floating-point operations of a sample in the vlm_lit variant, nothing twice: 2 x weights x positions forwards; as much backwards
-    through what is frozen (only the gradient of its input) and twice as much through what learns; nothing backwards through the towers;
-    the head for learned rows; no recomputation, no attention scores, no padding. Of the reference: what it does."""
+    """Floating-point operations of a sample by part, as `vlm_lit.train.flops` counts them: 2 x m x n x k forwards; as much backwards through what
+    is frozen (only the gradient of its input) and twice as much through what trains; nothing backwards through the towers; causal pairs of
+    attention; the head for supervised tokens; no recomputation, no padding. Of the reference: what it does."""
     s, cfg = SIZES[args.size], make_config(args.size, True)
-    patches, positions, c, h = cfg.num_patches, cfg.num_patches + s["text"] - 1, s["clip"], s["hidden"]
-    layer = 2*h*s["heads"]*s["head_dim"] + 2*h*s["head_dim"] + 3*h*s["ffn"]
-    cells = [(s["side_aux"]//(4 << k))**2 for k in range(4)]
-    stages = [w*(depth*(49 + 8*w) + (4*s["convnext"][k-1] if k else 48)) for k,(w,depth) in enumerate(zip(s["convnext"], s["depths"]))]
-    aux = sum(s["convnext"])
-    parts = {"low tower": 2*((s["clip_layers"] - 1)*12*c*c*(patches + 1) + 588*c*patches), "high tower": 2*sum(w*n for w,n in zip(stages, cells)), "mining": 3*2*patches*(c*c + 2*c*aux),
-             "projector": 3*2*patches*(c*h + h*h), "decoder": 2*2*layer*s["layers"]*positions, "head": 2*2*h*s["vocab"]*s["learned"]}
-    if reference: parts |= {"low tower": parts["low tower"]*s["clip_layers"]/(s["clip_layers"] - 1), "mining": 3*2*(patches*c*c + 2*cells[0]*c*aux), "head": 2*2*h*s["vocab"]*positions}
+    length = cfg.num_patches + s["text"] - 1
+    if reference: cfg.select_layer = -1                      # all layers of CLIP
+    table = flops_table(cfg, STAGE_1, [length], 1, length if reference else s["learned"])
+    parts = {part: forward + backward for part,(forward,backward) in table.items()}
+    positions = cfg.grid_aux**2 - cfg.num_patches            # that mining need not project
+    if reference: parts["mining"] += 3*2*2*positions*cfg.vision_size*cfg.vision_size_aux
     return {**parts, "all": sum(parts.values())}
 
-def peak_tflops(args):
-    "bf16 peak of the card, None if unknown."
-    if args.peak_tflops or args.device == "cpu": return args.peak_tflops
-    return next((v for k,v in PEAK_TFLOPS.items() if k in torch.cuda.get_device_name()), None)
+def batch_flops(args, high):
+    "Of the batch that is timed, the same for every variant that sees the same images."
+    cfg, batch = make_config(args.size, high), make_batch(argparse.Namespace(**{**vars(args), "device": "cpu"}), high, args.micro_batch)
+    lengths = [expanded_length(ids[mask], cfg.num_patches) for ids,mask in zip(batch["input_ids"], batch["attention_mask"])]
+    return training_flops(cfg, STAGE_1, lengths, args.micro_batch, supervised(batch))
+
+def supervised(batch):
+    "Tokens that the loss is computed on."
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+def peak(args):
+    "FLOPs per second of the card; None if unknown."
+    if args.peak_tflops: return 1e12*args.peak_tflops
+    return peak_flops(torch.cuda.get_device_name(), getattr(torch, args.dtype)) if args.device == "cuda" else None
 
 # all together
 
@@ -453,9 +463,6 @@ def measure(args):
                      "micro_batch_in_same_memory": runs[own]["largest_micro_batch"]/args.micro_batch} for peer,own in pairs}
     result |= {"runs": runs, "ratios": ratios, "mining": {size: mining_alone(args, size) for size in dict.fromkeys([args.size, "mgm-2b"])}, "flops_a_sample": flops(args), "reference_flops_a_sample": flops(args, True)}
     result["arithmetic_ratio"] = result["reference_flops_a_sample"]["all"]/result["flops_a_sample"]["all"]
-    if "vlm_lit" in runs:
-        result["useful_tflops"] = result["flops_a_sample"]["all"]*runs["vlm_lit"]["samples_per_second"]/1e12
-        if peak_tflops(args): result["share_of_bf16_peak"] = result["useful_tflops"]/peak_tflops(args)
     return result
 
 def mining_alone(args, size):
@@ -467,13 +474,13 @@ def mining_alone(args, size):
 
 def table(result):
     "The result as lines of text."
-    lines = [f"{'variant':14}{'samples/s':>10}{'learned/s':>11}{'peak MB':>9}{'above start':>12}{'largest batch':>14}"]
+    lines = [f"{'variant':14}{'samples/s':>10}{'superv./s':>11}{'peak MB':>9}{'above start':>12}{'largest batch':>14}"]
     for name,r in result["runs"].items():
-        lines.append(f"{NAMES[name]:14}{r['samples_per_second']:10.2f}{r['learned_tokens_per_second']:11.1f}{r['peak_bytes']/1e6:9.0f}{r.get('peak_above_start_bytes', 0)/1e6:12.0f}{r.get('largest_micro_batch', ''):>14}")
+        lines.append(f"{NAMES[name]:14}{r['samples_per_second']:10.2f}{r['supervised_tokens_per_second']:11.1f}{r['peak_bytes']/1e6:9.0f}{r.get('peak_above_start_bytes', 0)/1e6:12.0f}{r.get('largest_micro_batch', ''):>14}")
     for peer,r in result["ratios"].items(): lines.append(f"against {peer}: {r['samples_per_second']:.2f}x samples/s, {r['peak_memory']:.2f} of its memory, {r['micro_batch_in_same_memory']:.2f}x micro-batch in the same memory")
     lines.append(f"arithmetic alone would give {result['arithmetic_ratio']:.2f}x the samples/s of the reference")
     for size,r in result["mining"].items(): lines.append(f"mining alone, {size}, {r['images']} image(s): {r['times_faster']:.1f}x faster, {r['times_smaller']:.1f}x smaller")
-    if "share_of_bf16_peak" in result: lines.append(f"{100*result['share_of_bf16_peak']:.1f} % of the card's bf16 peak")
+    if result["runs"].get("vlm_lit", {}).get("mfu"): lines.append(f"MFU of vlm_lit: {result['runs']['vlm_lit']['mfu']:.1%}")
     for part in dict.fromkeys(p for r in result["runs"].values() for p in r["parts"]):
         lines.append(f"{part:32}" + "".join(f"{r['parts'][part]*1e3:12.1f} ms" if part in r["parts"] else " "*15 for r in result["runs"].values() if r["parts"]))
     return "\n".join(lines)
@@ -494,7 +501,7 @@ def plot(result, path):
     fig.legend(loc="outside lower center", ncols=3, fontsize="x-small", frameon=False)
     fig.savefig(path, dpi=120)
 
-def parse():
+def parse(argv=None):
     "Options, with defaults for the machine."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), help="default: mgm-2b on a GPU, small on a CPU; tiny with --check")
@@ -502,6 +509,7 @@ def parse():
     parser.add_argument("--steps", type=int, help="steps that are timed; the median counts")
     parser.add_argument("--attn", choices=("sdpa", "eager", "flash_attention_2"), default="sdpa", help="attention of every variant")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile for this project's layers")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile; 'eager' compiles nothing and needs no compiler")
     parser.add_argument("--memory-budget", type=float, default=1.0, help="with --compile: share of a layer's activations to keep, the cheapest of the rest is recomputed")
     parser.add_argument("--recompute", choices=("none", "gates", "mlp"), default="gates", help="what this project's decoder makes again for the gradient (recompute_mlps); its time is in the result")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute decoder layers for the gradient, in every variant")
@@ -513,7 +521,7 @@ def parse():
     parser.add_argument("--note", help="a sentence about this measurement, for the result")
     parser.add_argument("--check", action="store_true", help="only compare losses and gradients; exit status 1 if they differ")
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.device = "cuda" if torch.cuda.is_available() and not args.check else "cpu"
     args.size = args.size or ("tiny" if args.check else "mgm-2b" if args.device == "cuda" else "small")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
