@@ -149,9 +149,12 @@ def test_lora_targets_that_fit_nothing_are_refused():
         model, _ = resolve_model(TINY)
         for lora,words in [({"target_modules": ["q_proj", "v_porj"]}, "target_modules 'v_porj' fits no linear layer of the language model; did you mean 'v_proj'"),
                            ({"target_modules": "fc1"}, "there are: down_proj, gate_proj"), ({"target_modules": ["lm_head"]}, "'lm_head' fits no linear layer"),
-                           ({"rank": 8}, "lora: unknown key 'rank'"), ({"r": 0}, "lora: ")]:
+                           ({"rank": 8}, "lora: unknown key 'rank'"), ({"r": 0}, "lora: "), ({"bias": "all"}, "bias must be 'none'"),
+                           ({"target_modules": r".*\.fc\d"}, "fits no linear layer"), ({"target_modules": "("}, "fits no linear layer")]:
             with expect_fail(ConfigError, contains=words): add_lora(model, lora)
         assert not has_lora(model)
+        add_lora(model, {"target_modules": r".*layers\.[01]\..*_proj"})              # a pattern: two of four layers
+        test_eq(sum(".lora_A." in n for n,_ in model.named_parameters()), 2*7)
 
 def test_every_folder_opens_to_the_same_logits():
     for lora in (None, {"r": 4, "alpha": 8}):

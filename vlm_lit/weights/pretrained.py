@@ -86,7 +86,7 @@ def _from_folder(name, changes, dtype):
         aspect=own("image_aspect_ratio", old.aspect), chat_template=own("chat_template"))
 
 # %% ../../nbs/12a_pretrained.ipynb #c012
-_LORA = {"r": 128, "alpha": 256, "dropout": .05, "target_modules": None}       # as LLaVA's scripts
+_LORA = {"r": 16, "alpha": 32, "dropout": .05, "target_modules": None, "bias": "none"}
 
 def _peft():
     "The package peft, which only adapters need."
@@ -106,6 +106,10 @@ def _lora_targets(language_model, wanted) -> list[str]:
     head, modules = language_model.get_output_embeddings(), language_model.named_modules()
     linear = [n for n,m in modules if isinstance(m, nn.Linear) and m is not head]
     kinds = sorted({name.rpartition(".")[2] for name in linear})
+    if isinstance(wanted, str):
+        try: matched = [name for name in linear if re.fullmatch(wanted, name)]
+        except re.error: matched = []
+        wanted = matched or [wanted]
     for target in wanted or ():
         if not any(f".{name}".endswith(f".{target}") for name in linear):
             raise ConfigError(f"lora: target_modules {target!r} fits no linear layer of the "
@@ -114,7 +118,7 @@ def _lora_targets(language_model, wanted) -> list[str]:
 
 def add_lora(
     model:VLM, # Changed in place: of the language model only the adapters train, in float32
-    lora:dict, # `r`, `alpha`, `dropout`, `target_modules` (None: all), or peft's own fields
+    lora:dict, # `r`, `alpha`, `dropout`, `target_modules` (names or a pattern), or peft's fields
 ) -> VLM: # The same
     "Put adapters into the language model. Raises `ConfigError` for unknown keys and targets."
     LoraConfig = _peft().LoraConfig
@@ -122,9 +126,8 @@ def add_lora(
     known = {f.name for f in dataclasses.fields(LoraConfig)} | set(_LORA)
     for key in own:
         if key not in known: raise ConfigError(f"lora: unknown key {key!r}{_nearest(key, known)}")
-    targets = own.pop("target_modules")
-    targets = [targets] if isinstance(targets, str) else targets
-    own["target_modules"] = _lora_targets(model.language_model, targets)
+    if own["bias"] != "none": raise ConfigError("lora: bias must be 'none'; only adapters train")
+    own["target_modules"] = _lora_targets(model.language_model, own["target_modules"])
     own["lora_alpha"], own["lora_dropout"] = own.pop("alpha"), own.pop("dropout")
     try: config = LoraConfig(task_type="CAUSAL_LM", **own)
     except (TypeError, ValueError) as e: raise ConfigError(f"lora: {e}") from e
