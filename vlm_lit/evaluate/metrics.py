@@ -176,7 +176,8 @@ def _batch_prompts(dataset:LazySupervisedDataset, indices:list[int]) -> tuple[di
     for i,text in zip(indices, bisect_failures(indices, dataset.texts)):
         try:
             if isinstance(text, DataError): raise text
-            record, turns = dataset.records[i], _turns(dataset.records[i])
+            record = dataset.records[i]
+            turns = _turns(record)
             key = tuple(image_names(record)[:int((text["input_ids"] == IMAGE_TOKEN_INDEX).sum())])
             if key not in images:
                 sample = dataset.__getitem__(i, text)
@@ -292,8 +293,10 @@ def evaluate(
         why = skipped[-1]["reason"] if left_out else "there are no records"
         raise DataError(f"no question can be asked; {why}")
 
+    asked = [(row["answer"], data.records[row["index"]]) for row in rows]
+
     def score(predictions):
-        own = [(p, row["answer"], data.records[row["index"]]) for p,row in zip(predictions, rows)]
+        own = [(prediction, *pair) for prediction,pair in zip(predictions, asked)]
         return {name: [_score(metric, *args) for args in own] for name,metric in scorers.items()}
 
     def means(scores): return {name: _means(own, rows) for name,own in scores.items()}
