@@ -284,7 +284,7 @@ def evaluate(
     if not isinstance(data, LazySupervisedDataset):
         data = processor.dataset(data, image_folder, blank_images=blank_images)
     elif image_folder is not None or blank_images:
-        raise ConfigError("image_folder and blank_images are the dataset's settings; give them to it")
+        raise ConfigError("image_folder and blank_images belong to the dataset; give them to it")
     skipped = []
     train = None if train_data is None else _training_pairs(train_data, strict, skipped)
     rows, left_out = predict(model, data, batch_size, max_new_tokens, indices, strict, show)
