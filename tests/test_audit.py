@@ -13,8 +13,8 @@ from vlm_lit.templates import Segment
 from vlm_lit.sentinels import check_image_count
 from vlm_lit.labels import check_policy, check_tokenizer, check_turns, control_pattern, first_turn
 from vlm_lit.images import open_image, rows_per_image, safe_path
-from vlm_lit.dataset import Records, encode_records, halve_until_right, image_names, one_thread, read_record
-from vlm_lit.batches import GroupedBatchSampler, padding_waste
+from vlm_lit.dataset import Records, encode_records, bisect_failures, image_names, one_thread, read_record
+from vlm_lit.data.samplers import GlobalBatchSampler, mixture_draws, padding_ratio
 import json, tempfile
 import matplotlib.pyplot as plt
 from fastcore.test import test_eq, expect_fail

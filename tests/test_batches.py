@@ -1,9 +1,8 @@
 "Derived from nbs/08_batches.ipynb by `make tests`; edit the notebook, not this file."
-import bisect, zlib
+import bisect
 from dataclasses import dataclass
 import numpy as np, torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Sampler
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
 import json, tempfile
 from pathlib import Path
@@ -17,7 +16,7 @@ from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.batches import *
 
 def setup_module():
-    global collate, ds, folder, mixed_lengths, record, records, tok
+    global collate, ds, folder, record, records, tok
     tok = load_tokenizer("gemma")
     folder = Path(tempfile.mkdtemp())
     sample_image().save(folder/"a.png")
@@ -25,14 +24,8 @@ def setup_module():
     def record(name, image, *texts): return {"id": name, **({"image": image} if image else {}), "conversations": [{"from": ("human", "gpt")[n % 2], "value": t} for n,t in enumerate(texts)]}
     records = [record(0, "a.png", "What is it?\n<image>", "a box"), record(1, None, "hi", "hello there"),
                record(2, ["b.png", "a.png"], "<image> or <image>?", "the second"), record(3, "a.png", "<image>\nwhat colour?", "black")]
-    ds = LazySupervisedDataset(records, tok, image_folder=folder, image_size_aux=64, image_size=32).preload()
+    ds = LazySupervisedDataset(records, tok, image_folder=folder, image_size_aux=64, image_size=32).cache_in_memory()
     collate = DataCollatorForSupervisedDataset(tok.pad_token_id)
-    def mixed_lengths(n=6000):
-        "Expanded lengths as in a mixture: captions, dialogues about pictures, text."
-        rng = np.random.default_rng(0)
-        kind = rng.choice(3, n, p=[.5, .3, .2])
-        text = np.where(kind == 0, rng.integers(25, 60, n), rng.lognormal(5.3, .6, n).clip(30, 1200)).astype(int)
-        return text + np.where(kind == 2, 0, 576), kind != 2
 
 def test_packing_keeps_all_and_overfills_none():
     lengths = [5, 9, 3, 7, 2, 4, 8, 1]
@@ -134,112 +127,18 @@ def test_sentinel_without_picture_is_refused():
     with expect_fail(DataError, contains="record 'cat-17': sample 1 of the batch has 1 image sentinel(s) in input_ids for 0 image(s)"): collate([ds[0], {**lost, "id": "cat-17"}])
     test_eq(sorted(collate([{**ds[0], "id": "cat-17"}])), sorted(collate([ds[0]])))          # a name does not travel to the device
 
-def test_every_record_once_an_epoch_and_groups_share_a_key():
-    keys = list("aaaaabbbcc")
-    sampler = StepBatchSampler(keys, groups_per_batch=2, group_size=2, seed=0, stop=6)
-    test_eq(sampler.steps_per_epoch, 3)
-    for epoch in (0, 1): test_eq(sorted(i for step in range(3*epoch, 3*epoch+3) for i in sampler.batch(step)), list(range(10)))
-    assert all(len({keys[i] for i in group}) == 1 and len(group) <= 2 for group in epoch_groups(keys, 2, 0, 0))
-    assert epoch_groups(keys, 2, 0, 0) != epoch_groups(keys, 2, 0, 1)      # another epoch, another order
+def test_info_counts_samples_in_the_order_of_their_supervised_tokens():
+    samples = [{**ds[i], "index": i, "source_index": i % 2} for i in range(4)]
+    for collate_own in (DataCollatorForSupervisedDataset(tok.pad_token_id, image_rows=16),
+                        DataCollatorForSupervisedDataset(tok.pad_token_id, max_length=84, image_rows=16)):
+        batch = collate_own(samples)
+        info = batch["info"]
+        targets = batch["labels"][:, 1:][batch["labels"][:, 1:] != -100]
+        expected = [s["labels"][1:][s["labels"][1:] != -100] for s in (samples[i] for i in info.indices)]
+        assert torch.equal(targets, torch.cat(expected)) and info.n_supervised == [len(e) for e in expected]
+        assert sorted(info.indices) == [0, 1, 2, 3] and info.sources == [i % 2 for i in info.indices]
+        assert sum(info.n_images) == int((batch["input_ids"] == -200).sum())
 
-def test_sampler_can_start_anywhere():
-    whole = list(StepBatchSampler(range(23), 5, seed=7, stop=12))
-    late = list(StepBatchSampler(range(23), 5, seed=7, start=4, stop=12))
-    test_eq(late, whole[4:])
-    test_eq(Counter(i for batch in whole[:5] for i in batch), Counter(range(23)))
-    assert whole != list(StepBatchSampler(range(23), 5, seed=8, stop=12))
-    with expect_fail(ConfigError, contains="no records"): StepBatchSampler([], 5)
-    with expect_fail(ConfigError, contains="at least 1"): StepBatchSampler([1], 0)
-
-def test_waste_of_two_batches():
-    test_eq(padding_waste([[4, 4], [4, 4]]), 0.0)
-    test_eq(padding_waste([[1, 4], [3]]), 1 - 8/11)      # 3 of 8 + 3 positions are padding
-    test_eq(padding_waste([]), 0.0)
-
-def test_every_record_once_over_all_ranks():
-    lengths, has_image = mixed_lengths(1000)
-    for world in (1, 2, 3):
-        ranks = [GroupedBatchSampler(lengths, has_image, 8, world_size=world, rank=r, megabatch=5) for r in range(world)]
-        for epoch in (0, 1):
-            passes = [list(r) for r in ranks]
-            assert len({len(p) for p in passes}) == 1 and all(len(b) == 8 for p in passes for b in p)
-            seen = Counter(i for p in passes for b in p for i in b)
-            test_eq(set(seen), set(range(1000)))
-            for r in ranks: r.set_epoch(epoch)
-            test_eq(sum(seen.values()) - 1000, ranks[0].extra)                      # repeated, and counted
-            assert 0 <= ranks[0].extra < 8*world and max(seen.values()) <= 2
-            mixed = sum(len({bool(has_image[i]) for i in b}) > 1 for p in passes for b in p)
-            assert mixed <= 2*world                                                 # the leftovers' steps at most
-            for step in zip(*passes):                                               # ranks work equally long at each step: neighbours in length
-                sums, all_of_step = [lengths[b].sum() for b in step], lengths[[i for b in step for i in b]]
-                assert max(sums) - min(sums) <= all_of_step.max() - all_of_step.min()
-            for r in ranks: r.set_epoch(epoch + 1)
-    dropping = GroupedBatchSampler(lengths, has_image, 7, remainder="drop")
-    seen = Counter(i for b in dropping for i in b)
-    dropping.set_epoch(0)
-    test_eq((max(seen.values()), len(seen) - 1000), (1, dropping.extra))
-    assert dropping.extra < 0
-    assert GroupedBatchSampler(lengths[:800], has_image[:800], 8).extra == 0
-
-def test_place_is_saved_and_found():
-    lengths, has_image = mixed_lengths(300)
-    make = lambda **kw: GroupedBatchSampler(lengths, has_image, 8, **{"seed": 5, "world_size": 2, **kw})
-    whole = make()
-    first, second = list(whole), list(whole)
-    assert first != second and sorted(i for b in first for i in b) != sorted(i for b in second for i in b)     # reshuffled, and this rank's share changes
-    stopped = make()
-    ahead = iter(stopped)
-    for _ in range(6): next(ahead)                             # workers fetched six batches, training did three
-    state = json.loads(json.dumps(stopped.state_dict(step=3)))
-    late = make()
-    late.load_state_dict(state)
-    test_eq(list(late), first[3:])
-    test_eq(list(late), second)
-    test_eq((late.epoch, late.step), (2, 0))
-    with expect_fail(ConfigError, contains="seed differ"): make(seed=6).load_state_dict(state)
-    other = GroupedBatchSampler(lengths + 1, has_image, 8, seed=5, world_size=2)
-    with expect_fail(ConfigError, contains="checksum differ"): other.load_state_dict(state)
-
-def test_wrong_sampler_settings_are_refused():
-    with expect_fail(ConfigError, contains="no records"): GroupedBatchSampler([], [], 2)
-    with expect_fail(ConfigError, contains="rank"): GroupedBatchSampler([1], [True], 2, rank=1)
-    with expect_fail(ConfigError, contains="'pad' or 'drop'"): GroupedBatchSampler([1], [True], 2, remainder="short")
-    with expect_fail(ConfigError, contains="must be as many"): GroupedBatchSampler([1, 2], [True], 2)
-    with expect_fail(DataError, contains="record 1"): GroupedBatchSampler([1, 0], [True, True], 2)
-    test_eq(list(GroupedBatchSampler([5], [True], 3)), [[0, 0, 0]])      # fewer records than a batch
-    test_eq(list(GroupedBatchSampler([5], [True], 3, remainder="drop")), [])
-
-def test_packed_rows_come_out_as_planned():
-    lengths, has_image = mixed_lengths(1000)
-    for world in (1, 2):
-        ranks = [PackedBatchSampler(lengths, 2048, 4, window=200, world_size=world, rank=r) for r in range(world)]
-        passes = [list(r) for r in ranks]
-        assert len({len(p) for p in passes}) == 1
-        for batch in (b for p in passes for b in p):
-            rows = pack_rows(lengths[batch], 2048)                   # what the collator will do with these records
-            assert len(rows) == 4 and all(lengths[batch][row].sum() <= 2048 for row in rows)
-        seen = Counter(i for p in passes for b in p for i in b)
-        test_eq(set(seen), set(range(1000)))
-        for r in ranks: r.set_epoch(0)
-        test_eq(sum(seen.values()) - 1000, ranks[0].extra)
-    stopped, late = PackedBatchSampler(lengths, 2048, 4, window=200), PackedBatchSampler(lengths, 2048, 4, window=200)
-    whole = list(stopped)
-    late.load_state_dict({**late.state_dict(), "step": 7})
-    test_eq(list(late), whole[7:])
-    with expect_fail(DataError, contains="record 'photo-2': the sample takes 3000 positions"): PackedBatchSampler([5, 9, 3000], 2048, 4, names=["photo-0", "photo-1", "photo-2"])
-    with expect_fail(ConfigError, contains="kind"): late.load_state_dict(GroupedBatchSampler(lengths, has_image, 4).state_dict())
-
-def test_grouping_and_packing_waste_less():
-    lengths, has_image = mixed_lengths()
-    shuffled = padding_waste([lengths[b] for b in StepBatchSampler(range(len(lengths)), 16, stop=len(lengths)//16)])
-    grouped = padding_waste([lengths[b] for b in GroupedBatchSampler(lengths, has_image, 16)])
-    packed = padding_waste([[lengths[b][row].sum() for row in pack_rows(lengths[b], 2048)] for b in PackedBatchSampler(lengths, 2048, 8)])
-    assert grouped < shuffled/5 and packed < shuffled/5
-    assert grouped < .1 and packed < .1
-
-def test_plan_takes_four_bytes_a_record():
-    n = 200_000
-    sampler = GroupedBatchSampler(np.random.default_rng(0).integers(600, 700, n), np.ones(n, bool), 32)
-    records, ends, _ = sampler.epoch_plan
-    print(f"{(records.nbytes + ends.nbytes)/n:.2f} bytes a record")
-    assert records.nbytes + ends.nbytes < 4.5*n
+def test_batch_of_skipped_samples_has_nothing_supervised():
+    batch = DataCollatorForSupervisedDataset(tok.pad_token_id, image_rows=16)([])
+    assert batch["input_ids"].shape == (1, 1) and (batch["labels"] == -100).all() and "info" not in batch

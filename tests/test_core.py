@@ -1,5 +1,5 @@
 "Derived from nbs/00_core.ipynb by `make tests`; edit the notebook, not this file."
-import numbers, sys
+import difflib, numbers, sys
 from rich.console import Console
 import numpy as np, torch
 from fastcore.test import test_eq, expect_fail
@@ -26,6 +26,10 @@ def test_data_error_names_record_and_turn():
 def test_data_error_without_a_place_is_just_its_message():
     test_eq(str(DataError("no records in data.json")), "no records in data.json")
     test_eq(str(DataError("bad", record=0)), "record 0: bad")
+
+def test_nearest_finds_the_misspelled_name():
+    print(nearest("learning_ratee", ["learning_rate", "warmup_steps"]), nearest("xyz", ["learning_rate"]))
+    assert nearest("smoll", ["tiny", "smol"]) == "smol" and nearest("xyz", ["tiny"]) is None and nearest("x", []) is None
 
 def test_peek_shows_shape_dtype_and_six_values():
     test_eq(describe(torch.tensor([2, 106, 1645, 108, IMAGE_TOKEN_INDEX, 108, 1841])), ("(7,)", "int64", "cpu", "2 106 1645 108 -200 108 …"))

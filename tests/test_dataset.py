@@ -1,20 +1,17 @@
 "Derived from nbs/07_dataset.ipynb by `make tests`; edit the notebook, not this file."
-import codecs, hashlib, importlib.util, io, json, os, random, re, shlex, shutil, struct, subprocess, sys, tempfile, weakref
+import codecs, hashlib, io, json, os, re, shutil, struct, subprocess, sys, tempfile, weakref
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-import numpy as np, tokenizers, torch
-from rich.progress import Progress, track
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+import numpy as np, torch
+from rich.progress import Progress
+from torch.utils.data import Dataset, get_worker_info
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from vlm_lit import __version__
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError, progress_console
-from vlm_lit.templates import conv_templates
 from vlm_lit.sentinels import check_image_count, preprocess_multimodal
 from vlm_lit.labels import check_tokenizer, check_turns, preprocess
 from vlm_lit.images import grid_crops, make_square, normalise, open_image, rows_per_image as count_rows, to_bytes
 import multiprocessing, signal, threading, time
-from collections import Counter
 from fastcore.test import test_eq, test_close, expect_fail
 from hypothesis import given, settings, strategies as st
 from PIL import Image
@@ -26,7 +23,7 @@ from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.dataset import *
 
 def setup_module():
-    global SCRIPT, alive, answers_by_question, bad_ones, failure, folder, good, ids_of, large_file, limited, loader, mixed, mixed_records, plain, rounds, seed, tok, two, write_all_kinds
+    global SCRIPT, alive, bad_ones, failure, folder, good, ids_of, large_file, limited, loader, mixed, mixed_records, plain, rounds, seed, tok, two, write_all_kinds
     os.environ["VLM_LIT_CACHE"] = tempfile.mkdtemp()
     def mixed_records():
         turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "é 🙂\u2028"}]
@@ -38,7 +35,7 @@ def setup_module():
         disable_progress_bars()
         for indent,name in ((None, "flat.json"), (2, "pretty.json")): (folder/name).write_text(json.dumps(records, indent=indent, ensure_ascii=False), encoding="utf-8")
         (folder/"lines.jsonl").write_text("\n".join(json.dumps(r) for r in records), encoding="utf-8")
-        rows = [{**r, "image": image_names(r) or None, "source": 1} for r in records]
+        rows = [{**r, "image": image_names(r) or None, "source": "web", "score": 1} for r in records]
         pq.write_table(pa.Table.from_pylist(rows), folder/"one.parquet")
         (folder/"parts").mkdir()
         for n,half in enumerate((rows[:1], rows[1:])): pq.write_table(pa.Table.from_pylist(half), folder/f"parts/{n}.parquet")
@@ -92,16 +89,12 @@ def setup_module():
         "Whether a process still runs."
         try: return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z" if Path("/proc").is_dir() else os.kill(pid, 0) is None
         except (OSError, ProcessLookupError): return False
-    def answers_by_question(records):
-        "`{question: {answer: how often}}`"
-        found = {}
-        for record in records:
-            question, answer = (turn["value"] for turn in record["conversations"])
-            found.setdefault(question.split("\n")[0], Counter())[answer] += 1
-        return found
 
 def test_records_of_all_forms_become_llava_records():
     llava = {"id": "a", "image": ["x.png"], "conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "<image>What is this?"}, {"from": "gpt", "value": "A cat"}]}
+    told = {**llava, "type": "color", "source": "web"}
+    test_eq(read_record(told), told)
+    test_eq(read_record({**llava, "type": None, "score": 3}), llava)
     def chat(part, content, key="messages", **extra):
         return {"id": "a", **extra, key: [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [part, {"type": "text", "text": "What is this?"}] if part else content},
                                           {"role": "assistant", "content": [{"type": "text", "text": "A "}, {"type": "text", "text": "cat"}]}]}
@@ -116,16 +109,21 @@ def test_records_that_cannot_be_read_say_why():
     picture, text = {"type": "image", "image": "x.png"}, {"type": "text", "text": "q"}
     wrong = [("a list", [3], "record 0: a record must be a JSON object"), ("no turns", {"id": 7, "image": "x.png"}, "record 7: no 'conversations' and no 'messages'; the record has ['id', 'image']"),
              ("turns no list", {"id": 7, "conversations": "q"}, "record 7: a conversation must be a list"), ("an id of lists", {"id": [1], "conversations": []}, "record 0: 'id' must be"),
+             ("a type of lists", {"id": 7, "conversations": [], "type": ["color"]}, "record 7: 'type' must be a text, got list"), ("a source by number", {"id": 7, "conversations": [], "source": 3}, "record 7: 'source' must be a text, got int"),
              ("image a number", {"id": 7, "image": 3, "conversations": []}, "record 7: an image must be given as a path"), ("image empty", {"id": 7, "image": ["x", ""], "conversations": []}, "record 7: an image must"),
              ("an address", {"id": 7, "image": "https://x/y.png", "conversations": []}, "record 7: image 'https://x/y.png' is an address"), ("a data URL", user({"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}), "record 7, turn 0: image 'data:"),
              ("both keys", {"id": 7, "image": "x", "images": ["x"], "conversations": []}, "record 7: both 'image' and 'images'"), ("images twice", user(picture, text, image="y.png"), "record 7: some images are named"),
              ("none named", user({"type": "image"}, text), "record 7: the messages hold 1 image(s), and 'image' names 0"), ("some named", user(picture, {"type": "image"}, text), "record 7: some images are named"), ("tag spelled", user(picture, {"type": "text", "text": "a <image>"}), "record 7, turn 0: the text spells <image>"),
              ("a part of sound", user({"type": "audio", "audio": "x.wav"}), "record 7, turn 0: a part of a message must be"), ("no content", {"id": 7, "messages": [{"role": "user", "content": None}]}, "record 7, turn 0: a turn must be"),
              ("unknown role", {"id": 7, "messages": [{"role": "tool", "content": "x"}]}, "record 7, turn 0: unknown role 'tool'"), ("half a character", {"id": 7, "messages": [{"role": "user", "content": "\ud83d"}]}, "record 7, turn 0: the text holds half"),
+             *[(key, {"id": 7, "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", key: value}]}, f"record 7, turn 1: the turn has '{key}'")
+               for key,value in (("weight", 0), ("tool_calls", [{"id": 1}]), ("refusal", "no"))],
              ("picture in an answer", {"id": 7, "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": [picture]}]}, "record 7, turn 1: an image in a turn of 'gpt'"),
              ("picture in a greeting", {"id": 7, "image": "x.png", "conversations": [{"from": "gpt", "value": "see <image>"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "record 7, turn 0: the turn answers nothing")]
     for what,record,message in wrong:
         with expect_fail(DataError, contains=message): read_record(record)
+    kept = {"role": "assistant", "content": "a", "weight": 1, "refusal": None}
+    test_eq(read_record({"id": 1, "messages": [{"role": "user", "content": "q"}, kept]})["conversations"][1]["value"], "a")
     print(len(wrong), "kinds refused, such as:", next(message for what,_,message in wrong if what == "tag spelled"))
 
 def test_every_record_is_found_at_its_bytes():
@@ -200,7 +198,8 @@ def test_records_are_the_same_from_every_kind_of_file():
     for file in files:
         records = Records(file)
         print(f"{file.name:12}", len(records), records.n_images.tolist(), records.n_chars.tolist())
-        test_eq([{**r, "image": image_names(r)} for r in records], wanted)
+        source = {} if file.suffix in (".json", ".jsonl") else {"source": "web"}
+        test_eq([{**r, "image": image_names(r)} for r in records], [{**r, **source} for r in wanted])
         test_eq((records.n_images.tolist(), records[-1]["id"], [r["id"] for r in records[1:3]]), ([1, 0, 2, 0], "d", ["b", "c"]))
         with expect_fail(IndexError): records[4]
     test_eq([f.name for f in files], ["flat.json", "lines.jsonl", "one.parquet", "parts", "pretty.json", "saved"])
@@ -261,17 +260,17 @@ def test_data_that_is_not_there_or_no_data():
     test_eq(([broken.name(i) for i in range(3)], broken.n_images.tolist()), (["x", 1, 2], [-1, -1, 0]))
     with expect_fail(DataError, contains="record 1: a record must be a JSON object"): broken[1]
 
-def test_cuts_fall_behind_answers_and_never_inside_an_image():
+def test_truncation_ends_after_answers_and_never_inside_an_image():
     ids    = torch.tensor([2, -200, 5, 6,    7, 8, 9,     -200, 10, 11, 12])
     labels = torch.tensor([-100, -100, -100, 6, -100, 8, 9, -100, -100, 11, 12])
-    kept = {limit: len(cut_rounds(ids, labels, 4, limit)[0]) for limit in range(7, 19)}
+    kept = {limit: len(truncate_to_complete_turns(ids, labels, 4, limit)[0]) for limit in range(7, 19)}
     print("expanded:", expanded_length(ids, 4), " kept of", len(ids), "ids:", kept)
     test_eq(kept, {7: 4, 8: 4, 9: 4, **{limit: 7 for limit in range(10, 17)}, 17: 11, 18: 11})
     for limit in range(7, 19):
-        cut, cut_labels = cut_rounds(ids, labels, 4, limit)
+        cut, cut_labels = truncate_to_complete_turns(ids, labels, 4, limit)
         assert expanded_length(cut, 4) <= limit and cut_labels[-1] != IGNORE_INDEX and torch.equal(cut, ids[:len(cut)]) and torch.equal(cut_labels, labels[:len(cut)])
-    with expect_fail(TooLong, contains="its first round does not fit: 7 positions with an image of 4 rows, max_length is 6"): cut_rounds(ids, labels, 4, 6)
-    with expect_fail(TooLong): cut_rounds(ids, torch.full_like(ids, IGNORE_INDEX), 4, 9)
+    with expect_fail(TooLong, contains="its first question and answer do not fit: 7 positions with an image of 4 rows, max_length is 6"): truncate_to_complete_turns(ids, labels, 4, 6)
+    with expect_fail(TooLong): truncate_to_complete_turns(ids, torch.full_like(ids, IGNORE_INDEX), 4, 9)
 
 def test_the_share_of_bad_samples_is_bounded():
     place = Path(tempfile.mkdtemp())/"bad_samples.jsonl"
@@ -324,9 +323,9 @@ def test_broken_records_say_which_and_why():
     for message,words in zip(messages, ["no image 'gone.png'", "0 <image> tag(s) for 1 image(s)", "2 <image> tag(s) for 1 image(s)", "turn 0: <image> tag in a record with 0 images", "leaves the image folder",
                                         "turn 0: the text spells the control token '<end_of_turn>'", "turn 1: two turns of 'human' in a row"]): assert words in message
 
-def test_preloaded_items_equal_lazy_ones():
+def test_cached_items_equal_lazy_ones():
     def small(): return LazySupervisedDataset([plain, two, {**two, "id": 3}], tok, image_folder=folder, image_size_aux=64, image_size=32)
-    lazy, loaded = small(), small().preload()
+    lazy, loaded = small(), small().cache_in_memory()
     for i in range(3):
         test_eq(sorted(lazy[i]), sorted(loaded[i]))
         assert all(torch.equal(lazy[i][k], loaded[i][k]) for k in lazy[i])
@@ -346,21 +345,21 @@ def test_folder_and_template_are_checked_at_once():
 def test_a_limit_is_kept_before_images_are_opened():
     whole = limited([rounds])
     length = int(whole.lengths[0])
-    cut = limited([rounds], max_length=length - 1, too_long="cut")
+    cut = limited([rounds], max_length=length - 1, overlength="truncate")
     with Breakpoint(LazySupervisedDataset.pixels, at="if self.blank_images", watch="name") as bp: item = cut[0]
     print(LabelStrip(item["input_ids"], item["labels"], tok))
     print(length, "->", expanded_length(item["input_ids"], 16), "opened:", [hit["name"] for hit in bp.hits])
     test_eq(([hit["name"] for hit in bp.hits], tuple(item["image"].shape), cut.lengths.tolist()), (["photo.png"], (3, 56, 56), [length - 1]))
     test_eq("".join(LabelStrip(item["input_ids"], item["labels"], tok).learned), "a drawing<end_of_turn>\n<eos>a house<end_of_turn>\n<eos>")
-    for how in ("refuse", "drop"):
+    for how in ("error", "skip"):
         with Breakpoint(LazySupervisedDataset.pixels, at="if self.blank_images") as bp:
-            with expect_fail(TooLong, contains=f"record 'r': {length} positions with images of 16 rows each, max_length is {length - 1}"): limited([rounds], max_length=length - 1, too_long=how)[0]
+            with expect_fail(TooLong, contains=f"record 'r': {length} positions with images of 16 rows each, max_length is {length - 1}"): limited([rounds], max_length=length - 1, overlength=how)[0]
         test_eq(len(bp.hits), 0)
     with expect_fail(DataError, contains="no image 'gone.png'"): limited([rounds], max_length=length)[0]
-    with expect_fail(TooLong, contains="record 'r': its first round does not fit"): limited([rounds], max_length=20, too_long="cut")[0]
+    with expect_fail(TooLong, contains="record 'r': its first question and answer do not fit"): limited([rounds], max_length=20, overlength="truncate")[0]
 
 def test_limits_that_cannot_be_are_refused():
-    for wrong,message in [({"max_length": 0}, "max_length must be at least 1"), ({"too_long": "shorten"}, "too_long must be"), ({"skip_bad": .1}, "skip_bad needs bad_samples")]:
+    for wrong,message in [({"max_length": 0}, "max_length must be at least 1"), ({"overlength": "shorten"}, "overlength must be one of"), ({"skip_bad": .1}, "skip_bad needs bad_samples")]:
         with expect_fail(ConfigError, contains=message): limited([rounds], **wrong)
 
 def test_hd_crops_come_out_of_the_dataset():
@@ -394,12 +393,30 @@ def test_bad_samples_are_noted_left_out_and_bounded():
     for row in rows: print(row["id"], "|", row["reason"].replace(str(folder), "images")[:88])
     with expect_fail(DataError, contains="record 'missing': no image"): batches.dataset[14]      # inspecting raises
 
+def test_lengths_and_memory_know_the_bad_samples():
+    file = Path(tempfile.mkdtemp())/"bad_samples.jsonl"
+    ds = limited([*bad_ones, rounds, seed], skip_bad=.9, bad_samples=file)
+    length = int(limited([rounds]).lengths[0])
+    test_eq(ds.lengths.tolist(), [40, 40, 0, 0, length, 40])                    # the images are not opened for it
+    for overlength,wanted in [("error", length), ("truncate", 50), ("skip", 0)]:
+        ds = limited([*bad_ones, rounds, seed], max_length=50, overlength=overlength, skip_bad=.9, bad_samples=file)
+        test_eq(ds.lengths.tolist(), [40, 40, 0, 0, wanted, 40])
+    lazy = ds.__getitems__(range(6))
+    kept = limited([*bad_ones, rounds, seed], max_length=50, overlength="skip", skip_bad=.9, bad_samples=file).cache_in_memory().__getitems__(range(6))
+    test_eq((len(lazy), len(kept)), (1, 1))
+    assert all(torch.equal(lazy[0][key], kept[0][key]) for key in lazy[0] if key != "index")
+    with expect_fail(DataError, contains="no image 'gone.png'"): limited([seed, bad_ones[0]]).cache_in_memory()
+
 def test_skipping_has_limits_of_its_own():
     file = Path(tempfile.mkdtemp())/"bad_samples.jsonl"
-    with expect_fail(DataError, contains="every sample of a batch of 2 is bad"): limited([*bad_ones[:2], *good], skip_bad=.5, bad_samples=file).__getitems__([0, 1])
+    ds = limited([*bad_ones[:2], *good], skip_bad=.5, bad_samples=file)
+    test_eq((ds.__getitems__([0, 1]), ds.bad.totals, len(file.read_text().splitlines())), ([], (2, 2), 2))      # a batch may be empty
+    with expect_fail(DataError, contains="2 of 2 samples are bad, more than the share of 0.01"): limited([*bad_ones[:2], *good], skip_bad=.01, bad_samples=file).__getitems__([0, 1])
     long = [rounds, *good[:30]]
-    with expect_fail(TooLong): list(loader(.5, file, 0, long, max_length=45))                         # refused is not skipped
-    test_eq(list(loader(.5, file, 0, long, max_length=45, too_long="drop")), [9, 10, 10, 1])
+    with expect_fail(TooLong): list(loader(.5, file, 0, long, max_length=45))                         # an error is not skipped
+    ds = limited([rounds, plain], max_length=20, overlength="truncate", skip_bad=.6, bad_samples=file)
+    test_eq((len(ds.__getitems__([0, 1])), ds.bad.totals), (1, (2, 1)))                               # not even the first answer fits
+    test_eq(list(loader(.5, file, 0, long, max_length=45, overlength="skip")), [9, 10, 10, 1])
     assert "max_length is 45" in file.read_text().splitlines()[-1]
 
 def test_an_interrupt_ends_a_run_with_workers():
@@ -422,113 +439,3 @@ def test_an_interrupt_ends_a_run_with_workers():
     for _ in range(50):
         if any(map(alive, workers)): time.sleep(.1)
     assert not any(map(alive, workers))
-
-def test_arrays_grow_on_disk():
-    place = Path(tempfile.mkdtemp())/"ids.npy"
-    with ArrayWriter(place, "<i4") as out:
-        for part in ([1, 2, 3], [], [4, 5]): out.append(np.array(part))
-    array = ArrayReader(place)
-    print(np.load(place), len(array), array[1:4])
-    test_eq((np.load(place).tolist(), len(array), array[1:4].tolist()), ([1, 2, 3, 4, 5], 5, [2, 3, 4]))
-
-def test_prepared_samples_are_the_samples():
-    records = [seed, plain, two, {**seed, "id": "again"}]
-    lazy = limited(records)
-    for workers in (1, 2):
-        place = prepare_dataset(lazy, Path(tempfile.mkdtemp())/"prepared", n_workers=workers, chunk=3, show=False)
-        ready = limited(records, prepared=place)
-        with Breakpoint(preprocess, at="check_tokenizer(tokenizer, template)") as bp: items = [ready[i] for i in range(4)]
-        test_eq(len(bp.hits), 0)
-        for i,item in enumerate(items):
-            test_eq(sorted(item), sorted(lazy[i]))
-            assert all(torch.equal(item[k], v) and item[k].dtype == v.dtype for k,v in lazy[i].items())
-    print(sorted(p.name for p in place.iterdir()), ready.lengths, ready.has_image)
-    test_eq((ready.lengths.tolist(), ready.has_image.tolist()), (lazy.lengths.tolist(), [True, False, True, True]))
-    test_eq(ready.lengths[0], 25 + 15)                                                     # one id has become 16 rows
-    cut = [limited([rounds], max_length=60, too_long="cut", **extra)[0]["input_ids"].tolist() for extra in ({}, {"prepared": prepare_dataset(limited([rounds]), show=False)})]
-    test_eq(cut[0], cut[1])
-
-def test_what_is_not_ours_is_never_overwritten_and_not_lost():
-    precious = Path(tempfile.mkdtemp())/"precious"
-    precious.mkdir()
-    for text in ('{"title": "my album"}', "[1]", "{", json.dumps({"n": 1, "data": "x", "from": {}})):
-        (precious/"meta.json").write_text(text)
-        (precious/"thesis.txt").write_text("keep")
-        with expect_fail(ConfigError, contains="is not empty and holds no prepared data"): prepare_dataset(limited([seed]), precious, show=False)
-        with expect_fail(ConfigError, contains="no prepared data in"): limited([seed], prepared=precious)
-    test_eq(sorted(p.name for p in precious.iterdir()), ["meta.json", "thesis.txt"])
-    for key,value in [("weight", 0), ("tool_calls", [{"id": 1}]), ("refusal", "no")]:
-        with expect_fail(DataError, contains=f"record 1, turn 1: the turn has '{key}'"): read_record({"id": 1, "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", key: value}]})
-    test_eq(read_record({"id": 1, "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 1, "refusal": None}]})["conversations"][1]["value"], "a")
-
-def test_stale_prepared_data_is_noticed():
-    data, place = folder/"prep.json", Path(tempfile.mkdtemp())/"prepared"
-    data.write_text(json.dumps([seed, plain]))
-    def open_it(**kwargs): return limited(data, **{"prepared": place, **kwargs})
-    prepare_dataset(limited(data), place, show=False)
-    before = file_stamp(place/"ids.npy")
-    prepare_dataset(limited(data), place, show=False)
-    test_eq(file_stamp(place/"ids.npy"), before)
-    os.utime(data, ns=(0, 0))
-    open_it()[0]                                                                           # another time, the same bytes
-    other = load_tokenizer("gemma")
-    other.add_tokens(["<new>"], special_tokens=True)
-    def with_other_tokens(): return LazySupervisedDataset(data, other, folder, image_size_aux=64, image_size=56, prepared=place)
-    for make,changed in [(lambda: open_it(template="plain", control_tokens="escape", image_tags="mgm"), "changed since: template, control_tokens, image_tags;"), (with_other_tokens, "changed since: tokenizer;"),
-                         (lambda: (data.write_text(json.dumps([seed, two])), open_it()), "changed since: data; make it anew with: vlm-lit prepare")]:
-        with expect_fail(ConfigError, contains=changed): make()
-    with expect_fail(ConfigError, contains="no prepared data in"): open_it(prepared=place/"gone")
-    prepare_dataset(limited(data), place, show=False)                                                  # made anew
-    test_eq(open_it()[1]["input_ids"].tolist(), limited(data)[1]["input_ids"].tolist())
-    (place/"offsets.npy").write_bytes((place/"ids.npy").read_bytes())
-    with expect_fail(ConfigError, contains="is not whole"): open_it()
-    (place/"meta.json").unlink()
-    with expect_fail(ConfigError, contains="is not empty and holds no prepared data"): prepare_dataset(limited(data), place, show=False)
-
-def test_bad_records_are_listed_and_never_served():
-    with expect_fail(DataError, contains="record 'forged', turn 0: the text spells"): prepare_dataset(limited(mixed), show=False)
-    with expect_fail(DataError, contains="2 bad records, more than the share of 0.02 of 60"): prepare_dataset(limited(mixed), allow_bad=.02, show=False)
-    place = prepare_dataset(limited(mixed), allow_bad=.04, show=False)
-    print((place/"bad_samples.jsonl").read_text())
-    ready = limited(mixed, prepared=place)
-    test_eq((np.flatnonzero(ready.lengths == 0).tolist(), len(ready)), ([44, 59], 60))
-    with expect_fail(DataError, contains="record 'forged': left out when the data was prepared (record 'forged', turn 0"): ready[44]
-    assert all(torch.equal(limited(mixed)[i]["labels"], ready[i]["labels"]) for i in (0, 43, 45, 58))
-
-def test_captions_hold_what_the_answers_tell_and_no_more():
-    test_eq(caption([("what color is the shape?", "blue"), ("is there not a rectangle?", "no"), ("is there a red shape?", "no")]), "a blue rectangle")
-    test_eq(caption([("what color is the triangle?", "teal")]), "a teal triangle")
-    test_eq(caption([("what color is the shape?", "teal"), ("is there no circle?", "yes")]), None)
-    test_eq(told_by("does the image not contain a gray shape?", "yes"), set())
-
-def test_easy_vqa_as_llava_records():
-    sizes = {(split, stage): len(easy_vqa_records(split, stage)) for split in ("train", "test") for stage in (1, 2)}
-    test_eq((sizes["train", 1], sizes["train", 2], sizes["test", 2]), (3542, 38575, 9673))
-    test_eq(easy_vqa_records("train", 1)[0], llava_record("train-0", "train/images/0.png", "What is in the photo?", "a blue rectangle"))
-    train, test = [{r["image"] for r in easy_vqa_records(split, 2)} for split in ("train", "test")]
-    test_eq((len(train), len(test), len(train & test)), (4000, 1000, 0))
-
-def test_balanced_questions_do_not_tell_their_answers():
-    train = easy_vqa_records("train", 2)
-    balanced = balance_answers(train)
-    assert all(len(set(answers.values())) == 1 for answers in answers_by_question(balanced).values())
-    test_eq(set(answers_by_question(balanced)), set(answers_by_question(train)))
-    test_eq([r["id"] for r in balanced], [r["id"] for r in train if r["id"] in {b["id"] for b in balanced}])       # in their order, none twice
-    test_eq(balanced, balance_answers(train, seed=0)); assert balanced != balance_answers(train, seed=1)
-    talk = llava_record("a", "x.png", "q", "yes"); talk["conversations"] *= 2
-    with expect_fail(ConfigError, contains="record a has 4 turns"): balance_answers([talk])
-
-def test_positive_questions_turn_nothing_around():
-    train = easy_vqa_records("train", 2)
-    positive = positive_questions(train)
-    asked = answers_by_question(positive)
-    print(len(positive), list(asked)[:4])
-    assert all(set(answers) == {"yes", "no"} for answers in asked.values()) and {r["id"] for r in positive} < {r["id"] for r in train}
-    left = {question for question,answers in answers_by_question(train).items() if set(answers) == {"yes", "no"}} - set(asked)
-    assert left and all({"not", "no"} & set(question.rstrip("?").split()) for question in left)                   # nothing else is left out
-    assert not any({"not", "no"} & set(question.rstrip("?").split()) for question in asked)
-
-def test_easy_vqa_item():
-    item = LazySupervisedDataset(easy_vqa_records("train", 1), tok, image_folder=easy_vqa_folder(), image_size_aux=64, image_size=32)[0]
-    test_eq(tok.decode([i for i in item["labels"].tolist() if i >= 0]), "a blue rectangle<end_of_turn>\n<eos>")
-    test_eq((tuple(item["image_aux"].shape), tuple(item["image"].shape)), ((3, 64, 64), (3, 32, 32)))

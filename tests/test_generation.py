@@ -1,9 +1,11 @@
 "Derived from nbs/12_generation.ipynb by `make tests`; edit the notebook, not this file."
-import warnings
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 import torch
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+from transformers.generation import BaseStreamer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from vlm_lit.core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from vlm_lit.templates import Segment
@@ -25,27 +27,30 @@ from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.generation import *
 
 def setup_module():
-    global PICTURES, QUESTIONS, compact, golden, golden_tokenizer, llama, model, other, photo, plain_greedy, processor, qwen, small_model, tok, used, words
+    global PICTURES, QUESTIONS, asked_ids, golden, golden_tokenizer, llama, model, other, photo, plain_greedy, processor, qwen, small_model, tok
     disable_progress_bar()
     golden = next(p for p in (Path("../tests/golden"), Path("tests/golden")) if p.is_dir())
     def golden_tokenizer(name, bos, eos, unk):
         "A tokenizer cut down for tests."
         backend = Tokenizer.from_str(lzma.decompress((golden/f"{name}.tokenizer.json.xz").read_bytes()).decode())
         return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, unk_token=unk, pad_token=unk)
-    def small_model(tokenizer, family="llama", used_ids=None, seed=0):
+    def small_model(tokenizer, family="llama", seed=0):
         "A small model with random weights, in evaluation mode."
         rows = max(tokenizer.get_vocab().values()) + 1            # a tokenizer that was cut down keeps its ids
-        text = dict(model_type=family, vocab_size=len(used_ids) if used_ids else rows, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8, intermediate_size=32,
+        text = dict(model_type=family, vocab_size=rows, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8, intermediate_size=32,
                     initializer_range=.4, tie_word_embeddings=False, pad_token_id=None, bos_token_id=None, eos_token_id=None)
         vision = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
         aux = dict(hidden_sizes=[8, 12], depths=[1, 1], num_stages=2, patch_size=2)
         torch.manual_seed(seed)
-        return VLM(VLMConfig(text, vision, aux, image_size=32, image_size_aux=64, select_layer=-1, used_ids=used_ids, vocab_size=rows)).eval()
+        return VLM(VLMConfig(text, vision, aux, image_size=32, image_size_aux=64, select_layer=-1)).eval()
     tok = load_tokenizer("gemma")
     llama = golden_tokenizer("sentencepiece_like", "<s>", "</s>", "<unk>")
     qwen = golden_tokenizer("chatml_no_bos", None, "<|im_end|>", "<|endoftext|>")
     qwen.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     photo, other = sample_image(90, 60), sample_image(40, 70)
+    def asked_ids(question, tokenizer=tok, template="gemma"):
+        "Prompt of a question about one image."
+        return prompt_ids(read_conversation(question, [None])[0], tokenizer, template)
     model = small_model(tok, "gemma")
     processor = VLMProcessor.for_model(model.config, tok)
     processor.set_stops(model)
@@ -57,12 +62,9 @@ def setup_module():
         written = []
         while len(written) < n and not (written and written[-1] in stops):
             with torch.no_grad(): row = model.language_model(inputs_embeds=embeds, use_cache=False).logits[0, -1].argmax()
-            written.append(model.id_table.to_ids(row).item())
+            written.append(row.item())
             embeds = torch.cat([embeds, model.embed(torch.tensor([written[-1:]]))], 1)
         return written
-    words = "what color is the shape? a blue rectangle circle yes no"
-    used = sorted({0, 1, 2, 3, 106, 107, 108, 1645, 2516, *tok(words).input_ids, *tok("\nwhat").input_ids})
-    compact = small_model(tok, "gemma", used, seed=1)
 
 def test_conversations_of_any_form_are_read_alike():
     ways = ["what is it?", [{"from": "human", "value": "<image>\nwhat is it?"}], [{"role": "user", "content": [{"type": "image", "image": photo}, {"type": "text", "text": "\nwhat is it?"}]}],
@@ -115,15 +117,15 @@ def test_pictures_come_in_any_form():
 
 def test_question_is_a_prefix_of_its_training_sample():
     for tokenizer,template in [(tok, "gemma"), (llama, "v1"), (llama, "llama_2"), (llama, "plain"), (qwen, "hf"), (qwen, "chatml_direct")]:
-        asked = question_ids("what is it?", tokenizer, template).tolist()
+        asked = asked_ids("what is it?", tokenizer, template).tolist()
         told = preprocess([[{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "blue"}]], tokenizer, template)
         ids, labels = told["input_ids"][0].tolist(), told["labels"][0].tolist()
         test_eq(ids[:len(asked)], asked)
         test_eq((set(labels[:len(asked)]), labels[len(asked):]), ({IGNORE_INDEX}, ids[len(asked):][:sum(i != IGNORE_INDEX for i in labels)] + [IGNORE_INDEX]*(len(labels) - len(asked) - sum(i != IGNORE_INDEX for i in labels))))
         assert labels[len(asked)] != IGNORE_INDEX                                            # the very next id is learned
-    test_eq(question_ids("<image>\nwhat is it?", tok).tolist(), question_ids("what is it?", tok).tolist())
-    with expect_fail(DataError, contains="spells the control token"): question_ids("x<end_of_turn>", tok)
-    with expect_fail(DataError, contains="2 <image> tag(s) for 1 image(s)"): question_ids("<image> or <image>?", tok)
+    test_eq(asked_ids("<image>\nwhat is it?").tolist(), asked_ids("what is it?").tolist())
+    with expect_fail(DataError, contains="spells the control token"): asked_ids("x<end_of_turn>")
+    with expect_fail(DataError, contains="2 <image> tag(s) for 1 image(s)"): asked_ids("<image> or <image>?")
 
 def test_stop_tokens_come_from_template_and_tokenizer():
     print(stop_ids(tok), stop_ids(tok, "plain"), qwen.convert_ids_to_tokens(stop_ids(qwen, "hf")), llama.convert_ids_to_tokens(stop_ids(llama, "v1")))
@@ -156,6 +158,7 @@ def test_processor_takes_what_the_model_holds_and_cuts_at_stops():
     written = tok("blue<end_of_turn>\nred", add_special_tokens=False).input_ids
     test_eq((own.decode(written), own.batch_decode(torch.tensor([written, written]))), ("blue", ["blue"]*2))
     test_eq(VLMProcessor(tok, "plain").decode(tok("blue\nred").input_ids), "blue")
+    test_eq((own.decode([107, 0]), own.batch_decode([[], [1, 5]])), ("", ["", ""]))                # an answer that ends at once
     bare = golden_tokenizer("chatml_no_bos", None, "<|im_end|>", "<|endoftext|>")
     test_eq(VLMProcessor(bare, "hf", chat_template=qwen.chat_template)("a")["input_ids"].tolist(), VLMProcessor(qwen, "hf")("a")["input_ids"].tolist())
 
@@ -263,23 +266,23 @@ def test_streamer_writes_what_is_returned():
     test_eq(heard.getvalue().strip(), tok.decode(ids[0], skip_special_tokens=True).strip())
     assert len(heard.getvalue()) > 3
 
-def test_compact_batch_equals_a_plain_loop():
-    questions = ["what color is the shape?", "is the shape a blue circle?", "what?"]
-    samples = [question_sample(photo, q, tok, compact.config) for q in questions]
-    together = generate_ids(compact, samples, tok, max_new_tokens=5)
-    stops = stop_ids(tok)
-    own = VLMProcessor.for_model(compact.config, tok)
-    for question,ids in zip(questions, together): test_eq(ids, cut_at_stop(plain_greedy(compact, own(question, photo), 5, stops), stops))
-    print([len(ids) for ids in together], "ids written, as by the loop")
-    assert all(i in used for ids in together for i in ids)
-
-def test_answer_warns_of_words_the_model_cannot_read():
-    import warnings
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        text = answer(compact, photo, "what color is the zebra?", tok, max_new_tokens=3)
-    print(str(caught[-1].message))
-    assert isinstance(text, str) and "zebra" in str(caught[-1].message)
+def test_answers_come_in_order_and_in_batches():
+    folder = Path(tempfile.mkdtemp())
+    photo.save(folder/"a.png"); other.save(folder/"b.png")
+    paths = [folder/"a.png", folder/"b.png", folder/"a.png"]
+    together = list(answer_batch(model, processor, "what is it?", paths, batch_size=2, max_new_tokens=5))
+    print(together)
+    want = [processor.decode(model.generate(**processor("what is it?", path), max_new_tokens=5)[0]) for path in paths]
+    test_eq(together, want)
+    test_eq(list(answer_batch(model, processor, QUESTIONS, PICTURES, max_new_tokens=6)),
+            processor.batch_decode(model.generate(**processor(QUESTIONS, PICTURES), max_new_tokens=6)))
+    test_eq(len(list(answer_batch(model, processor, ["hello"], max_new_tokens=1))), 1)
+    (folder/"b.png").write_bytes(b"no image")
+    answers = answer_batch(model, processor, "what is it?", paths, batch_size=1, max_new_tokens=5)
+    test_eq(next(answers), want[0])                                    # what was before it has been answered
+    with expect_fail(DataError, contains="b.png': "): next(answers)
+    with expect_fail(DataError, contains="record 2: a picture must be"): list(answer_batch(model, processor, "?", [photo, photo, 7], 2))
+    with expect_fail(DataError, contains="1 questions for 2 entries"): list(answer_batch(model, processor, ["?"], [photo]*2))
 
 def test_chat_remembers():
     chat = Chat(model, processor, max_new_tokens=5)
@@ -290,7 +293,29 @@ def test_chat_remembers():
     before = list(chat.turns)
     with expect_fail(DataError, contains="spells the control token"): chat("x<eos>")
     test_eq(chat.turns, before)
-    test_eq(first, answer(model, photo, "what is it?", tok, max_new_tokens=5))
+    chat.clear()
+    test_eq((chat.turns, chat("what is it?", photo)), ([], first))
+
+def test_streamed_answers_are_the_answers():
+    from vlm_lit.generation import _decoded
+    called, streamed = Chat(model, processor, 8), Chat(model, processor, 8)
+    for question,image in [("what is it?", photo), ("really?", None), ("and this?", [other, photo])]:
+        test_eq("".join(pieces := list(streamed.stream(question, image))), called(question, image))
+        assert len(pieces) > 1
+    test_eq((streamed.turns, streamed.images), (called.turns, called.images))
+    before = list(streamed.turns)
+    with expect_fail(DataError, contains="spells the control token"): list(streamed.stream("x<eos>"))
+    broken_off = streamed.stream("go on")
+    next(broken_off); broken_off.close()
+    test_eq(streamed.turns, before)
+    with expect_fail(ValueError, contains="beam"): list(Chat(model, processor, num_beams=2).stream("hello"))     # transformers' own words
+    newline = VLMProcessor(tok, "plain", 32, 64)                             # a stop token that is text is not shown
+    letters = Queue()
+    for ids in ([], *[[i] for i in tok("blue 🐋 one\nred").input_ids]): letters.put(ids)
+    letters.put(None)
+    pieces = list(_decoded(letters, newline))
+    print(pieces)
+    test_eq("".join(pieces), "blue 🐋 one")
 
 def test_padding_on_the_right_changes_answers():
     embeds, plan = model.prepare(**processor(["what?", "which of them is the blue one?"], photo))

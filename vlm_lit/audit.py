@@ -22,8 +22,8 @@ from .templates import Segment
 from .sentinels import check_image_count
 from .labels import check_policy, check_tokenizer, check_turns, control_pattern, first_turn
 from .images import open_image, rows_per_image, safe_path
-from .dataset import Records, encode_records, halve_until_right, image_names, one_thread, read_record
-from .batches import GroupedBatchSampler, padding_waste
+from .dataset import Records, encode_records, bisect_failures, image_names, one_thread, read_record
+from .data.samplers import GlobalBatchSampler, mixture_draws, padding_ratio
 
 # %% ../nbs/14_audit.ipynb #c007
 ERRORS = {"broken_record": "not a record: no conversation, wrong types, not readable", "roles": "roles out of order or unknown, no question, a turn without text",
@@ -159,7 +159,7 @@ def inspect_chunk(
     encode = lambda some: encode_records([record for _,record in some], tokenizer, settings.template, settings.control_tokens, settings.image_tags)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                     # greetings and empty answers are findings of their own
-        encoded = halve_until_right(standing, encode)
+        encoded = bisect_failures(standing, encode)
     lengths, pictured = [], []
     for (n,record),out in zip(standing, encoded):
         found = inspected[n - start][1]
@@ -233,9 +233,10 @@ def padding_of(
     "How much of the batches is padding, drawn at random and grouped by length."
     if len(lengths) < 2: return {"batch_size": batch_size, "random": 0.0, "grouped": 0.0, "tokens": 0}
     shuffled = batch_lengths(np.random.default_rng(0).permutation(lengths), batch_size)
-    grouped = [lengths[batch].tolist() for batch in GroupedBatchSampler(lengths, pictured, min(batch_size, len(lengths)))]
+    plan = GlobalBatchSampler(mixture_draws([len(lengths)]), min(batch_size, len(lengths)), batching="grouped", lengths=lengths, has_image=pictured)
+    grouped = [lengths[np.concatenate(plan.global_batch(step)).astype(int)].tolist() for step in range(plan.steps)]
     padded = sum(max(own)*len(own) for own in shuffled) - int(lengths.sum())
-    return {"batch_size": batch_size, "random": round(padding_waste(shuffled), 4), "grouped": round(padding_waste(grouped), 4), "tokens": padded}
+    return {"batch_size": batch_size, "random": round(padding_ratio(shuffled), 4), "grouped": round(padding_ratio(grouped), 4), "tokens": padded}
 
 # %% ../nbs/14_audit.ipynb #c020
 def length_histogram(

@@ -4,15 +4,13 @@
 
 # %% auto #0
 __all__ = ['flat_images', 'count_images', 'stack_images', 'pad_samples', 'expanded_length', 'pack_rows', 'join_samples',
-           'check_sample', 'DataCollatorForSupervisedDataset', 'epoch_groups', 'StepBatchSampler', 'padding_waste',
-           'EpochBatchSampler', 'GroupedBatchSampler', 'PackedBatchSampler']
+           'check_sample', 'BatchInfo', 'batch_info', 'blank_sample', 'DataCollatorForSupervisedDataset']
 
 # %% ../nbs/08_batches.ipynb #c002
-import bisect, zlib
+import bisect
 from dataclasses import dataclass
 import numpy as np, torch
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Sampler
 from .core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
 
 # %% ../nbs/08_batches.ipynb #c006
@@ -105,6 +103,33 @@ def check_sample(
     if n_gaps != n_images: raise DataError(f"sample {n} of the batch has {n_gaps} image sentinel(s) in input_ids for {n_images} image(s); write one {IMAGE_TOKEN} tag for each image", record=sample.get("id"), kind="tags")
 
 @dataclass
+class BatchInfo:
+    "What a batch holds, sample by sample in the order of its supervised tokens; plain numbers."
+    indices: list[int]        # number of each record in the training data
+    sources: list[int]        # number of the source it is from
+    lengths: list[int]        # tokens, image tokens included
+    n_images: list[int]       # images
+    n_supervised: list[int]   # tokens that the loss counts
+
+def batch_info(
+    samples:list[dict], # With the record's `index`, and its `source_index` if there are several
+    image_rows:int|None, # Tokens of an image; None: 1
+) -> BatchInfo:
+    "What a batch holds, counted on the CPU before a device sees it."
+    return BatchInfo(
+        [s["index"] for s in samples], [s.get("source_index", 0) for s in samples],
+        [expanded_length(s["input_ids"], image_rows or 1) for s in samples],
+        [count_images(s) for s in samples],
+        [int((s["labels"][1:] != IGNORE_INDEX).sum()) for s in samples])
+
+def blank_sample(
+    pad_token_id:int,
+) -> dict[str, torch.Tensor]:
+    "A sample without a supervised token, when every sample of a batch was skipped as bad."
+    ids = torch.tensor([pad_token_id])
+    return {"input_ids": ids, "labels": torch.full_like(ids, IGNORE_INDEX)}
+
+@dataclass
 class DataCollatorForSupervisedDataset:
     "Samples to a batch: padded on the right or packed, pictures in one stack."
     pad_token_id:int             # filling of `input_ids`; any id will do, nothing reads it
@@ -119,204 +144,11 @@ class DataCollatorForSupervisedDataset:
     ) -> dict: # `input_ids`, `labels`, `attention_mask` (batch, seq_len), packed also `sample_ids`; with pictures `images` and `images_aux`; with `image_rows` the number `spliced_len`
         "One batch. Raises `DataError` if sentinels and pictures of a sample disagree in number."
         for n,sample in enumerate(samples): check_sample(sample, n)
+        if not samples: samples = [blank_sample(self.pad_token_id)]
         own, shown = samples, samples
         if self.max_length is not None:
             rows = pack_rows([expanded_length(s["input_ids"], self.image_rows) for s in samples], self.max_length, [s.get("id", n) for n,s in enumerate(samples)])
             own, shown = [join_samples([samples[i] for i in row]) for row in rows], [samples[i] for row in rows for i in row]
+        info = {"info": batch_info(shown, self.image_rows)} if shown and "index" in shown[0] else {}
         counted = {} if self.image_rows is None else {"spliced_len": max(expanded_length(s["input_ids"], self.image_rows) for s in own)}
-        return {**pad_samples(own, self.pad_token_id), **stack_images(shown), **counted}
-
-# %% ../nbs/08_batches.ipynb #c032
-def epoch_groups(
-    keys:list, # For each record what it shares with others, such as its picture
-    group_size:int, # Most records in a group
-    seed:int, # Of the run
-    epoch:int, # Counted from 0
-) -> list[list[int]]: # Groups of record numbers, in random order
-    "All records once, those with equal keys in groups, shuffled by seed and epoch."
-    rng = np.random.default_rng([seed, epoch])
-    shuffled = rng.permutation(len(keys)).tolist()
-    by_key = {}
-    for i in shuffled: by_key.setdefault(keys[i], []).append(i)
-    groups = [own[k:k+group_size] for own in by_key.values() for k in range(0, len(own), group_size)]
-    return [groups[k] for k in rng.permutation(len(groups))]
-
-class StepBatchSampler(Sampler):
-    "Batches of the steps from `start` to `stop`; the same for a seed, wherever a run begins."
-    def __init__(self,
-        keys:list, # For each record what it shares with others; `range(n)` for no grouping
-        groups_per_batch:int, # Groups in a batch
-        group_size:int=1, # Most records in a group
-        seed:int=0, # Of the run
-        start:int=0, # First step
-        stop:int=1, # Step after the last
-    ):
-        if not len(keys): raise ConfigError("no records to draw batches from")
-        if groups_per_batch < 1 or group_size < 1: raise ConfigError(f"groups_per_batch and group_size must be at least 1, got {groups_per_batch} and {group_size}")
-        self.keys, self.groups_per_batch, self.group_size, self.seed, self.start, self.stop = list(keys), groups_per_batch, group_size, seed, start, stop
-        n_groups = len(epoch_groups(self.keys, group_size, seed, 0))
-        self.steps_per_epoch = -(-n_groups//groups_per_batch)
-        self.epoch, self.groups = None, None
-
-    def __len__(self): return max(self.stop - self.start, 0)
-
-    def batch(self,
-        step:int, # Counted from 0 over all epochs
-    ) -> list[int]: # Record numbers
-        "The records of a step."
-        epoch, n = divmod(step, self.steps_per_epoch)
-        if epoch != self.epoch: self.epoch, self.groups = epoch, epoch_groups(self.keys, self.group_size, self.seed, epoch)
-        return [i for group in self.groups[n*self.groups_per_batch:(n + 1)*self.groups_per_batch] for i in group]
-
-    def __iter__(self): return (self.batch(step) for step in range(self.start, self.stop))
-
-# %% ../nbs/08_batches.ipynb #c039
-def padding_waste(
-    batches, # For each batch the lengths of its rows
-) -> float: # Share of all positions, 0 to 1
-    "How much of padded batches is padding."
-    area = sum(max(lengths)*len(lengths) for lengths in batches)
-    return 1 - sum(map(sum, batches))/area if area else 0.0
-
-# %% ../nbs/08_batches.ipynb #c042
-class EpochBatchSampler(Sampler):
-    "A place in endless shuffled data; a pass yields this rank's batches of an epoch. Subclasses say in `plan` how an epoch is cut."
-    def __init__(self,
-        lengths, # Expanded length of each record
-        batch_size:int, # Records, or packed rows, in a batch of one rank
-        world_size:int=1, # Processes
-        rank:int=0, # Which of them this is
-        seed:int=0, # Of the run
-        remainder:str="pad", # When the last batches are not full: "pad" with records of this epoch, or "drop" some
-    ):
-        self.lengths = np.asarray(lengths, dtype=np.int32)
-        if self.lengths.ndim != 1 or not len(self.lengths): raise ConfigError("no records to draw batches from")
-        if self.lengths.min() < 1: raise DataError("a record needs a length of at least 1", record=int(self.lengths.argmin()))
-        if batch_size < 1 or not 0 <= rank < world_size: raise ConfigError(f"batch_size must be at least 1 and rank from 0 to world_size - 1, got batch_size {batch_size}, rank {rank}, world_size {world_size}")
-        if remainder not in ("pad", "drop"): raise ConfigError(f"remainder must be 'pad' or 'drop', got {remainder!r}")
-        self.batch_size, self.world_size, self.rank, self.seed, self.remainder = batch_size, world_size, rank, seed, remainder
-        self.epoch, self.step, self._planned = 0, 0, None
-
-    def plan(self,
-        rng:np.random.Generator, # Of seed and epoch
-    ) -> tuple[np.ndarray, np.ndarray, int]: # Records of all batches; where each batch ends, `world_size` batches a step; records repeated or (negative) dropped
-        "How an epoch is cut."
-        raise NotImplementedError
-
-    @property
-    def epoch_plan(self) -> tuple[np.ndarray, np.ndarray, int]:
-        "The plan of the current epoch, made once."
-        if self._planned is None or self._planned[0] != self.epoch: self._planned = self.epoch, self.plan(np.random.default_rng([self.seed, self.epoch]))
-        return self._planned[1]
-
-    @property
-    def extra(self) -> int:
-        "Records that the current epoch repeats; negative: that it drops."
-        return self.epoch_plan[2]
-
-    def __len__(self): return len(self.epoch_plan[1])//self.world_size       # steps of the current epoch, the same on every rank
-
-    def batch(self,
-        step:int, # Of the current epoch
-        rank:int|None=None, # None: this one
-    ) -> list[int]: # Record numbers
-        "The records of a step."
-        records, ends, _ = self.epoch_plan
-        n = step*self.world_size + (self.rank if rank is None else rank)
-        return records[ends[n - 1] if n else 0:ends[n]].tolist()
-
-    def __iter__(self):
-        while self.step < len(self):
-            self.step += 1
-            yield self.batch(self.step - 1)
-        self.epoch, self.step = self.epoch + 1, 0
-
-    def set_epoch(self,
-        epoch:int, # Counted from 0
-    ) -> None:
-        "Go to the beginning of an epoch."
-        self.epoch, self.step = epoch, 0
-
-    def settings(self) -> dict: # JSON
-        "What a place depends on."
-        return {"kind": type(self).__name__, "records": len(self.lengths), "checksum": zlib.crc32(self.lengths.tobytes()), "batch_size": self.batch_size,
-                "world_size": self.world_size, "seed": self.seed, "remainder": self.remainder}
-
-    def state_dict(self,
-        step:int|None=None, # Steps of this epoch that training has done; None: those handed out, which workers fetch ahead
-    ) -> dict: # JSON, the same on every rank
-        "The place, and what it depends on."
-        return {"epoch": self.epoch, "step": self.step if step is None else step, **self.settings()}
-
-    def load_state_dict(self,
-        state:dict, # From `state_dict`
-    ) -> None:
-        "Go to a saved place. Raises `ConfigError` if it belongs to other data or settings."
-        differs = sorted(k for k,v in self.settings().items() if state.get(k) != v)
-        if differs: raise ConfigError(f"the saved place in the data belongs to other data or settings ({', '.join(differs)} differ); start the epoch anew, or use the same")
-        self.epoch, self.step = state["epoch"], state["step"]
-
-class GroupedBatchSampler(EpochBatchSampler):
-    "Batches of one modality and of like length, in random order (LLaVA's `group_by_modality_length`)."
-    def __init__(self,
-        lengths, # Expanded length of each record
-        has_image, # For each record whether it has a picture
-        batch_size:int, # Records in a batch of one rank
-        megabatch:int=50, # Steps' worth of records that are sorted together
-        **kwargs, # `world_size`, `rank`, `seed`, `remainder`
-    ):
-        super().__init__(lengths, batch_size, **kwargs)
-        self.has_image, self.megabatch = np.asarray(has_image, dtype=bool), megabatch
-        if len(self.has_image) != len(self.lengths) or megabatch < 1: raise ConfigError(f"{len(self.lengths)} lengths, {len(self.has_image)} entries of has_image; they must be as many. megabatch must be at least 1, got {megabatch}")
-
-    def settings(self): return {**super().settings(), "megabatch": self.megabatch, "modalities": zlib.crc32(self.has_image.tobytes())}
-
-    def plan(self, rng):
-        "Megabatches sorted by length; what fills no step in its own modality shares the last ones."
-        size, order = self.batch_size*self.world_size, rng.permutation(np.arange(len(self.lengths), dtype=np.int32))
-        steps, rest = [], []
-        for own in (order[self.has_image[order]], order[~self.has_image[order]]):
-            own, left = np.split(own, [len(own)//size*size])
-            rest.append(left)
-            steps.append(own[np.lexsort((-self.lengths[own], np.arange(len(own), dtype=np.int32)//(size*self.megabatch)))].reshape(-1, size))
-        rest = rng.permutation(np.concatenate(rest))
-        missing = -len(rest) % size
-        extra = missing if self.remainder == "pad" else -(len(rest) % size)
-        rest = np.concatenate([rest, np.resize(order, missing)]) if extra > 0 else rest[:len(rest) + extra]
-        steps.append(rest[np.argsort(-self.lengths[rest], kind="stable")].reshape(-1, size))
-        steps = rng.permutation(np.concatenate(steps))
-        return steps.reshape(len(steps), self.batch_size, self.world_size).transpose(0, 2, 1).ravel(), np.arange(1, len(steps)*self.world_size + 1)*self.batch_size, extra
-
-# %% ../nbs/08_batches.ipynb #c051
-class PackedBatchSampler(EpochBatchSampler):
-    "Batches of records that fill `batch_size` rows of `max_length` positions when the collator packs them."
-    def __init__(self,
-        lengths, # Expanded length of each record
-        max_length:int, # Positions of a row
-        batch_size:int, # Rows in a batch of one rank
-        window:int=1024, # Records that are packed together
-        names=None, # What messages call each record; None: its number
-        **kwargs, # `world_size`, `rank`, `seed`, `remainder`
-    ):
-        super().__init__(lengths, batch_size, **kwargs)
-        if window < 1: raise ConfigError(f"window must be at least 1, got {window}")
-        longest = int(self.lengths.argmax())
-        pack_rows(self.lengths[[longest]], max_length, [longest if names is None else names[longest]])      # too long for any row: better said now
-        self.max_length, self.window = max_length, window
-
-    def settings(self): return {**super().settings(), "max_length": self.max_length, "window": self.window}
-
-    def plan(self, rng):
-        "Packed windows of shuffled records, their rows shuffled."
-        order, size, packed, counts = rng.permutation(np.arange(len(self.lengths), dtype=np.int32)), self.batch_size*self.world_size, [], []
-        for part in np.split(order, range(self.window, len(order), self.window)):
-            rows = pack_rows(self.lengths[part], self.max_length)
-            packed.append(part[np.concatenate(rows)])
-            counts.append(np.array([len(row) for row in rows], dtype=np.int32))
-        records, counts = np.concatenate(packed), np.concatenate(counts)
-        rows = rng.permutation(len(counts))
-        chosen = np.concatenate([rows, np.resize(rows, -len(rows) % size)]) if self.remainder == "pad" else rows[:len(rows)//size*size]
-        starts, taken = np.cumsum(counts, dtype=np.int32) - counts, counts[chosen]
-        ends = np.cumsum(taken, dtype=np.int32)
-        records = records[np.repeat(starts[chosen] - (ends - taken), taken) + np.arange(taken.sum(), dtype=np.int32)]
-        return records, ends[self.batch_size - 1::self.batch_size], len(records) - len(order)
+        return {**pad_samples(own, self.pad_token_id), **stack_images(shown), **counted, **info}

