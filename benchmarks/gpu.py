@@ -58,7 +58,8 @@ BARS = {        # name: (how the value is read from the results, least or most)
     "best MFU": (lambda r: max(x["mfu"] for n, x in r["steps"].items() if x.get("mfu")
                                and n.startswith(FULL)), ">=", .45),
     "time waiting for data":
-        (lambda r: max(x["data_wait"] for x in r["loading"].values() if "data_wait" in x), "<=", .03)}
+        (lambda r: max(x["data_wait"] for x in r["loading"].values() if "data_wait" in x),
+         "<=", .03)}
 
 def speed(results, name): return results["steps"][name]["samples_per_second"]
 def memory(results, name): return results["steps"][name]["peak_bytes"]

@@ -36,7 +36,7 @@ def test_every_part_of_the_gpu_benchmark_runs_on_a_cpu(tmp_path):
     assert "skipped" in kill or kill["equal"]
 
 def test_a_part_that_takes_too_long_is_noted_and_the_others_kept(tmp_path):
-    (tmp_path/"gpu_dry.json").write_text(json.dumps({"parts": {"steps": {"results": {"ours": 1}}}}))
+    (tmp_path/"gpu_dry.json").write_text(json.dumps({"parts": {"steps": {"results": {"ours": {"seconds": 1}}}}}))
     sys.path.insert(0, str(SCRIPT.parent))
     gpu = load_script()
     args = type("Args", (), {"dry": True, "out": tmp_path, "parts": ["profile"], "workers": 1})
@@ -45,7 +45,7 @@ def test_a_part_that_takes_too_long_is_noted_and_the_others_kept(tmp_path):
     gpu.run_part("profile", 0.5, report)
     found = json.loads((tmp_path/"gpu_dry.json").read_text())
     assert found["parts"]["profile"]["status"] == "timed out"
-    assert found["parts"]["steps"]["results"] == {"ours": 1}
+    assert found["parts"]["steps"]["results"] == {"ours": {"seconds": 1}}
 
 @pytest.mark.parametrize("name, kind", [
     ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize64x64x64", "matrix products"),
