@@ -17,8 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 import yaml
-from annotated_types import Ge, Gt, Le, Len, Lt
-from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, create_model
 from pydantic.dataclasses import dataclass
 from ..core import ConfigError, nearest
 
@@ -70,7 +69,7 @@ def _short(value) -> str:
 
 # %% ../../nbs/16a_recipe.ipynb #c012
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-_Count = Annotated[int, Ge(1)]
+_Count = Annotated[int, Field(ge=1)]
 
 @dataclass(config=_STRICT)
 class SourceRecipe:
@@ -78,7 +77,7 @@ class SourceRecipe:
     path: str                          # JSON, JSONL, Parquet or a saved data set
     image_folder: str | None = None    # Where relative image names start
     name: str | None = None            # In metrics; None: the file's name
-    weight: Annotated[float, Gt(0)] | None = None  # Share of the draws, relative to the others
+    weight: Annotated[float, Field(gt=0)] | None = None  # Share of draws, against the others
     repeat: _Count | None = None       # How often per epoch; None: once
     max_samples: _Count | None = None  # Only that many records, drawn with the run's seed
 
@@ -90,7 +89,7 @@ class SourceRecipe:
 @dataclass(config=_STRICT)
 class BadSamples:
     "How much of the data may be unreadable before the run stops."
-    max_fraction: Annotated[float, Ge(0), Le(1)] = 0.01
+    max_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
 
 @dataclass(config=_STRICT, kw_only=True)
 class DataRecipe:
@@ -102,17 +101,17 @@ class DataRecipe:
     image_tags: Literal["keep", "mgm"] = "keep"
     blank_images: bool = False               # Black images: what a model answers blindly
     bad_samples: BadSamples = field(default_factory=BadSamples)
-    train: Annotated[list[SourceRecipe], Len(1)]
+    train: Annotated[list[SourceRecipe], Field(min_length=1)]
     eval: list[SourceRecipe] = field(default_factory=list)
-    eval_samples: Annotated[int, Ge(0)] = 256   # Generated answers per evaluation
-    check_samples: Annotated[int, Ge(0)] = 512  # Records opened before step 1
+    eval_samples: Annotated[int, Field(ge=0)] = 256   # Generated answers per evaluation
+    check_samples: Annotated[int, Field(ge=0)] = 512  # Records opened before step 1
 
 @dataclass(config=_STRICT)
 class LoraRecipe:
     "A low-rank adapter (peft) on the language model."
     r: _Count = 16
-    alpha: Annotated[float, Gt(0)] = 32.0
-    dropout: Annotated[float, Ge(0), Lt(1)] = 0.05
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     target_modules: list[str] | str | None = None  # None: every linear layer but the head
     bias: Literal["none", "all", "lora_only"] = "none"
 
