@@ -47,6 +47,25 @@ def test_a_part_that_takes_too_long_is_noted_and_the_others_kept(tmp_path):
     assert found["parts"]["profile"]["status"] == "timed out"
     assert found["parts"]["steps"]["results"] == {"ours": {"seconds": 1}}
 
+FAKE = """
+import json, pathlib, sys, time
+folder = pathlib.Path("runs")/sys.argv[sys.argv.index("--name") + 1]
+folder.mkdir(parents=True, exist_ok=True)
+first = 3 if "--resume" in sys.argv else 0
+lines = (folder/"metrics.jsonl").read_text().splitlines()[:first] if first else []
+(folder/"metrics.jsonl").write_text("".join(line + chr(10) for line in lines))
+for step in range(first + 1, 10):
+    with open(folder/"metrics.jsonl", "a") as file: print(json.dumps({"step": step, "loss": 1/step}), file=file)
+    if step == 3: (folder/"checkpoint-3").mkdir()
+    time.sleep(.05)
+"""
+
+def test_kill_and_resume_compares_every_step(tmp_path, monkeypatch):
+    gpu = load_script()
+    monkeypatch.setattr(gpu, "command_line", lambda args: [sys.executable, "-c", FAKE])
+    found = gpu.kill_and_resume(None, tmp_path, 9, 3)
+    assert 3 < found["killed_after_step"] < 9 and found["equal"] and found["last_loss"] == 1/9
+
 @pytest.mark.parametrize("name, kind", [
     ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize64x64x64", "matrix products"),
     ("flash_fwd_kernel", "attention"), ("Memcpy HtoD", "copies"),
