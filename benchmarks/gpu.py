@@ -306,8 +306,9 @@ def part_training(args, emit):
         for name, (needs, commands) in TRAININGS.items():
             if args.dry: commands = commands[:2]             # data and a few steps of stage 1
             with recorded(emit, name):
-                skip = {"skipped": "a dry run trains tiny only"} if args.dry and name != "tiny" else None
-                emit(name, skip or train_whole(args, needs, commands, Path(folder), end))
+                left_out = args.dry and name != "tiny"
+                emit(name, {"skipped": "a dry run trains tiny only"} if left_out else
+                     train_whole(args, needs, commands, Path(folder), end))
 
 def train_whole(args, needs, commands, folder, end):
     "What came of a preset's commands."
