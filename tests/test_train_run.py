@@ -107,20 +107,16 @@ def test_stopped_run_resumes_to_the_bit():
 def test_a_loss_that_is_no_number_stops_before_it_does_harm():
     from vlm_lit.train.callbacks import BadLoss
     folder = write_data(Path(tempfile.mkdtemp())/"data")
-    recipe = load_recipe(small_recipe(folder))
-    prepared = module.prepare_run(recipe, folder/"bad")
-    original, calls = prepared.trainer.training_step, []
-    def broken(model, inputs, n=None):
-        loss = original(model, inputs, n)
+    (folder/"bad").mkdir()
+    prepared = module.prepare_run(load_recipe(small_recipe(folder)), folder/"bad")
+    usual, calls = prepared.trainer.compute_loss, []
+    def broken(*args, **kwargs):
+        loss, outputs = usual(*args, **{**kwargs, "return_outputs": True})
         calls.append(1)
         return loss*float("nan") if len(calls) == 4 else loss
-    prepared.trainer.training_step = lambda *a, **k: broken(*a, **k)
-    def step_loss(*a, **k):
-        loss = broken(*a, **k)
-        prepared.trainer.meter.step_loss = loss
-        return loss
-    prepared.trainer.training_step = step_loss
+    prepared.trainer.compute_loss = broken
     with pytest.raises(BadLoss, match="step 4: the loss is nan. Records: "):
         module._steps(prepared, folder/"bad", False, quiet)
     note = json.loads((folder/"bad/bad_steps.jsonl").read_text())
     assert note["step"] == 4 and len(note["records"]) == 4 and (folder/"bad/checkpoint-3").is_dir()
+    assert all(torch.isfinite(p).all() for p in prepared.model.parameters())
