@@ -1,6 +1,7 @@
 "Derived from nbs/18_doctor.ipynb by `make tests`; edit the notebook, not this file."
 import os, platform, shutil, warnings
 from collections import Counter
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 import numpy as np, torch
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
@@ -13,6 +14,7 @@ from vlm_lit.batches import expanded_length
 from vlm_lit.audit import ERRORS
 import json, tempfile
 from pathlib import Path
+import pytest
 from vlm_lit import labels
 from vlm_lit.data.mixture import Mixture
 from vlm_lit.generation import VLMProcessor
@@ -20,26 +22,27 @@ from vlm_lit.images import sample_image
 from vlm_lit.train.doctor import *
 
 def setup_module():
-    global folder, make_records, processor, records
+    global folder, make_records, processor, records, tok
+    tok = load_tokenizer("gemma")
     def make_records(folder, n=40):
         "Records with one image, with two, and without; every tenth image is missing."
         for k in range(4): sample_image(60 + 10*k, 50).save(folder/f"{k}.png")
         images = [lambda k: {"image": f"{k % 4}.png" if k % 20 else "gone.png"},
                   lambda k: {"image": ["0.png", "1.png"]}, lambda k: {}]
-        tags = ["<image>\\n", "<image><image>\\n", ""]
+        tags = ["<image>\n", "<image><image>\n", ""]
         kind = lambda k: 0 if k % 4 < 2 else k % 4 - 1
         return [{"id": f"r{k}", **images[kind(k)](k), "conversations": [
             {"from": "human", "value": tags[kind(k)] + "What is it?"},
             {"from": "gpt", "value": "a box "*(k % 7 + 1)}]} for k in range(n)]
     folder = Path(tempfile.mkdtemp())
-    processor = VLMProcessor(load_tokenizer("gemma"), "gemma", image_size=28, image_size_aux=28)
+    processor = VLMProcessor(tok, "gemma", image_size=28, image_size_aux=28)
     records = make_records(folder)
 
 def test_known_answers_are_right_for_every_template_the_tokenizer_serves():
     from vlm_lit.templates import conv_templates
     from vlm_lit.labels import check_tokenizer
     assert known_answers() == []
-    tok, tested = load_tokenizer("gemma"), []
+    tested = []
     for template in conv_templates:
         try: check_tokenizer(tok, template)
         except ConfigError: continue
@@ -48,17 +51,19 @@ def test_known_answers_are_right_for_every_template_the_tokenizer_serves():
     assert {"gemma", "plain", "default"} <= set(tested)
 
 def test_known_answers_follow_a_chat_template():
-    import copy
-    tok = copy.deepcopy(load_tokenizer("gemma"))
-    tok.chat_template = ("{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n"
-                     "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
-                     "{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}")
-    assert known_answers(VLMProcessor(tok, "hf")) == []
-    tok.chat_template = tok.chat_template.replace("<start_of_turn>assistant", "<start_of_turn>model")
-    assert any("before a generated answer differ" in line for line in known_answers(VLMProcessor(tok, "hf")))
+    before, template = tok.chat_template, (
+        "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m['role'] }}\n"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}")
+    wrong = template.replace("<start_of_turn>assistant", "<start_of_turn>model")
+    try:
+        assert known_answers(VLMProcessor(tok, "hf", chat_template=template)) == []
+        found = known_answers(VLMProcessor(tok, "hf", chat_template=wrong))
+        assert any("before a generated answer differ" in line for line in found)
+    finally: tok.chat_template = before
 
 def test_known_answers_see_every_kind_of_wrong_mask():
-    right, processor = labels.mask_prompt, VLMProcessor(load_tokenizer("gemma"), "gemma")
+    right, processor = labels.mask_prompt, VLMProcessor(tok, "gemma")
     def found_with(change):
         labels.mask_prompt = lambda ids, segments: change(right(ids, segments), ids)
         try: return known_answers(processor)
@@ -85,7 +90,7 @@ def test_known_answers_see_a_second_bos():
                 own[key] = torch.cat([own[key][:5], torch.tensor([more]), own[key][5:]])
         return out
     doctor.encode_records = twice
-    try: found = doctor.known_answers(VLMProcessor(load_tokenizer("gemma"), "gemma"))
+    try: found = doctor.known_answers(VLMProcessor(tok, "gemma"))
     finally: doctor.encode_records = encode
     assert any("2 BOS tokens, expected 1" in line for line in found)
 
@@ -111,7 +116,6 @@ def test_check_counts_what_is_there_and_names_what_is_wrong():
     text = format_check(found)
     assert text.startswith("train: 40 records: 20 with one image, 10 with several, 10 text only; 40 looked at, 38 images")
     assert "2 problems" in text and "record 'r0'" in text
-    import pytest
     with pytest.raises(DataError, match=r"record 'r0'.*2 of 40 .*image_missing 2") as caught: check_samples(data, 40)
     assert caught.value.kind == "image_missing"
     assert check_samples(data, 40, strict=False)["counts"] == {"image_missing": 2}
@@ -138,7 +142,7 @@ def test_overlength_is_an_error_where_the_settings_say_so():
     assert check_samples(skip, 40, 0.9)["counts"]["over_length"] > 1
     with pytest.raises(DataError, match="more than the share of 0.1"): check_samples(skip, 40, 0.1)
     truncate = Mixture([processor.dataset(records, folder, max_length=24, overlength="truncate")])
-    check_samples(truncate, 40, 0.9)
+    assert check_samples(truncate, 40, 0.9)["tokens"]["max"] <= 24
 
 def test_environment_names_versions_and_no_place():
     import getpass, importlib.metadata, platform

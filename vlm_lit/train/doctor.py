@@ -8,6 +8,7 @@ __all__ = ['known_answers', 'check_samples', 'format_check', 'environment_info']
 # %% ../../nbs/18_doctor.ipynb #c002
 import os, platform, shutil, warnings
 from collections import Counter
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 import numpy as np, torch
 from ..core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
@@ -30,10 +31,15 @@ _SEED_IDS = [2, 106, 1645, 108, -200, 108, 1841, 603, 575, 573, 2686, 235336, 10
              108, 1175, 3741, 9488, 45189, 2656, 107, 108, 1]       # by Gemma's tokenizer
 _SEED_SUPERVISED = 8                                                # of them, the last ones
 
+@lru_cache(maxsize=1)
+def _gemma():
+    "The bundled tokenizer, loaded once: it takes seconds."
+    return load_tokenizer("gemma")
+
 def _seed_problems() -> list[str]:
     "Whether the bundled tokenizer and template still give the known ids and labels."
     source, = preprocess_multimodal([_SEED])
-    found = preprocess([source], load_tokenizer("gemma"), "gemma")
+    found = preprocess([source], _gemma(), "gemma")
     ids, marks = (found[key][0].tolist() for key in ("input_ids", "labels"))
     hidden = len(_SEED_IDS) - _SEED_SUPERVISED
     known = [IGNORE_INDEX]*hidden + _SEED_IDS[hidden:]
@@ -196,8 +202,9 @@ def check_samples(
 def _kinds_of(mixture) -> dict:
     "Records by what they show, over all and by source."
     def count(n_images):
-        return {"records": len(n_images), "one_image": int((n_images == 1).sum()),
-                "several_images": int((n_images > 1).sum()), "text_only": int((n_images == 0).sum())}
+        kinds = {"one_image": n_images == 1, "several_images": n_images > 1,
+                 "text_only": n_images == 0}
+        return {"records": len(n_images), **{kind: int(own.sum()) for kind, own in kinds.items()}}
     own = [dataset.records.n_images for dataset in mixture.datasets]
     return {**count(np.concatenate(own)),
             "sources": {name: count(n) for name, n in zip(mixture.names, own)}}
@@ -211,7 +218,8 @@ def _refuse(found, errors, max_fraction):
     allowed = f"more than the share of {max_fraction:g} that may be bad" if not fatal else \
               "and overlength is 'error'"
     raise DataError(f"{error.message} ({found['name']}: {len(errors)} of {found['checked']} "
-                    f"records looked at are bad, {allowed}: {counts})", name, error.turn, _kind(error))
+                    f"records looked at are bad, {allowed}: {counts})",
+                    name, error.turn, _kind(error))
 
 def format_check(
     found: dict, # From `check_samples`
@@ -225,7 +233,8 @@ def format_check(
     text += f"; {len(found['problems'])} problem{'s'*(len(found['problems']) != 1)}"
     lines = [text]
     if len(found["sources"]) > 1:
-        lines += [f"  {visible(str(name))}: {_counted(own)}" for name, own in found["sources"].items()]
+        lines += [f"  {visible(str(name))}: {_counted(own)}"
+                  for name, own in found["sources"].items()]
     lines += [f"  {kind}: {n} ({ERRORS[kind]})" for kind, n in found["counts"].items()]
     lines += [f"  record {row['record']!r}: {visible(row['message'])}"
               for row in found["problems"][:n_examples]]
