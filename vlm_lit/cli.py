@@ -43,6 +43,7 @@ def _common(version: Annotated[bool, Option("--version", callback=_show_version,
                                             help="Print the version.")] = False):
     "Vision-language-model pretraining: check data, train, ask, find out what went wrong."
 
+# %% ../nbs/21_cli.ipynb #c012
 @app.command()
 def walk(
     data: Annotated[Path | None, Argument(help="LLaVA records. Default: an example.")] = None,
@@ -62,6 +63,7 @@ def walk(
             raise ConfigError(f"--index {index}: the data has {len(dataset)} record(s), from 0 on")
         typer.echo("\n".join(walk_lines(dataset, index)))
 
+# %% ../nbs/21_cli.ipynb #c019
 @app.command("audit")
 def audit_data(
     data: _Data, image_folder: _Images = None, preset: _Preset = None, template: _Template = None,
@@ -91,6 +93,7 @@ def audit_data(
             typer.echo(f"the page is in {html}", err=as_json)
     if not report["ok"]: raise typer.Exit(1)
 
+# %% ../nbs/21_cli.ipynb #c024
 @app.command(context_settings={"ignore_unknown_options": True})
 def train(
     context: typer.Context,
@@ -115,12 +118,13 @@ def train(
             raise ConfigError("--preset, --data, --image-folder and --val are for training without "
                               "a recipe; change its settings, as in --data.train.0.path new.json")
         if not files: overrides = short_recipe(preset, data, image_folder, val) + overrides
-        folder = run_folder(files, name, runs, resume)
+        folder = run_folder(files or [data], name, runs, resume)
         from vlm_lit.train.recipe import format_recipe, load_recipe
         found = load_recipe(*files, overrides=overrides)
         if print_config: typer.echo(format_recipe(found))
         else: train_run(found, folder, resume)
 
+# %% ../nbs/21_cli.ipynb #c032
 @app.command()
 def generate(
     model: _Model,
@@ -163,6 +167,7 @@ def chat(
         if sys.stdin.isatty(): say(CHAT_HELP)
         talk(partner, opened, "> " if sys.stdin.isatty() else "")
 
+# %% ../nbs/21_cli.ipynb #c038
 @app.command("eval")
 def evaluate_model(
     model: _Model,
@@ -187,6 +192,7 @@ def evaluate_model(
         del result["predictions"]
         typer.echo(json.dumps(result, indent=1) if as_json else format_table(result))
 
+# %% ../nbs/21_cli.ipynb #c042
 @app.command()
 def export(
     model: _Model,
@@ -200,6 +206,7 @@ def export(
         for path in sorted(export_folder(model, to, out, dtype).iterdir()):
             typer.echo(f"{path.stat().st_size:>12,}  {path}")
 
+# %% ../nbs/21_cli.ipynb #c046
 @app.command()
 def doctor():
     "Test the masks of known conversations; print what belongs in a bug report."

@@ -110,10 +110,9 @@ def example_record(
     folder: Path, # Gets the image
 ) -> dict:
     "The record of the walk-through, with a drawn image."
-    from vlm_lit.dataset import CAPTION_QUESTION
     from vlm_lit.images import sample_image
     sample_image().save(folder/"photo.png")
-    turns = ("human", f"{CAPTION_QUESTION}\n<image>"), ("gpt", "the box chain purse black")
+    turns = ("human", "What is in the photo?\n<image>"), ("gpt", "the box chain purse black")
     return {"id": "example", "image": "photo.png",
             "conversations": [{"from": role, "value": text} for role, text in turns]}
 
@@ -158,14 +157,13 @@ def short_recipe(
 
 # %% ../nbs/20a_commands.ipynb #c018
 def run_folder(
-    files: list[Path], # Recipes
+    files: list[Path], # Recipes, or without any the data
     name: str | None, # Of the run
     runs: Path, # Folder of the runs
     resume: bool = False,
 ) -> Path:
     "Where a run lies: by its name, by its recipe's, or where its own recipe.yaml is."
     if name is not None: return runs/name
-    if not files: raise ConfigError("give the run a --name")
     own = files[0].parent
     if files[0].name == "recipe.yaml" and (resume or (own/"metrics.jsonl").is_file()): return own
     return runs/files[0].stem
