@@ -73,20 +73,21 @@ def load_preparation(
     from vlm_lit.generation import VLMProcessor
     from vlm_lit.model import VLMConfig
     from vlm_lit.tokenizer import load_tokenizer
-    from vlm_lit.weights import presets, pretrained
+    from vlm_lit.weights.presets import SETTINGS, load_preset, load_preset_tokenizer
+    from vlm_lit.weights.pretrained import find_model
     if preset is None:
         return VLMProcessor(load_tokenizer(tokenizer or "gemma"), template or "gemma"), 576
     if names_folder(preset):
-        folder = pretrained.find_model(preset)
+        folder = find_model(preset)
         config, own = VLMConfig.from_pretrained(folder), VLMProcessor.from_pretrained(folder)
         words, aspect, template = own.tokenizer, own.aspect, template or own.template
         if tokenizer is not None: words = load_tokenizer(tokenizer)
     else:
-        own = presets.load_preset(preset)
-        given = {name: own[name] for name in presets.SETTINGS if own[name] is not None}
+        own = load_preset(preset)
+        given = {name: own[name] for name in SETTINGS if own[name] is not None}
         vision = _tower_config(own["vision_tower"], own["image_size"])
         config = VLMConfig(None, vision, **{**given, "aux_stages": None})
-        words = presets.load_preset_tokenizer(own, tokenizer)
+        words = load_preset_tokenizer(own, tokenizer)
         aspect, template = own["image_aspect_ratio"], template or own["template"]
     return VLMProcessor.for_model(config, words, template, aspect=aspect), config.num_patches
 
