@@ -1,0 +1,238 @@
+"Derived from nbs/21_cli.ipynb by `make tests`; edit the notebook, not this file."
+import json, os, sys
+from importlib.metadata import version as package_version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+import typer
+from typer import Argument, Option
+from vlm_lit.commands import CHAT_HELP, example_record, export_folder, image_files, load, load_preparation, printable, run_folder, say, short_recipe, split_words, talk, train_run, user_errors
+from vlm_lit.core import ConfigError
+import io, shlex, subprocess, types
+from tempfile import mkdtemp
+from unittest.mock import patch
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+from vlm_lit.generation import VLMProcessor
+from vlm_lit.images import sample_image
+from vlm_lit.model import VLMConfig
+from vlm_lit.weights.presets import make_model, save_model
+from vlm_lit.cli import *
+
+def setup_module():
+    global good, place, refuses, run, runner, show, small_model, small_tokenizer, train_records, turns, write
+    torch.set_num_threads(1)
+    def small_tokenizer():
+        "A byte-level tokenizer with Gemma's control tokens."
+        tok = Tokenizer(models.BPE())
+        tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tok.decoder = decoders.ByteLevel()
+        special = "<pad> <eos> <bos> <unk> <start_of_turn> <end_of_turn>".split()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False,
+                                      initial_alphabet=alphabet)
+        tok.train_from_iterator(["user\nmodel\nWhat is it?\na box"], trainer)
+        tok.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)])
+        return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", eos_token="<eos>",
+                                       unk_token="<unk>", pad_token="<pad>")
+    def small_model(folder):
+        "Two towers, mining, projector and decoder, with their processor."
+        tokenizer = small_tokenizer()
+        text = dict(model_type="gemma", vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1,
+                    num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64)
+        vision = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=64,
+                      num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+        aux = dict(model_type="convnext", num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], patch_size=2)
+        config = VLMConfig(text, vision, aux, image_size=16, image_size_aux=32, select_layer=-1)
+        save_model(make_model(config, 0), folder)
+        VLMProcessor.for_model(config, tokenizer).save_pretrained(folder)
+        tokenizer.save_pretrained(folder.parents[2]/"tokenizer")
+    def turns(*texts):
+        return [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
+    def write(name, content):
+        "A file for the commands."
+        path = place/name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+    place, runner = Path(mkdtemp()), CliRunner()
+    good = turns("<image>\nWhat is it?", "a box")
+    train_records = [{"id": n, "image": "images/photo.png", "conversations": good} for n in range(3)]
+    write("train.json", [*train_records, {"id": 3, "conversations": turns("Hello", "Hi")}])
+    write("val.json", [{**r, "type": "object"} for r in train_records[:2]])
+    write("my.py", "def length(prediction, answer, record): return len(prediction)")
+    write("images/broken.png", "not an image")
+    sample_image().save(place/"images/photo.png")
+    sample_image(300, 300).save(place/"images/square.png")
+    small_model(place/"runs/mine/model")
+    write("runs/mine/result.json", {"steps": 600, "loss": 0.1234, "train_seconds": 51.2,
+                                    "validation": {"loss": 0.2, "exact": 0.75}})
+    write("runs/half/recipe.yaml", "model: {preset: tiny}\ndata: {train: [{path: train.json}]}\n")
+    (place/"runs/half/checkpoint-2").mkdir()
+    def run(line, input=None):
+        "A command; `@` begins a path of the folder above."
+        words = [word.replace("@", f"{place}/") for word in shlex.split(line)]
+        return runner.invoke(app, words, input, env={"COLUMNS": "100", "TERM": "dumb"})
+    def show(line, input=None, n=8):
+        "Print a command, the first lines of what it says, and its exit code."
+        out = run(line, input)
+        lines = out.output.replace(f"{place}/", "").replace(str(place), ".").rstrip().split("\n")
+        print(f"$ vlm-lit {line.replace('@', '')}", *lines[:n], *["…"]*(len(lines) > n), sep="\n")
+        print(f"(exit code {out.exit_code})\n")
+    def refuses(line, message, input=None):
+        "Check that a command ends in one line and exit code 2."
+        out = run(line, input)
+        assert out.exit_code == 2 and message in out.stderr, (line, out.output, out.exception)
+        assert out.stderr.startswith("error: ") and out.stderr.count("\n") == 1, out.stderr
+
+def test_help_is_quick_because_torch_is_not_imported():
+    code = """import sys
+from typer.testing import CliRunner
+from vlm_lit.cli import app
+for name in ([], ["train"], ["generate"], ["eval"], ["replay"]):
+    out = CliRunner().invoke(app, [*name, "--help"])
+    assert out.exit_code == 0 and "Usage" in out.output, out.output
+assert not {"torch", "transformers", "numpy", "PIL"} & set(sys.modules), sys.modules.keys()"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert run("--version").output.split()[0] == "vlm-lit"
+
+def test_walk_shows_the_example_and_any_record():
+    out = run("walk").output
+    assert "[[2, 106, 1645, 108], [2, 108, 1841," in out and "image_aux[0] = (3, 768, 768)" in out
+    out = run("walk @train.json --index 3 --preset @runs/mine").output
+    assert "Hi" in out and "image_aux" not in out
+    out = run("walk @train.json --preset @runs/mine --aspect pad").output
+    assert "image_aux[0] = (3, 32, 32)" in out
+
+def test_walk_refuses_what_cannot_work():
+    refuses("walk @gone.json", "no data file")
+    refuses("walk @train.json --index 5", "--index 5: the data has 4 record(s)")
+    refuses("walk @train.json --template gema", "unknown template 'gema'")
+    refuses("walk @train.json --tokenizer ./gone", "no such folder")
+    refuses("walk @train.json --aspect wide", "aspect must be")
+    refuses("walk @train.json --image-folder @gone", "no image folder")
+    refuses("walk @train.json --control-tokens maybe", "control_tokens must be")
+    refuses("walk @train.json --preset smoll", "unknown preset 'smoll'")
+    refuses("walk @train.json --preset @runs/half", "is not finished; resume with: vlm-lit train")
+    refuses("walk @train.json --preset tiny", "tokenizer")
+    write("wrong.json", [{"id": 7, "conversations": turns("q<end_of_turn>\x1b[2J", "a")}])
+    refuses("walk @wrong.json", "--control-tokens escape")
+
+def test_audit_has_three_exit_codes():
+    write("dirty.json", [{"id": 1, "image": "gone.png", "conversations": good},
+                         {"id": 2, "conversations": turns("q<eos>", "a")}])
+    assert run("audit @train.json --image-folder @. --workers 0").exit_code == 0
+    out = run("audit @dirty.json --image-folder @. --workers 0 --json --html @page.html")
+    report = json.loads(out.stdout)
+    assert (out.exit_code, report["errors"]) == (1, 2) and "NOT OK" in (place/"page.html").read_text()
+    assert sorted(report["findings"]) == ["control_tokens", "image_missing"]
+    refuses("audit @train.json --html @no/x.html", "no folder")
+    refuses("audit @gone.json", "no data file")
+    count = lambda flags: json.loads(run(f"audit @train.json --json --workers 0 {flags}").stdout)["lengths"]["max"]
+    assert count("") - count("--preset tiny --tokenizer gemma") == 576 - 16
+
+def test_train_answers_every_mistake_in_a_recipe():
+    write("slip.yaml", "model: {preset: smol}\ndata: {train: [{path: train.json}]}\ntraining: {max_stps: 5}\n")
+    write("good.yaml", "model: {preset: smol}\ndata: {train: [{path: train.json}]}\n")
+    refuses("train @slip.yaml", "slip.yaml: unknown key 'training.max_stps'; did you mean 'max_steps'?")
+    refuses("train @good.yaml --training.max_steps many", "--training.max_steps: ")
+    refuses("train @good.yaml --training.max_steps", "--training.max_steps has no value")
+    refuses("train @good.yaml --model.preset smoll", "unknown preset 'smoll'; did you mean 'smol'?")
+    refuses("train @gone.yaml", "cannot read this recipe: No such file")
+    refuses("train @good.yaml --nme x", "unknown option '--nme'; did you mean '--name'?")
+    refuses("train @good.yaml -x", "unknown option '-x'")
+    refuses("train @good.yaml --data x.json", "are for training without a recipe")
+    refuses("train", "give a recipe file, or --preset and --data")
+    refuses("train --resume --name none --runs @runs", "none/recipe.yaml: cannot read this recipe")
+
+def test_train_gives_recipe_folder_and_resume_to_the_run():
+    seen = []
+    def fake(recipe, folder, resume):
+        "Instead of a run."
+        seen.append((recipe, folder, resume))
+        return {"steps": 5, "loss": 0.5, "validation": {"exact": 1.0}}
+
+    write("good.yaml", "model: {preset: smol}\ndata: {train: [{path: train.json}]}\n")
+    with patch.dict(sys.modules, {"vlm_lit.train.run": types.SimpleNamespace(train=fake)}):
+        out = run("train @good.yaml --runs @runs --training.max_steps 5")
+        assert out.exit_code == 0 and "vlm-lit chat" in out.output, out.output
+        run("train --preset tiny --data @train.json --runs @runs")
+        run("train @runs/half/recipe.yaml --resume")
+        run("train --name half --runs @runs --resume")
+        run("train --preset @runs/mine --data @train.json --name next")
+    assert [path.name for _, path, _ in seen] == ["good", "train", "half", "half", "next"]
+    assert [resume for *_, resume in seen] == [False, False, True, True, False]
+    assert seen[0][0].training == {"max_steps": 5} and seen[4][0].model == {"from": f"{place}/runs/mine"}
+    assert seen[2][1] == place/"runs/half"
+
+def test_generate_answers_per_image():
+    one = run("generate @runs/mine @images/photo.png -q hi --max-new-tokens 4").stdout
+    two = run("generate @runs/mine @images/photo.png @images/square.png -q hi --max-new-tokens 4").stdout
+    assert two.splitlines()[0] == f"{place}/images/photo.png\t{one.rstrip(chr(10))}"
+    (place/"some").mkdir()
+    for name in "ba": sample_image(20, 20).save(place/f"some/{name}.png")
+    out = run("generate @runs/mine @some -q hi --max-new-tokens 4 --out @some.jsonl --batch-size 1")
+    rows = [json.loads(row) for row in (place/"some.jsonl").read_text().splitlines()]
+    assert out.exit_code == 0 and [Path(row["image"]).name for row in rows] == ["a.png", "b.png"]
+    assert rows[0].keys() == {"id", "image", "question", "answer"}
+    (place/"link.png").symlink_to(place/"images/photo.png")
+    assert run("generate @runs/mine @link.png -q hi --max-new-tokens 4").stdout == one
+
+def test_generate_and_chat_refuse_in_one_line():
+    image = "@images/photo.png"
+    refuses("generate nothing @images/photo.png -q hi", "no model 'nothing'")
+    refuses("generate @runs/half @images/photo.png -q hi", "its newest checkpoint is")
+    refuses("generate @runs/mine @gone.png -q hi", "no image file")
+    refuses("generate @runs/mine @runs -q hi", "no image in")
+    refuses("generate @runs/mine @images/broken.png -q hi", "cannot be read")
+    refuses("generate @runs/mine @images/photo.png -q ' '", "the question is empty")
+    refuses("generate @runs/mine @images/photo.png -q '<eos> hi'", "pass --control-tokens escape")
+    refuses("generate @runs/mine @images/photo.png -q hi --control-tokens no", "refuse, escape or allow")
+    refuses("generate @runs/mine @images/photo.png -q hi --out @train.json", "is there already")
+    refuses("generate @runs/mine @images/photo.png -q hi --out @no/x.jsonl", "No such file or directory")
+    refuses("chat @runs/mine @gone.png", "no image file")
+
+def test_chat_streams_and_survives_mistakes():
+    lines = ["What is it?", "/image @gone.png", "/image @images/broken.png", "<eos>", "/help", "And now?"]
+    out = run("chat @runs/mine @images/photo.png --max-new-tokens 4", "\n".join(lines).replace("@", f"{place}/"))
+    assert out.exit_code == 0 and out.stdout.count("\n") >= 2, out.output
+    assert [s.split(":")[0] for s in out.stderr.splitlines()] == ["error"]*3 + [CHAT_HELP], out.stderr
+    one = run("generate @runs/mine @images/photo.png -q 'What is it?' --max-new-tokens 4").stdout
+    assert out.stdout.startswith(one.rstrip("\n"))
+
+def test_eval_writes_predictions_and_refuses():
+    out = run("eval @runs/mine --data @val.json --out @p.jsonl --sample 1 --blank-images --json --max-new-tokens 3")
+    found = json.loads(out.stdout)
+    assert found["n"] == 1 and "predictions" not in found and found["n_by_type"] == {"object": 1}
+    assert len((place/"p.jsonl").read_text().splitlines()) == 1
+    refuses("eval @runs/mine --data @gone.json", "no data file")
+    refuses("eval @runs/mine --data @val.json --metric my.py", "unknown metric")
+    refuses("eval @runs/mine --data @val.json --image-folder @gone", "no image folder")
+    refuses("eval @runs/mine --data @val.json --out @no/p.jsonl", "no folder for")
+    refuses("eval @runs/half --data @val.json", "is not finished")
+
+def test_export_of_any_model_folder():
+    out = run("export @runs/mine --out @hf --dtype bfloat16")
+    assert out.exit_code == 0 and "exact answers" in (place/"hf/README.md").read_text(), out.output
+    wanted = {"README.md", "config.json", "model.safetensors", "processor_config.json"}
+    assert wanted <= {path.name for path in (place/"hf").iterdir()}
+    size = lambda folder: (folder/"model.safetensors").stat().st_size
+    assert size(place/"hf") < .6*size(place/"runs/mine/model")
+    assert run("generate @hf @images/photo.png -q hi --max-new-tokens 2").exit_code == 0
+    assert run("export @hf --to mgm --out @hf-mgm").exit_code == 0
+    refuses("export @runs/mine --to gguf", "--to: hf or mgm")
+    refuses("export @runs/mine --dtype int3", "--dtype: float32")
+    refuses("export @hf --out @images", "is there already")
+    refuses("export nothing", "no model 'nothing'")
+
+def test_doctor_prints_facts_and_fails_on_a_wrong_mask():
+    from types import SimpleNamespace
+    for problems, code in [([], 0), (["gemma: a header is supervised"], 1)]:
+        fake = SimpleNamespace(known_answers=lambda: problems, environment_info=lambda: {"python": "3"})
+        with patch.dict(sys.modules, {"vlm_lit.train.doctor": fake}): out = run("doctor")
+        assert out.exit_code == code and "python" in out.stdout, out.output
+        assert out.stdout.splitlines()[-1] == (problems or ["known answers: all masks are right"])[0]
