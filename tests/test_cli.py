@@ -1,233 +1,238 @@
-"Derived from nbs/16_cli.ipynb by `make tests`; edit the notebook, not this file."
-import os
-import json, platform, shlex, time, warnings
-from dataclasses import asdict, replace
-from importlib.metadata import version as package_version, PackageNotFoundError
-from importlib.resources import files
+"Derived from nbs/21_cli.ipynb by `make tests`; edit the notebook, not this file."
+import json, os, sys
+from importlib.metadata import version as package_version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Optional
-import torch, typer
-from accelerate import Accelerator
-from rich.console import Console
-from vlm_lit.core import ConfigError, DataError, progress_console
-from vlm_lit.tokenizer import load_tokenizer
-from vlm_lit.images import make_square, open_image, rows_per_image, sample_image, to_bytes
-from vlm_lit.dataset import CAPTION_QUESTION, LazySupervisedDataset, PreparedTexts, balance_answers, easy_vqa_folder, easy_vqa_questions, easy_vqa_records, llava_record, positive_questions, prepare_dataset
-from vlm_lit.model import VLM
-from vlm_lit.weights import build_model, channel_statistics, export_model, ids_in_use, load_model, load_preset, load_preset_tokenizer, preset_names, read_json, save_model, save_projector, write_json
-from vlm_lit.training import ALIGNED, Interrupted, TrainConfig, preset_stages, read_metrics, read_progress, train
-from vlm_lit.generation import VLMProcessor, answer
-from vlm_lit.evaluation import accuracy_table, evaluate, fixed_sample, format_table, majority_answer, question_prior, normalised
-from vlm_lit.audit import AuditSettings, audit
-from vlm_lit.reports import audit_lines, audit_page, plot_curves, plot_samples, walk_lines
-import shlex
+from typing import Annotated
+import typer
+from typer import Argument, Option
+from vlm_lit.commands import CHAT_HELP, example_record, export_folder, image_files, load, load_preparation, printable, run_folder, say, short_recipe, split_words, talk, train_run, user_errors
+from vlm_lit.core import ConfigError
+import io, shlex, subprocess, types
 from tempfile import mkdtemp
-from fastcore.test import test_eq, expect_fail
+from unittest.mock import patch
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
-from vlm_lit.dataset import read_records
+from vlm_lit.generation import VLMProcessor
+from vlm_lit.images import sample_image
+from vlm_lit.model import VLMConfig
+from vlm_lit.weights.presets import make_model, save_model
 from vlm_lit.cli import *
 
 def setup_module():
-    global data_file, data_folder, few, quiet, run, runner, turns
-    few = tuple(replace(stage, steps=3, groups_per_batch=4, log_every=1) for stage in preset_stages(load_preset("tiny")))
-    quiet = Console(quiet=True)
-    runner = CliRunner()
-    def run(line): return runner.invoke(app, shlex.split(line), env={"COLUMNS": "110", "TERM": "dumb"})
-    data_folder = Path(mkdtemp())
-    def turns(*texts): return [{"from": ("human", "gpt")[n % 2], "value": t} for n,t in enumerate(texts)]
-    def data_file(record):
-        sample_image().save(data_folder/"photo.png")
-        (data_folder/"broken.png").write_bytes(b"not an image")
-        (data_folder/"data.json").write_text(json.dumps([record]))
-        return data_folder/"data.json"
+    global good, place, refuses, run, runner, show, small_model, small_tokenizer, train_records, turns, write
+    torch.set_num_threads(1)
+    def small_tokenizer():
+        "A byte-level tokenizer with Gemma's control tokens."
+        tok = Tokenizer(models.BPE())
+        tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tok.decoder = decoders.ByteLevel()
+        special = "<pad> <eos> <bos> <unk> <start_of_turn> <end_of_turn>".split()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False,
+                                      initial_alphabet=alphabet)
+        tok.train_from_iterator(["user\nmodel\nWhat is it?\na box"], trainer)
+        tok.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)])
+        return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", eos_token="<eos>",
+                                       unk_token="<unk>", pad_token="<pad>")
+    def small_model(folder):
+        "Two towers, mining, projector and decoder, with their processor."
+        tokenizer = small_tokenizer()
+        text = dict(model_type="gemma", vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1,
+                    num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64)
+        vision = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=64,
+                      num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
+        aux = dict(model_type="convnext", num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], patch_size=2)
+        config = VLMConfig(text, vision, aux, image_size=16, image_size_aux=32, select_layer=-1)
+        save_model(make_model(config, 0), folder)
+        VLMProcessor.for_model(config, tokenizer).save_pretrained(folder)
+        tokenizer.save_pretrained(folder.parents[2]/"tokenizer")
+    def turns(*texts):
+        return [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
+    def write(name, content):
+        "A file for the commands."
+        path = place/name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+    place, runner = Path(mkdtemp()), CliRunner()
+    good = turns("<image>\nWhat is it?", "a box")
+    train_records = [{"id": n, "image": "images/photo.png", "conversations": good} for n in range(3)]
+    write("train.json", [*train_records, {"id": 3, "conversations": turns("Hello", "Hi")}])
+    write("val.json", [{**r, "type": "object"} for r in train_records[:2]])
+    write("my.py", "def length(prediction, answer, record): return len(prediction)")
+    write("images/broken.png", "not an image")
+    sample_image().save(place/"images/photo.png")
+    sample_image(300, 300).save(place/"images/square.png")
+    small_model(place/"runs/mine/model")
+    write("runs/mine/result.json", {"steps": 600, "loss": 0.1234, "train_seconds": 51.2,
+                                    "validation": {"loss": 0.2, "exact": 0.75}})
+    write("runs/half/recipe.yaml", "model: {preset: tiny}\ndata: {train: [{path: train.json}]}\n")
+    (place/"runs/half/checkpoint-2").mkdir()
+    def run(line, input=None):
+        "A command; `@` begins a path of the folder above."
+        words = [word.replace("@", f"{place}/") for word in shlex.split(line)]
+        return runner.invoke(app, words, input, env={"COLUMNS": "100", "TERM": "dumb"})
+    def show(line, input=None, n=8):
+        "Print a command, the first lines of what it says, and its exit code."
+        out = run(line, input)
+        lines = out.output.replace(f"{place}/", "").replace(str(place), ".").rstrip().split("\n")
+        print(f"$ vlm-lit {line.replace('@', '')}", *lines[:n], *["…"]*(len(lines) > n), sep="\n")
+        print(f"(exit code {out.exit_code})\n")
+    def refuses(line, message, input=None):
+        "Check that a command ends in one line and exit code 2."
+        out = run(line, input)
+        assert out.exit_code == 2 and message in out.stderr, (line, out.output, out.exception)
+        assert out.stderr.startswith("error: ") and out.stderr.count("\n") == 1, out.stderr
 
-def test_run_folder_is_made_once_and_compared_on_resume():
-    with TemporaryDirectory() as root:
-        folder, config = Path(root)/"a", run_config("tiny", 0, False, preset_stages(load_preset("tiny")))
-        open_run(folder, config, resume=False)
-        with expect_fail(ConfigError, contains="already holds a run; go on with --resume"): open_run(folder, config, resume=False)
-        open_run(folder, config, resume=True)
-        with expect_fail(ConfigError, contains="other settings: seed is 0, not 1. Go on with: vlm-lit pretrain --name a"): open_run(folder, {**config, "seed": 1}, resume=True)
-        shorter = run_config("tiny", 0, False, tuple(replace(stage, steps=7) for stage in preset_stages(load_preset("tiny"))))
-        with expect_fail(ConfigError, contains="captions.steps is 600, not 7; questions.steps is 600, not 7; test_questions is left out, not 20. Go"): open_run(folder, {**shorter, "test_questions": 20}, resume=True)
-        with expect_fail(ConfigError, contains="other settings: stages is captions, questions, not captions. Go"): open_run(folder, {**config, "stages": config["stages"][:1]}, resume=True)
-        with expect_fail(ConfigError, contains="to go on with; look at --name"): open_run(Path(root)/"none", config, resume=True)
-        assert not (Path(root)/"none").exists()
-        (Path(root)/"b").mkdir()
-        (Path(root)/"b"/"letters.txt").write_text("x")
-        with expect_fail(ConfigError, contains="is not empty and holds no run"): open_run(Path(root)/"b", config, resume=False)
+def test_help_is_quick_because_torch_is_not_imported():
+    code = """import sys
+from typer.testing import CliRunner
+from vlm_lit.cli import app
+for name in ([], ["train"], ["generate"], ["eval"], ["replay"]):
+    out = CliRunner().invoke(app, [*name, "--help"])
+    assert out.exit_code == 0 and "Usage" in out.output, out.output
+assert not {"torch", "transformers", "numpy", "PIL"} & set(sys.modules), sys.modules.keys()"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert run("--version").output.split()[0] == "vlm-lit"
 
-def test_small_run_leaves_every_file():
-    with TemporaryDirectory() as root:
-        result = pretrain_run(Path(root)/"run", stages=few, limit=40, console=quiet)
-        left = sorted(p.name for p in (Path(root)/"run").iterdir())
-        stages = [row["stage"] for row in read_metrics(Path(root)/"run"/"metrics.jsonl")]
-        model = load_model(Path(root)/"run"/"model")
-    print(left)
-    test_eq(left, ["checkpoint", "config.json", "curves.png", "metrics.jsonl", "model", "predictions.jsonl", "result.json", "samples.png", "tables.json"])
-    test_eq(stages, ["captions"]*3 + ["questions"]*3)
-    test_eq(sorted(result), ["baseline_tables", "baselines", "config", "machine", "samples_per_second", "stages", "test", "train_seconds", "versions"])
-    test_eq(sorted(result["baselines"]), ["blind", "majority", "question", "untrained"])
-    test_eq((result["test"]["n"], result["baseline_tables"]["majority"]["n"], result["baselines"]["blind"]), (40, 40, None))
+def test_walk_shows_the_example_and_any_record():
+    out = run("walk").output
+    assert "[[2, 106, 1645, 108], [2, 108, 1841," in out and "image_aux[0] = (3, 768, 768)" in out
+    out = run("walk @train.json --index 3 --preset @runs/mine").output
+    assert "Hi" in out and "image_aux" not in out
+    out = run("walk @train.json --preset @runs/mine --aspect pad").output
+    assert "image_aux[0] = (3, 32, 32)" in out
 
-def test_every_kind_of_data_and_objective_trains():
-    with TemporaryDirectory() as root:
-        kinds = [("words", "captions", "words"), ("mixed", "both", "answers"), ("fair", "balanced", "answers"), ("easy", "positive", "answers")]
-        stages = tuple(replace(few[0], name=name, data=data, objective=objective) for name,data,objective in kinds)
-        pretrain_run(Path(root)/"run", stages=stages, limit=40, console=quiet)
-        rows = read_metrics(Path(root)/"run"/"metrics.jsonl")
-    test_eq([row["stage"] for row in rows], ["words"]*3 + ["mixed"]*3 + ["fair"]*3 + ["easy"]*3)
-    _, processor = easy_vqa_model(load_preset("tiny"))
-    records = {data: easy_vqa_dataset("test", data, processor, limit=None).records for data in ("captions", "questions", "both", "balanced", "positive")}
-    test_eq(len(records["both"]), len(records["questions"]) + 6*len(records["captions"]))
-    test_eq([r["id"] for r in records["balanced"]], [r["id"] for r in balance_answers(easy_vqa_records("test", 2))])
-    test_eq([r["id"] for r in records["positive"]], [r["id"] for r in balance_answers(positive_questions(easy_vqa_records("test", 2)))])
-
-def test_blind_baseline_belongs_to_the_default_recipe():
-    default = run_config("tiny", 5, False, tuple(replace(stage, seed=5) for stage in preset_stages(load_preset("tiny"))))
-    assert .5 < blind_table(default)["accuracy"] < .7 and blind_table(default)["n"] == 9673
-    test_eq(blind_table({**default, "limit": 40}), None)
-
-def test_every_mistake_is_one_line_and_exit_code_2():
-    good = turns("<image>\nq", "a")
-    mistakes = {
-        "missing image":      ({"id": 7, "image": "gone.png", "conversations": good}, "record 7: no image 'gone.png'"),
-        "broken image":       ({"id": 7, "image": "broken.png", "conversations": good}, "record 7: image 'broken.png' cannot be read"),
-        "path outside":       ({"id": 7, "image": "../photo.png", "conversations": good}, "record 7: image path '../photo.png' leaves the image folder"),
-        "no conversations":   ({"id": 7, "image": "photo.png"}, "record 7: no 'conversations'"),
-        "unknown role":       ({"id": 7, "conversations": [{"from": "bot", "value": "q"}]}, "record 7, turn 0: unknown role 'bot'"),
-        "same role twice":    ({"id": 7, "conversations": [{"from": "human", "value": "q"}]*2}, "record 7, turn 1: two turns of 'human' in a row"),
-        "more tags":          ({"id": 7, "image": "photo.png", "conversations": turns("<image> <image>", "a")}, "record 7: 2 <image> tag(s) for 1 image(s)"),
-        "fewer tags":         ({"id": 7, "image": "photo.png", "conversations": turns("q", "a")}, "record 7: 0 <image> tag(s) for 1 image(s)"),
-        "control token":      ({"id": 7, "conversations": turns("q<end_of_turn>", "a")}, "record 7, turn 0: the text spells the control token '<end_of_turn>'"),
-    }
-    for name,(record,message) in mistakes.items():
-        out = run(f"walk {data_file(record)}")
-        print(f"{name:17} exit {out.exit_code}  {out.stderr.strip()[:110]}".replace(str(data_folder), "data"))
-        assert out.exit_code == 2 and out.stderr.startswith("error: ") and message in out.stderr and "Traceback" not in out.output, (name, out.output)
+def test_walk_refuses_what_cannot_work():
+    refuses("walk @gone.json", "no data file")
+    refuses("walk @train.json --index 5", "--index 5: the data has 4 record(s)")
+    refuses("walk @train.json --template gema", "unknown template 'gema'")
+    refuses("walk @train.json --tokenizer ./gone", "no such folder")
+    refuses("walk @train.json --aspect wide", "aspect must be")
+    refuses("walk @train.json --image-folder @gone", "no image folder")
+    refuses("walk @train.json --control-tokens maybe", "control_tokens must be")
+    refuses("walk @train.json --preset smoll", "unknown preset 'smoll'")
+    refuses("walk @train.json --preset @runs/half", "is not finished; resume with: vlm-lit train")
+    refuses("walk @train.json --preset tiny", "tokenizer")
+    write("wrong.json", [{"id": 7, "conversations": turns("q<end_of_turn>\x1b[2J", "a")}])
+    refuses("walk @wrong.json", "--control-tokens escape")
 
 def test_audit_has_three_exit_codes():
-    def write_lines(name, *records):
-        path = data_folder/name
-        path.write_text("\n".join(json.dumps(record) for record in records))
-        return path
-    sample_image().save(data_folder/"photo.png")
-    clean = write_lines("clean.jsonl", {"id": 1, "image": "photo.png", "conversations": turns("<image>\nq", "a")}, {"id": 2, "conversations": turns("q", "a")})
-    dirty = write_lines("dirty.jsonl", {"id": 1, "image": "gone.png", "conversations": turns("<image>\nq", "a")}, {"id": 2, "conversations": turns("q<eos>", "a")})
-    for path,flags in [(clean, ""), (dirty, ""), (dirty, "--template gema"), (data_folder/"no.json", "")]:
-        out = run(f"audit {path} --image-folder {data_folder} --workers 0 {flags}")
-        print(f"exit {out.exit_code}  {(out.stdout + out.stderr).splitlines()[0][:110]}".replace(str(data_folder), "data"))
-        test_eq(out.exit_code, 0 if path == clean else 1 if (path == dirty and not flags) else 2)
-    page = data_folder/"page.html"
-    out = run(f"audit {dirty} --image-folder {data_folder} --workers 0 --json --html {page}")
+    write("dirty.json", [{"id": 1, "image": "gone.png", "conversations": good},
+                         {"id": 2, "conversations": turns("q<eos>", "a")}])
+    assert run("audit @train.json --image-folder @. --workers 0").exit_code == 0
+    out = run("audit @dirty.json --image-folder @. --workers 0 --json --html @page.html")
     report = json.loads(out.stdout)
-    test_eq((out.exit_code, report["errors"], sorted(report["findings"])), (1, 2, ["control_tokens", "image_missing"]))
-    assert "NOT OK" in page.read_text() and "error: no folder" in run(f"audit {clean} --html {data_folder}/no/x.html").stderr
+    assert (out.exit_code, report["errors"]) == (1, 2) and "NOT OK" in (place/"page.html").read_text()
+    assert sorted(report["findings"]) == ["control_tokens", "image_missing"]
+    refuses("audit @train.json --html @no/x.html", "no folder")
+    refuses("audit @gone.json", "no data file")
+    count = lambda flags: json.loads(run(f"audit @train.json --json --workers 0 {flags}").stdout)["lengths"]["max"]
+    assert count("") - count("--preset tiny --tokenizer gemma") == 576 - 16
 
-def test_prepare_writes_texts_once_and_says_what_was_left_out():
-    with TemporaryDirectory() as folder:
-        clean, bad = Path(folder)/"clean.jsonl", Path(folder)/"bad.jsonl"
-        rows = [json.dumps({"id": n, "conversations": turns("q", f"answer {n}")}) for n in range(9)]
-        clean.write_text("\n".join(rows))
-        bad.write_text("\n".join([*rows, json.dumps({"id": 9, "conversations": turns("q<eos>", "a")})]))
-        done = run(f"prepare {clean} --out {folder}/ready --workers 1")
-        print(done.stdout.replace(folder, "DATA"))
-        test_eq(done.exit_code, 0)
-        assert "9 records" in done.stdout and (Path(folder)/"ready/ids.npy").is_file()
-        again = run(f"prepare {clean} --out {folder}/ready --workers 1")
-        test_eq(again.stdout, done.stdout)
-        refused, allowed = run(f"prepare {bad} --out {folder}/bad --workers 1"), run(f"prepare {bad} --out {folder}/bad --workers 1 --allow-bad 0.2")
-        print(refused.stderr.strip()[:90])
-        assert refused.exit_code == 2 and "record 9, turn 0" in refused.stderr and "vlm-lit audit" in refused.stderr and "--allow-bad" in refused.stderr and not refused.stdout
-        assert allowed.exit_code == 0 and "1 left out, see" in allowed.stdout
+def test_train_answers_every_mistake_in_a_recipe():
+    write("slip.yaml", "model: {preset: smol}\ndata: {train: [{path: train.json}]}\ntraining: {max_stps: 5}\n")
+    write("good.yaml", "model: {preset: smol}\ndata: {train: [{path: train.json}]}\n")
+    refuses("train @slip.yaml", "slip.yaml: unknown key 'training.max_stps'; did you mean 'max_steps'?")
+    refuses("train @good.yaml --training.max_steps many", "--training.max_steps: ")
+    refuses("train @good.yaml --training.max_steps", "--training.max_steps has no value")
+    refuses("train @good.yaml --model.preset smoll", "unknown preset 'smoll'; did you mean 'smol'?")
+    refuses("train @gone.yaml", "cannot read this recipe: No such file")
+    refuses("train @good.yaml --nme x", "unknown option '--nme'; did you mean '--name'?")
+    refuses("train @good.yaml -x", "unknown option '-x'")
+    refuses("train @good.yaml --data x.json", "are for training without a recipe")
+    refuses("train", "give a recipe file, or --preset and --data")
+    refuses("train --resume --name none --runs @runs", "none/recipe.yaml: cannot read this recipe")
 
-def test_settings_that_cannot_work_are_answered():
-    path = data_file({"id": 7, "image": "photo.png", "conversations": turns("<image>\nq", "a")})
-    with TemporaryDirectory() as runs:
-        open_run(Path(runs)/"old", run_config("tiny", 0, False, preset_stages(load_preset("tiny"))), resume=False)
-        cases = {f"walk {path} --template gema": "unknown template 'gema'; there are: chatml_direct, default", f"walk {path} --index 5": "--index 5: the data has 1 record(s)",
-                 "walk gone.json": "no data file 'gone.json'", f"walk {path} --tokenizer ./gone": "no such folder", f"walk {path} --aspect wide": "aspect must be",
-                 f"walk {path} --image-folder gone": "no image folder 'gone'", f"walk {path} --control-tokens maybe": "control_tokens must be",
-                 f"pretrain --runs {runs} --name old": "already holds a run", f"pretrain --runs {runs} --name new --preset huge": "unknown preset 'huge'",
-                 f"pretrain --runs {runs} --name new2 --steps 0,0": "leaves no stage", f"pretrain --runs {runs} --name new4 --steps 5": "the preset has 2 stages (captions, questions)",
-                 f"pretrain --runs {runs} --name new6 --preset mgm-2b": "has no stages", f"pretrain --runs {runs} --name new3 --limit 0": "--limit must be",
-                 f"pretrain --runs {runs} --name new5 --preset ./gone.json": "cannot read",
-                 "export nothing --to hf": "no run 'nothing'", "export nothing --to gguf": "--to must be hf or mgm", "generate nothing photo.png hi": "no run 'nothing'", "eval nothing": "no run 'nothing'", f"eval {runs}/old": "is not finished; go on with",
-                 f"pretrain --runs {runs} --name odl --resume": "to go on with; look at --name", f"pretrain --runs {runs} --name old --steps 5,5 --resume": "captions.steps is 600, not 5"}
-        for line,message in cases.items():
-            out = run(line)
-            assert out.exit_code == 2 and message in out.stderr and "Traceback" not in out.output, (line, out.output)
-    print(len(cases), "mistakes answered")
+def test_train_gives_recipe_folder_and_resume_to_the_run():
+    seen = []
+    def fake(recipe, folder, resume):
+        "Instead of a run."
+        seen.append((recipe, folder, resume))
+        return {"steps": 5, "loss": 0.5, "validation": {"exact": 1.0}}
 
-def test_tokenizer_without_bos_is_refused():
-    from tokenizers import processors
-    headless = load_tokenizer("gemma")
-    headless.backend_tokenizer.post_processor = processors.Sequence([])
-    with TemporaryDirectory() as folder:
-        headless.save_pretrained(folder)
-        out = run(f"walk {data_file({'id': 7, 'conversations': turns('q', 'a')})} --tokenizer {folder}")
-    print(out.stderr.strip())
-    assert out.exit_code == 2 and "needs a tokenizer that begins every text with BOS" in out.stderr
+    write("good.yaml", "model: {preset: smol}\ndata: {train: [{path: train.json}]}\n")
+    with patch.dict(sys.modules, {"vlm_lit.train.run": types.SimpleNamespace(train=fake)}):
+        out = run("train @good.yaml --runs @runs --training.max_steps 5")
+        assert out.exit_code == 0 and "vlm-lit chat" in out.output, out.output
+        run("train --preset tiny --data @train.json --runs @runs")
+        run("train @runs/half/recipe.yaml --resume")
+        run("train --name half --runs @runs --resume")
+        run("train --preset @runs/mine --data @train.json --name next")
+    assert [path.name for _, path, _ in seen] == ["good", "train", "half", "half", "next"]
+    assert [resume for *_, resume in seen] == [False, False, True, True, False]
+    assert seen[0][0].training == {"max_steps": 5} and seen[4][0].model == {"from": f"{place}/runs/mine"}
+    assert seen[2][1] == place/"runs/half"
 
-def test_walk_without_data_shows_the_seed():
-    out = run("walk")
-    print(out.output[:420])
-    assert out.exit_code == 0 and "[[2, 106, 1645, 108], [2, 108, 1841," in out.output and "8 of 25 tokens learned" in out.output
+def test_generate_answers_per_image():
+    one = run("generate @runs/mine @images/photo.png -q hi --max-new-tokens 4").stdout
+    two = run("generate @runs/mine @images/photo.png @images/square.png -q hi --max-new-tokens 4").stdout
+    assert two.splitlines()[0] == f"{place}/images/photo.png\t{one.rstrip(chr(10))}"
+    (place/"some").mkdir()
+    for name in "ba": sample_image(20, 20).save(place/f"some/{name}.png")
+    out = run("generate @runs/mine @some -q hi --max-new-tokens 4 --out @some.jsonl --batch-size 1")
+    rows = [json.loads(row) for row in (place/"some.jsonl").read_text().splitlines()]
+    assert out.exit_code == 0 and [Path(row["image"]).name for row in rows] == ["a.png", "b.png"]
+    assert rows[0].keys() == {"id", "image", "question", "answer"}
+    (place/"link.png").symlink_to(place/"images/photo.png")
+    assert run("generate @runs/mine @link.png -q hi --max-new-tokens 4").stdout == one
 
-def test_commands_work_on_a_small_run():
-    with TemporaryDirectory() as runs:
-        small = f"pretrain --runs {runs} --name small --steps 2,2 --limit 30"
-        out = run(small)
-        assert out.exit_code == 0 and "% of test questions" in out.output and "this model" in out.output, out.output
-        table = [line for line in out.output.splitlines() if line.startswith("this model")]
-        again = run(f"eval {runs}/small")
-        test_eq([line for line in again.output.splitlines() if line.startswith("this model")], table)
-        image = easy_vqa_folder()/"test/images/0.png"
-        reply = run(f"generate {runs}/small {image} 'what color is the shape?'")
-        test_eq(reply.exit_code, 0)
-        for wrong,said in [("gone.png 'what color?'", "error: no image file 'gone.png'"), (f"{image} ' '", "error: the question is empty"), (f"{image} '<eos> what?'", "error: the text spells the control token '<eos>'; remove it, or pass --control-tokens escape")]:
-            out = run(f"generate {runs}/small {wrong}")
-            assert out.exit_code == 2 and out.stderr.startswith(said), (out.stderr, said)
-        fewer = run(f"eval {runs}/small --test-questions 10").output
-        test_eq([line.split()[-1] for line in fewer.splitlines()[1:]], ["10"]*3)              # the model, majority, question: of the same ten
-        for to,wanted in [("hf", {"README.md", "config.json", "model.safetensors", "processor_config.json"}), ("mgm", {"config.json", "mm_projector.bin"})]:
-            test_eq(run(f"export {runs}/small --to {to}").exit_code, 0)
-            assert wanted <= {p.name for p in (Path(runs)/"small"/f"export-{to}").iterdir()}
-        assert table[0] in (Path(runs)/"small/export-hf/README.md").read_text()               # the card gives the result
-        assert "no run" in run(f"generate {runs}/small/export-hf {image} hi").stderr
-        assert "is there already" in run(f"export {runs}/small --to mgm").stderr
-        assert run(small).exit_code == 2                          # the folder holds a run now
-        resumed = run(small + " --resume")                        # a finished run: trains nothing, tests again
-        assert resumed.exit_code == 0, (resumed.output, repr(resumed.exception))
-        test_eq([line for line in resumed.output.splitlines() if line.startswith("this model")], table)
-    print("pretrain, eval, generate, export, resume: fine")
+def test_generate_and_chat_refuse_in_one_line():
+    image = "@images/photo.png"
+    refuses("generate nothing @images/photo.png -q hi", "no model 'nothing'")
+    refuses("generate @runs/half @images/photo.png -q hi", "its newest checkpoint is")
+    refuses("generate @runs/mine @gone.png -q hi", "no image file")
+    refuses("generate @runs/mine @runs -q hi", "no image in")
+    refuses("generate @runs/mine @images/broken.png -q hi", "cannot be read")
+    refuses("generate @runs/mine @images/photo.png -q ' '", "the question is empty")
+    refuses("generate @runs/mine @images/photo.png -q '<eos> hi'", "pass --control-tokens escape")
+    refuses("generate @runs/mine @images/photo.png -q hi --control-tokens no", "refuse, escape or allow")
+    refuses("generate @runs/mine @images/photo.png -q hi --out @train.json", "is there already")
+    refuses("generate @runs/mine @images/photo.png -q hi --out @no/x.jsonl", "No such file or directory")
+    refuses("chat @runs/mine @gone.png", "no image file")
 
-def test_ctrl_c_saves_and_says_how_to_go_on():
-    import signal, threading
-    with TemporaryDirectory() as runs:
-        line = f"pretrain --runs {runs} --name cut --steps 400,2 --limit 30"
-        def press():
-            while not (Path(runs)/"cut"/"metrics.jsonl").exists() or not read_metrics(Path(runs)/"cut"/"metrics.jsonl"): time.sleep(.05)
-            signal.raise_signal(signal.SIGINT)
-        threading.Thread(target=press, daemon=True).start()
-        out = run(line)
-        saved, told = read_progress(Path(runs)/"cut"/"checkpoint"), run(f"generate {runs}/cut {easy_vqa_folder()/'test/images/0.png'} hi").stderr
-        command = out.stderr.strip().splitlines()[-1].partition("go on with: vlm-lit ")[2]
-    print(out.stderr.strip().splitlines()[-1].replace(runs, "runs"))
-    assert out.exit_code == 130 and 0 < saved["step"] < 400
-    test_eq(command, f"pretrain --name cut --runs {runs} --limit 30 --steps 400,2 --resume")
-    assert told.strip().endswith(command)                     # whoever asks too early is told the same
+def test_chat_streams_and_survives_mistakes():
+    lines = ["What is it?", "/image @gone.png", "/image @images/broken.png", "<eos>", "/help", "And now?"]
+    out = run("chat @runs/mine @images/photo.png --max-new-tokens 4", "\n".join(lines).replace("@", f"{place}/"))
+    assert out.exit_code == 0 and out.stdout.count("\n") >= 2, out.output
+    assert [s.split(":")[0] for s in out.stderr.splitlines()] == ["error"]*3 + [CHAT_HELP], out.stderr
+    one = run("generate @runs/mine @images/photo.png -q 'What is it?' --max-new-tokens 4").stdout
+    assert out.stdout.startswith(one.rstrip("\n"))
 
-def test_stopped_run_goes_on_with_the_command_that_is_shown():
-    from unittest.mock import patch
-    with TemporaryDirectory() as runs:
-        with patch(f"{pretrain_run.__module__}.evaluate", side_effect=KeyboardInterrupt): out = run(f"pretrain --runs {runs} --name asked --steps 0,3 --limit 30 --seed 2 --test-questions 5 --blind")
-        command = out.stderr.strip().splitlines()[-1].partition("go on with: vlm-lit ")[2]
-        print(command.replace(runs, "runs"))
-        test_eq((out.exit_code, command), (130, f"pretrain --name asked --runs {runs} --seed 2 --limit 30 --steps 0,3 --test-questions 5 --blind --resume"))
-        done = run(command)
-        test_eq(run(f"export {runs}/asked --to hf").exit_code, 0)
-        assert "with black pictures" in (Path(runs)/"asked/export-hf/README.md").read_text()
-        assert done.exit_code == 0 and "vlm-lit generate" in done.stdout, done.output
-        test_eq(run("--version").output.split()[0], "vlm-lit")
+def test_eval_writes_predictions_and_refuses():
+    out = run("eval @runs/mine --data @val.json --out @p.jsonl --sample 1 --blank-images --json --max-new-tokens 3")
+    found = json.loads(out.stdout)
+    assert found["n"] == 1 and "predictions" not in found and found["n_by_type"] == {"object": 1}
+    assert len((place/"p.jsonl").read_text().splitlines()) == 1
+    refuses("eval @runs/mine --data @gone.json", "no data file")
+    refuses("eval @runs/mine --data @val.json --metric my.py", "unknown metric")
+    refuses("eval @runs/mine --data @val.json --image-folder @gone", "no image folder")
+    refuses("eval @runs/mine --data @val.json --out @no/p.jsonl", "no folder for")
+    refuses("eval @runs/half --data @val.json", "is not finished")
+
+def test_export_of_any_model_folder():
+    out = run("export @runs/mine --out @hf --dtype bfloat16")
+    assert out.exit_code == 0 and "exact answers" in (place/"hf/README.md").read_text(), out.output
+    wanted = {"README.md", "config.json", "model.safetensors", "processor_config.json"}
+    assert wanted <= {path.name for path in (place/"hf").iterdir()}
+    size = lambda folder: (folder/"model.safetensors").stat().st_size
+    assert size(place/"hf") < .6*size(place/"runs/mine/model")
+    assert run("generate @hf @images/photo.png -q hi --max-new-tokens 2").exit_code == 0
+    assert run("export @hf --to mgm --out @hf-mgm").exit_code == 0
+    refuses("export @runs/mine --to gguf", "--to: hf or mgm")
+    refuses("export @runs/mine --dtype int3", "--dtype: float32")
+    refuses("export @hf --out @images", "is there already")
+    refuses("export nothing", "no model 'nothing'")
+
+def test_doctor_prints_facts_and_fails_on_a_wrong_mask():
+    from types import SimpleNamespace
+    for problems, code in [([], 0), (["gemma: a header is supervised"], 1)]:
+        fake = SimpleNamespace(known_answers=lambda: problems, environment_info=lambda: {"python": "3"})
+        with patch.dict(sys.modules, {"vlm_lit.train.doctor": fake}): out = run("doctor")
+        assert out.exit_code == code and "python" in out.stdout, out.output
+        assert out.stdout.splitlines()[-1] == (problems or ["known answers: all masks are right"])[0]

@@ -14,23 +14,43 @@ from vlm_lit.sentinels import join_chunks, preprocess_multimodal
 from vlm_lit.labels import LabelStrip, fill_template, preprocess
 from vlm_lit.images import open_image
 from vlm_lit.dataset import LazySupervisedDataset, image_names
+from vlm_lit.evaluate.metrics import exact
 import tempfile
 from fastcore.test import test_eq, expect_fail
-import matplotlib.pyplot as plt
 from vlm_lit.core import DataError
-from vlm_lit.dataset import easy_vqa_folder, easy_vqa_records
 from vlm_lit.images import sample_image
 from vlm_lit.audit import AuditSettings, audit
 from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.reports import *
 
 def setup_module():
-    global asked, audited, doubtful, ds, folder, report, seed, tok
+    global asked, audited, doubtful, ds, folder, height, k, made_up, report, seed, shape, sheet, show, tok, width
+    def show(figure):
+        "A figure as a notebook displays it."
+        from IPython import display
+        out = io.BytesIO()
+        figure.savefig(out, format="png", dpi=80)
+        return display.Image(out.getvalue())
     tok = load_tokenizer("gemma")
     folder = Path(tempfile.mkdtemp())
     sample_image().save(folder/"photo.png")
     seed = {"id": "seed", "image": "photo.png", "conversations": [{"from": "human", "value": "What is in the photo?\n<image>"}, {"from": "gpt", "value": "the box chain purse black"}]}
     ds = LazySupervisedDataset([seed], tok, image_folder=folder)
+    def made_up(n):
+        "Lines as a run writes them, values made up."
+        rows = []
+        for step in range(10, 10*n + 1, 10):
+            loss = 4*step**-.4 + .1*(step % 30 == 0)
+            rows.append({"step": step, "loss": loss, "loss/captions": 1.1*loss, "loss/talk": .8*loss,
+                         "learning_rate": 1e-3*min(1, step/60), "grad_norm": 1.})
+            if step % 50 == 0: rows.append({"step": step, "eval_loss": 1.05*loss})
+        return rows
+    sheet = []
+    for k,(width,height) in enumerate([(90, 60), (60, 90), (80, 80), (120, 50)]):
+        sample_image(width, height).save(folder/f"{k}.png")
+        shape = "wide" if width > height else "tall" if width < height else "square"
+        sheet.append({"image": f"{k}.png", "question": "What is its shape?", "answer": shape,
+                      "prediction": "wide", "scores": {"exact": float(shape == "wide")}})
     audited = Path(tempfile.mkdtemp())
     sample_image(64, 48).save(audited/"a.png")
     def asked(n, question, answer="a box", **more): return {"id": n, **more, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
@@ -62,11 +82,18 @@ def test_walk_of_a_broken_record_raises_its_error():
     with expect_fail(DataError, contains="record 'seed': no image 'gone.png'"): walk_record(broken, 0)
     assert sys.gettrace() is before
 
-def test_curves_have_a_line_for_each_stage():
-    rows = [{"stage": s, "step": 10*n, "loss": 2./n, "learning_rate": 1e-3} for s in ("captions", "questions") for n in range(1, 8)]
-    figure = plot_curves(rows)
-    test_eq([t.get_text() for t in figure.axes[0].get_legend().get_texts()], ["captions", "questions"])
-    test_eq(len(figure.axes[0].lines), 4)
+def test_curves_draw_what_there_is():
+    def drawn(rows):
+        labels = [line.get_label() for line in plot_curves(rows).axes[0].lines]
+        return [label for label in labels if not label.startswith("_")]
+
+    rows = made_up(10)
+    test_eq(drawn(rows), ["training", "captions", "talk", "validation"])
+    test_eq(drawn([{k: row[k] for k in ("step", "loss") if k in row} for row in rows]), ["training"])
+    test_eq((drawn([{"step": 5, "eval_loss": 1.}]), drawn([])), (["validation"], []))
+    test_eq(drawn([{"step": 1, "learning_rate": 1e-3}]), [])
+    test_eq([axes.get_yscale() for axes in plot_curves(rows).axes], ["log", "linear"])
+    test_eq(plot_curves([{"step": 1, "loss": 0.}]).axes[0].get_yscale(), "linear")
     test_eq(running_mean([1., 3., 5.], 2), [1., 2., 4.])
 
 def test_wrong_answers_come_first_up_to_half():
@@ -74,6 +101,17 @@ def test_wrong_answers_come_first_up_to_half():
     test_eq(pick_samples([False, True, False, True, True, True], 4), [0, 2, 1, 4])
     test_eq(len(pick_samples([False]*3 + [True]*1, 8)), 4)
     test_eq(pick_samples([False]*10, 4), [0, 2, 5, 7])
+
+def test_sheets_show_any_rows():
+    def titles(rows, **kwargs): return [ax.get_title() for ax in plot_samples(rows, folder, **kwargs).axes if ax.get_title()]
+    test_eq(titles(sheet, n=2), ["What is its shape?\nwide\nexpected: tall", "What is its shape?\nwide"])
+    bare = [{k: v for k,v in row.items() if k != "scores"} for row in sheet]
+    test_eq(titles(bare), titles(sheet))                                                # `predict` alone gives no scores
+    odd = {"question": "q\x1b[31m" + "x"*99, "answer": "a", "prediction": "a $x^$ b", "scores": {"exact": 0., "contains": 1.}}
+    test_eq([len(titles([odd], metric=metric)[0].split("\n")) for metric in (None, "contains")], [3, 2])   # text only, another metric
+    assert max(len(line) for line in titles([odd])[0].split("\n")) == 42
+    test_eq(titles([{**sheet[0], "image": ["0.png", "1.png"]}]), titles(sheet[:1]))
+    test_eq(titles([]), [])
 
 def test_audit_page_escapes_what_the_data_says():
     page = audit_page(report, "<Audit>")

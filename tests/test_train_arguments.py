@@ -1,6 +1,7 @@
 "Derived from nbs/16_arguments.ipynb by `make tests`; edit the notebook, not this file."
 import os
 from dataclasses import dataclass, field
+from typing import Literal
 import torch
 from transformers import TrainingArguments
 from vlm_lit.core import ConfigError

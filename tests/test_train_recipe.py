@@ -9,8 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 import yaml
-from annotated_types import Ge, Gt, Le, Len, Lt
-from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 from pydantic.dataclasses import dataclass
 from vlm_lit.core import ConfigError, nearest
 import os, subprocess, sys, tempfile, warnings
@@ -109,9 +108,11 @@ def test_wrong_values_name_what_was_expected():
         "data: {train: a.json}": "data.train: expected list, got 'a.json'",
         "data: {train: [a.json]}": "data.train[0]: expected mapping, got 'a.json'",
         "data: {train: [{path: a, weight: -2}]}":
-            "data.train[0].weight: expected greater than 0, got -2",
+            "data.train[0].weight: expected greater than or equal to 0, got -2",
         "data: {train: [{path: a, weight: 2, repeat: 2}]}":
-            "data.train[0]: weight and repeat exclude each other: a weight draws at random",
+            "data.train[0]: weight and repeat exclude each other: a weight is a share",
+        "data: {train: [{path: a, weight: 2}, {path: b}]}":
+            "data.train: give every entry a weight, or none",
         "data: {train: [{image_folder: a}]}": "'data.train[0].path' is missing",
         "training: {learning_rate: fast}": "training.learning_rate: expected number, got 'fast'",
         "training: {learning_rate: -1e-3}": "training.learning_rate: expected 0 or more, got -0.001",

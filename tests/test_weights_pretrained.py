@@ -82,7 +82,7 @@ def test_sections_of_recipes_are_checked():
                               ({"preset": "huge"}, "unknown preset 'huge'"), ({"preset": "tiny"}, "from scratch brings no tokenizer"),
                               ({"from": "x", "image_size": 64}, "image_size is decided by 'x'"), ({**TINY, "template": "v9"}, "unknown template"),
                               ({**TINY, "tokenizer": "./gone"}, "'./gone'"), ({**TINY, "projector": "gone.bin"}, "cannot read weights from gone.bin"),
-                              ({**TINY, "image_aspect_ratio": "wide"}, "must be 'square' or 'pad'"), ({"from": "gone"}, "no model 'gone'")]:
+                              ({**TINY, "image_aspect_ratio": "wide"}, "must be 'square' or 'pad'")]:
             with expect_fail(ConfigError, contains=words): resolve_model(section)
 
 def test_projectors_are_loaded_by_name():
@@ -149,9 +149,12 @@ def test_lora_targets_that_fit_nothing_are_refused():
         model, _ = resolve_model(TINY)
         for lora,words in [({"target_modules": ["q_proj", "v_porj"]}, "target_modules 'v_porj' fits no linear layer of the language model; did you mean 'v_proj'"),
                            ({"target_modules": "fc1"}, "there are: down_proj, gate_proj"), ({"target_modules": ["lm_head"]}, "'lm_head' fits no linear layer"),
-                           ({"rank": 8}, "lora: unknown key 'rank'"), ({"r": 0}, "lora: ")]:
+                           ({"rank": 8}, "lora: unknown key 'rank'"), ({"r": 0}, "lora: "), ({"bias": "all"}, "bias must be 'none'"),
+                           ({"target_modules": r".*\.fc\d"}, "fits no linear layer"), ({"target_modules": "("}, "fits no linear layer")]:
             with expect_fail(ConfigError, contains=words): add_lora(model, lora)
         assert not has_lora(model)
+        add_lora(model, {"target_modules": r".*layers\.[01]\..*_proj"})              # a pattern: two of four layers
+        test_eq(sum(".lora_A." in n for n,_ in model.named_parameters()), 2*7)
 
 def test_every_folder_opens_to_the_same_logits():
     for lora in (None, {"r": 4, "alpha": 8}):
@@ -197,6 +200,7 @@ def test_folders_without_a_model_are_named():
         with expect_fail(ConfigError, contains="run 'runs/mine' is not finished"): resolve_model({"from": "runs/mine"})
         with expect_fail(ConfigError, contains="no model in 'tokenizer': config.json is missing"): open_model("tokenizer")
         with expect_fail(ConfigError, contains="no model 'yours'"): open_model("yours")
+        with expect_fail(ConfigError, contains="no model 'yours'"): resolve_model({"from": "yours"})
         base, weights = read_base(folder), read_state(folder/"trainable.safetensors")
         write_base(folder, {"from": "runs/gone"}, 0, {"r": 4})
         with expect_fail(ConfigError, contains="cannot be opened without its base: no model 'runs/gone'"): open_model(folder)

@@ -780,8 +780,10 @@ class LazySupervisedDataset(Dataset):
             try: kept.append({**self.__getitem__(i, texts.get(i)), "index": int(i)})
             except DataError as e:
                 if isinstance(e, TooLong) and self.overlength == "error": raise
-                bad.append({"index": int(i), "id": self.name(i), "reason": str(e)})
-        self.bad.count(len(indices), bad)
+                bad.append({"index": int(i), "id": self.name(i), "reason": str(e), "kind": e.kind})
+        as_asked = [row for row in bad if row["kind"] == "over_length" and self.overlength == "skip"]
+        for row in as_asked: append_line(self.bad.path, row)
+        self.bad.count(len(indices), [row for row in bad if row not in as_asked])
         return kept
 
     @property

@@ -22,6 +22,7 @@ from .sentinels import join_chunks, preprocess_multimodal
 from .labels import LabelStrip, fill_template, preprocess
 from .images import open_image
 from .dataset import LazySupervisedDataset, image_names
+from .evaluate.metrics import exact
 
 # %% ../nbs/15_reports.ipynb #c006
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ WALK = (
 )
 
 def walk_record(
-    dataset:LazySupervisedDataset, # Not preloaded
+    dataset:LazySupervisedDataset, # Not cached in memory
     i:int, # Index of a record
 ) -> tuple[list[tuple[WalkStop,Breakpoint]], dict]: # The stops with what was seen there, and the item itself
     "Run `dataset[i]` once with every stop of the walk set."
@@ -67,7 +68,7 @@ def show_value(
     return repr(value)
 
 def walk_lines(
-    dataset:LazySupervisedDataset, # Not preloaded
+    dataset:LazySupervisedDataset, # Not cached in memory
     i:int, # Index of a record
     version:str|None=None, # For `prepare_tokenizer`; None: the dataset's template
 ) -> list[str]: # Lines of text
@@ -90,58 +91,80 @@ def running_mean(
     width:int=10, # How many of the last values are averaged
 ) -> list[float]: # As many as came in
     "Mean over the last values."
-    return [sum(values[max(0, n + 1 - width):n + 1])/len(values[max(0, n + 1 - width):n + 1]) for n in range(len(values))]
+    windows = [values[max(0, n + 1 - width):n + 1] for n in range(len(values))]
+    return [sum(window)/len(window) for window in windows]
+
+def _curve(rows:list[dict], key:str) -> tuple[list, list]: # Steps, values
+    "What the rows tell under one key."
+    found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    return [step for step,_ in found], [value for _,value in found]
 
 def plot_curves(
-    rows:list[dict], # Lines of metrics.jsonl
+    rows:list[dict], # Lines of metrics.jsonl; all have `step`
 ) -> Figure:
-    "Loss and learning rate over all steps, stage after stage."
+    "`loss`, `loss/NAME` and `eval_loss`, those that there are, and `learning_rate` below."
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-    start = 0
-    for n,stage in enumerate(dict.fromkeys(row["stage"] for row in rows)):
-        own = [row for row in rows if row["stage"] == stage]
-        steps, color = [start + row["step"] for row in own], f"C{n}"
-        loss.plot(steps, [row["loss"] for row in own], color=color, alpha=.3, lw=.8)
-        loss.plot(steps, running_mean([row["loss"] for row in own]), color=color, label=stage)
-        rate.plot(steps, [row["learning_rate"] for row in own], color=color)
-        start = steps[-1]
-    loss.set_yscale("log"); loss.set_ylabel("loss a learned token"); loss.legend(); loss.grid(alpha=.2)
-    rate.set_ylabel("learning rate"); rate.set_xlabel("step"); rate.grid(alpha=.2)
+    steps, values = _curve(rows, "loss")
+    loss.plot(steps, values, color="C0", alpha=.3, lw=.8)
+    if values: loss.plot(steps, running_mean(values), color="C0", label="training")
+    sources = sorted({key for row in rows for key in row if key.startswith("loss/")})
+    for n,key in enumerate(sources, 4):
+        steps, values = _curve(rows, key)
+        loss.plot(steps, running_mean(values), f"C{n}--", lw=.9, label=key.removeprefix("loss/"))
+    steps, values = _curve(rows, "eval_loss")
+    if values: loss.plot(steps, values, "o-", color="C3", ms=4, label="validation")
+    drawn = [value for line in loss.lines for value in line.get_ydata()]
+    if drawn and min(drawn) > 0: loss.set_yscale("log")
+    rate.plot(*_curve(rows, "learning_rate"), color="C0")
+    loss.set_ylabel("loss per supervised token")
+    rate.set(xlabel="step", ylabel="learning rate")
+    for axes in (loss, rate): axes.grid(alpha=.2)
+    if loss.get_legend_handles_labels()[1]: loss.legend()
     return figure
 
-# %% ../nbs/15_reports.ipynb #c020
+# %% ../nbs/15_reports.ipynb #c022
 def pick_samples(
-    right:list[bool], # For each record whether it was answered right
+    right:list[bool], # For each question whether it was answered right
     n:int=12, # How many to show
-) -> list[int]: # Record numbers: wrong ones first, up to half
-    "Which records go on a sheet; spread evenly over each kind."
+) -> list[int]: # Places in the list: wrong ones first, up to half
+    "Which questions go on a sheet; spread evenly over each kind."
     def spread(numbers, k): return [numbers[j*len(numbers)//k] for j in range(k)] if k else []
     wrong, good = [i for i,r in enumerate(right) if not r], [i for i,r in enumerate(right) if r]
     n_wrong = min(len(wrong), max(n//2, n - len(good)))
     return spread(wrong, n_wrong) + spread(good, min(len(good), n - n_wrong))
 
+def _short(text:str, limit:int=42) -> str:
+    "A line of a caption."
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= limit else text[:limit - 1] + "…"
+
 def plot_samples(
-    dataset:LazySupervisedDataset, # Of one-turn records with an image
-    predictions:list[str], # For each record
-    right:list[bool], # For each record
-    asked:list[int]|None=None, # Which records those are; None: all, in order
+    rows:list[dict], # Predictions of `evaluate`
+    image_folder:str|Path, # Of the images
+    metric:str|None=None, # Whose score says what is right, above 0.5; None: the first
     n:int=12, # How many to show
 ) -> Figure:
-    "A sheet of pictures with question, expected answer and prediction."
-    chosen = pick_samples(right, n)
-    figure = Figure(figsize=(9, 2.3*-(-len(chosen)//4)), layout="constrained")
-    axes = figure.subplots(-(-len(chosen)//4), 4, squeeze=False).flatten()
+    "A sheet of images with question, prediction and, where it is wrong, the expected answer."
+    def is_right(row):
+        scores = row.get("scores") or {"exact": exact(row["prediction"], row["answer"])}
+        return scores[metric or next(iter(scores))] > .5
+
+    chosen = [rows[k] for k in pick_samples([is_right(row) for row in rows], n)]
+    height = max(1, -(-len(chosen)//4))
+    figure = Figure(figsize=(9, 2.3*height), layout="constrained")
+    axes = figure.subplots(height, 4, squeeze=False).flatten()
     for ax in axes: ax.axis("off")
-    for ax,i in zip(axes, chosen):
-        record = dataset.records[i if asked is None else asked[i]]
-        question = record["conversations"][0]["value"].replace("<image>", "").strip()
-        ax.imshow(open_image(image_names(record)[0], dataset.image_folder))
-        verdict = "" if right[i] else f", not {record['conversations'][1]['value']}"
-        ax.set_title(f"{question}\n{predictions[i]}{verdict}", fontsize=7.5, color="#1b5e20" if right[i] else "#b71c1c", parse_math=False)
+    for ax,row in zip(axes, chosen):
+        if names := image_names(row): ax.imshow(open_image(names[0], image_folder))
+        right = is_right(row)
+        lines = [row["question"], row["prediction"]]
+        if not right: lines.append(f"expected: {row['answer']}")
+        color = "#1b5e20" if right else "#b71c1c"
+        ax.set_title("\n".join(map(_short, lines)), fontsize=7.5, color=color, parse_math=False)
     return figure
 
-# %% ../nbs/15_reports.ipynb #c025
+# %% ../nbs/15_reports.ipynb #c029
 def audit_lines(
     report:dict, # From `audit`
     n_examples:int=3, # Examples of each finding

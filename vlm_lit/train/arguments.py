@@ -8,6 +8,7 @@ __all__ = ['PARTS', 'VLMTrainingArguments']
 # %% ../../nbs/16_arguments.ipynb #c002
 import os
 from dataclasses import dataclass, field
+from typing import Literal
 import torch
 from transformers import TrainingArguments
 from ..core import ConfigError
@@ -40,7 +41,7 @@ class VLMTrainingArguments(TrainingArguments):
     global_batch_size: int | None = _arg(None,
         "Samples (packed: sequences; by_image: images) per optimizer step over all processes; "
         "sets gradient_accumulation_steps. null: per_device_train_batch_size decides.")
-    batching: str = _arg("shuffled",
+    batching: Literal["shuffled", "grouped", "packed", "by_image"] = _arg("shuffled",
         "shuffled; grouped (by modality and length, as LLaVA); packed (several samples per "
         "sequence); by_image (samples of one image share a batch and the image's features).")
     samples_per_image: int = _arg(4, "With by_image: most samples of one image in a batch.")
@@ -50,7 +51,7 @@ class VLMTrainingArguments(TrainingArguments):
         "Share of images flipped left to right. Text, digits, left and right suffer from it.")
     match_embedding_scale: bool | None = _arg(None,
         "Scale a projector to the text embeddings before step 1; null: if it is new.")
-    on_bad_loss: str = _arg("stop", "A loss that is not finite, or a spike: stop, or skip the step.")
+    on_bad_loss: Literal["stop", "skip"] = _arg("stop", "A step whose loss is not finite, or a spike: stop, or skip it.")
     spike_factor: float | None = _arg(None,
         "A loss above this multiple of the median of the last 100 steps is a spike; null: never.")
     remove_unused_columns: bool = _arg(False, "Must stay off: the collator needs the images.")

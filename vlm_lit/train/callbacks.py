@@ -89,7 +89,8 @@ class Meter:
         seconds = max(self.seconds, 1e-9)
         counts = reduce(torch.tensor([self.samples, self.tokens, self.work, *self.draws],
                                      dtype=torch.float64)).tolist()
-        row = {"samples_per_second": counts[0]/seconds,
+        row = {"seconds": seconds, "samples": int(counts[0]), "supervised_tokens": int(counts[1]),
+               "samples_per_second": counts[0]/seconds,
                "supervised_tokens_per_second": counts[1]/seconds,
                "data_wait": self.waited/seconds, "peak_memory_gib": peak_memory_gib()}
         if self.peak and self.flops is not None:

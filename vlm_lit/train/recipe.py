@@ -17,8 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 import yaml
-from annotated_types import Ge, Gt, Le, Len, Lt
-from pydantic import ConfigDict, TypeAdapter, ValidationError, create_model
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 from pydantic.dataclasses import dataclass
 from ..core import ConfigError, nearest
 
@@ -70,7 +69,7 @@ def _short(value) -> str:
 
 # %% ../../nbs/16a_recipe.ipynb #c012
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-_Count = Annotated[int, Ge(1)]
+_Count = Annotated[int, Field(ge=1)]
 
 @dataclass(config=_STRICT)
 class SourceRecipe:
@@ -78,19 +77,24 @@ class SourceRecipe:
     path: str                          # JSON, JSONL, Parquet or a saved data set
     image_folder: str | None = None    # Where relative image names start
     name: str | None = None            # In metrics; None: the file's name
-    weight: Annotated[float, Gt(0)] | None = None  # Share of the draws, relative to the others
-    repeat: _Count | None = None       # How often per epoch; None: once
+    weight: Annotated[float, Field(ge=0)] | None = None  # Share of the draws; all sources or none
+    repeat: Annotated[float, Field(gt=0)] | None = None  # Draws of each record per epoch; None: 1
     max_samples: _Count | None = None  # Only that many records, drawn with the run's seed
 
     def __post_init__(self):
         if self.weight is not None and self.repeat is not None:
-            raise ValueError("weight and repeat exclude each other: a weight draws at random, "
-                             "repeat takes every record that many times; give one")
+            raise ValueError("weight and repeat exclude each other: a weight is a share of all "
+                             "draws, repeat a number per record; give one")
 
 @dataclass(config=_STRICT)
 class BadSamples:
     "How much of the data may be unreadable before the run stops."
-    max_fraction: Annotated[float, Ge(0), Le(1)] = 0.01
+    max_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
+
+def _all_or_none(sources: list[SourceRecipe]) -> list[SourceRecipe]:
+    "The sources, if weights say which share each of them has."
+    if len({source.weight is None for source in sources}) == 1: return sources
+    raise ValueError("give every entry a weight, or none")
 
 @dataclass(config=_STRICT, kw_only=True)
 class DataRecipe:
@@ -102,17 +106,17 @@ class DataRecipe:
     image_tags: Literal["keep", "mgm"] = "keep"
     blank_images: bool = False               # Black images: what a model answers blindly
     bad_samples: BadSamples = field(default_factory=BadSamples)
-    train: Annotated[list[SourceRecipe], Len(1)]
+    train: Annotated[list[SourceRecipe], Field(min_length=1), AfterValidator(_all_or_none)]
     eval: list[SourceRecipe] = field(default_factory=list)
-    eval_samples: Annotated[int, Ge(0)] = 256   # Generated answers per evaluation
-    check_samples: Annotated[int, Ge(0)] = 512  # Records opened before step 1
+    eval_samples: Annotated[int, Field(ge=0)] = 256   # Generated answers per evaluation
+    check_samples: Annotated[int, Field(ge=0)] = 512  # Records opened before step 1
 
 @dataclass(config=_STRICT)
 class LoraRecipe:
     "A low-rank adapter (peft) on the language model."
     r: _Count = 16
-    alpha: Annotated[float, Gt(0)] = 32.0
-    dropout: Annotated[float, Ge(0), Lt(1)] = 0.05
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
     target_modules: list[str] | str | None = None  # None: every linear layer but the head
     bias: Literal["none", "all", "lora_only"] = "none"
 

@@ -15,9 +15,10 @@ from torch import nn
 from ..core import ConfigError
 from ..generation import VLMProcessor
 from ..model import VLM
-from .presets import (
-    LOAD_ERRORS, PRESET_FIELDS, build_model, cast, load_model, load_preset_tokenizer, load_projector,
-    preset_settings, quiet, read_json, read_state, save_projector, some, weights_of, write_json)
+from vlm_lit.weights.presets import (
+    LOAD_ERRORS, PRESET_FIELDS, build_model, cast, load_model, load_preset_tokenizer,
+    load_projector, preset_settings, quiet, read_json, read_state, save_projector, some,
+    weights_of, write_json)
 
 # %% ../../nbs/12a_pretrained.ipynb #c006
 _PREPARATION = ("template", "chat_template", "image_aspect_ratio", "image_mean", "image_std")
@@ -25,21 +26,23 @@ _PREPARATION = ("template", "chat_template", "image_aspect_ratio", "image_mean",
 def _nearest(name, known) -> str:
     "What may have been meant, as the end of a message."
     found = difflib.get_close_matches(str(name), known, 2, .5)
-    return f"; did you mean {' or '.join(map(repr, found))}?" if found else f"; there are: {', '.join(sorted(known))}"
+    if found: return f"; did you mean {' or '.join(map(repr, found))}?"
+    return f"; there are: {', '.join(sorted(known))}"
 
 def _checked_section(section) -> dict:
-    "A copy of a model section. Raises `ConfigError` for unknown keys and for those that exclude each other."
-    if not isinstance(section, dict): raise ConfigError("model: must be keys and values, such as {preset: smol}")
+    "A copy of a model section. Raises `ConfigError` for keys unknown or in conflict."
+    if not isinstance(section, dict):
+        raise ConfigError("model: must be keys and values, such as {preset: smol}")
     known = ("preset", "from", "projector", *PRESET_FIELDS)
     for key in section:
         if key not in known: raise ConfigError(f"model: unknown key {key!r}{_nearest(key, known)}")
     section = {k: v for k,v in section.items() if v is not None or k in PRESET_FIELDS}
     if ("preset" in section) == ("from" in section):
         raise ConfigError("model: name either `preset` or `from` (a run or a model folder)")
-    for key in section:
-        if "from" in section and key not in ("from", "projector", *_PREPARATION):
-            raise ConfigError(f"model: {key} is decided by {str(section['from'])!r}; with `from` only "
-                              f"{', '.join(_PREPARATION)} and projector can be set")
+    fixed = section.keys() - {"from", "projector", *_PREPARATION} if "from" in section else ()
+    for key in fixed:
+        raise ConfigError(f"model: {key} is decided by {str(section['from'])!r}; with `from` "
+                          f"only {', '.join(_PREPARATION)} and projector can be set")
     return section
 
 def resolve_model(
@@ -47,9 +50,9 @@ def resolve_model(
     seed:int=0, # Of everything that is new
     dtype:torch.dtype=torch.float32, # Of language model and towers; what connects them is float32
 ) -> tuple[VLM, VLMProcessor]: # In evaluation mode, on the CPU
-    "The model and processor that a recipe names. Raises `ConfigError` for what cannot be found or does not fit."
+    "The model and processor of a recipe. Raises `ConfigError` for what is missing or does not fit."
     changes = _checked_section(section)
-    preset, base, projector = (changes.pop(key, None) for key in ("preset", "from", "projector"))
+    preset, base, projector = (changes.pop(k, None) for k in ("preset", "from", "projector"))
     if base is None: model, processor = _from_preset(preset, changes, seed, dtype)
     else: model, processor = _from_folder(base, changes, dtype)
     if projector is not None: load_projector(model, projector)
@@ -63,27 +66,33 @@ def _from_preset(preset, changes, seed, dtype):
     tokenizer = load_preset_tokenizer(settings, own_tokenizer)
     model = build_model(settings, seed, dtype, tokenizer)
     rows, ids = model.config.vocab_size, max(tokenizer.get_vocab().values()) + 1
-    if ids > rows: raise ConfigError(f"model: the tokenizer has {ids:,} entries, the language model {rows:,}")
-    return model, VLMProcessor.for_model(model.config, tokenizer, settings["template"], aspect=settings["image_aspect_ratio"])
+    if ids > rows:
+        raise ConfigError(f"model: the tokenizer has {ids:,} entries, the language model {rows:,}")
+    return model, VLMProcessor.for_model(model.config, tokenizer, settings["template"],
+                                         aspect=settings["image_aspect_ratio"])
 
 def _from_folder(name, changes, dtype):
     "A trained model, perhaps with another template or other images."
     model, old = _load(find_model(name))
-    config, own = model.config, lambda key, now: changes.get(key, now)
-    config.image_mean, config.image_std = own("image_mean", config.image_mean), own("image_std", config.image_std)
-    config.parts = {**(getattr(config, "parts", None) or {}), **{k: changes[k] for k in _PREPARATION[:3] if k in changes}}
-    for part in (model.language_model, model.image_encoder.vision_tower, model.image_encoder.vision_tower_aux):
+    config, encoder, own = model.config, model.image_encoder, changes.get
+    config.image_mean = own("image_mean", config.image_mean)
+    config.image_std = own("image_std", config.image_std)
+    given = {k: changes[k] for k in _PREPARATION[:3] if k in changes}
+    config.parts = {**(getattr(config, "parts", None) or {}), **given}
+    for part in (model.language_model, encoder.vision_tower, encoder.vision_tower_aux):
         if part is not None: cast(part, dtype)
-    return model, VLMProcessor.for_model(config, old.tokenizer, own("template", old.template), control_tokens=old.control_tokens,
-                                         aspect=own("image_aspect_ratio", old.aspect), chat_template=own("chat_template", None))
+    return model, VLMProcessor.for_model(
+        config, old.tokenizer, own("template", old.template), control_tokens=old.control_tokens,
+        aspect=own("image_aspect_ratio", old.aspect), chat_template=own("chat_template"))
 
 # %% ../../nbs/12a_pretrained.ipynb #c012
-_LORA = {"r": 128, "alpha": 256, "dropout": .05, "target_modules": None}       # as LLaVA's scripts
+_LORA = {"r": 16, "alpha": 32, "dropout": .05, "target_modules": None, "bias": "none"}
 
 def _peft():
     "The package peft, which only adapters need."
     try: import peft
-    except ImportError as e: raise ConfigError("LoRA needs the package peft: pip install 'vlm_lit[peft]'") from e
+    except ImportError as e:
+        raise ConfigError("LoRA needs the package peft: pip install 'vlm_lit[peft]'") from e
     return peft
 
 def has_lora(
@@ -94,40 +103,46 @@ def has_lora(
 
 def _lora_targets(language_model, wanted) -> list[str]:
     "Names of the layers that get adapters. Raises `ConfigError` for one that fits no layer."
-    head = language_model.get_output_embeddings()
-    linear = [n for n,m in language_model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    head, modules = language_model.get_output_embeddings(), language_model.named_modules()
+    linear = [n for n,m in modules if isinstance(m, nn.Linear) and m is not head]
     kinds = sorted({name.rpartition(".")[2] for name in linear})
+    if isinstance(wanted, str):
+        try: matched = [name for name in linear if re.fullmatch(wanted, name)]
+        except re.error: matched = []
+        wanted = matched or [wanted]
     for target in wanted or ():
         if not any(f".{name}".endswith(f".{target}") for name in linear):
-            raise ConfigError(f"lora: target_modules {target!r} fits no linear layer of the language model{_nearest(target, kinds)}")
+            raise ConfigError(f"lora: target_modules {target!r} fits no linear layer of the "
+                              f"language model{_nearest(target, kinds)}")
     return list(wanted or kinds)
 
 def add_lora(
-    model:VLM, # Changed in place: the language model is frozen but for its adapters, which are float32
-    lora:dict, # `r`, `alpha`, `dropout`, `target_modules` (None: all linear layers), or fields of peft's `LoraConfig`
+    model:VLM, # Changed in place: of the language model only the adapters train, in float32
+    lora:dict, # `r`, `alpha`, `dropout`, `target_modules` (names or a pattern), or peft's fields
 ) -> VLM: # The same
-    "Put adapters into the language model. Raises `ConfigError` for unknown fields and for targets that fit nothing."
+    "Put adapters into the language model. Raises `ConfigError` for unknown keys and targets."
     LoraConfig = _peft().LoraConfig
     own = {**_LORA, **{key: value for key,value in lora.items() if value is not None}}
-    known = {f.name for f in dataclasses.fields(LoraConfig)} - {"lora_alpha", "lora_dropout"} | set(_LORA)
+    known = {f.name for f in dataclasses.fields(LoraConfig)} | set(_LORA)
     for key in own:
         if key not in known: raise ConfigError(f"lora: unknown key {key!r}{_nearest(key, known)}")
-    targets = own.pop("target_modules")
-    targets = _lora_targets(model.language_model, [targets] if isinstance(targets, str) else targets)
+    if own["bias"] != "none": raise ConfigError("lora: bias must be 'none'; only adapters train")
+    own["target_modules"] = _lora_targets(model.language_model, own["target_modules"])
     own["lora_alpha"], own["lora_dropout"] = own.pop("alpha"), own.pop("dropout")
-    try: config = LoraConfig(task_type="CAUSAL_LM", target_modules=targets, **own)
+    try: config = LoraConfig(task_type="CAUSAL_LM", **own)
     except (TypeError, ValueError) as e: raise ConfigError(f"lora: {e}") from e
     return _inject(model, config)
 
 def _inject(model, config):
     "Adapters of this configuration; they alone train in the language model."
-    if has_lora(model): raise ConfigError("lora: the language model has adapters already; merge them first (`merge_lora`)")
+    if has_lora(model):
+        raise ConfigError("lora: the model has adapters already; merge them (`merge_lora`)")
     try: _peft().inject_adapter_in_model(config, model.language_model)
     except (TypeError, ValueError) as e: raise ConfigError(f"lora: {str(e).splitlines()[0]}") from e
     for name,p in model.language_model.named_parameters():
         p.requires_grad_(".lora_" in name)
         if p.requires_grad: p.data = p.data.float()
-    return model.train(model.training)          # peft's new layers begin in training mode, dropout and all
+    return model.train(model.training)          # peft's new layers begin in training mode
 
 def merge_lora(
     model:VLM, # Changed in place
@@ -142,13 +157,17 @@ def merge_lora(
     del language_model.peft_config
     return model
 
+def _lora_state(model):
+    "The adapters' weights under peft's names for the language model."
+    return _peft().get_peft_model_state_dict(model.language_model, save_embedding_layers=False)
+
 def save_lora(
     model:VLM, # With adapters
     folder:str|Path, # An existing one
 ) -> None:
-    "Write adapter_model.safetensors and adapter_config.json, as peft reads them for the language model alone."
-    state = _peft().get_peft_model_state_dict(model.language_model, save_embedding_layers=False)
-    state = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name,tensor in state.items()}
+    "Write adapter_model.safetensors and adapter_config.json, as peft reads them."
+    state = {f"base_model.model.{name}": tensor.detach().cpu().contiguous()
+             for name,tensor in _lora_state(model).items()}
     save_file(state, Path(folder)/"adapter_model.safetensors", metadata={"format": "pt"})
     model.language_model.peft_config["default"].save_pretrained(folder)
 
@@ -159,20 +178,22 @@ def load_lora(
     "Read adapters. Raises `ConfigError` unless they fit the language model."
     path = Path(folder)/"adapter_model.safetensors"
     if not path.is_file() or not (path.parent/"adapter_config.json").is_file():
-        raise ConfigError(f"no adapter in {str(folder)!r}: adapter_config.json or adapter_model.safetensors is missing")
+        raise ConfigError(f"no adapter in {str(folder)!r}: adapter_config.json or "
+                          "adapter_model.safetensors is missing")
     if not has_lora(model):
         _inject(model, _peft().LoraConfig.from_pretrained(str(folder), inference_mode=False))
-    state = {name.removeprefix("base_model.model."): tensor for name,tensor in read_state(path).items()}
-    _check_fit(str(path), state, _peft().get_peft_model_state_dict(model.language_model, save_embedding_layers=False), whole=True)
+    state = {n.removeprefix("base_model.model."): tensor for n,tensor in read_state(path).items()}
+    _check_fit(path, state, _lora_state(model), whole=True)
     _peft().set_peft_model_state_dict(model.language_model, state)
     return model
 
 def _check_fit(path, state, want, whole=False):
-    "Raise `ConfigError` unless each tensor of a file has its place in the model, and with `whole` the other way round."
+    "Raise `ConfigError` unless a file's tensors are the model's; with `whole` all of them."
     unexpected, missing = state.keys() - want.keys(), want.keys() - state.keys() if whole else ()
     wrong = [n for n in state.keys() & want.keys() if state[n].shape != want[n].shape]
     if unexpected or missing or wrong:
-        raise ConfigError(f"{path} does not fit the model: unexpected {some(unexpected)}, missing {some(missing)}, wrong shape {some(wrong)}")
+        raise ConfigError(f"{path} does not fit the model: unexpected {some(unexpected)}, "
+                          f"missing {some(missing)}, wrong shape {some(wrong)}")
 
 # %% ../../nbs/12a_pretrained.ipynb #c020
 def write_base(
@@ -189,7 +210,8 @@ def read_base(
 ) -> dict: # `model`, `seed`, `lora`
     "Read base.json. Raises `ConfigError` for a folder or file that is not a checkpoint's."
     path = Path(folder)/"base.json"
-    if not path.is_file(): raise ConfigError(f"no checkpoint in {str(folder)!r}: base.json is missing")
+    if not path.is_file():
+        raise ConfigError(f"no checkpoint in {str(folder)!r}: base.json is missing")
     base = read_json(path)
     if not isinstance(base, dict) or base.keys() != {"model", "seed", "lora"}:
         raise ConfigError(f"{str(path)!r} must hold model, seed and lora")
@@ -199,10 +221,13 @@ def save_trainable(
     model:VLM,
     folder:str|Path, # An existing one
 ) -> None:
-    "Write what trains: trainable.safetensors, and where they train mm_projector.bin and the adapter."
-    names = {name for name,p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
-    save_file(weights_of(model, names), Path(folder)/"trainable.safetensors", metadata={"format": "pt"})
-    if any(".mm_projector." in name or ".mining." in name for name in names): save_projector(model, Path(folder)/"mm_projector.bin")
+    "Write what trains: trainable.safetensors, and perhaps mm_projector.bin and the adapter."
+    folder, parameters = Path(folder), model.named_parameters()
+    names = {n for n,p in parameters if p.requires_grad and ".lora_" not in n}
+    state = weights_of(model, names)
+    save_file(state, folder/"trainable.safetensors", metadata={"format": "pt"})
+    if any(".mm_projector." in name or ".mining." in name for name in names):
+        save_projector(model, folder/"mm_projector.bin")
     if has_lora(model): save_lora(model, folder)
 
 @torch.no_grad()
@@ -210,26 +235,29 @@ def load_trainable(
     model:VLM, # Filled in place; with adapters, if the checkpoint has them
     folder:str|Path, # Of a checkpoint
 ) -> None:
-    "Read what `save_trainable` has written. Raises `ConfigError`, and changes nothing, unless all of it fits."
+    "Read what `save_trainable` has written. Raises `ConfigError` unless all of it fits."
     path, want = Path(folder)/"trainable.safetensors", model.state_dict(keep_vars=True)
     state = read_state(path)
-    _check_fit(str(path), state, want)
+    _check_fit(path, state, want)
     if has_lora(model): load_lora(model, folder)
     for name,tensor in state.items(): want[name].copy_(tensor)
 
 # %% ../../nbs/12a_pretrained.ipynb #c022
 def find_model(
-    name:str|Path, # A run, its name in runs/, its `model/`, a checkpoint, an export, or a `save_pretrained` folder
+    name:str|Path, # A run, its name in runs/, a checkpoint, an export, a `save_pretrained` folder
 ) -> Path:
     "The folder that holds a model. Raises `ConfigError` that says what to do where there is none."
     folder = next((p for p in (Path(name).expanduser(), Path("runs")/name) if p.is_dir()), None)
-    if folder is None: raise ConfigError(f"no model {str(name)!r}: give a run, a checkpoint or a model folder")
+    if folder is None:
+        raise ConfigError(f"no model {str(name)!r}: give a run, a checkpoint or a model folder")
     if (folder/"model"/"config.json").is_file(): return folder/"model"
     if (folder/"base.json").is_file() or (folder/"config.json").is_file(): return folder
-    if not (folder/"recipe.yaml").is_file(): raise ConfigError(f"no model in {str(folder)!r}: config.json is missing")
+    if not (folder/"recipe.yaml").is_file():
+        raise ConfigError(f"no model in {str(folder)!r}: config.json is missing")
     steps = [int(p.name[11:]) for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()]
     newest = f"; its newest checkpoint is {folder}/checkpoint-{max(steps)}" if steps else ""
-    raise ConfigError(f"run {str(folder)!r} is not finished; resume with: vlm-lit train {folder}/recipe.yaml --resume{newest}")
+    raise ConfigError(f"run {str(folder)!r} is not finished; resume with: "
+                      f"vlm-lit train {folder}/recipe.yaml --resume{newest}")
 
 def open_model(
     name:str|Path, # As in `find_model`
@@ -245,12 +273,18 @@ def open_model(
 def _load(folder):
     "Model and processor of a folder that `find_model` has found; an adapter is merged."
     if (folder/"base.json").is_file(): return _load_checkpoint(folder)
-    model = load_model(folder)
+    return load_model(folder), _read_processor(folder)
+
+def _read_processor(folder):
+    "The processor that is saved beside a model."
     if not (folder/"processor_config.json").is_file():
-        raise ConfigError(f"no processor in {str(folder)!r}; save it beside its model: processor.save_pretrained(folder)")
+        raise ConfigError(f"no processor in {str(folder)!r}; save it beside its model: "
+                          "processor.save_pretrained(folder)")
     try:
-        with quiet(): return model, VLMProcessor.from_pretrained(folder)
-    except LOAD_ERRORS as e: raise ConfigError(f"the processor in {str(folder)!r} cannot be read: {e}") from e
+        with quiet(): return VLMProcessor.from_pretrained(folder)
+    except LOAD_ERRORS as e:
+        reason = str(e).strip().splitlines()[0]
+        raise ConfigError(f"the processor in {str(folder)!r} cannot be read: {reason}") from e
 
 def _load_checkpoint(folder):
     "The base of a checkpoint, with the checkpoint's weights."
@@ -261,7 +295,11 @@ def _load_checkpoint(folder):
         places = [Path(section["from"]), *(up/section["from"] for up in folder.resolve().parents)]
         section["from"] = next((str(p) for p in places if p.is_dir()), section["from"])
     try: model, processor = resolve_model(section, base["seed"])
-    except ConfigError as e: raise ConfigError(f"checkpoint {str(folder)!r} cannot be opened without its base: {e}") from e
+    except ConfigError as e:
+        raise ConfigError(f"checkpoint {str(folder)!r} cannot be opened without its base: "
+                          f"{e}") from e
     if base["lora"]: add_lora(model, base["lora"])
     load_trainable(model, folder)
-    return (merge_lora(model) if base["lora"] else model), processor
+    if base["lora"]: merge_lora(model)
+    has_own = (folder/"processor_config.json").is_file()          # a run may have set its template
+    return model, _read_processor(folder) if has_own else processor

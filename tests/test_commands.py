@@ -1,0 +1,83 @@
+"Derived from nbs/20a_commands.ipynb by `make tests`; edit the notebook, not this file."
+import json, os, re, shlex, signal, warnings
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+import typer
+from vlm_lit.core import ConfigError, DataError, nearest
+import sys
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from unittest.mock import patch
+import pytest
+from vlm_lit.images import sample_image
+from vlm_lit.train.callbacks import Interrupted
+from vlm_lit.train.recipe import load_recipe
+from vlm_lit.commands import *
+
+def test_errors_are_one_line_and_bugs_keep_their_traceback():
+    said = []
+    with patch("typer.echo", lambda text, err: said.append(text)):
+        for error, code in [(ConfigError("a\nb\x1b[2J"), 2), (OSError(28, "No space left", "x"), 2),
+                            (KeyboardInterrupt(), 130)]:
+            with pytest.raises(typer.Exit) as found, user_errors(): raise error
+            assert found.value.exit_code == code
+        with pytest.raises(ZeroDivisionError), user_errors(): 1/0
+    assert said == ["error: a b\\x1b[2J", "error: No space left: x", "interrupted"]
+
+def test_image_tokens_of_presets_without_their_weights():
+    for name, count in [(None, 576), ("tiny", 16), ("smol", 16), ("mgm-2b", 576), ("llava-7b", 576)]:
+        processor, tokens = load_preparation(name, "gemma", "gemma")
+        print(f"{name}: {tokens} tokens per image, {processor.image_size} pixels")
+        assert tokens == count
+
+def test_image_files_of_a_folder():
+    with TemporaryDirectory() as folder:
+        for name in ("b.PNG", "a.jpg", "notes.txt"): (Path(folder)/name).write_text("")
+        assert [p.name for p in image_files([folder, f"{folder}/a.jpg"])] == ["a.jpg", "b.PNG", "a.jpg"]
+        with pytest.raises(ConfigError, match="no image file"): image_files([f"{folder}/c.jpg"])
+        (Path(folder)/"empty").mkdir()
+        with pytest.raises(ConfigError, match="no image in"): image_files([f"{folder}/empty"])
+
+def test_short_form_is_a_recipe_and_can_be_overridden():
+    words = short_recipe("tiny", Path("train.json"), Path("images"), Path("val.json"))
+    recipe = load_recipe(overrides=[*words, "--training.learning_rate", "2e-3", "--data.max_length=64"])
+    print(recipe.data.train[0])
+    assert (recipe.training["learning_rate"], recipe.data.max_length, len(recipe.data.eval)) == (2e-3, 64, 1)
+    assert load_recipe(overrides=short_recipe("tiny", Path("1.json"))).data.train[0].image_folder is None
+    with pytest.raises(ConfigError, match="give a recipe file, or --preset and --data"): short_recipe("tiny", None)
+    with pytest.raises(ConfigError, match="unknown preset 'tinny'; did you mean 'tiny'"):
+        load_recipe(overrides=short_recipe("tinny", Path("train.json")))
+
+def test_words_are_files_overrides_or_mistakes():
+    files, overrides = split_words(["a.yaml", "--a.b", "1", "--c.d=2", "b.yaml", "--e.f"], [])
+    assert (list(map(str, files)), overrides) == (["a.yaml", "b.yaml"], ["--a.b", "1", "--c.d=2", "--e.f"])
+    with pytest.raises(ConfigError, match="unknown option '--resum'; did you mean '--resume'"):
+        split_words(["--resum"], ["--resume", "--name"])
+
+def test_interrupted_runs_exit_as_the_signal_asks():
+    def stopped(error, folder):
+        "What is said of a run that an error ends, and the exit code."
+        def train(recipe, folder, resume): raise error
+        said = []
+        with (patch.dict(sys.modules, {"vlm_lit.train.run": SimpleNamespace(train=train)}),
+              patch("typer.echo", lambda text, err=False: said.append(text)),
+              pytest.raises(typer.Exit) as found): train_run(None, Path(folder))
+        return found.value.exit_code, said[0]
+
+    with TemporaryDirectory() as folder:
+        assert stopped(KeyboardInterrupt(), folder) == (130, "interrupted")
+        (Path(folder)/"recipe.yaml").write_text("")
+        for number, code in [(signal.SIGTERM, 0), (signal.SIGINT, 130)]:
+            found, said = stopped(Interrupted(number, 7), folder)
+            print(found, said.replace(folder, "runs/mine"))
+            assert found == code and said.endswith(f"resume with: vlm-lit train {folder}/recipe.yaml --resume")
+
+def test_run_folder_by_name_by_recipe_or_beside_it():
+    with TemporaryDirectory() as folder:
+        own, runs = Path(folder)/"recipe.yaml", Path("runs")
+        assert run_folder([own], None, runs) == runs/"recipe" and run_folder([own], "a", runs) == runs/"a"
+        assert run_folder([own], None, runs, resume=True) == own.parent
+        (own.parent/"metrics.jsonl").write_text("")
+        assert run_folder([own], None, runs) == own.parent
+        assert run_folder([Path("x/smol.yaml"), own], None, runs) == runs/"smol"

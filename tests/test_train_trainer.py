@@ -1,0 +1,259 @@
+"Derived from nbs/17_trainer.ipynb by `make tests`; edit the notebook, not this file."
+import json, math, os, shutil
+from pathlib import Path
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
+from vlm_lit.core import IGNORE_INDEX, ConfigError, nearest
+from vlm_lit.batches import DataCollatorForSupervisedDataset
+from vlm_lit.data.mixture import Mixture
+from vlm_lit.data.samplers import GlobalBatchSampler
+from vlm_lit.generation import pad_id
+from vlm_lit.weights.presets import seeded
+from vlm_lit.weights.pretrained import has_lora, load_trainable, save_trainable, write_base
+from vlm_lit.train.arguments import PARTS, VLMTrainingArguments
+from vlm_lit.train.callbacks import Meter
+from vlm_lit.train.flops import peak_flops, trainable_parts, training_flops
+import subprocess, sys, tempfile
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerFast
+from vlm_lit.breakpoints import Breakpoint
+from vlm_lit.dataset import LazySupervisedDataset
+from vlm_lit.generation import VLMProcessor
+from vlm_lit.images import sample_image
+from vlm_lit.model import VLM, VLMConfig
+from vlm_lit.tokenizer import load_tokenizer
+from vlm_lit.weights.presets import make_model
+import pytest
+from vlm_lit.train.trainer import *
+
+def setup_module():
+    global arguments, by_trainer, config, dataset, folder, make_data, new_model, processor, records, run_two_processes, small_config, small_tokenizer, tok
+    torch.set_num_threads(1)
+    def small_tokenizer(folder):
+        "A byte-level tokenizer with Gemma's control tokens."
+        special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+        tok = Tokenizer(models.BPE(unk_token=None, byte_fallback=False))
+        from tokenizers.trainers import BpeTrainer
+        tok.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex("\n"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        tok.decoder = decoders.ByteLevel()
+        text = ["user\nmodel\nWhat is it?\na box\nblack chain purse\nDescribe it."]
+        tok.train_from_iterator(text, BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False,
+                                                 initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        tok.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)])
+        return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", eos_token="<eos>",
+                                       unk_token="<unk>", pad_token="<pad>")
+    def small_config(tokenizer):
+        "Two towers, mining, projector and decoder, 20,000 weights in all."
+        text = dict(model_type="gemma", vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2,
+                    num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64)
+        vision = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=64,
+                      num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)
+        aux = dict(model_type="convnext", num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], patch_size=2)
+        return VLMConfig(text, vision, aux, image_size=16, image_size_aux=32, select_layer=-1,
+                         image_mean=[.5]*3, image_std=[.5]*3)
+    def make_data(folder, n=48):
+        "Records with one image, with two, and without."
+        for k in range(6): sample_image(40 + k, 40).rotate(30*k).save(folder/f"{k}.png")
+        turns = lambda q, a: [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
+        words = ["a box", "a black box", "a chain", "a purse", "a black chain"]
+        kinds = [lambda k: {"image": f"{k % 6}.png", "conversations": turns("<image>\nDescribe it.", words[k % 5])},
+                 lambda k: {"image": [f"{k % 6}.png", "0.png"],
+                            "conversations": turns("<image><image>\nWhat is it?", words[k % 5])},
+                 lambda k: {"conversations": turns("What is it?", words[k % 5])}]
+        return [{"id": f"r{k}", **kinds[0 if k % 4 < 2 else k % 4 - 1](k)} for k in range(n)]
+    folder = Path(tempfile.mkdtemp())
+    tok = small_tokenizer(folder)
+    config = small_config(tok)
+    processor = VLMProcessor.for_model(config, tok, "gemma")
+    records = make_data(folder)
+    dataset = processor.dataset(records, folder)
+    dataset.rows_per_image = config.num_patches
+    def new_model(seed=0): return make_model(config, seed)
+    def arguments(**changes):
+        "Eight steps of 16 samples."
+        settings = dict(max_steps=8, per_device_train_batch_size=16, learning_rate=1e-3, warmup_steps=2,
+                        lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 2},
+                        save_steps=3, logging_steps=1, save_total_limit=None, seed=0, use_cpu=True,
+                        disable_tqdm=True, log_level="error")
+        return VLMTrainingArguments(tempfile.mkdtemp(), **{**settings, **changes})
+    def by_trainer(model, args, data=dataset, **kwargs):
+        "The losses of a `VLMTrainer`."
+        trainer = VLMTrainer(model, args, data, processor=processor)
+        trainer.train(**kwargs)
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row], trainer
+    def run_two_processes(output_dir, resume=False, **changes):
+        "The losses of two processes under torchrun."
+        import inspect, json, textwrap
+        parts = [textwrap.dedent(inspect.getsource(f)) for f in (small_tokenizer, small_config, make_data, arguments)]
+        imports = ["import json, sys, tempfile", "from pathlib import Path", "import torch",
+            "from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors",
+            "from transformers import PreTrainedTokenizerFast", "from vlm_lit.generation import VLMProcessor",
+            "from vlm_lit.images import sample_image", "from vlm_lit.model import VLMConfig",
+            "from vlm_lit.weights.presets import make_model",
+            "from vlm_lit.train.trainer import VLMTrainer, VLMTrainingArguments", "torch.set_num_threads(1)"]
+        body = f"""
+folder = Path(tempfile.mkdtemp()); tok = small_tokenizer(folder); config = small_config(tok)
+processor = VLMProcessor.for_model(config, tok, "gemma")
+dataset = processor.dataset(make_data(folder), folder); dataset.rows_per_image = config.num_patches
+args = arguments(**{changes!r}); args.output_dir = {str(output_dir)!r}
+assert args.world_size == 2
+trainer = VLMTrainer(make_model(config, 0), args, dataset, processor=processor)
+trainer.train(resume_from_checkpoint={resume!r} or None)
+if trainer.is_world_process_zero():
+    print("LOSSES", json.dumps([row["loss"] for row in trainer.state.log_history if "loss" in row]))
+"""
+        script = Path(tempfile.mkdtemp())/"two.py"
+        script.write_text("\n".join([*imports, *parts, body]))
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+                               "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", script],
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout.split("LOSSES", 1)[1].splitlines()[0])
+
+def test_trainable_modules_by_part_and_by_prefix():
+    model = new_model()
+    assert trainable_parts(model) == {p for p in PARTS if p != "all"}
+    set_trainable_modules(model, ["vision_tower"])
+    assert trainable_parts(model) == {"vision_tower"}
+    set_trainable_modules(model, ["language_model.model.layers.1", "mining"])
+    assert trainable_parts(model) == {"language_model", "mining"}
+    assert not model.language_model.model.layers[0].mlp.up_proj.weight.requires_grad
+    import pytest
+    with pytest.raises(ConfigError, match="did you mean 'projector'"): set_trainable_modules(model, ["projektor"])
+
+def test_what_trains_is_float32_and_what_is_frozen_may_be_bfloat16():
+    model = new_model().to(torch.bfloat16)
+    set_trainable_modules(model, ["projector", "mining"])
+    cast_for_training(model, torch.bfloat16)
+    kinds = {name: weight.dtype for name, weight in model.named_parameters()}
+    assert all((dtype == torch.float32) == ("mm_projector" in n or ".mining." in n) for n, dtype in kinds.items())
+
+def test_reinit_gives_new_weights_that_a_seed_decides():
+    model, other = new_model(), new_model()
+    before = model.image_encoder.mm_projector[0].weight.clone()
+    reinit_modules(model, ["projector"], 3); reinit_modules(other, ["projector"], 3)
+    after = model.image_encoder.mm_projector[0].weight
+    assert not torch.equal(before, after) and torch.equal(after, other.image_encoder.mm_projector[0].weight)
+
+def test_trainer_equals_the_loop_by_hand():
+    trainer = VLMTrainer(new_model(), arguments(), dataset, processor=processor)
+    data, collate, sampler = trainer.train_mixture, trainer.data_collator, trainer.make_sampler()
+    model, args = trainer.model, trainer.args
+    optimizer, losses = trainer.create_optimizer(), []
+    schedule = trainer.create_scheduler(args.max_steps)
+    for step in range(args.max_steps):
+        batch = collate(data.__getitems__(sampler.micro_batches(step)[0]))
+        batch.pop("info")
+        loss = model.train()(**batch).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], args.max_grad_norm)
+        optimizer.step(); schedule.step(); optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses == by_trainer(new_model(), arguments())[0]
+
+def test_accumulation_agrees_in_every_way_of_batching():
+    for batching, more in [("shuffled", {}), ("grouped", {}), ("packed", {"max_packed_length": 90}),
+                           ("by_image", {"samples_per_image": 2})]:
+        settings = dict(batching=batching, max_steps=4, hflip_prob=0.5, **more)
+        whole, a = by_trainer(new_model(), arguments(**{**settings, "per_device_train_batch_size": 8}))
+        parts, b = by_trainer(new_model(), arguments(**{**settings, "per_device_train_batch_size": 2,
+                                                        "gradient_accumulation_steps": 4}))
+        assert max(abs(x - y) for x, y in zip(whole, parts)) < 2e-6, batching
+        workers, c = by_trainer(new_model(), arguments(**{**settings, "per_device_train_batch_size": 8,
+                                                          "dataloader_num_workers": 2}))
+        assert whole == workers, batching
+
+def test_resumed_run_is_equal_to_the_bit():
+    from transformers import TrainerCallback
+    class StopAfter(TrainerCallback):
+        def __init__(self, step): self.step = step
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == self.step: control.should_training_stop = True
+    for batching in ("shuffled", "packed"):
+        settings = dict(batching=batching, max_packed_length=90, trainable_modules=["all"])
+        whole, undisturbed = by_trainer(new_model(), arguments(**settings))
+        args = arguments(**settings)
+        stopped = VLMTrainer(new_model(), args, dataset, processor=processor, callbacks=[StopAfter(5)])
+        stopped.train()
+        torch.manual_seed(123)
+        resumed = VLMTrainer(new_model(), args, dataset, processor=processor)
+        resumed.train(resume_from_checkpoint=True)
+        rows = [row["loss"] for row in resumed.state.log_history if "loss" in row]
+        assert rows == whole, batching
+        for (name, a), b in zip(undisturbed.model.named_parameters(), resumed.model.parameters()):
+            assert torch.equal(a, b), name
+        other = VLMTrainer(new_model(), arguments(**settings, per_device_train_batch_size=4, gradient_accumulation_steps=4,
+                                                  dataloader_num_workers=2), dataset, processor=processor)
+        other.train(resume_from_checkpoint=str(Path(args.output_dir)/"checkpoint-3"))
+        rows = [row["loss"] for row in other.state.log_history if "loss" in row]
+        assert max(abs(x - y) for x, y in zip(rows, whole)) < 2e-6
+
+def test_two_processes_agree_and_resume_what_one_began():
+    whole, one = by_trainer(new_model(), arguments())
+    two = run_two_processes(tempfile.mkdtemp(), per_device_train_batch_size=8)
+    assert max(abs(a - b) for a, b in zip(whole, two)) < 1e-6
+    resumed = run_two_processes(tempfile.mkdtemp(), str(Path(one.args.output_dir)/"checkpoint-3"), per_device_train_batch_size=8)
+    assert max(abs(a - b) for a, b in zip(whole, resumed)) < 1e-6
+
+def test_evaluation_weighs_by_tokens():
+    two = Mixture([dataset, processor.dataset(records[:5], folder)], ["a", "b"])
+    trainer = VLMTrainer(new_model(), arguments(per_device_eval_batch_size=7), dataset, two, processor=processor)
+    metrics = trainer.evaluate()
+    model, losses = trainer.model.eval(), []
+    with torch.no_grad():
+        for i in range(len(two)):
+            losses.append(model(**{k: v for k, v in trainer.data_collator([two[(0, i)]]).items() if k != "info"}).token_losses)
+    assert abs(metrics["eval_loss"] - torch.cat(losses).mean().item()) < 1e-5
+    assert abs(metrics["eval_loss/b"] - torch.cat(losses[-5:]).mean().item()) < 1e-5
+
+def test_rates_and_decay_by_part():
+    args = arguments(trainable_modules=["all"], projector_lr=1e-3, language_model_lr=1e-5, learning_rate=1e-4, weight_decay=0.1)
+    trainer = VLMTrainer(new_model(), args, dataset, processor=processor)
+    rate = {id(p): group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    for name, p in trainer.model.named_parameters():
+        want = 1e-5 if name.startswith("language_model") else 1e-3 if ("mm_projector" in name or ".mining." in name) else 1e-4
+        assert rate[id(p)] == want, name
+    decayed = {id(p) for group in trainer.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    assert not any(id(p) in decayed for name, p in trainer.model.named_parameters() if name.endswith("bias"))
+
+def test_losses_by_source_add_up():
+    two = Mixture([dataset, processor.dataset(records[:9], folder)], ["a", "b"], weight=[1, 1])
+    _, trainer = by_trainer(new_model(), arguments(max_steps=3), two)
+    for row in trainer.state.log_history:
+        if "loss" not in row: continue
+        n = row["supervised_tokens/a"] + row["supervised_tokens/b"]
+        mean = sum(row[f"loss/{k}"]*row[f"supervised_tokens/{k}"] for k in "ab")/n
+        assert abs(mean - row["loss"]) < 1e-5 and row["draws/a"] + row["draws/b"] == 16
+        assert 0 <= row["data_wait"] <= 1 and row["samples_per_second"] > 0
+
+def test_a_step_of_skipped_samples_moves_nothing():
+    gone = [{**record, "image": "gone.png"} if isinstance(record.get("image"), str) else
+            {"id": record["id"], "image": "gone.png", "conversations": records[0]["conversations"]} for record in records]
+    bad = processor.dataset(gone, folder, skip_bad=0.999, bad_samples=folder/"bad.jsonl")
+    bad.rows_per_image = config.num_patches
+    model = new_model()
+    before = model.image_encoder.mm_projector[0].weight.clone()
+    losses, _ = by_trainer(model, arguments(max_steps=1, weight_decay=0.0), bad)
+    assert losses == [0.0] and torch.equal(before, model.image_encoder.mm_projector[0].weight)
+
+def test_checkpoint_that_cannot_be_written_is_said():
+    from vlm_lit.train import trainer as module
+    args = arguments(max_steps=6, save_total_limit=1)
+    def full(model, folder):
+        if folder.name.endswith("6"): raise OSError(28, "No space left on device")
+        return saved(model, folder)
+    saved, module.save_trainable = module.save_trainable, full
+    try:
+        with pytest.raises(ConfigError, match="No space left on device.*last good one is .*checkpoint-3"):
+            VLMTrainer(new_model(), args, dataset, processor=processor).train()
+    finally: module.save_trainable = saved
+    assert sorted(p.name for p in Path(args.output_dir).iterdir()) == ["checkpoint-3"]
