@@ -64,7 +64,7 @@ def setup_module():
         "A recipe on that data: eight steps of four records."
         text = {"config": {"model_type": "gemma", "hidden_size": 32, "num_hidden_layers": 1, "head_dim": 16,
                            "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}}
-        training = {"max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 4,
+        training = {"max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 4e-2, "logging_steps": 4,
                     "save_steps": 3, "trainable_modules": ["projector", "mining", "language_model"],
                     "use_cpu": True, "seed": 0, "disable_tqdm": True, "log_level": "error", "save_total_limit": 4}
         source = {"path": str(folder/"train.json"), "image_folder": str(folder/"images")}
@@ -74,7 +74,7 @@ def setup_module():
         path = folder/f"recipe-{len(list(folder.glob('recipe*')))}.yaml"
         path.write_text(yaml.safe_dump(recipe))
         return load_recipe(path)
-    quiet = Console(file=open(os.devnull, "w"))
+    quiet = Console(file=open(os.devnull, "w"), force_jupyter=False)
     place = write_data(Path(tempfile.mkdtemp())/"data")
     train(small_recipe(place), place/"runs/first", console=quiet)
     def logged(run): return [loss for row in read_metrics(run/"metrics.jsonl") for loss in row["losses"]]
@@ -155,11 +155,11 @@ def test_accumulated_packed_and_flipped_steps_are_equal_to_the_bit():
 
 def test_step_that_stopped_the_run_is_replayed():
     run = place/"runs/bad"
-    with pytest.raises(BadLoss) as caught: with_poison(train, small_recipe(place), run, console=quiet)
+    with pytest.raises(BadLoss) as caught: with_poison(train, small_recipe(place, seed=1), run, console=quiet)
     rows = read_metrics(run/"bad_steps.jsonl")
     step = rows[0]["step"]
     found = with_poison(replay, run, step)
-    assert found.start == step - 1 and math.isnan(found.loss) and found.reason == "the loss is nan"
+    assert found.start == step - 1 == 1 and math.isnan(found.loss) and found.reason == "the loss is nan"
     assert "one-7" in found.names and found.is_equal is None and "the loss is nan" in str(found)
     rows[0]["records"] = ["other"]*4
     (run/"bad_steps.jsonl").write_text(json.dumps(rows[0]) + "\n")

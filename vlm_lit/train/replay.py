@@ -44,7 +44,7 @@ class LossStrip(LabelStrip):
         "Tokens and their losses, one below the other."
         blocks = [["", ""]]
         for n, loss in self.losses.items():
-            cell = [visible(self.tokens[n][0]), f"{loss:.2f}"]
+            cell = [visible(self.tokens[n][0]).replace(" ", "·"), f"{loss:.2f}"]
             size = max(map(len, cell)) + 2
             if blocks[-1][0] and len(blocks[-1][0]) + size > width: blocks.append(["", ""])
             blocks[-1] = [text + part.ljust(size) for text, part in zip(blocks[-1], cell)]
@@ -154,8 +154,8 @@ def _page(title, body):
     "A page of HTML."
     title = html.escape(title)
     return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
-            "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:"
-            "0 1rem}section{margin:1rem 0;padding:.5rem 0;border-top:1px solid #8884}</style>"
+            "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;"
+            "padding:0 1rem}section{margin:1rem 0;border-top:1px solid #8884}</style>"
             f"<h1>{title}</h1>{body}</html>\n")
 
 # %% ../../nbs/20_replay.ipynb #c013
@@ -354,6 +354,6 @@ def replay(
     if noted and noted != found.names:
         raise ConfigError(f"step {step} of {found.run}: the data have changed since; the run had "
                           f"{', '.join(noted[:3])} …, now it is {', '.join(found.names[:3])} …")
-    kept = {own.name for own in found.records}
+    kept = {str(trainer.train_mixture.name(i)) for info in stop.infos for i in info.indices}
     found.skipped = [name for name in found.names if name not in kept]
     return found
