@@ -1,0 +1,354 @@
+"""Runs that are killed, stopped, out of disk or refused; resumed, they equal an undisturbed run.
+
+    python benchmarks/kills.py            all cases, some minutes  ->  benchmarks/results/kills.json
+    python benchmarks/kills.py --quick    three kills, nothing is written
+    python benchmarks/kills.py --only disk
+
+kills      20 runs ended by SIGKILL: 8 after a random time, 12 inside saving (before, between and
+           after writing, renaming and removing files), then resumed
+workers    4 more, resumed with another number of loader workers
+processes  2 more, resumed with two processes (torchrun, gloo)
+signals    SIGTERM and SIGINT to the console script: exit codes 0 and 130, then resumed
+disk       no space left at chosen writes, a small file system that fills up, a folder that may not
+           be written: one line, and the last good checkpoint serves to resume
+refused    a resume with another seed, data, batch or stage; a second run into a used folder
+
+Equal means: the bytes of every file of model/, the loss of each step, validation, best step and
+the names of all files of the run; with two processes losses within 1e-6. All runs go through the
+command line's `main`. Python is started once, and forked per run; in the child an audit hook sees
+each file of the run being made, renamed or removed, and kills its own process there.
+"""
+import argparse, errno, fcntl, hashlib, json, os, platform, random, re, shutil, signal
+import subprocess, sys, tempfile, threading, time, traceback
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg",
+               "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "GOMP_SPINCOUNT": "2000",
+               "TRANSFORMERS_VERBOSITY": "error"}
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+
+# data and recipes
+
+CONTROL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+ANSWERS = ["a box", "a chain", "a purse"]
+
+def write_tokenizer(folder):
+    "A byte-level tokenizer with Gemma's control tokens."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(["user\nmodel\nWhat is it?", *ANSWERS], trainers.BpeTrainer(
+        vocab_size=300, special_tokens=CONTROL, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", CONTROL.index("<bos>"))])
+    names = {f"{token[1:-1]}_token": token for token in CONTROL[:4]}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+
+def write_data(folder):
+    "Images, a tokenizer, and records with one image, with two, and without."
+    from vlm_lit.images import sample_image
+    (folder/"images").mkdir(parents=True)
+    for k in range(6): sample_image(40 + k, 40).rotate(30*k).save(folder/"images"/f"{k}.png")
+    def record(name, images, question, answer):
+        turns = [{"from": "human", "value": "<image>"*len(images) + "\n"*bool(images) + question},
+                 {"from": "gpt", "value": answer}]
+        return {"id": name, **({"image": images} if images else {}), "conversations": turns}
+    one = [record(f"one-{k}", [f"{k % 6}.png"], "What is it?", ANSWERS[k % 3]) for k in range(16)]
+    two = [record(f"two-{k}", [f"{k}.png", "0.png"], "The same?", "no" if k else "yes")
+           for k in range(4)]
+    text = [record(f"text-{k}", [], "Hello", "Hi there") for k in range(4)]
+    val = [record(f"val-{k}", [f"{k}.png"], "What is it?", ANSWERS[(k + 1) % 3]) for k in range(4)]
+    for name, records in {"train": one + two + text, "more": two + one[:5], "val": val}.items():
+        (folder/f"{name}.json").write_text(json.dumps(records))
+    write_tokenizer(folder/"tokenizer")
+
+BEST = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss"}
+VARIANTS = {    # name: (training, data and other sections)
+    "shuffled": (BEST, {}),
+    "packed": ({"batching": "packed", "max_packed_length": 96, "trainable_modules": ["all"],
+                "per_device_train_batch_size": 2}, {}),
+    "by_image": ({"batching": "by_image", "global_batch_size": 4, "hflip_prob": .5,
+                  "per_device_train_batch_size": 2, "eval_strategy": "steps", "eval_steps": 10},
+                 {"mixed": True}),
+    "lora": ({"batching": "grouped", **BEST}, {"lora": {"r": 4, "alpha": 8.0, "dropout": .1}})}
+
+def write_recipe(place, variant, steps):
+    "A recipe with a model of a few layers."
+    import yaml
+    training, more = VARIANTS[variant]
+    text = {"model_type": "gemma", "hidden_size": 32, "num_hidden_layers": 1, "head_dim": 16,
+            "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}
+    vision = {"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64,
+              "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    source = lambda name, **kw: {"path": str(place/f"data/{name}.json"),
+                                 "image_folder": str(place/"data/images"), **kw}
+    train = [source("train", weight=2.0), source("more", weight=1.0)] if more.get("mixed") \
+        else [source("train")]
+    usual = {"max_steps": steps, "per_device_train_batch_size": 4, "learning_rate": 3e-3,
+             "lr_scheduler_type": "cosine", "warmup_steps": 2, "logging_steps": 4, "save_steps": 3,
+             "save_total_limit": 3, "trainable_modules": ["projector", "mining"], "seed": 3,
+             "use_cpu": True}
+    recipe = {"model": {"preset": "tiny", "tokenizer": str(place/"data/tokenizer"),
+                        "language_model": {"config": text}, "vision_tower": {"config": vision}},
+              "data": {"train": train, "eval": [source("val")], "max_length": 96,
+                       "eval_samples": 2, "check_samples": 8},
+              "training": {**usual, **training}, "lora": more.get("lora")}
+    (place/f"{variant}.yaml").write_text(yaml.safe_dump(recipe))
+    return place/f"{variant}.yaml"
+
+# runs
+
+class Files:
+    "An audit hook: what happens to the files of a run, numbered; something may be done at one."
+    KINDS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
+
+    def __init__(self, folder, at=None, act=None):
+        self.folder, self.at, self.act, self.seen, self.removing = str(folder), at, act, [], ""
+
+    def __call__(self, event, args):
+        if event not in self.KINDS: return
+        path = args[1] if event == "os.rename" else args[0]
+        if not isinstance(path, (str, os.PathLike)): return
+        path, inside = os.fspath(path), False
+        if event == "shutil.rmtree": self.removing = path
+        elif event in ("os.remove", "os.rmdir") and not os.path.isabs(path):
+            path, inside = os.path.join(self.removing, path), True
+        if not isinstance(path, str) or not path.startswith(self.folder + os.sep): return
+        if event == "open" and not (set(str(args[1])) & set("wax+")
+                                    or args[2] & (os.O_WRONLY | os.O_RDWR)): return
+        self.seen.append(f"{event.split('.')[-1]} {os.path.relpath(path, self.folder)}")
+        if self.at is not None and self.at(len(self.seen) - 1, self.seen[-1]): self.act()
+
+def kill_self(delay=0.0):
+    "SIGKILL to this process, at once or while it goes on."
+    die = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    if delay: threading.Timer(delay, die).start()
+    else: die()
+
+def no_space(): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+class Run:
+    "A command of `vlm-lit` in a forked process."
+    def __init__(self, words, log, hook=None, uid=None, events=None):
+        self.log, self.began = Path(log), time.monotonic()
+        sys.stdout.flush()
+        self.pid = os.fork()
+        if not self.pid:
+            code = 70
+            try:
+                self._redirect()
+                if uid is not None: os.setuid(uid)
+                if hook is not None: sys.addaudithook(hook)
+                code = self._main(list(map(str, words)))
+                if events is not None: Path(events).write_text(json.dumps(hook.seen))
+            except BaseException: traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+
+    def _redirect(self):
+        "A process group and output of its own."
+        os.setpgid(0, 0)
+        out = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        for number in (1, 2): os.dup2(out, number)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+
+    def _main(self, words):
+        "What the console script does; its exit code."
+        from vlm_lit.cli import main
+        sys.argv = ["vlm-lit", *words]
+        try: main()
+        except SystemExit as e: return e.code or 0
+        return 0
+
+    def wait(self):
+        "The exit code, or the number of the signal, negative."
+        self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.code
+
+    def is_alive(self):
+        found, status = os.waitpid(self.pid, os.WNOHANG)
+        if found: self.code = os.waitstatus_to_exitcode(status)
+        return not found
+
+    def lines(self): return self.log.read_text(errors="replace").splitlines()
+
+def state_of(folder):
+    "Everything about a run that must not depend on what happened to it."
+    rows = [json.loads(line) for line in (folder/"metrics.jsonl").read_text().splitlines()]
+    result = json.loads((folder/"result.json").read_text())
+    kept = ("steps", "best_step", "samples", "supervised_tokens", "validation")
+    return {"losses": [loss for row in rows for loss in row.get("losses", [])],
+            "evaluations": [[row["step"], row["eval_loss"]] for row in rows if "eval_loss" in row],
+            "result": {key: result[key] for key in kept}, "model": digests(folder/"model"),
+            "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))}
+
+def digests(folder):
+    "Name -> SHA-256 of every file below a folder."
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in sorted(folder.rglob("*")) if p.is_file()}
+
+def newest(folder):
+    "Step of the newest checkpoint; 0: there is none."
+    return max((int(p.name[11:]) for p in folder.glob("checkpoint-*")), default=0)
+
+def differing(a, b):
+    "Names of what differs between two states."
+    return [key for key in a if a[key] != b[key]]
+
+# cases
+
+class Cases:
+    "The place of all runs, undisturbed runs by variant, and results as they come."
+    def __init__(self, place, steps, seed):
+        self.place, self.steps, self.rng = place, steps, random.Random(seed)
+        self.number, self.results, self.whole = 0, [], {}
+        self._wait_for(lambda: write_data(place/"data"))
+        os.chmod(place, 0o755)
+
+    def _wait_for(self, job):
+        "Do a job in a forked process, so that this one starts no thread."
+        pid = os.fork()
+        if not pid:
+            try: job()
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        if os.waitpid(pid, 0)[1]: raise SystemExit("the data could not be written")
+
+    def add(self, group, text, failed=(), **facts):
+        "Note the result of a case and print its line."
+        row = {"group": group, "case": text, "ok": not failed, **facts}
+        if failed: row["failed"] = list(failed)
+        self.results.append(row)
+        told = f"; {'; '.join(failed)}" if failed else ""
+        print(f"{'ok    ' if row['ok'] else 'FAILED'} {group:<9} {text}{told}", flush=True)
+
+    def new(self):
+        "Number and folder of a new run."
+        self.number += 1
+        return self.place/"runs"/f"r{self.number}"
+
+    def words(self, variant, folder, *more):
+        "Command of a new run."
+        return ["train", self.place/f"{variant}.yaml", "--name", folder.name, "--runs",
+                folder.parent, *more]
+
+    def start(self, variant, folder, *more, **kw):
+        return Run(self.words(variant, folder, *more), self.place/f"{folder.name}.log", **kw)
+
+    def resume(self, folder, *more, **kw):
+        log = self.place/f"{folder.name}-resumed.log"
+        return Run(["train", folder/"recipe.yaml", "--resume", *more], log, **kw)
+
+    def undisturbed(self, variant):
+        "State, events and seconds of a whole run; run once."
+        if variant not in self.whole:
+            write_recipe(self.place, variant, self.steps)
+            folder, events = self.new(), self.place/f"{variant}-events.json"
+            run = self.start(variant, folder, hook=Files(folder), events=events)
+            self.until_steps(run, folder)
+            began = time.monotonic()
+            if run.wait(): raise SystemExit("\n".join(["an undisturbed run failed:", *run.lines()]))
+            seconds = time.monotonic() - began
+            self.whole[variant] = state_of(folder), json.loads(events.read_text()), seconds, folder
+            losses = self.whole[variant][0]["losses"]
+            assert len(losses) == self.steps, losses
+            print(f"       {variant}: {self.steps} steps, {seconds:.1f} s, loss {losses[0]:.3f} "
+                  f"to {losses[-1]:.3f}", flush=True)
+        return self.whole[variant]
+
+    def until_steps(self, run, folder):
+        "Wait until steps are taken."
+        while not (folder/"metrics.jsonl").exists() and run.is_alive(): time.sleep(.004)
+
+    def compare(self, variant, folder, run):
+        "Wait for a resumed run; what is not as it should be."
+        code = run.wait()
+        if code: return [f"resuming ended with {code}: {(run.lines() or [''])[-1][:300]}"]
+        found = [f"{name} differ" for name in differing(self.undisturbed(variant)[0], state_of(folder))]
+        if not found: shutil.rmtree(folder)
+        return found
+
+    # SIGKILL
+
+    def kill_after(self, variant):
+        "A run killed after a random time: its folder and where it was."
+        while True:
+            folder, seconds = self.new(), self.undisturbed(variant)[2]
+            run, delay = self.start(variant, folder), self.rng.uniform(0, seconds)
+            self.until_steps(run, folder)
+            time.sleep(delay)
+            if run.is_alive(): break
+            shutil.rmtree(folder)
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+        where = "saving" if (folder/".saving").exists() else "finishing" \
+            if newest(folder) == self.steps else "training"
+        return folder, f"after {delay:.2f} s, {where}"
+
+    def kill_at(self, variant, pattern):
+        "A run killed at what happens to a file: its folder and where it was."
+        events = self.undisturbed(variant)[1]
+        chosen = self.rng.choice([k for k, text in enumerate(events) if re.match(pattern, text)])
+        delay = self.rng.choice([0, 0, self.rng.uniform(0, .005)])
+        folder = self.new()
+        hook = Files(folder, lambda n, text: n == chosen, lambda: kill_self(delay))
+        code = self.start(variant, folder, hook=hook).wait()
+        assert code == -signal.SIGKILL, code
+        return folder, (f"{delay*1000:.1f} ms after" if delay else "before") + f" {events[chosen]!r}"
+
+    def killed(self, group, variant, how, *more, resume=None):
+        "Kill a run, resume it, compare."
+        pattern = MOMENTS.get(how)
+        folder, where = self.kill_after(variant) if pattern is None else self.kill_at(variant, pattern)
+        step = newest(folder)
+        failed = self.compare(variant, folder, self.resume(folder, *more))
+        self.add(group, f"{variant}, killed {where}, resumed from step {step}"
+                 + "".join(f" {word}" for word in more), failed,
+                 variant=variant, moment=how, resumed_from=step)
+
+MOMENTS = {     # pattern of the events of `Files`
+    "writing": r"(mkdir|open|rename) \.saving/checkpoint-\d+(/|$)(?!.*replaced)",
+    "before the rename": r"rename checkpoint-\d+$",
+    "after the rename": r"(rmtree|rmdir) \.saving$",
+    "removing": r"(rmtree|remove|rmdir) checkpoint-",
+    "model": r"(rmtree|mkdir|open|rename) \.?model|(open|rename) (result|mm_proj)"}
+INSIDE = ["writing", "before the rename", "removing", "after the rename", "model", "writing",
+          "removing", "before the rename", "writing", "after the rename", "removing", "model"]
+
+def group_kills(cases):
+    "20 kills, 12 of them inside saving."
+    names = list(VARIANTS)
+    for k in range(8): cases.killed("kills", names[k % 4], "random")
+    for k, how in enumerate(INSIDE): cases.killed("kills", names[(k + k//4) % 4], how)
+
+def group_workers(cases):
+    "Resumed with another number of loader workers."
+    for variant, how, n in [("shuffled", "random", 1), ("packed", "writing", 2),
+                            ("by_image", "random", 2), ("lora", "before the rename", 1)]:
+        cases.killed("workers", variant, how, "--training.dataloader_num_workers", n)
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", nargs="*")
+    parser.add_argument("--steps", type=int, default=40)
+    args = parser.parse_args()
+    import torch, vlm_lit.cli, vlm_lit.train.run   # noqa: F401  (forked with what they import)
+    torch.set_num_threads(1)
+    place = Path(tempfile.mkdtemp(prefix="kills-"))
+    cases = Cases(place, args.steps, 0)
+    for v in VARIANTS: cases.undisturbed(v)
+    for g in args.only or []: globals()[f"group_{g}"](cases)
+    print(place)
+if __name__ == "__main__": main()
