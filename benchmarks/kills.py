@@ -125,7 +125,8 @@ class Files:
         if event == "open" and not (set(str(args[1])) & set("wax+")
                                     or args[2] & (os.O_WRONLY | os.O_RDWR)): return
         self.seen.append(f"{event.split('.')[-1]} {os.path.relpath(path, self.folder)}")
-        if self.at is not None and self.at(len(self.seen) - 1, self.seen[-1]): self.act()
+        if self.at is None or not self.at(len(self.seen) - 1, self.seen[-1]): return
+        self.act(self.seen[-1])
 
 def kill_self(delay=0.0):
     "SIGKILL to this process, at once or while it goes on."
@@ -133,19 +134,31 @@ def kill_self(delay=0.0):
     if delay: threading.Timer(delay, die).start()
     else: die()
 
-def no_space(): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def no_space(text):
+    "What a full disk raises."
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), text.split()[-1])
+
+def obey_permissions():
+    "Let permissions bind this process, root's too (Linux: without CAP_DAC_OVERRIDE)."
+    if os.getuid(): return
+    import ctypes
+    libc = ctypes.CDLL(None, use_errno=True)
+    header, sets = (ctypes.c_uint32*2)(0x20080522, 0), (ctypes.c_uint32*6)()
+    if libc.capget(header, sets): raise OSError(ctypes.get_errno(), "capget")
+    sets[0] &= ~0b110
+    if libc.capset(header, sets): raise OSError(ctypes.get_errno(), "capset")
 
 class Run:
     "A command of `vlm-lit` in a forked process."
-    def __init__(self, words, log, hook=None, uid=None, events=None):
-        self.log, self.began = Path(log), time.monotonic()
+    def __init__(self, words, log, hook=None, events=None, bound=False):
+        self.log, self.code = Path(log), None
         sys.stdout.flush()
         self.pid = os.fork()
         if not self.pid:
             code = 70
             try:
                 self._redirect()
-                if uid is not None: os.setuid(uid)
+                if bound: obey_permissions()
                 if hook is not None: sys.addaudithook(hook)
                 code = self._main(list(map(str, words)))
                 if events is not None: Path(events).write_text(json.dumps(hook.seen))
@@ -171,13 +184,19 @@ class Run:
 
     def wait(self):
         "The exit code, or the number of the signal, negative."
-        self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        while self.code is None: self._reap(0)
         return self.code
 
+    def _reap(self, flags):
+        "Take the exit code if there is one."
+        if self.code is not None: return
+        pid, status, used = os.wait4(self.pid, flags)
+        if not pid: return
+        self.code, self.seconds = os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
+
     def is_alive(self):
-        found, status = os.waitpid(self.pid, os.WNOHANG)
-        if found: self.code = os.waitstatus_to_exitcode(status)
-        return not found
+        self._reap(os.WNOHANG)
+        return self.code is None
 
     def lines(self): return self.log.read_text(errors="replace").splitlines()
 
@@ -222,7 +241,6 @@ class Cases:
         self.place, self.steps, self.rng = place, steps, random.Random(seed)
         self.number, self.results, self.whole = 0, [], {}
         self._wait_for(lambda: write_data(place/"data"))
-        os.chmod(place, 0o755)
 
     def _wait_for(self, job):
         "Do a job in a forked process, so that this one starts no thread."
@@ -312,7 +330,7 @@ class Cases:
         chosen = self.rng.choice([k for k, text in enumerate(events) if re.match(pattern, text)])
         delay = self.rng.choice([0, 0, self.rng.uniform(0, .005)])
         folder = self.new()
-        hook = Files(folder, lambda n, text: n == chosen, lambda: kill_self(delay))
+        hook = Files(folder, lambda n, text: n == chosen, lambda text: kill_self(delay))
         code = self.start(variant, folder, hook=hook).wait()
         assert code == -signal.SIGKILL, code
         when = f"{delay*1000:.1f} ms after" if delay else "before"
@@ -484,12 +502,6 @@ def small_disk(cases):
                   place="small file system")
     finally: subprocess.run(["umount", place], check=True)
 
-NOBODY = 65534
-
-def as_user():
-    "The user of a process that permissions bind: another one if this is root."
-    return NOBODY if os.getuid() == 0 else None
-
 def no_folder(cases):
     "The folder of the run cannot be made."
     (cases.place/"a file").write_text("")
@@ -505,7 +517,7 @@ def unwritable_folder(cases):
     folder = cases.new()
     folder.mkdir(parents=True)
     folder.chmod(0o555)
-    run = cases.start("shuffled", folder, uid=as_user())
+    run = cases.start("shuffled", folder, bound=True)
     run.wait()
     failed = complaint(run, ["Permission denied"])
     if not folder.is_dir() or any(folder.iterdir()): failed.append("the folder was changed")
@@ -513,12 +525,10 @@ def unwritable_folder(cases):
 
 def locked_folder(cases):
     "The folder may not be written any more, from some step on."
-    folder, user = cases.new(), as_user()
-    folder.mkdir(parents=True)
-    if user is not None: os.chown(folder, user, user)
-    run = cases.start("packed", folder, uid=user)
+    folder = cases.new()
+    cases.undisturbed("packed")
+    run = cases.start("packed", folder, bound=True)
     while newest(folder) < 6 and run.is_alive(): time.sleep(.004)
-    if user is not None: os.chown(folder, 0, 0)
     folder.chmod(0o555)
     run.wait()
     failed, step = complaint(run, ["Permission denied"]), newest(folder)
@@ -535,7 +545,7 @@ OTHERS = {      # what differs -> overrides, both values as a message names them
     "length": (["--data.max_length", 90], ("max_length is 96", "90")),
     "batch": (["--training.per_device_train_batch_size", 2], ("batch_size is 4", "2")),
     "batching": (["--training.batching", "grouped"], ("shuffled", "grouped")),
-    "stage": (["--training.trainable_modules", "[projector]"], ("['all']", "['projector']")),
+    "stage": (["--training.trainable_modules", "[projector]"], ("'all'", "'projector'")),
     "model": (["--model.template", "vicuna"], ("absent", "vicuna")),
     "rate": (["--training.learning_rate", 1e-4], ("0.003", "0.0001")),
     "steps": (["--training.max_steps", 50], ("max_steps is", "50"))}
@@ -554,7 +564,8 @@ def group_refused(cases):
     variant, folder = "shuffled", cases.new()
     events = cases.undisturbed(variant)[1]
     at = events.index("rename checkpoint-9")
-    cases.start(variant, folder, hook=Files(folder, lambda n, text: n == at, kill_self)).wait()
+    hook = Files(folder, lambda n, text: n == at, lambda text: kill_self())
+    cases.start(variant, folder, hook=hook).wait()
     for name, (more, named) in OTHERS.items():
         more = [str(word).format(place=cases.place) for word in more]
         words = cases.words(variant, folder, "--resume", *more)
