@@ -107,7 +107,6 @@ def test_stopped_run_resumes_to_the_bit():
 def test_a_loss_that_is_no_number_stops_before_it_does_harm():
     from vlm_lit.train.callbacks import BadLoss
     folder = write_data(Path(tempfile.mkdtemp())/"data")
-    (folder/"bad").mkdir()
     prepared = module.prepare_run(load_recipe(small_recipe(folder)), folder/"bad")
     usual, calls = prepared.trainer.compute_loss, []
     def broken(*args, **kwargs):

@@ -16,7 +16,7 @@ from ..tokenizer import load_tokenizer
 from ..templates import SeparatorStyle, caption_form, get_template, stop_text, turn_frame
 from ..sentinels import preprocess_multimodal, token_table
 from ..labels import generation_ids, make_prompt, preprocess, visible
-from ..dataset import bisect_failures, encode_records
+from ..dataset import TooLong, bisect_failures, encode_records
 from ..batches import expanded_length
 from ..audit import ERRORS
 
@@ -171,10 +171,10 @@ def check_samples(
     max_fraction: float = 0.0, # Share of them that may be bad; 0: none
     seed: int = 0, # Another seed, another sample
     strict: bool = True, # Whether too many bad ones raise
-    name: str = "train", # How messages call the data
+    name: str = "", # How messages call the data
 ) -> dict: # JSON; `format_check` shows it
     "A fixed sample of records through the whole path, images opened. Raises `DataError`."
-    found = {"name": name, **_kinds_of(mixture), "checked": 0, "images": 0, "problems": []}
+    found = {"name": name, **_kinds_of(mixture), "checked": 0, "skipped": 0, "images": 0}
     lengths, supervised, errors = [], 0, []
     chosen = [mixture.place(i) for i in _sample(mixture, n, seed)]
     with warnings.catch_warnings():
@@ -183,6 +183,9 @@ def check_samples(
             own = [i for source, i in chosen if source == k]
             for i, text in zip(own, bisect_failures(own, dataset.texts)):
                 text = _open(dataset, i, text)
+                if _is_skipped(dataset, text):
+                    found["skipped"] += 1
+                    continue
                 if isinstance(text, DataError):
                     errors.append((mixture.name(int(mixture.starts[k]) + i), dataset, text))
                     continue
@@ -198,6 +201,10 @@ def check_samples(
     found["counts"] = dict(Counter(row["kind"] for row in found["problems"]).most_common())
     if strict: _refuse(found, errors, max_fraction)
     return found
+
+def _is_skipped(dataset, found):
+    "Whether a record is left out because the settings want it so."
+    return isinstance(found, TooLong) and dataset.overlength == "skip"
 
 def _kinds_of(mixture) -> dict:
     "Records by what they show, over all and by source."
@@ -217,7 +224,7 @@ def _refuse(found, errors, max_fraction):
     counts = ", ".join(f"{kind} {n}" for kind, n in found["counts"].items())
     allowed = f"more than the share of {max_fraction:g} that may be bad" if not fatal else \
               "and overlength is 'error'"
-    raise DataError(f"{error.message} ({found['name']}: {len(errors)} of {found['checked']} "
+    raise DataError(f"{error.message} ({_named(found)}{len(errors)} of {found['checked']} "
                     f"records looked at are bad, {allowed}: {counts})",
                     name, error.turn, _kind(error))
 
@@ -226,10 +233,11 @@ def format_check(
     n_examples: int = 5, # Most problems written out
 ) -> str: # Lines
     "What a check has found, for people."
-    text = f"{found['name']}: {_counted(found)}; {found['checked']:,} looked at, " \
+    text = f"{_named(found)}{_counted(found)}; {found['checked']:,} looked at, " \
            f"{found['images']:,} images opened"
     tokens = found["tokens"]
     text += f", tokens {tokens['min']} to {tokens['max']} (mean {tokens['mean']:.0f})"
+    if found["skipped"]: text += f"; {found['skipped']:,} too long, skipped"
     text += f"; {len(found['problems'])} problem{'s'*(len(found['problems']) != 1)}"
     lines = [text]
     if len(found["sources"]) > 1:
@@ -239,6 +247,8 @@ def format_check(
     lines += [f"  record {row['record']!r}: {visible(row['message'])}"
               for row in found["problems"][:n_examples]]
     return "\n".join(lines)
+
+def _named(found): return f"{found['name']}: " if found["name"] else ""
 
 def _counted(own):
     "Records by what they show, in words."

@@ -89,6 +89,7 @@ def prepare_run(
 ) -> Prepared:
     "Model, data and trainer of a recipe, without a step taken."
     args = training_arguments(recipe, folder)
+    (notes or folder).mkdir(parents=True, exist_ok=True)
     training = {**recipe.training, "global_batch_size": args.units_per_step}
     recipe, section = replace(recipe, training=training), dict(recipe.model)
     if recipe.data.template is not None: section["template"] = recipe.data.template
@@ -175,7 +176,8 @@ def _check(prepared, console):
         if mixture is None or not data.check_samples: continue
         found = check_samples(mixture, data.check_samples, data.bad_samples.max_fraction)
         if console is not None:
-            console.print(f"{name}: {format_check(found)}", highlight=False, soft_wrap=True)
+            console.print(format_check({**found, "name": name}), highlight=False, markup=False,
+                          soft_wrap=True)
 
 # %% ../../nbs/19_run.ipynb #c009
 def train(
