@@ -20,6 +20,7 @@ from vlm_lit.train.arguments import PARTS, VLMTrainingArguments
 from vlm_lit.train.callbacks import Meter
 from vlm_lit.train.flops import peak_flops, trainable_parts, training_flops
 import subprocess, sys, tempfile
+import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast
@@ -30,7 +31,6 @@ from vlm_lit.images import sample_image
 from vlm_lit.model import VLM, VLMConfig
 from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.weights.presets import make_model
-import pytest
 from vlm_lit.train.trainer import *
 
 def setup_module():
@@ -127,7 +127,6 @@ def test_trainable_modules_by_part_and_by_prefix():
     set_trainable_modules(model, ["language_model.model.layers.1", "mining"])
     assert trainable_parts(model) == {"language_model", "mining"}
     assert not model.language_model.model.layers[0].mlp.up_proj.weight.requires_grad
-    import pytest
     with pytest.raises(ConfigError, match="did you mean 'projector'"): set_trainable_modules(model, ["projektor"])
 
 def test_what_trains_is_float32_and_what_is_frozen_may_be_bfloat16():
@@ -143,6 +142,22 @@ def test_reinit_gives_new_weights_that_a_seed_decides():
     reinit_modules(model, ["projector"], 3); reinit_modules(other, ["projector"], 3)
     after = model.image_encoder.mm_projector[0].weight
     assert not torch.equal(before, after) and torch.equal(after, other.image_encoder.mm_projector[0].weight)
+
+def test_peft_model_keeps_its_base_frozen():
+    import peft
+    wrapped = peft.get_peft_model(new_model(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    names = set_trainable_modules(wrapped, ["projector"])
+    assert any("lora_A" in n for n in names) and all("lora_" in n or "mm_projector" in n for n in names)
+    with pytest.raises(ConfigError, match="lora trains adapters of a frozen language model"):
+        set_trainable_modules(wrapped, ["projector", "language_model"])
+    args = arguments(max_steps=3, trainable_modules=["projector"])
+    trainer = VLMTrainer(wrapped, args, dataset, processor=processor)
+    trainer.train()
+    again = peft.get_peft_model(new_model(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    VLMTrainer(again, args, dataset, processor=processor)._load_from_checkpoint(Path(args.output_dir)/"checkpoint-3")
+    for (name, a), b in zip(wrapped.named_parameters(), again.named_parameters()): assert torch.equal(a, b[1]), name
+    base = dict(new_model().named_parameters())
+    assert torch.equal(wrapped.get_base_model().language_model.model.embed_tokens.weight, base["language_model.model.embed_tokens.weight"])
 
 def test_trainer_equals_the_loop_by_hand():
     trainer = VLMTrainer(new_model(), arguments(), dataset, processor=processor)
@@ -244,6 +259,20 @@ def test_a_step_of_skipped_samples_moves_nothing():
     before = model.image_encoder.mm_projector[0].weight.clone()
     losses, _ = by_trainer(model, arguments(max_steps=1, weight_decay=0.0), bad)
     assert losses == [0.0] and torch.equal(before, model.image_encoder.mm_projector[0].weight)
+
+def test_activation_checkpointing_changes_no_loss():
+    plain, _ = by_trainer(new_model(), arguments(max_steps=2, trainable_modules=["all"]))
+    saving, _ = by_trainer(new_model(), arguments(max_steps=2, trainable_modules=["all"], gradient_checkpointing=True))
+    assert max(abs(a - b) for a, b in zip(plain, saving)) < 1e-6
+
+def test_trackers_get_the_numbers():
+    pytest.importorskip("tensorboard")
+    args = arguments(max_steps=2, report_to="tensorboard")
+    os.environ["TENSORBOARD_LOGGING_DIR"] = args.output_dir + "/tb"
+    by_trainer(new_model(), args)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(next(str(p.parent) for p in Path(args.output_dir).rglob("events*"))).Reload()
+    assert {"train/loss", "train/data_wait", "train/samples_per_second"} <= set(events.Tags()["scalars"])
 
 def test_checkpoint_that_cannot_be_written_is_said():
     from vlm_lit.train import trainer as module
