@@ -19,7 +19,7 @@ from vlm_lit.model import VLM, VLMConfig
 from vlm_lit.evaluate.metrics import *
 
 def setup_module():
-    global Oracle, dot_records, draw_dots, folder, golden, golden_tokenizer, processor, processor_of, record, records, small_model, small_tokenizer, tok
+    global MINE, Oracle, dot_records, draw_dots, folder, golden, golden_tokenizer, processor, processor_of, record, records, small_model, small_tokenizer, tok
     golden = next(p for p in (Path("../tests/golden"), Path("tests/golden")) if p.is_dir())
     folder = Path(tempfile.mkdtemp())
     def draw_dots(n, dark):
@@ -67,6 +67,8 @@ def setup_module():
     def processor_of(tokenizer, template="gemma"):
         "A processor for that model."
         return VLMProcessor(tokenizer, template, image_size=32, image_size_aux=64, image_mean=[.5]*3, image_std=[.5]*3)
+    MINE = "def score(prediction, answer, record):\n    return abs(len(prediction) - len(answer))\n"
+    (folder/"my.py").write_text(MINE)
     records = dot_records()
     tok = small_tokenizer([turn["value"] for r in records for turn in r["conversations"]] + ["user\nmodel\n"])
     processor = processor_of(tok)
@@ -82,25 +84,29 @@ def setup_module():
                     rest = sample["labels"][len(prompt["input_ids"]):]
                     gaps = (rest == IGNORE_INDEX).nonzero()
                     images = prompt.get("image_aux", torch.zeros(0, 3, 1, 1))
-                    self.answers[self.key(prompt["input_ids"], images if images.dim() > 3 else images[None])] = rest[:int(gaps[0]) if len(gaps) else None]
+                    key = self.key(prompt["input_ids"], images if images.dim() > 3 else images[None])
+                    self.answers[key] = rest[:int(gaps[0]) if len(gaps) else None]
 
-        def key(self, ids, images): return tuple(ids.tolist()), tuple(image.float().std().item() for image in images)
+        def key(self, ids, images):
+            return tuple(ids.tolist()), tuple(image.float().std().item() for image in images)
 
-        def generate(self, input_ids, attention_mask, images_aux=None, image_index=None, pad_token_id=None, **settings):
-            self.shown += 0 if images_aux is None else len(images_aux)
+        def generate(self, input_ids, attention_mask, images_aux=torch.zeros(0, 3, 1, 1),
+                     image_index=None, pad_token_id=None, **settings):
+            self.shown += len(images_aux)
             images = images_aux if image_index is None else images_aux[image_index]
-            counts = (input_ids == IMAGE_TOKEN_INDEX).sum(1).tolist()
-            own = torch.split(images, counts) if images is not None else [torch.zeros(0, 3, 1, 1)]*len(counts)
-            rows = [self.answers[self.key(ids[mask], part)] for ids,mask,part in zip(input_ids, attention_mask.bool(), own)]
+            own = torch.split(images, (input_ids == IMAGE_TOKEN_INDEX).sum(1).tolist())
+            prompts = zip(input_ids, attention_mask.bool(), own)
+            rows = [self.answers[self.key(ids[mask], part)] for ids,mask,part in prompts]
             return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
 
 def test_metrics_of_single_answers():
-    pairs = [("No.", "no"), ("I see no dots.", "no"), ("nothing", "no"), ("recieve", "receive"), ("12.5", "12")]
+    pairs = [("No.", "no"), ("I see no dots.", "no"), ("nothing", "no"), ("recieve", "receive"),
+             ("12.5", "12")]
     print(f"{'prediction':16}{'answer':10}exact  contains  anls")
     for p,a in pairs: print(f"{p:16}{a:10}{exact(p, a):<7}{contains(p, a):<10}{anls(p, a):.3f}")
     test_eq([exact(*pair) for pair in pairs], [1., 0., 0., 0., 0.])
     test_eq([contains(*pair) for pair in pairs], [1., 1., 0., 0., 1.])
-    test_eq([round(anls(*pair), 3) for pair in pairs], [.667, 0., 0., .714, 0.])      # the period counts in ANLS
+    test_eq([round(anls(*pair), 3) for pair in pairs], [.667, 0., 0., .714, 0.])   # the period counts
 
 def test_metrics_at_their_edges():
     test_eq([exact(" A  blue\ncircle. ", "a blue circle"), exact("cafe\u0301", "caf\u00e9"), exact("", ""), exact("a", "")], [1., 1., 1., 0.])
@@ -110,7 +116,6 @@ def test_metrics_at_their_edges():
     test_eq([_edit_distance(*pair) for pair in (("kitten", "sitting"), ("", "abc"), ("flaw", "lawn"))], [3, 3, 2])
 
 def test_metrics_by_name():
-    (folder/"my.py").write_text("def score(prediction, answer, record):\n    return abs(len(prediction) - len(answer))\n")
     (folder/"broken.py").write_text("import nothing_like_this\n")
     mine = load_metric(f"{folder}/my.py:score")
     print(mine("seven", "six", {"id": 1}), load_metric("anls") is anls, load_metric(mine) is mine)
@@ -122,11 +127,12 @@ def test_metrics_by_name():
         with expect_fail(ConfigError, contains=message): _score(metric, "a", "b", {"id": 7})
 
 def test_baselines_of_a_few_questions():
-    train = [("how many dots?", "1"), ("how many dots?", "3"), ("How many dots?", "3"), ("is it dark?", "yes"), ("is it dark?", "no"), ("is it old?", "no")]
+    train = [("how many dots?", "1"), ("how many dots?", "3"), ("How many dots?", "3"),
+             ("is it dark?", "yes"), ("is it dark?", "no"), ("is it old?", "no")]
     asked = ["how many dots?", "is it dark?", "is it new?"]
     print(majority_baseline(train, asked), question_only_baseline(train, asked))
-    test_eq(majority_baseline(train, asked), ["3"]*3)                 # "3" and "no" twice each: the first in the alphabet
-    test_eq(question_only_baseline(train, asked), ["3", "no", "3"])   # a tie again, and a question that is new
+    test_eq(majority_baseline(train, asked), ["3"]*3)      # "3" and "no" twice each
+    test_eq(question_only_baseline(train, asked), ["3", "no", "3"])   # a tie, a new question
 
 def test_prompts_end_where_their_answers_begin():
     llama = golden_tokenizer("sentencepiece_like", "<s>", "</s>", "<unk>")
@@ -153,37 +159,47 @@ def test_questions_about_an_image_meet_in_a_batch():
     print(batch_by_image(["a", "b", "a", "c", "b", "a"], 4))
     test_eq(batch_by_image(["a", "b", "a", "c", "b", "a"], 4), [[0, 2, 5], [1, 4, 3]])
     test_eq(batch_by_image(["a"]*5, 2), [[0, 1], [2, 3], [4]])
-    test_eq(batch_by_image([(), (), ()], 2), [[0, 1], [2]])                                  # no image: nothing shared
+    test_eq(batch_by_image([(), (), ()], 2), [[0, 1], [2]])       # no image: nothing shared
     test_eq(batch_by_image([], 2), [])
     with expect_fail(ConfigError, contains="batch_size must be at least 1"): batch_by_image(["a"], 0)
 
 def test_sample_is_fixed_and_nested():
     chosen = fixed_sample(9673, 1200)
     print(len(chosen), "of 9673:", *chosen[:6], "...")
-    test_eq(chosen[:6], [15, 36, 44, 46, 74, 76])                                             # results of earlier runs rest on it
-    assert len(set(chosen)) == 1200 and chosen == sorted(chosen) and set(fixed_sample(9673, 400)) < set(chosen)
-    assert fixed_sample(9673, 1200, seed=1) != chosen and fixed_sample(50) == list(range(50)) == fixed_sample(50, 99)
-    test_close(2*(.9*.1/1200)**.5, .017, eps=.001)                                           # "about two points"
+    test_eq(chosen[:6], [15, 36, 44, 46, 74, 76])         # results of earlier runs rest on it
+    assert len(set(chosen)) == 1200 and chosen == sorted(chosen)
+    assert set(fixed_sample(9673, 400)) < set(chosen) != set(fixed_sample(9673, 1200, seed=1))
+    assert fixed_sample(50) == list(range(50)) == fixed_sample(50, 99)
+    test_close(2*(.9*.1/1200)**.5, .017, eps=.001)       # "about two points"
     with expect_fail(ConfigError, contains="sample must be at least 1"): fixed_sample(9, 0)
 
 def test_oracle_is_always_right():
     llama = golden_tokenizer("sentencepiece_like", "<s>", "</s>", "<unk>")
     for tokenizer,template in [(tok, "gemma"), (llama, "v1")]:
-        for ds in (processor_of(tokenizer, template).dataset(records, folder), processor_of(tokenizer, template).dataset(records, folder).cache_in_memory()):
+        for cached in (False, True):
+            ds = processor_of(tokenizer, template).dataset(records, folder)
+            if cached: ds.cache_in_memory()
             for batch_size,indices in [(7, None), (64, None), (3, [19, 18, 2, 0])]:
                 oracle = Oracle(ds)
                 rows, skipped = predict(oracle, ds, batch_size, indices=indices)
                 assert all(row["prediction"] == row["answer"] for row in rows) and not skipped
-            test_eq([row["id"] for row in rows], ["text", "two", "two"] + ["talk-1dark.png"]*3 + ["count-1dark.png"])
+            names = ["text", "two", "two", *["talk-1dark.png"]*3, "count-1dark.png"]
+            test_eq([row["id"] for row in rows], names)
         oracle = Oracle(ds)
         rows, _ = predict(oracle, ds, batch_size=64)
-        test_eq((len(rows), oracle.shown), (6*5 + 3, 6 + 2))                 # 6 images once, and the 2 of the record "two"
+        test_eq((len(rows), oracle.shown), (6*5 + 3, 6 + 2))   # 6 images, 2 of the record "two"
     print(len(rows), "questions,", oracle.shown, "images encoded")
 
 def test_predictions_do_not_depend_on_their_own_answers():
-    def answered(text): return [{**r, "conversations": [{**turn, "value": text if turn["from"] == "gpt" else turn["value"]} for turn in r["conversations"]]} for r in records]
+    def answered(text):
+        "The predictions for records whose answers are all the same."
+        def turn(t): return {**t, "value": text if t["from"] == "gpt" else t["value"]}
+        def turns(r): return [turn(t) for t in r["conversations"]]
+        changed = [{**r, "conversations": turns(r)} for r in records]
+        return predict(model, processor.dataset(changed, folder), max_new_tokens=4)[0]
+
     model = small_model(len(tok)).train()
-    one, other = [predict(model, processor.dataset(answered(text), folder), max_new_tokens=4)[0] for text in ("yes", "three dots")]
+    one, other = answered("yes"), answered("three dots")
     first = [[row["prediction"] for row in rows if not row["turn"]] for rows in (one, other)]
     later = [[row["prediction"] for row in rows if row["turn"]] for rows in (one, other)]
     print("first turns equal:", first[0] == first[1], "| later turns equal:", later[0] == later[1])
@@ -204,15 +220,19 @@ def test_records_that_cannot_be_used_are_named():
 
 def test_scores_by_type_and_baselines():
     ds = processor.dataset(records, folder)
-    result = evaluate(Oracle(ds), None, ds, metrics=("exact", f"{folder}/my.py:score"), train_data=ds, out=folder/"predictions.jsonl")
-    test_eq(result["metrics"], {"exact": {"all": 1., "count": 1., "yes_no": 1.}, "score": {"all": 0., "count": 0., "yes_no": 0.}})
+    metrics = ("exact", f"{folder}/my.py:score")
+    result = evaluate(Oracle(ds), None, ds, metrics=metrics, train_data=ds, out=folder/"predictions.jsonl")
+    groups = ("all", "count", "yes_no")
+    test_eq(result["metrics"], {"exact": dict.fromkeys(groups, 1.), "score": dict.fromkeys(groups, 0.)})
     test_eq((result["n"], result["n_by_type"], result["skipped"]), (33, {"count": 6, "yes_no": 8}, []))
-    blind = result["baselines"]["question_only"]["exact"]
-    print(blind, result["baselines"]["majority"]["exact"])
-    test_eq((blind, result["baselines"]["majority"]["exact"]["yes_no"]), ({"all": 19/33, "count": 2/6, "yes_no": 5/8}, .5))
+    majority, blind = [result["baselines"][name]["exact"] for name in ("majority", "question_only")]
+    test_eq((blind, majority["yes_no"]), ({"all": 19/33, "count": 2/6, "yes_no": 5/8}, .5))
     written = [json.loads(line) for line in (folder/"predictions.jsonl").read_text().splitlines()]
     test_eq((written, json.loads(json.dumps(result))), (result["predictions"], result))
-    test_eq(written[0], {"id": "count-1dark.png", "index": 0, "turn": 0, "image": "1dark.png", "type": "count", "question": "how many dots?", "answer": "1", "prediction": "1", "scores": {"exact": 1., "score": 0.}})
+    print(written[0])
+    test_eq(written[0], {"id": "count-1dark.png", "index": 0, "image": "1dark.png", "type": "count",
+                         "turn": 0, "question": "how many dots?", "answer": "1", "prediction": "1",
+                         "scores": {"exact": 1., "score": 0.}})
 
 def test_data_in_any_form_gives_the_same_result():
     (folder/"data.json").write_text(json.dumps(records))
@@ -229,7 +249,7 @@ def test_data_in_any_form_gives_the_same_result():
 
 def test_evaluations_that_cannot_be_are_refused():
     ds = processor.dataset(records[:2], folder)
-    for message,more in [("image_folder and blank_images are the dataset's settings", dict(blank_images=True)), ("image_folder and blank_images", dict(image_folder=folder)),
+    for message,more in [("image_folder and blank_images belong to the dataset", dict(blank_images=True)), ("image_folder and blank_images", dict(image_folder=folder)),
                          ("no folder for", dict(out=folder/"gone"/"x.jsonl")), ("unknown metric 'bleu'", dict(metrics="bleu"))]:
         with expect_fail(ConfigError, contains=message): evaluate(None, processor, ds, **more)
     with expect_fail(DataError, contains="holds no answered question"): evaluate(None, processor, ds, train_data=[])

@@ -297,7 +297,7 @@ def test_chat_remembers():
     test_eq((chat.turns, chat("what is it?", photo)), ([], first))
 
 def test_streamed_answers_are_the_answers():
-    from vlm_lit.generation import _decoded
+    from vlm_lit import generation
     called, streamed = Chat(model, processor, 8), Chat(model, processor, 8)
     for question,image in [("what is it?", photo), ("really?", None), ("and this?", [other, photo])]:
         test_eq("".join(pieces := list(streamed.stream(question, image))), called(question, image))
@@ -313,7 +313,7 @@ def test_streamed_answers_are_the_answers():
     letters = Queue()
     for ids in ([], *[[i] for i in tok("blue 🐋 one\nred").input_ids]): letters.put(ids)
     letters.put(None)
-    pieces = list(_decoded(letters, newline))
+    pieces = list(generation._decoded(letters, newline))
     print(pieces)
     test_eq("".join(pieces), "blue 🐋 one")
 

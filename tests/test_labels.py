@@ -57,22 +57,27 @@ def setup_module():
             yield turns
     def second_builder(prompt, tokenizer):
         "Ids and labels of a prompt by pieces, or by offsets where a tokenizer adds blanks; None where that is not exact."
-        ids, labels, begin = [], [], 0
+        encode, answers = tokenizer.backend_tokenizer.encode, prompt.answers
+        bos, adds_no_blank = encode("").ids, encode("a").tokens[-1] == "a"
+        ids, labels, begin = list(bos), [IGNORE_INDEX]*len(bos), 0
         for a,b in [*prompt.images, (len(prompt.text), None)]:
             chunk = prompt.text[begin:a]
-            if tokenizer.convert_ids_to_tokens(tokenizer("a").input_ids)[-1] == "a":
-                edges = sorted({0, len(chunk), *(e - begin for span in prompt.answers for e in span if begin < e < a)})
-                for n,(x,y) in enumerate(zip(edges, edges[1:])):
-                    own = tokenizer(chunk[x:y], add_special_tokens=begin == 0 and n == 0).input_ids
-                    learned = any(s <= begin + x < e for s,e in prompt.answers)
-                    n_bos = len(own) - len(tokenizer(chunk[x:y], add_special_tokens=False).input_ids)
-                    ids, labels = ids + own, labels + [IGNORE_INDEX]*n_bos + (own[n_bos:] if learned else [IGNORE_INDEX]*(len(own) - n_bos))
-                if begin == 0 and not chunk: ids, labels = tokenizer("").input_ids, [IGNORE_INDEX]*len(tokenizer("").input_ids)
+            if adds_no_blank:
+                inside = {e - begin for span in answers for e in span if begin < e < a}
+                edges = sorted({0, len(chunk), *inside})
+                for x,y in zip(edges, edges[1:]):
+                    own = encode(chunk[x:y], add_special_tokens=False).ids
+                    learned = any(s <= begin + x < e for s,e in answers)
+                    ids += own
+                    labels += own if learned else [IGNORE_INDEX]*len(own)
             else:
-                out = tokenizer(chunk, return_offsets_mapping=True)
-                own, offsets = (out.input_ids, out.offset_mapping) if begin == 0 else (out.input_ids[1:], out.offset_mapping[1:])
-                if any(x + begin < e < y + begin for x,y in offsets for span in prompt.answers for e in span): return None
-                ids, labels = ids + own, labels + [i if any(s <= x + begin < e for s,e in prompt.answers) and y > x else IGNORE_INDEX for i,(x,y) in zip(own, offsets)]
+                out = encode(chunk)
+                own, offsets = out.ids[len(bos):], out.offsets[len(bos):]
+                edges = {e - begin for span in answers for e in span}
+                if any(x < e < y for x,y in offsets for e in edges): return None
+                learned = [y > x and any(s <= x + begin < e for s,e in answers) for x,y in offsets]
+                ids += own
+                labels += [i if yes else IGNORE_INDEX for i,yes in zip(own, learned)]
             if b is not None: ids, labels, begin = [*ids, IMAGE_TOKEN_INDEX], [*labels, IGNORE_INDEX], b
         return ids, labels
     def spell(ids, tokenizer):

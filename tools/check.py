@@ -1,13 +1,20 @@
-"""The test command's work: what is generated is fresh, notebooks are clean and run, tests pass. One line of totals at the end.
+"""The test command's work: what is generated is fresh, notebooks are clean and run, tests pass.
 
     python tools/check.py
+    python tools/check.py --all       slow tests as derived tests, too
+
+One line of totals stands at the end. A test counts once: it has passed if its cell has, where the
+notebook ran, and if the derived test has, where that ran.
 """
-import os, re, subprocess, sys, tempfile, time
+import argparse, os, re, subprocess, sys, tempfile, time
+from collections import Counter
 from pathlib import Path
-import build
+import build, warm
 
 BIN = Path(sys.executable).parent
-ENV = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}
+ENV = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+       "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg",
+       "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}     # no CUDA context before the forks
 
 
 def sh(*args, **kwargs):
@@ -59,28 +66,73 @@ def check_clean():
 
 CHECKS = [check_export, check_clean, check_outputs, check_derived, check_readme]
 
-def count(output, word):
-    "The number before a word in pytest's closing line."
-    found = re.findall(rf"(\d+) {word}", output)
-    return int(found[-1]) if found else 0
+def run_all(workers, slow):
+    """Every notebook from top to bottom, its marked cells being tests; then the same tests as they
+    are derived, but for those that took longer than `slow` seconds; and the tests written by hand.
+    Returns outcomes by name, and the tests that were too slow to be run twice."""
+    derived = {nb: made[0] for nb in build.notebooks() if (made := build.derive(nb))}
+    files = sorted(build.TESTS.glob("test_*.py"))
+    jobs = [(warm.run_tests, path) for path in files if not build.is_derived(path)]
+    jobs += [(warm.run_notebook, path) for path in reversed(build.notebooks())]
+    outcomes, seconds = {}, {}
+    for (function,path,*_),result in warm.in_forks(jobs, workers):
+        if function is warm.run_notebook:
+            found, name = notebook_outcomes(path, result), f"{path.name}: top to bottom"
+            took = {n: s for n,s in result.get("tests", {}).items() if s != "skipped" and s > slow}
+            seconds |= {f"{path.stem}: {n}": s for n,s in took.items()}
+            if path in derived:
+                names = [f"test_{n}" for n in took]
+                jobs.insert(0, (warm.run_tests, build.TESTS/derived[path], names))
+        else:
+            found = test_outcomes(path, result)
+            name = f"{path.name}: {len(result.get('results', []))} tests"
+        ok = "failed" not in found.values()
+        print(f"{'ok' if ok else 'FAILED':7}{name}, {result.get('seconds', 0):.0f} s", flush=True)
+        if not ok: print(result.get("trouble", ""), result.get("log", ""), sep="\n", flush=True)
+        outcomes |= {n: o for n,o in found.items() if outcomes.get(n) != "failed"}
+    return outcomes, seconds
+
+def notebook_outcomes(path, result):
+    "`{name: outcome}` of a notebook and of the marked cells that were reached."
+    ok = not result.get("died") and not result["trouble"]
+    found = {path.name: "passed" if ok else "failed"}
+    derived = build.derive(path)
+    if not derived: return found
+    tests = {n: "skipped" if s == "skipped" else "passed" for n,s in result.get("tests", {}).items()}
+    if result.get("failed"): tests[result["failed"]] = "failed"
+    return found | {f"{derived[0]}::test_{n}": o for n,o in tests.items()}
+
+def test_outcomes(path, result):
+    "`{name: outcome}` of a file of tests; a test whose names were resolved keeps its cell's outcome."
+    results = result.get("results", {})
+    found = {f"{path.name}::{n}": o for n,o in results.items() if o != "checked"}
+    if result.get("died"): found[path.name] = "failed"
+    return found
 
 def main():
-    began, passed, failed = time.time(), 0, 0
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="run slow tests in both forms, too")
+    parser.add_argument("--workers", type=int, default=min(4, os.cpu_count() or 1))
+    args = parser.parse_args()
+    began, outcomes = time.time(), {}
+    os.environ.update(ENV)
     for check in CHECKS:
         trouble = check()
-        print(f"{'FAILED' if trouble else 'ok':7}{check.__doc__}" + (f"\n{trouble}" if trouble else ""), flush=True)
-        passed, failed = passed + (not trouble), failed + bool(trouble)
-    code, output = sh(BIN/"nbdev_test", "--n_workers", "2", "--do_print")
-    ran = len(build.notebooks())
-    broken = 0 if code == 0 else max(1, len(set(re.findall(r"(\w+\.ipynb)", output.split("Error in")[-1]))))
-    print(f"{'FAILED' if code else 'ok':7}nbdev_test: every notebook runs from top to bottom" + (f"\n{output[-6000:]}" if code else ""), flush=True)
-    passed, failed = passed + ran - broken, failed + broken
-    code, output = sh(BIN/"pytest", "tests", "-n", "2", "--dist", "loadfile")
-    print(output[-6000:] if code else output.strip().splitlines()[-1], flush=True)
-    passed, failed, skipped = passed + count(output, "passed"), failed + count(output, "failed") + count(output, "error"), count(output, "skipped")
-    if code and not failed: failed = 1
+        outcomes[check.__name__] = "failed" if trouble else "passed"
+        print(f"{'FAILED' if trouble else 'ok':7}{check.__doc__}", flush=True)
+        if trouble: print(trouble, flush=True)
+    print(f"       file checks: {time.time() - began:.0f} s", flush=True)
+    warm.import_heavy()
+    print(f"       imports: {time.time() - began:.0f} s", flush=True)
+    found, seconds = run_all(args.workers, float("inf") if args.all else warm.SLOW)
+    outcomes |= found
+    slow = [f"{n} {seconds[n]:.0f} s" for n in sorted(seconds, key=seconds.get, reverse=True)]
+    if slow:
+        print(f"{len(slow)} tests took over {warm.SLOW:.0f} s as cells; as derived tests only their "
+              f"names are resolved (all run: --all). The slowest: {', '.join(slow[:10])}")
+    counts = Counter(outcomes.values())
     print(f"took {time.time() - began:.0f} s")
-    print(f"totals: {passed} passed, {failed} failed, {skipped} skipped")
-    sys.exit(bool(failed))
+    print("totals: " + ", ".join(f"{counts[o]} {o}" for o in ("passed", "failed", "skipped")))
+    sys.exit(bool(counts["failed"]))
 
 if __name__ == "__main__": main()

@@ -100,9 +100,9 @@ def _curve(rows:list[dict], key:str) -> tuple[list, list]: # Steps, values
     return [step for step,_ in found], [value for _,value in found]
 
 def plot_curves(
-    rows:list[dict], # Lines of metrics.jsonl: `step`, and any of `loss`, `loss/NAME`, `eval_loss`, `learning_rate`
+    rows:list[dict], # Lines of metrics.jsonl; all have `step`
 ) -> Figure:
-    "Loss in training and validation, and the learning rate below."
+    "`loss`, `loss/NAME` and `eval_loss`, those that there are, and `learning_rate` below."
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     steps, values = _curve(rows, "loss")
@@ -158,7 +158,8 @@ def plot_samples(
     for ax,row in zip(axes, chosen):
         if names := image_names(row): ax.imshow(open_image(names[0], image_folder))
         right = is_right(row)
-        lines = [row["question"], row["prediction"], *([] if right else [f"expected: {row['answer']}"])]
+        lines = [row["question"], row["prediction"]]
+        if not right: lines.append(f"expected: {row['answer']}")
         color = "#1b5e20" if right else "#b71c1c"
         ax.set_title("\n".join(map(_short, lines)), fontsize=7.5, color=color, parse_math=False)
     return figure

@@ -176,7 +176,8 @@ def _batch_prompts(dataset:LazySupervisedDataset, indices:list[int]) -> tuple[di
     for i,text in zip(indices, bisect_failures(indices, dataset.texts)):
         try:
             if isinstance(text, DataError): raise text
-            record, turns = dataset.records[i], _turns(dataset.records[i])
+            record = dataset.records[i]
+            turns = _turns(record)
             key = tuple(image_names(record)[:int((text["input_ids"] == IMAGE_TOKEN_INDEX).sum())])
             if key not in images:
                 sample = dataset.__getitem__(i, text)
@@ -283,7 +284,7 @@ def evaluate(
     if not isinstance(data, LazySupervisedDataset):
         data = processor.dataset(data, image_folder, blank_images=blank_images)
     elif image_folder is not None or blank_images:
-        raise ConfigError("image_folder and blank_images are the dataset's settings; give them to it")
+        raise ConfigError("image_folder and blank_images belong to the dataset; give them to it")
     skipped = []
     train = None if train_data is None else _training_pairs(train_data, strict, skipped)
     rows, left_out = predict(model, data, batch_size, max_new_tokens, indices, strict, show)
@@ -292,8 +293,10 @@ def evaluate(
         why = skipped[-1]["reason"] if left_out else "there are no records"
         raise DataError(f"no question can be asked; {why}")
 
+    asked = [(row["answer"], data.records[row["index"]]) for row in rows]
+
     def score(predictions):
-        own = [(p, row["answer"], data.records[row["index"]]) for p,row in zip(predictions, rows)]
+        own = [(prediction, *pair) for prediction,pair in zip(predictions, asked)]
         return {name: [_score(metric, *args) for args in own] for name,metric in scorers.items()}
 
     def means(scores): return {name: _means(own, rows) for name,own in scores.items()}

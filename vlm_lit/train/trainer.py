@@ -228,7 +228,7 @@ class VLMTrainer(_Evaluation, _Checkpoints, Trainer):
         train_dataset=None, # `Mixture`, or one `LazySupervisedDataset`
         eval_dataset=None, # Likewise
         processor=None, # `VLMProcessor`, kept in checkpoints
-        base: dict | None = None, # `model`, `seed` and `lora` of the recipe, for `write_base`
+        base: dict | None = None, # `section`, `seed` and `lora` of the recipe, for `write_base`
         data_collator=None, # None: made for the model and `args.batching`
         **kwargs, # For `Trainer`
     ):

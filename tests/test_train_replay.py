@@ -1,0 +1,194 @@
+"Derived from nbs/20_replay.ipynb by `make tests`; edit the notebook, not this file."
+import base64, html, io, json, math, tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+import torch
+from PIL import Image
+from rich.console import Console
+from transformers import Trainer, TrainerCallback
+from vlm_lit.core import IGNORE_INDEX, ConfigError
+from vlm_lit.breakpoints import Breakpoint, check_expression
+from vlm_lit.labels import LabelStrip, visible
+from vlm_lit.dataset import LazySupervisedDataset, encode_records
+from vlm_lit.batches import DataCollatorForSupervisedDataset, flat_images
+from vlm_lit.generation import pad_id
+from vlm_lit.model import VLM
+from vlm_lit.train.arguments import PARTS
+from vlm_lit.train.callbacks import read_metrics
+from vlm_lit.train.recipe import load_recipe
+from vlm_lit.train.run import prepare_run
+import os, shutil, yaml
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+from vlm_lit.images import sample_image
+from vlm_lit.train import run as run_module
+from vlm_lit.train.callbacks import BadLoss
+from vlm_lit.train.run import train
+from vlm_lit.weights.pretrained import open_model
+from vlm_lit.train.replay import *
+
+def setup_module():
+    global logged, place, quiet, small_recipe, small_tokenizer, write_data
+    torch.set_num_threads(1)
+    def small_tokenizer(folder):
+        "A byte-level tokenizer with Gemma's control tokens, saved."
+        special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+        tok = Tokenizer(models.BPE())
+        tok.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex("\n"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        tok.decoder = decoders.ByteLevel()
+        text = ["user\nmodel\nWhat is it?\na box\na chain\na purse\nThe same?\nno\nyes"]*4
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        tok.train_from_iterator(text, trainers.BpeTrainer(vocab_size=300, special_tokens=special,
+                                                          show_progress=False, initial_alphabet=alphabet))
+        tok.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+        names = dict(bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>")
+        PreTrainedTokenizerFast(tokenizer_object=tok, **names).save_pretrained(folder/"tokenizer")
+    def write_data(folder):
+        "Images, and records with one image, two images, and text only; one answer is wrong."
+        (folder/"images").mkdir(parents=True)
+        for k in range(3): sample_image(40 + k, 40).rotate(30*k).save(folder/"images"/f"{k}.png")
+        turns = lambda q, a: [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
+        answers = ["a box", "a chain", "a purse"]
+        one = [{"id": f"one-{k}", "image": f"{k % 3}.png", "conversations":
+                turns("<image>\nWhat is it?", answers[k % 3] if k != 7 else "zebra crossing")} for k in range(16)]
+        two = [{"id": f"two-{k}", "image": [f"{k % 3}.png", "0.png"],
+                "conversations": turns("<image><image>\nThe same?", "no" if k % 3 else "yes")} for k in range(4)]
+        text = [{"id": f"text-{k}", "conversations": turns("Hello", "Hi there")} for k in range(4)]
+        (folder/"train.json").write_text(json.dumps(one + two + text))
+        small_tokenizer(folder)
+        return folder
+    def small_recipe(folder, **changes):
+        "A recipe on that data: eight steps of four records."
+        text = {"config": {"model_type": "gemma", "hidden_size": 32, "num_hidden_layers": 1, "head_dim": 16,
+                           "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}}
+        training = {"max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 4,
+                    "save_steps": 3, "trainable_modules": ["projector", "mining", "language_model"],
+                    "use_cpu": True, "seed": 0, "disable_tqdm": True, "log_level": "error", "save_total_limit": 4}
+        source = {"path": str(folder/"train.json"), "image_folder": str(folder/"images")}
+        recipe = {"model": {"preset": "tiny", "tokenizer": str(folder/"tokenizer"), "language_model": text},
+                  "data": {"train": [source], "max_length": 256, "check_samples": 4},
+                  "training": {**training, **changes}}
+        path = folder/f"recipe-{len(list(folder.glob('recipe*')))}.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        return load_recipe(path)
+    quiet = Console(file=open(os.devnull, "w"))
+    place = write_data(Path(tempfile.mkdtemp())/"data")
+    train(small_recipe(place), place/"runs/first", console=quiet)
+    def logged(run): return [loss for row in read_metrics(run/"metrics.jsonl") for loss in row["losses"]]
+
+def test_worst_records_are_those_with_the_highest_mean_loss():
+    model, processor = open_model(place/"runs/first", "cpu")
+    found = worst_records(model, processor, place/"train.json", 24, place/"images", batch_size=5)
+    dataset = processor.dataset(place/"train.json", place/"images")
+    means = [own.loss for own in found]
+    assert len(found) == 24 and means == sorted(means, reverse=True) and found[0].name == "one-7"
+    collate = DataCollatorForSupervisedDataset(0, None, model.config.num_patches)
+    for own in found[:3] + found[-3:]:
+        with torch.no_grad(): out = model(**{k: v for k, v in collate([dataset[own.index]]).items()})
+        assert torch.allclose(out.token_losses, torch.tensor(own.losses), atol=1e-5)
+    assert [len(own.images) for own in sorted(found, key=lambda own: own.index)] == [1]*16 + [2]*4 + [0]*4
+    assert not model.training
+
+def test_strips_and_pages_escape_what_the_data_say():
+    model, processor = open_model(place/"runs/first", "cpu")
+    ids, tok = torch.tensor([2, 30, 31, 32]), processor.tokenizer
+    strip = LossStrip(ids, torch.tensor([-100, 30, -100, 32]), tok, [1.234, float("nan")], title="a\x1b[31m<b>")
+    assert "1.23" in repr(strip) and "nan" in repr(strip) and strip.losses.keys() == {1, 3}
+    with pytest.raises(ValueError, match="2 supervised tokens but 1 losses"):
+        LossStrip(ids, torch.tensor([-100, 30, -100, 32]), tok, [1.0])
+    long = LossStrip(torch.arange(40, 140), torch.arange(40, 140), tok, [0.5]*99)
+    assert max(map(len, long.loss_lines().splitlines())) <= 104 and long.loss_lines().count("LOSS") > 2
+    evil = [{"id": "<script>\x1b[31m", "conversations": [{"from": "human", "value": "<script>alert(1)</script>"},
+                                                        {"from": "gpt", "value": "</small><script>x\x1b[0m"}]}]
+    found = worst_records(model, processor, evil)
+    assert "<script>" not in losses_page(found, "<script>") and "\x1b" not in str(found[0])
+
+def test_every_step_of_a_run_is_equal_to_the_bit():
+    run = place/"runs/first"
+    before = {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()}
+    for step, start in [(1, 0), (2, 0), (4, 3), (6, 3), (7, 6), (8, 6)]:
+        found = replay(run, step)
+        assert (found.start, found.logged) == (start, logged(run)[step - 1]), step
+        assert found.is_equal and found.loss == found.logged and len(found.records) == 4
+        assert [own.name for own in found.records] == found.names
+        losses = [loss for own in found.records for loss in own.losses]
+        assert abs(sum(losses)/len(losses) - found.loss) < 1e-5
+        total = sum(norm**2 for norm in found.grad_norm_by_module.values())**.5
+        assert abs(total - found.grad_norm) < 1e-4*total and len(found.grad_norm_by_module) == 3
+        assert [len(stop.hits) for stop in found.stops] == [1, 1]
+    assert before == {p: p.read_bytes() for p in sorted(run.rglob("*")) if p.is_file()}
+
+def test_accumulated_packed_and_flipped_steps_are_equal_to_the_bit():
+    kinds = {"accumulated": dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, hflip_prob=0.5),
+             "packed": dict(batching="packed", max_packed_length=120, per_device_train_batch_size=2),
+             "by_image": dict(batching="by_image", samples_per_image=2)}
+    for name, changes in kinds.items():
+        run = place/"runs"/name
+        train(small_recipe(place, max_steps=5, **changes), run, console=quiet)
+        found = replay(run, 5)
+        assert found.is_equal and found.start == 3, name
+        assert len(found.stops[1].hits) == (2 if name == "accumulated" else 1)
+        losses = [loss for own in found.records for loss in own.losses]
+        assert abs(sum(losses)/len(losses) - found.loss) < 1e-5, name
+        assert sorted(own.name for own in found.records) == sorted(found.names)
+
+def test_step_that_stopped_the_run_is_replayed():
+    run, usual = place/"runs/stopped", run_module.prepare_run
+    def poisoned(*args, **kwargs):
+        prepared = usual(*args, **kwargs)
+        normal = prepared.trainer.compute_loss
+        def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = normal(model, inputs, True, num_items_in_batch)
+            zebra = outputs["token_losses"].max() > 0 and any(
+                prepared.train.name(i) == "one-7" for i in inputs["info"].indices)
+            loss = loss*float("nan") if zebra else loss
+            return (loss, outputs) if return_outputs else loss
+        prepared.trainer.compute_loss = compute_loss
+        return prepared
+    from vlm_lit.train import replay as replay_module
+    run_module.prepare_run = poisoned
+    try:
+        with pytest.raises(BadLoss) as caught: train(small_recipe(place), run, console=quiet)
+    finally: run_module.prepare_run = usual
+    step = read_metrics(run/"bad_steps.jsonl")[0]["step"]
+    replay_module.prepare_run = poisoned
+    try: found = replay(run, step)
+    finally: replay_module.prepare_run = usual
+    assert found.start == step - 1 and math.isnan(found.loss) and found.reason == "the loss is nan"
+    assert "one-7" in found.names and found.is_equal is None and "in the run, the loss is nan" in str(found)
+    rows = read_metrics(run/"bad_steps.jsonl")
+    rows[0]["records"] = ["other"]*4
+    (run/"bad_steps.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(ConfigError, match="data have changed since"): replay(run, step)
+
+def test_what_cannot_be_replayed_is_said():
+    run = place/"runs/first"
+    with pytest.raises(ConfigError, match="steps count from 1, got 0"): replay(run, 0)
+    with pytest.raises(ConfigError, match="step 9 of first: the run has come to step 8 of 8"): replay(run, 9)
+    with pytest.raises(ConfigError, match="recipe.yaml is missing"): replay(run/"checkpoint-3", 2)
+    with pytest.raises(ConfigError, match="VLM.forward: at='nowhere'.*training_step"): replay(run, 2, at="nowhere")
+    with pytest.raises(ConfigError, match="not a Python expression"): replay(run, 2, watch="loss =")
+    part = place/"runs/part"
+    shutil.copytree(run, part)
+    rows = (part/"metrics.jsonl").read_text().splitlines()
+    (part/"metrics.jsonl").write_text(rows[0] + "\n" + rows[1][:20])          # a crash has cut the line
+    for name in ("result.json", "model", "checkpoint-6", "checkpoint-8"):
+        shutil.rmtree(part/name) if (part/name).is_dir() else (part/name).unlink()
+    found = replay(part, 5)
+    assert found.is_equal is None and found.loss == logged(run)[4] and "not logged" in found.verdict
+    with pytest.raises(ConfigError, match="has come to step 3 of 8"): replay(part, 8)
+
+def test_changed_data_do_not_pass_for_the_same_step():
+    other = write_data(Path(tempfile.mkdtemp())/"data")
+    train(small_recipe(other, max_steps=2), other/"run", console=quiet)
+    records = json.loads((other/"train.json").read_text())
+    for record in records: record["conversations"][1]["value"] += " and more"
+    os.utime(other/"run/recipe.yaml", (1e9, 1e9))
+    (other/"train.json").write_text(json.dumps(records))
+    found = replay(other/"run", 2)
+    assert found.is_equal is False and found.changed == ["train.json"] and "changed since: train.json" in str(found)
+    page = found.to_html(other/"page.html")
+    assert page == (other/"page.html").read_text() and page.count("<img") == sum(len(r.images) for r in found.records)
