@@ -17,7 +17,7 @@ from typer import Argument, Option
 from .commands import (
     CHAT_HELP, example_record, export_folder, image_files, load, load_preparation, printable,
     report_found, run_folder, say, short_recipe, split_words, talk, train_run, user_errors)
-from .core import ConfigError
+from .core import ConfigError, progress_console
 
 # %% ../nbs/21_cli.ipynb #c005
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
@@ -125,7 +125,7 @@ def train(
         if print_config: typer.echo(format_recipe(found))
         else: train_run(found, folder, resume)
 
-# %% ../nbs/21_cli.ipynb #c030
+# %% ../nbs/21_cli.ipynb #c034
 @app.command()
 def generate(
     model: _Model,
@@ -168,7 +168,7 @@ def chat(
         if sys.stdin.isatty(): say(CHAT_HELP)
         talk(partner, opened, "> " if sys.stdin.isatty() else "")
 
-# %% ../nbs/21_cli.ipynb #c036
+# %% ../nbs/21_cli.ipynb #c040
 @app.command("eval")
 def evaluate_model(
     model: _Model,
@@ -193,7 +193,7 @@ def evaluate_model(
         del result["predictions"]
         typer.echo(json.dumps(result, indent=1) if as_json else format_table(result))
 
-# %% ../nbs/21_cli.ipynb #c040
+# %% ../nbs/21_cli.ipynb #c044
 @app.command()
 def export(
     model: _Model,
@@ -207,7 +207,7 @@ def export(
         for path in sorted(export_folder(model, to, out, dtype).iterdir()):
             typer.echo(f"{path.stat().st_size:>12,}  {path}")
 
-# %% ../nbs/21_cli.ipynb #c044
+# %% ../nbs/21_cli.ipynb #c048
 @app.command()
 def doctor():
     "Test the masks of known conversations; print what belongs in a bug report."
@@ -220,7 +220,7 @@ def doctor():
 
 @app.command("replay")
 def replay_step(
-    run: Annotated[Path, Argument(help="Folder of a run.")],
+    run: Annotated[str, Argument(help="A run, or its name.")],
     step: Annotated[int, Option(min=1, help="Which optimizer step.")],
     at: Annotated[str | None, Option(help="Text of the line to stop at.")] = None,
     watch: Annotated[list[str] | None, Option(help="An expression to show; repeatable.")] = None,
@@ -229,7 +229,8 @@ def replay_step(
     "Rebuild a step of a run, stop inside it and show records, labels and values."
     with user_errors():
         from vlm_lit.train.replay import replay
-        report_found(replay(run, step, at=at, watch=tuple(watch or ())), html)
+        found = replay(run, step, at, watch or (), progress_console())
+        report_found(str(found), found.to_html(), html)
 
 @app.command()
 def losses(
@@ -238,8 +239,9 @@ def losses(
 ):
     "List the records with the highest loss, each token's loss under its label."
     with user_errors():
-        from vlm_lit.train.replay import worst_records
-        report_found(worst_records(*load(model), data, image_folder=image_folder, worst=worst), html)
+        from vlm_lit.train.replay import losses_page, worst_records
+        found = worst_records(*load(model), data, worst, image_folder)
+        report_found("\n\n".join(map(str, found)), losses_page(found), html)
 
 def main():
     "The console script `vlm-lit`."

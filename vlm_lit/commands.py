@@ -248,13 +248,14 @@ def talk(
         except KeyboardInterrupt: typer.echo()      # breaks off the answer, not the chat
 
 def report_found(
-    found, # A step or records of `train.replay`, as text and as HTML
-    html: Path | None = None, # Also a page
+    text: str,
+    page: str, # The same as HTML
+    html: Path | None = None, # Where the page is written; None: nowhere
 ) -> None:
     "Print a result, and perhaps write it as a page."
-    typer.echo(printable(found, "\n"))
+    typer.echo(printable(text, "\n"))
     if html is None: return
-    html.write_text(f'<!doctype html><meta charset="utf-8">{found._repr_html_()}', encoding="utf-8")
+    html.write_text(page, encoding="utf-8")
     typer.echo(f"the page is in {html}")
 
 def export_folder(
