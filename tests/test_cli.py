@@ -6,10 +6,11 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 import typer
 from typer import Argument, Option
-from vlm_lit.commands import CHAT_HELP, example_record, export_folder, image_files, load, load_preparation, printable, run_folder, say, short_recipe, split_words, talk, train_run, user_errors
+from vlm_lit.commands import CHAT_HELP, example_record, export_folder, image_files, load, load_preparation, printable, report_found, run_folder, say, short_recipe, split_words, talk, train_run, user_errors
 from vlm_lit.core import ConfigError
-import io, shlex, subprocess, types
+import shlex, subprocess
 from tempfile import mkdtemp
+from types import SimpleNamespace
 from unittest.mock import patch
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -47,8 +48,15 @@ def setup_module():
                       num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
         aux = dict(model_type="convnext", num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], patch_size=2)
         config = VLMConfig(text, vision, aux, image_size=16, image_size_aux=32, select_layer=-1)
-        save_model(make_model(config, 0), folder)
-        VLMProcessor.for_model(config, tokenizer).save_pretrained(folder)
+        model, processor = make_model(config, 0), VLMProcessor.for_model(config, tokenizer)
+        batch = processor([good, turns("Hello", "Hi")], [sample_image(), None])
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        for _ in range(40):
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            optimizer.step()
+        save_model(model.eval(), folder)
+        processor.save_pretrained(folder)
         tokenizer.save_pretrained(folder.parents[2]/"tokenizer")
     def turns(*texts):
         return [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
@@ -75,13 +83,14 @@ def setup_module():
     def run(line, input=None):
         "A command; `@` begins a path of the folder above."
         words = [word.replace("@", f"{place}/") for word in shlex.split(line)]
-        return runner.invoke(app, words, input, env={"COLUMNS": "100", "TERM": "dumb"})
+        return runner.invoke(app, words, input, env={"COLUMNS": "100", "TERM": "dumb"},
+                             prog_name="vlm-lit")
     def show(line, input=None, n=8):
         "Print a command, the first lines of what it says, and its exit code."
         out = run(line, input)
         lines = out.output.replace(f"{place}/", "").replace(str(place), ".").rstrip().split("\n")
         print(f"$ vlm-lit {line.replace('@', '')}", *lines[:n], *["…"]*(len(lines) > n), sep="\n")
-        print(f"(exit code {out.exit_code})\n")
+        print(*[f"(exit code {out.exit_code})"]*(out.exit_code != 0), "", sep="\n")
     def refuses(line, message, input=None):
         "Check that a command ends in one line and exit code 2."
         out = run(line, input)
@@ -157,7 +166,7 @@ def test_train_gives_recipe_folder_and_resume_to_the_run():
         return {"steps": 5, "loss": 0.5, "validation": {"exact": 1.0}}
 
     write("good.yaml", "model: {preset: smol}\ndata: {train: [{path: train.json}]}\n")
-    with patch.dict(sys.modules, {"vlm_lit.train.run": types.SimpleNamespace(train=fake)}):
+    with patch.dict(sys.modules, {"vlm_lit.train.run": SimpleNamespace(train=fake)}):
         out = run("train @good.yaml --runs @runs --training.max_steps 5")
         assert out.exit_code == 0 and "vlm-lit chat" in out.output, out.output
         run("train --preset tiny --data @train.json --runs @runs")
@@ -230,9 +239,25 @@ def test_export_of_any_model_folder():
     refuses("export nothing", "no model 'nothing'")
 
 def test_doctor_prints_facts_and_fails_on_a_wrong_mask():
-    from types import SimpleNamespace
     for problems, code in [([], 0), (["gemma: a header is supervised"], 1)]:
         fake = SimpleNamespace(known_answers=lambda: problems, environment_info=lambda: {"python": "3"})
         with patch.dict(sys.modules, {"vlm_lit.train.doctor": fake}): out = run("doctor")
         assert out.exit_code == code and "python" in out.stdout, out.output
         assert out.stdout.splitlines()[-1] == (problems or ["known answers: all masks are right"])[0]
+
+def test_replay_and_losses_print_and_write_a_page():
+    class Found(str):
+        "Instead of a replayed step."
+        def _repr_html_(self): return f"<p>{self}</p>"
+
+    calls = []
+    def fake(*args, **kwargs):
+        calls.append((args, kwargs))
+        return Found("loss 0.5")
+    fakes = SimpleNamespace(replay=fake, worst_records=fake)
+    with patch.dict(sys.modules, {"vlm_lit.train.replay": fakes}):
+        out = run("replay @runs/half --step 3 --at loss --watch loss --watch 'x[0]' --html @step.html")
+        assert run("losses @runs/mine @train.json --worst 2").stdout == "loss 0.5\n"
+    assert out.exit_code == 0 and "<p>loss 0.5</p>" in (place/"step.html").read_text(), out.output
+    assert calls[0] == ((place/"runs/half", 3), {"at": "loss", "watch": ("loss", "x[0]")})
+    assert calls[1][1] == {"image_folder": None, "worst": 2}
