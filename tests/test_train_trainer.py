@@ -90,9 +90,9 @@ def setup_module():
         trainer = VLMTrainer(model, args, data, processor=processor)
         trainer.train(**kwargs)
         return [row["loss"] for row in trainer.state.log_history if "loss" in row], trainer
-    def run_two_processes(output_dir, resume=False, **changes):
-        "The losses of two processes under torchrun."
-        import inspect, json, textwrap
+    def run_two_processes(resume, **changes):
+        "The losses of two processes under torchrun: of a whole run, and of one resumed from a checkpoint."
+        import inspect, textwrap
         parts = [textwrap.dedent(inspect.getsource(f)) for f in (small_tokenizer, small_config, make_data, arguments)]
         imports = ["import json, sys, tempfile", "from pathlib import Path", "import torch",
             "from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors",
@@ -104,20 +104,21 @@ def setup_module():
 folder = Path(tempfile.mkdtemp()); tok = small_tokenizer(folder); config = small_config(tok)
 processor = VLMProcessor.for_model(config, tok, "gemma")
 dataset = processor.dataset(make_data(folder), folder); dataset.rows_per_image = config.num_patches
-args = arguments(**{changes!r}); args.output_dir = {str(output_dir)!r}
-assert args.world_size == 2
-trainer = VLMTrainer(make_model(config, 0), args, dataset, processor=processor)
-trainer.train(resume_from_checkpoint={resume!r} or None)
-if trainer.is_world_process_zero():
-    print("LOSSES", json.dumps([row["loss"] for row in trainer.state.log_history if "loss" in row]))
+for resume in (None, {str(resume)!r}):
+    args = arguments(save_strategy="no", **{changes!r})
+    assert args.world_size == 2
+    trainer = VLMTrainer(make_model(config, 0), args, dataset, processor=processor)
+    trainer.train(resume_from_checkpoint=resume)
+    if trainer.is_world_process_zero():
+        print("LOSSES", json.dumps([row["loss"] for row in trainer.state.log_history if "loss" in row]))
 """
         script = Path(tempfile.mkdtemp())/"two.py"
         script.write_text("\n".join([*imports, *parts, body]))
         done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-                               "--master_port", "0", "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", script],
+                               "--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0", script],
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout.split("LOSSES", 1)[1].splitlines()[0])
+        return [json.loads(line.split("LOSSES", 1)[1]) for line in done.stdout.splitlines() if "LOSSES" in line]
 
 def test_trainable_modules_by_part_and_by_prefix():
     model = new_model()
@@ -193,7 +194,7 @@ def test_resumed_run_is_equal_to_the_bit():
         def __init__(self, step): self.step = step
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == self.step: control.should_training_stop = True
-    for batching in ("shuffled", "packed"):
+    for batching in ("packed",):
         settings = dict(batching=batching, max_packed_length=90, trainable_modules=["all"])
         whole, undisturbed = by_trainer(new_model(), arguments(**settings))
         args = arguments(**settings)
@@ -214,10 +215,11 @@ def test_resumed_run_is_equal_to_the_bit():
 
 def test_two_processes_agree_and_resume_what_one_began():
     whole, one = by_trainer(new_model(), arguments())
-    two = run_two_processes(tempfile.mkdtemp(), per_device_train_batch_size=8)
-    assert max(abs(a - b) for a, b in zip(whole, two)) < 1e-6
-    resumed = run_two_processes(tempfile.mkdtemp(), str(Path(one.args.output_dir)/"checkpoint-3"), per_device_train_batch_size=8)
-    assert max(abs(a - b) for a, b in zip(whole, resumed)) < 1e-6
+    two, resumed = run_two_processes(Path(one.args.output_dir)/"checkpoint-3", per_device_train_batch_size=8)
+    print("largest difference, two processes:          ", max(abs(a - b) for a, b in zip(whole, two)) < 1e-6)
+    print("the same, resumed from one process's step 3:", max(abs(a - b) for a, b in zip(whole, resumed)) < 1e-6)
+    assert max(abs(a - b) for a, b in zip(whole, two)) < 1e-6 and len(two) == 8
+    assert max(abs(a - b) for a, b in zip(whole, resumed)) < 1e-6 and len(resumed) == 8
 
 def test_evaluation_weighs_by_tokens():
     two = Mixture([dataset, processor.dataset(records[:5], folder)], ["a", "b"])
@@ -275,14 +277,12 @@ def test_trackers_get_the_numbers():
     assert {"train/loss", "train/data_wait", "train/samples_per_second"} <= set(events.Tags()["scalars"])
 
 def test_checkpoint_that_cannot_be_written_is_said():
-    from vlm_lit.train import trainer as module
-    args = arguments(max_steps=6, save_total_limit=1)
-    def full(model, folder):
-        if folder.name.endswith("6"): raise OSError(28, "No space left on device")
-        return saved(model, folder)
-    saved, module.save_trainable = module.save_trainable, full
-    try:
-        with pytest.raises(ConfigError, match="No space left on device.*last good one is .*checkpoint-3"):
-            VLMTrainer(new_model(), args, dataset, processor=processor).train()
-    finally: module.save_trainable = saved
-    assert sorted(p.name for p in Path(args.output_dir).iterdir()) == ["checkpoint-3"]
+    trainer = VLMTrainer(new_model(), arguments(max_steps=6, save_total_limit=1), dataset, processor=processor)
+    usual = trainer._save
+    def full(output_dir=None, state_dict=None):
+        usual(output_dir, state_dict)
+        if output_dir.endswith("6"): raise OSError(28, "No space left on device")
+    trainer._save = full
+    with pytest.raises(ConfigError, match="No space left on device.*last good one is .*checkpoint-3"):
+        trainer.train()
+    assert sorted(p.name for p in Path(trainer.args.output_dir).iterdir()) == ["checkpoint-3"]
