@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from vlm_lit.images import sample_image
 from vlm_lit.train import run as run_module
 from vlm_lit.train.callbacks import BadLoss
+from vlm_lit.train.recipe import LoraRecipe
 from vlm_lit.train.run import train
 from vlm_lit.weights.pretrained import open_model
 from vlm_lit.train.replay import *
@@ -174,6 +175,12 @@ def test_skipped_steps_are_skipped_again():
     assert step < 8 and with_poison(replay, run, step).is_equal
     found = with_poison(replay, run, 8)
     assert found.start == 0 and found.is_equal
+
+def test_adapters_with_dropout_and_evaluation_are_equal_to_the_bit():
+    recipe = small_recipe(place, trainable_modules=["projector"], eval_strategy="steps", eval_steps=2)
+    data, lora = replace(recipe.data, eval=recipe.data.train, eval_samples=4), LoraRecipe(r=4, dropout=0.3)
+    train(replace(recipe, data=data, lora=lora), place/"runs/adapter", console=quiet)
+    for step in (2, 3, 5): assert replay(place/"runs/adapter", step).is_equal, step
 
 def test_what_cannot_be_replayed_is_said():
     run = place/"runs/first"
