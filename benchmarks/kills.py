@@ -18,7 +18,7 @@ the names of all files of the run; with two processes losses within 1e-6. All ru
 command line's `main`. Python is started once, and forked per run; in the child an audit hook sees
 each file of the run being made, renamed or removed, and kills its own process there.
 """
-import argparse, errno, hashlib, json, os, platform, random, re, shutil, signal
+import argparse, errno, gc, hashlib, json, os, platform, random, re, shutil, signal
 import subprocess, sys, tempfile, threading, time, traceback
 from importlib.metadata import version
 from pathlib import Path
@@ -621,10 +621,15 @@ def summary(cases, seconds):
 
 def warm():
     "Import and compute once what every run needs."
-    import matplotlib.pyplot, peft, torch, vlm_lit.cli   # noqa: E401, F401
+    import io, matplotlib.pyplot, peft, torch, vlm_lit.cli   # noqa: E401, F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from vlm_lit.reports import plot_curves
     from vlm_lit.train import run
     torch.set_num_threads(1)
+    get_checkpoint_conversion_mapping("gemma")
+    plot_curves([{"step": 1, "loss": 1.0}]).savefig(io.BytesIO())
     run.known_answers = lambda processor: []        # four seconds per run, and no part of this
+    gc.freeze()                                     # what is here stays; no child looks at it
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
