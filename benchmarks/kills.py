@@ -18,7 +18,7 @@ the names of all files of the run; with two processes losses within 1e-6. All ru
 command line's `main`. Python is started once, and forked per run; in the child an audit hook sees
 each file of the run being made, renamed or removed, and kills its own process there.
 """
-import argparse, errno, hashlib, json, os, platform, random, re, shutil, signal
+import argparse, errno, gc, hashlib, json, os, platform, random, re, shutil, signal
 import subprocess, sys, tempfile, threading, time, traceback
 from importlib.metadata import version
 from pathlib import Path
@@ -76,7 +76,8 @@ VARIANTS = {    # name: (training, data and other sections)
     "packed": ({"batching": "packed", "max_packed_length": 96, "trainable_modules": ["all"],
                 "per_device_train_batch_size": 2}, {}),
     "by_image": ({"batching": "by_image", "global_batch_size": 4, "hflip_prob": .5,
-                  "per_device_train_batch_size": 2, "eval_strategy": "steps", "eval_steps": 10},
+                  "per_device_train_batch_size": 2, "eval_strategy": "steps", "eval_steps": 10,
+                  "on_bad_loss": "skip", "spike_factor": 1.0015},
                  {"mixed": True}),
     "lora": ({"batching": "grouped", **BEST}, {"lora": {"r": 4, "alpha": 8.0, "dropout": .1}})}
 
@@ -204,9 +205,11 @@ def state_of(folder):
     "Everything about a run that must not depend on what happened to it."
     rows = [json.loads(line) for line in (folder/"metrics.jsonl").read_text().splitlines()]
     result = json.loads((folder/"result.json").read_text())
+    bad = folder/"bad_steps.jsonl"
     kept = ("steps", "best_step", "samples", "supervised_tokens", "validation")
     return {"losses": [loss for row in rows for loss in row.get("losses", [])],
             "evaluations": [[row["step"], row["eval_loss"]] for row in rows if "eval_loss" in row],
+            "bad steps": bad.read_text().splitlines() if bad.exists() else [],
             "result": {key: result[key] for key in kept}, "model": digests(folder/"model"),
             "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))}
 
@@ -371,12 +374,16 @@ def group_workers(cases):
 # two processes, signals
 
 def torchrun(words, log):
-    "The exit code of the command line under torchrun, with two processes."
+    "The command line under torchrun, with two processes."
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    return process([sys.executable, "-m", "torch.distributed.run", *rendezvous,
+                    "--nproc_per_node", "2", "-m", "vlm_lit.cli", *words], log)
+
+def process(words, log):
+    "A process with a group and output of its own."
     with open(log, "w") as out:
-        return subprocess.run([sys.executable, "-m", "torch.distributed.run", *rendezvous,
-                               "--nproc_per_node", "2", "-m", "vlm_lit.cli", *map(str, words)],
-                              stdout=out, stderr=out, stdin=subprocess.DEVNULL).returncode
+        return subprocess.Popen(list(map(str, words)), stdout=out, stderr=out,
+                                stdin=subprocess.DEVNULL, start_new_session=True)
 
 def largest_difference(a, b):
     "Of the weights of two model folders."
@@ -392,19 +399,21 @@ def group_processes(cases):
         folder, where = cases.kill_after(variant)
         step, log = newest(folder), cases.place/f"{folder.name}-two.log"
         code = torchrun(["train", folder/"recipe.yaml", "--resume",
-                         "--training.per_device_train_batch_size", size], log)
-        text, failed, facts = f"{variant}, killed {where}, resumed from step {step}", [], {}
-        if code: failed = [f"ended with {code}: {last_line(log)}"]
-        else:
-            whole, _, _, usual = cases.undisturbed(variant)
-            losses = state_of(folder)["losses"]
-            apart = max((abs(a - b) for a, b in zip(whole["losses"], losses)), default=1)
-            facts = {"losses_apart": apart, "weights_apart": largest_difference(
-                usual/"model", folder/"model")}
-            if len(losses) != cases.steps: failed.append(f"{len(losses)} losses")
-            if not apart <= 1e-6: failed.append(f"losses {apart:.1e} apart")
-            text += f", losses at most {apart:.1e} apart"
+                         "--training.per_device_train_batch_size", size], log).wait()
+        text, facts = f"{variant}, killed {where}, resumed from step {step} by two processes", {}
+        failed = [f"ended with {code}: {last_line(log)}"] if code else nearly(
+            cases, variant, folder, facts)
         cases.add("processes", text, failed, variant=variant, resumed_from=step, **facts)
+
+def nearly(cases, variant, folder, facts):
+    "What is wrong with a run that two processes took part in; how far apart it is becomes a fact."
+    whole, _, _, usual = cases.undisturbed(variant)
+    losses = state_of(folder)["losses"]
+    apart = max((abs(a - b) for a, b in zip(whole["losses"], losses)), default=1)
+    facts |= {"losses_apart": apart,
+              "weights_apart": largest_difference(usual/"model", folder/"model")}
+    failed = [f"{len(losses)} losses"] if len(losses) != cases.steps else []
+    return failed if apart <= 1e-6 else [*failed, f"losses {apart:.1e} apart"]
 
 def last_line(log):
     "The last line that says something."
@@ -412,32 +421,64 @@ def last_line(log):
     return lines[-1][:300] if lines else "(nothing)"
 
 def console_script(words, log):
-    "The console script as a process."
+    "The console script."
     script = Path(sys.executable).parent/"vlm-lit"
-    found = [str(script)] if script.is_file() else [sys.executable, "-m", "vlm_lit.cli"]
-    with open(log, "w") as out:
-        return subprocess.Popen([*found, *map(str, words)], stdout=out, stderr=out,
-                                stdin=subprocess.DEVNULL)
+    found = [script] if script.is_file() else [sys.executable, "-m", "vlm_lit.cli"]
+    return process([*found, *words], log)
+
+WORKER = ["--training.dataloader_num_workers", 1]
+SIGNALS = [     # variant, signal, exit code, whether the whole group gets it, overrides
+    ("shuffled", signal.SIGTERM, 0, False, []), ("packed", signal.SIGINT, 130, False, []),
+    ("lora", signal.SIGTERM, 0, True, WORKER), ("packed", signal.SIGINT, 130, True, WORKER)]
+
+def stop(cases, run, folder, number, whom):
+    "Send a signal some time after the second checkpoint; the exit code."
+    while run.poll() is None and newest(folder) < 6: time.sleep(.01)
+    time.sleep(cases.rng.uniform(0, .5))
+    whom(number)
+    try: return run.wait(60)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+        return "none in a minute"
 
 def group_signals(cases):
-    "Signals to the console script, and to a run with loader workers."
-    for variant, number, code, more in [
-            ("shuffled", signal.SIGTERM, 0, []), ("packed", signal.SIGINT, 130, []),
-            ("by_image", signal.SIGINT, 130, ["--training.dataloader_num_workers", 1])]:
+    "Signals to the console script, alone or with its loader worker, and to one of two processes."
+    for variant, number, code, group, more in SIGNALS:
         cases.undisturbed(variant)
         folder = cases.new()
         log = cases.place/f"{folder.name}.log"
-        process = console_script(cases.words(variant, folder, *more), log)
-        while process.poll() is None and newest(folder) < 6: time.sleep(.01)
-        time.sleep(cases.rng.uniform(0, .5))
-        process.send_signal(number)
-        found, step = process.wait(), newest(folder)
+        run = console_script(cases.words(variant, folder, *more), log)
+        whom = (lambda n: os.killpg(run.pid, n)) if group else run.send_signal
+        found, step = stop(cases, run, folder, number, whom), newest(folder)
         failed = [] if found == code else [f"exit code {found}: {last_line(log)}"]
-        if not (folder/f"checkpoint-{step}").is_dir() or (folder/"result.json").exists():
-            failed.append("the run was not stopped")
+        if (folder/"result.json").exists(): failed.append("the run was not stopped")
         else: failed += cases.compare(variant, folder, cases.resume(folder))
-        text = f"{variant}, {number.name}: exit code {found}, resumed from step {step}"
-        cases.add("signals", " ".join([text, *map(str, more)]), failed, variant=variant, code=found)
+        text = f"{variant}, {number.name}{' to the group' if group else ''}: exit code {found}"
+        cases.add("signals", " ".join([f"{text}, resumed from step {step}", *map(str, more)]),
+                  failed, variant=variant, code=found, group=group)
+    one_of_two(cases)
+
+def one_of_two(cases):
+    "SIGTERM to the second of two processes: both stop after the same step."
+    variant, facts = "shuffled", {}
+    cases.undisturbed(variant)
+    folder = cases.new()
+    log = cases.place/f"{folder.name}.log"
+    words = ["--training.per_device_train_batch_size", 2, "--training.global_batch_size", 4]
+    run = torchrun(cases.words(variant, folder, *words), log)
+    whom = lambda number: os.kill(ranks_of(run.pid)[1], number)
+    found, step = stop(cases, run, folder, signal.SIGTERM, whom), newest(folder)
+    failed = [] if found == 0 else [f"exit code {found}: {last_line(log)}"]
+    code = cases.resume(folder).wait()
+    failed += [f"resuming ended with {code}"] if code else nearly(cases, variant, folder, facts)
+    cases.add("signals", f"{variant}, SIGTERM to one of two processes: exit code {found}, resumed "
+              f"from step {step}", failed, variant=variant, code=found, **facts)
+
+def ranks_of(pid):
+    "Processes that torchrun has started, in order."
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
+    return sorted(map(int, found.stdout.split()))
 
 # disk
 
@@ -621,10 +662,15 @@ def summary(cases, seconds):
 
 def warm():
     "Import and compute once what every run needs."
-    import matplotlib.pyplot, peft, torch, vlm_lit.cli   # noqa: E401, F401
+    import io, matplotlib.pyplot, peft, torch, vlm_lit.cli   # noqa: E401, F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from vlm_lit.reports import plot_curves
     from vlm_lit.train import run
     torch.set_num_threads(1)
+    get_checkpoint_conversion_mapping("gemma")
+    plot_curves([{"step": 1, "loss": 1.0}]).savefig(io.BytesIO())
     run.known_answers = lambda processor: []        # four seconds per run, and no part of this
+    gc.freeze()                                     # what is here stays; no child looks at it
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
