@@ -167,7 +167,8 @@ def test_train_refuses_before_step_1():
     says("--data @gone.json", "no data file")
     says("--data.template llama_3", "template")
     says("--resume", "no run in")
-    says("--preset @runs/half", "is not finished; resume with: vlm-lit train")
+    refuses("train --preset @runs/half --data @train.json --runs @runs --training.use_cpu true",
+            "is not finished; resume with: vlm-lit train")
     says("--lora.target_modules [q_prj]", "target_modules 'q_prj' fits no linear layer")
     says("--training.trainable_modules []", "nothing would train")
     says("--training.global_batch_size 7", "global_batch_size 7 is not a multiple")

@@ -98,8 +98,7 @@ def audit_data(
 @app.command(context_settings={"ignore_unknown_options": True})
 def train(
     context: typer.Context,
-    recipe: Annotated[list[str] | None, Argument(
-        help="Recipe files, later ones win. Any setting: --section.key value.")] = None,
+    recipe: Annotated[list[str] | None, Argument(help="Recipe files; later ones win.")] = None,
     name: Annotated[str | None, Option(help="Of the run. Default: the recipe's.")] = None,
     runs: Annotated[Path, Option(help="Folder that holds the runs.")] = Path("runs"),
     resume: Annotated[bool, Option("--resume", help="Continue a run.")] = False,
@@ -110,7 +109,7 @@ def train(
     image_folder: _Images = None,
     val: Annotated[Path | None, Option(help="Without a recipe: records to validate on.")] = None,
 ):
-    "Train what a recipe describes, or a preset on a data file."
+    "Train by a recipe, or a preset on a data file. --section.key VALUE changes any setting."
     with user_errors():
         options = [o for p in context.command.params for o in p.opts if o.startswith("--")]
         files, overrides = split_words(recipe or [], options)
@@ -197,8 +196,7 @@ def evaluate_model(
 @app.command()
 def export(
     model: _Model,
-    to: Annotated[str, Option(help="hf: a folder for from_pretrained and the hub; mgm: "
-                                   "mm_projector.bin with MGM's and LLaVA's names.")] = "hf",
+    to: Annotated[str, Option(help="hf (transformers) or mgm (MGM's mm_projector.bin).")] = "hf",
     out: Annotated[Path | None, Option(help="Folder to write. Default: in the run.")] = None,
     dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16.")] = None,
 ):
