@@ -11,6 +11,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
 from vlm_lit.core import IGNORE_INDEX, ConfigError, nearest
 from vlm_lit.batches import DataCollatorForSupervisedDataset
+from vlm_lit.breakpoints import same_randomness
 from vlm_lit.data.mixture import Mixture
 from vlm_lit.data.samplers import GlobalBatchSampler
 from vlm_lit.generation import pad_id

@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
 from ..core import IGNORE_INDEX, ConfigError, nearest
 from ..batches import DataCollatorForSupervisedDataset
+from ..breakpoints import same_randomness
 from ..data.mixture import Mixture
 from ..data.samplers import GlobalBatchSampler
 from ..generation import pad_id
@@ -105,6 +106,10 @@ def _batches(n, size):
 class _Evaluation:
     "Loss per supervised token, over all and by source."
     answer_metrics = None       # called for more metrics, such as those of generated answers
+
+    def evaluate(self, *args, **kwargs):
+        "transformers' evaluation; random numbers of the training that follows are not touched."
+        with same_randomness(): return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None,
                         ignore_keys=None, metric_key_prefix="eval"):
