@@ -74,7 +74,7 @@ def setup_module():
         import yaml
         path.write_text(yaml.safe_dump(recipe))
         return path
-    quiet = Console(file=open(os.devnull, "w"))
+    quiet = Console(file=open(os.devnull, "w"), force_jupyter=False, force_terminal=False)
     place = write_data(Path(tempfile.mkdtemp())/"data")
 
 def test_a_run_leaves_a_model_that_opens():

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
 from ..core import IGNORE_INDEX, ConfigError, nearest
@@ -254,7 +255,8 @@ class VLMTrainer(_Evaluation, _Checkpoints, Trainer):
         collator = data_collator or self._make_collator(model, args)
         super().__init__(model, args, collator, self.train_mixture,
                          _as_mixture(eval_dataset, args, flips=False), **kwargs)
-        for callback in (PrinterCallback, ProgressCallback): self.remove_callback(callback)
+        for callback in (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK):
+            self.remove_callback(callback)
         self.model_accepts_loss_kwargs = True
 
     def _make_meter(self, model, args):
