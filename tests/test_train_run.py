@@ -1,5 +1,5 @@
 "Derived from nbs/19_run.ipynb by `make tests`; edit the notebook, not this file."
-import json, os, shutil
+import json, os, shutil, zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

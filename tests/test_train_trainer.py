@@ -1,15 +1,15 @@
 "Derived from nbs/17_trainer.ipynb by `make tests`; edit the notebook, not this file."
-import json, math, os, shutil
+import json, math, os, shutil, signal
 from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, sort_checkpoints
 from vlm_lit.core import IGNORE_INDEX, ConfigError, nearest
 from vlm_lit.batches import DataCollatorForSupervisedDataset
 from vlm_lit.breakpoints import same_randomness
