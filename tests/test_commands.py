@@ -1,11 +1,10 @@
 "Derived from nbs/20a_commands.ipynb by `make tests`; edit the notebook, not this file."
-import json, os, re, shlex, signal, warnings
+import json, os, re, shlex, signal, sys, warnings
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 import typer
 from vlm_lit.core import ConfigError, DataError, nearest
-import sys
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from unittest.mock import patch

@@ -24,9 +24,10 @@ def test_notebooks_import_only_earlier_modules():
     earlier = set()
     for nb in numbered():
         code = "\n".join(build.code_cells(nb))
+        module = re.search(r"#\|\s*default_exp ([\w.]+)", code)[1]
+        earlier |= {module, module.split(".")[0]}       # its own names, and those of its room
         later = set(re.findall(r"^\s*from vlm_lit\.([\w.]+) import", code, re.M)) - earlier
         assert not later, f"{nb.name} reaches forward to {sorted(later)}"
-        earlier.add(re.search(r"#\|\s*default_exp ([\w.]+)", code)[1])
     assert {"core", "breakpoints", "labels", "model", "train.trainer", "cli"} <= earlier
 
 def test_package_imports_no_development_tools():
@@ -46,21 +47,42 @@ def test_notebooks_narrate_and_test():
 def test_every_public_function_has_a_docstring():
     for path in (ROOT/"vlm_lit").rglob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)): assert ast.get_docstring(node), f"{path.name}: {node.name}"
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef)) or node.name[0] == "_": continue
+            assert ast.get_docstring(node), f"{path.name}: {node.name}"
+
+def imported_packages(nodes):
+    "Packages that import statements name, ours and the standard library's left out."
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import): found |= {a.name.split(".")[0] for a in node.names}
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    found -= {*sys.stdlib_module_names, "vlm_lit"}
+    return {{"PIL": "pillow", "yaml": "pyyaml"}.get(name, name) for name in found}
 
 def test_requirements_are_imported_and_imports_required():
     config = ConfigParser(delimiters=["="])
     config.read(ROOT/"settings.ini")
-    required = {re.split(r"[<>=]", r)[0] for r in config["DEFAULT"]["requirements"].split()}
-    imported = set()
-    for path in (ROOT/"vlm_lit").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Import): imported |= {a.name.split(".")[0] for a in node.names}
-            if isinstance(node, ast.ImportFrom) and node.module and not node.level: imported.add(node.module.split(".")[0])
-    names = {"PIL": "pillow"}
-    foreign = {names.get(n, n) for n in imported - set(sys.stdlib_module_names) - {"vlm_lit"}}
-    assert foreign <= required, f"imported but not required: {foreign - required}"
-    assert required - foreign <= {"tokenizers"}, f"required but not imported: {required - foreign}"
+    names = lambda text: {re.split(r"[<>=]", r)[0] for r in text.split()}
+    required = names(config["DEFAULT"]["requirements"])
+    extras = names(" ".join(text for key, text in config["DEFAULT"].items()
+                            if key.startswith("extra_")))
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT/"vlm_lit").rglob("*.py")]
+    at_import = imported_packages(node for tree in trees for node in tree.body)
+    anywhere = imported_packages(node for tree in trees for node in ast.walk(tree))
+    assert at_import <= required, f"imported but not required: {at_import - required}"
+    lazily = anywhere - required - extras
+    assert not lazily, f"imported in a function, but neither required nor an extra: {lazily}"
+    # tokenizers is held to a version; jinja2 is what transformers renders chat templates with
+    assert required - anywhere <= {"tokenizers", "jinja2"}, f"not imported: {required - anywhere}"
+
+def test_package_names_no_example():
+    "easy-VQA is one data set among others: the package does not know it."
+    named = re.compile(r"easy.?vqa", re.IGNORECASE)
+    files = [p for p in (ROOT/"vlm_lit").rglob("*") if p.suffix in (".py", ".json", ".yaml")]
+    assert any(p.parent.name == "presets" for p in files)
+    hits = [str(p.relative_to(ROOT)) for p in files if named.search(p.read_text(encoding="utf-8"))]
+    assert not hits, f"easy-VQA is named in {hits}"
 
 @pytest.fixture(scope="module")
 def seed(tmp_path_factory):

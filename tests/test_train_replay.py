@@ -25,12 +25,13 @@ from transformers import PreTrainedTokenizerFast
 from vlm_lit.images import sample_image
 from vlm_lit.train import run as run_module
 from vlm_lit.train.callbacks import BadLoss
+from vlm_lit.train.recipe import LoraRecipe
 from vlm_lit.train.run import train
 from vlm_lit.weights.pretrained import open_model
 from vlm_lit.train.replay import *
 
 def setup_module():
-    global logged, place, quiet, small_recipe, small_tokenizer, write_data
+    global PREPARE, logged, place, poisoned, quiet, small_recipe, small_tokenizer, with_poison, write_data
     torch.set_num_threads(1)
     def small_tokenizer(folder):
         "A byte-level tokenizer with Gemma's control tokens, saved."
@@ -64,7 +65,7 @@ def setup_module():
         "A recipe on that data: eight steps of four records."
         text = {"config": {"model_type": "gemma", "hidden_size": 32, "num_hidden_layers": 1, "head_dim": 16,
                            "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}}
-        training = {"max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 4,
+        training = {"max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 4e-2, "logging_steps": 4,
                     "save_steps": 3, "trainable_modules": ["projector", "mining", "language_model"],
                     "use_cpu": True, "seed": 0, "disable_tqdm": True, "log_level": "error", "save_total_limit": 4}
         source = {"path": str(folder/"train.json"), "image_folder": str(folder/"images")}
@@ -74,10 +75,28 @@ def setup_module():
         path = folder/f"recipe-{len(list(folder.glob('recipe*')))}.yaml"
         path.write_text(yaml.safe_dump(recipe))
         return load_recipe(path)
-    quiet = Console(file=open(os.devnull, "w"))
+    quiet = Console(file=open(os.devnull, "w"), force_jupyter=False)
     place = write_data(Path(tempfile.mkdtemp())/"data")
     train(small_recipe(place), place/"runs/first", console=quiet)
     def logged(run): return [loss for row in read_metrics(run/"metrics.jsonl") for loss in row["losses"]]
+    def poisoned(*args, **kwargs):
+        "A prepared run in which the record one-7 makes the loss no number."
+        prepared = PREPARE(*args, **kwargs)
+        normal = prepared.trainer.compute_loss
+        def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
+            names = [prepared.train.name(i) for i in inputs["info"].indices]
+            loss, outputs = normal(model, inputs, True, num_items_in_batch)
+            loss = loss*float("nan") if "one-7" in names else loss
+            return (loss, outputs) if return_outputs else loss
+        prepared.trainer.compute_loss = compute_loss
+        return prepared
+    def with_poison(function, *args, **kwargs):
+        "Call `train` or `replay` with such a run."
+        names = function.__globals__
+        names["prepare_run"] = poisoned
+        try: return function(*args, **kwargs)
+        finally: names["prepare_run"] = PREPARE
+    PREPARE = run_module.prepare_run
 
 def test_worst_records_are_those_with_the_highest_mean_loss():
     model, processor = open_model(place/"runs/first", "cpu")
@@ -136,33 +155,32 @@ def test_accumulated_packed_and_flipped_steps_are_equal_to_the_bit():
         assert sorted(own.name for own in found.records) == sorted(found.names)
 
 def test_step_that_stopped_the_run_is_replayed():
-    run, usual = place/"runs/stopped", run_module.prepare_run
-    def poisoned(*args, **kwargs):
-        prepared = usual(*args, **kwargs)
-        normal = prepared.trainer.compute_loss
-        def compute_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
-            loss, outputs = normal(model, inputs, True, num_items_in_batch)
-            zebra = outputs["token_losses"].max() > 0 and any(
-                prepared.train.name(i) == "one-7" for i in inputs["info"].indices)
-            loss = loss*float("nan") if zebra else loss
-            return (loss, outputs) if return_outputs else loss
-        prepared.trainer.compute_loss = compute_loss
-        return prepared
-    from vlm_lit.train import replay as replay_module
-    run_module.prepare_run = poisoned
-    try:
-        with pytest.raises(BadLoss) as caught: train(small_recipe(place), run, console=quiet)
-    finally: run_module.prepare_run = usual
-    step = read_metrics(run/"bad_steps.jsonl")[0]["step"]
-    replay_module.prepare_run = poisoned
-    try: found = replay(run, step)
-    finally: replay_module.prepare_run = usual
-    assert found.start == step - 1 and math.isnan(found.loss) and found.reason == "the loss is nan"
-    assert "one-7" in found.names and found.is_equal is None and "in the run, the loss is nan" in str(found)
+    run = place/"runs/bad"
+    with pytest.raises(BadLoss) as caught: with_poison(train, small_recipe(place, seed=1), run, console=quiet)
     rows = read_metrics(run/"bad_steps.jsonl")
+    step = rows[0]["step"]
+    found = with_poison(replay, run, step)
+    assert found.start == step - 1 == 1 and math.isnan(found.loss) and found.reason == "the loss is nan"
+    assert "one-7" in found.names and found.is_equal is None and "the loss is nan" in str(found)
     rows[0]["records"] = ["other"]*4
     (run/"bad_steps.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    with pytest.raises(ConfigError, match="data have changed since"): replay(run, step)
+    with pytest.raises(ConfigError, match="data have changed since"): with_poison(replay, run, step)
+
+def test_skipped_steps_are_skipped_again():
+    run = place/"runs/skipped"
+    recipe = small_recipe(place, on_bad_loss="skip", save_steps=100)
+    with_poison(train, recipe, run, console=quiet)
+    assert [math.isnan(loss) for loss in logged(run)].count(True) >= 1 and math.isfinite(logged(run)[-1])
+    step = read_metrics(run/"bad_steps.jsonl")[0]["step"]
+    assert step < 8 and with_poison(replay, run, step).is_equal
+    found = with_poison(replay, run, 8)
+    assert found.start == 0 and found.is_equal
+
+def test_adapters_with_dropout_and_evaluation_are_equal_to_the_bit():
+    recipe = small_recipe(place, trainable_modules=["projector"], eval_strategy="steps", eval_steps=2)
+    data, lora = replace(recipe.data, eval=recipe.data.train, eval_samples=4), LoraRecipe(r=4, dropout=0.3)
+    train(replace(recipe, data=data, lora=lora), place/"runs/adapter", console=quiet)
+    for step in (2, 3, 5): assert replay(place/"runs/adapter", step).is_equal, step
 
 def test_what_cannot_be_replayed_is_said():
     run = place/"runs/first"

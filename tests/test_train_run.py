@@ -13,7 +13,7 @@ from vlm_lit.evaluate.metrics import evaluate, fixed_sample
 from vlm_lit.generation import VLMProcessor
 from vlm_lit.model import VLM, calibrate_projector
 from vlm_lit.reports import plot_curves, plot_samples
-from vlm_lit.weights.presets import read_json, save_model, save_projector, write_json
+from vlm_lit.weights.presets import read_json, save_model, save_projector, seeded, write_json
 from vlm_lit.weights.pretrained import add_lora, has_lora, merge_lora, resolve_model
 from vlm_lit.train.arguments import VLMTrainingArguments
 from vlm_lit.train.callbacks import ConsoleProgress, Interrupted, LossGuard, MetricsFile, StopOnSignal, read_metrics
@@ -22,17 +22,32 @@ from vlm_lit.train.recipe import Recipe, load_recipe, recipe_differences, save_r
 from vlm_lit.train.trainer import VLMTrainer, reinit_modules
 import tempfile
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 from vlm_lit.train import run as module
 from vlm_lit.images import sample_image
 from vlm_lit.weights.pretrained import open_model
 from vlm_lit.train.run import *
 
 def setup_module():
-    global place, quiet, small_recipe, write_data
+    global place, quiet, small_recipe, small_tokenizer, write_data
     torch.set_num_threads(1)
+    def small_tokenizer():
+        "A byte-level tokenizer with Gemma's control tokens."
+        special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+        tok, bytes_ = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"), bytes_])
+        tok.decoder = decoders.ByteLevel()
+        tok.train_from_iterator(["user model What is it? a box"], trainers.BpeTrainer(
+            vocab_size=300, special_tokens=special, show_progress=False, initial_alphabet=bytes_.alphabet()))
+        tok.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)])
+        return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", eos_token="<eos>",
+                                       unk_token="<unk>", pad_token="<pad>")
     def write_data(folder):
         "Images, and records with one image, two images, and text only."
         (folder/"images").mkdir(parents=True)
+        small_tokenizer().save_pretrained(folder/"tokenizer")
         for k in range(6): sample_image(40 + k, 40).rotate(30*k).save(folder/"images"/f"{k}.png")
         turns = lambda q, a: [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
         answers = ["a box", "a chain", "a purse"]
@@ -52,14 +67,14 @@ def setup_module():
                     "save_steps": 2, "trainable_modules": ["projector", "mining"], "use_cpu": True, "seed": 0,
                     "disable_tqdm": True, "log_level": "error", "save_total_limit": 4}
         source = {"path": str(folder/"train.json"), "image_folder": str(folder/"images")}
-        recipe = {"model": {"preset": "tiny", "tokenizer": "gemma", "language_model": text},
+        recipe = {"model": {"preset": "tiny", "tokenizer": str(folder/"tokenizer"), "language_model": text},
                   "data": {"train": [source], "max_length": 256, "eval_samples": 4},
                   "training": {**training, **changes.pop("training", {})}, **changes}
         path = folder/f"recipe-{len(list(folder.glob('recipe*')))}.yaml"
         import yaml
         path.write_text(yaml.safe_dump(recipe))
         return path
-    quiet = Console(file=open(os.devnull, "w"))
+    quiet = Console(file=open(os.devnull, "w"), force_jupyter=False, force_terminal=False)
     place = write_data(Path(tempfile.mkdtemp())/"data")
 
 def test_a_run_leaves_a_model_that_opens():
@@ -96,7 +111,7 @@ def test_stopped_run_resumes_to_the_bit():
             if state.global_step == 5: raise Killed
     usual, module.MetricsFile = module.MetricsFile, Kill
     try:
-        with pytest.raises(Killed): train(load_recipe(small_recipe(folder)), folder/"killed", console=quiet)
+        with pytest.raises(Killed): module.train(load_recipe(small_recipe(folder)), folder/"killed", console=quiet)
     finally: module.MetricsFile = usual
     train(load_recipe(small_recipe(folder, training={"dataloader_num_workers": 1})), folder/"killed", resume=True, console=quiet)
     losses = lambda name: [loss for row in read_metrics(folder/name/"metrics.jsonl") for loss in row["losses"]]

@@ -98,12 +98,13 @@ def notebook_outcomes(path, result):
     found = {path.name: "passed" if ok else "failed"}
     derived = build.derive(path)
     if not derived: return found
-    tests = {n: "skipped" if s == "skipped" else "passed" for n,s in result.get("tests", {}).items()}
+    reached = result.get("tests", {})
+    tests = {n: "skipped" if s == "skipped" else "passed" for n,s in reached.items()}
     if result.get("failed"): tests[result["failed"]] = "failed"
     return found | {f"{derived[0]}::test_{n}": o for n,o in tests.items()}
 
 def test_outcomes(path, result):
-    "`{name: outcome}` of a file of tests; a test whose names were resolved keeps its cell's outcome."
+    "`{name: outcome}` of a file of tests; where names were resolved, the cell counts."
     results = result.get("results", {})
     found = {f"{path.name}::{n}": o for n,o in results.items() if o != "checked"}
     if result.get("died"): found[path.name] = "failed"
@@ -128,8 +129,8 @@ def main():
     outcomes |= found
     slow = [f"{n} {seconds[n]:.0f} s" for n in sorted(seconds, key=seconds.get, reverse=True)]
     if slow:
-        print(f"{len(slow)} tests took over {warm.SLOW:.0f} s as cells; as derived tests only their "
-              f"names are resolved (all run: --all). The slowest: {', '.join(slow[:10])}")
+        print(f"{len(slow)} tests took over {warm.SLOW:.0f} s as cells; as derived tests, only "
+              f"their names are resolved (--all runs them). The slowest: {', '.join(slow[:10])}")
     counts = Counter(outcomes.values())
     print(f"took {time.time() - began:.0f} s")
     print("totals: " + ", ".join(f"{counts[o]} {o}" for o in ("passed", "failed", "skipped")))

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['CHAT_HELP', 'printable', 'say', 'user_errors', 'names_folder', 'load_preparation', 'image_files', 'example_record',
-           'split_words', 'short_recipe', 'run_folder', 'result_lines', 'train_run', 'load', 'talk', 'export_folder']
+           'split_words', 'short_recipe', 'run_folder', 'result_lines', 'train_run', 'load', 'talk', 'report_found',
+           'export_folder']
 
 # %% ../nbs/20a_commands.ipynb #c002
-import json, os, re, shlex, signal, warnings
+import json, os, re, shlex, signal, sys, warnings
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -215,16 +216,21 @@ def load(
     if control_tokens is not None: processor.control_tokens = control_tokens
     return found, processor
 
+def _questions(prompt):
+    "Lines of standard input."
+    if not prompt: yield from sys.stdin
+    while prompt:
+        try: yield input(prompt)
+        except EOFError: return
+
 def talk(
     chat, # `Chat`
     images: list, # The first question is about them
-    prompt: str = "", # Shown before each question
+    prompt: str = "", # Shown before each question, in a terminal
 ) -> None:
     "Answer questions from standard input, piece by piece, until it ends."
     from vlm_lit.generation import read_picture
-    while True:
-        try: line = input(prompt).strip()
-        except EOFError: return
+    for line in map(str.strip, _questions(prompt)):
         command, _, rest = line.partition(" ")
         try:
             if command == "/quit": return
@@ -240,6 +246,17 @@ def talk(
                 images = []
         except (ConfigError, DataError) as e: say(f"error: {e}")
         except KeyboardInterrupt: typer.echo()      # breaks off the answer, not the chat
+
+def report_found(
+    text: str,
+    page: str, # The same as HTML
+    html: Path | None = None, # Where the page is written; None: nowhere
+) -> None:
+    "Print a result, and perhaps write it as a page."
+    typer.echo(printable(text, "\n"))
+    if html is None: return
+    html.write_text(page, encoding="utf-8")
+    typer.echo(f"the page is in {html}")
 
 def export_folder(
     model: str, # As in `find_model`

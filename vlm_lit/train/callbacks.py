@@ -102,11 +102,11 @@ class Meter:
     def _by_source(self, draws, reduce):
         "Draws, tokens and loss of each source, when there are several."
         if len(self.sources) < 2: return {}
-        row = {f"draws/{name}": n for name, n in zip(self.sources, draws)}
+        row = {f"draws/{name}": int(n) for name, n in zip(self.sources, draws)}
         if self.sums is None: return row
         losses, tokens = reduce(self.sums.cpu()).tolist()
         for name, loss, n in zip(self.sources, losses, tokens):
-            row[f"supervised_tokens/{name}"] = n
+            row[f"supervised_tokens/{name}"] = int(n)
             if n: row[f"loss/{name}"] = loss/n
         return row
 

@@ -44,7 +44,7 @@ class LossStrip(LabelStrip):
         "Tokens and their losses, one below the other."
         blocks = [["", ""]]
         for n, loss in self.losses.items():
-            cell = [visible(self.tokens[n][0]), f"{loss:.2f}"]
+            cell = [visible(self.tokens[n][0]).replace(" ", "·"), f"{loss:.2f}"]
             size = max(map(len, cell)) + 2
             if blocks[-1][0] and len(blocks[-1][0]) + size > width: blocks.append(["", ""])
             blocks[-1] = [text + part.ljust(size) for text, part in zip(blocks[-1], cell)]
@@ -119,7 +119,8 @@ def worst_records(
 ) -> list[RecordLoss]: # The highest mean loss per supervised token first
     "The records that a model predicts worst: where labels are wrong, they show."
     if n < 1 or batch_size < 1: raise ConfigError("n and batch_size must be at least 1")
-    dataset = data if isinstance(data, LazySupervisedDataset) else processor.dataset(data, image_folder)
+    dataset = data
+    if not isinstance(data, LazySupervisedDataset): dataset = processor.dataset(data, image_folder)
     collate = DataCollatorForSupervisedDataset(pad_id(dataset.tokenizer), None,
                                                model.config.num_patches)
     worst, was_training = [], model.training
@@ -151,10 +152,11 @@ def losses_page(
 
 def _page(title, body):
     "A page of HTML."
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+    title = html.escape(title)
+    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
             "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;"
-            "padding:0 1rem}section{margin:1rem 0;padding:.5rem 0;border-top:1px solid #8884}</style>"
-            f"<h1>{html.escape(title)}</h1>{body}</html>\n")
+            "padding:0 1rem}section{margin:1rem 0;border-top:1px solid #8884}</style>"
+            f"<h1>{title}</h1>{body}</html>\n")
 
 # %% ../../nbs/20_replay.ipynb #c013
 @dataclass
@@ -205,9 +207,9 @@ class Replay:
         return sorted(self.records, key=lambda own: _order(own.loss))[:n]
 
     def __str__(self):
-        shown = self.worst()
-        head = f"{len(shown)} of {len(self.records)} records, the highest loss first"
-        return "\n\n".join(["\n".join(self.lines()), *map(repr, self.stops), head, *map(str, shown)])
+        shown, head = self.worst(), "\n".join(self.lines())
+        count = f"{len(shown)} of {len(self.records)} records, the highest loss first"
+        return "\n\n".join([head, *map(repr, self.stops), count, *map(str, shown)])
 
     def _repr_html_(self):
         lines = "".join(f"<div>{html.escape(line)}</div>" for line in self.lines())
@@ -236,7 +238,7 @@ class _Stop(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step + 1 != self.found.step: return
-        args.max_grad_norm = 0.0                    # gradients as they are; the step changes nothing
+        args.max_grad_norm = 0.0            # gradients as they are; the step changes nothing
         note = lambda module, inputs, out: self.losses.append(out.token_losses.cpu())
         self.stack.callback(self.trainer.model.register_forward_hook(note).remove)
         for stop in self.found.stops: self.stack.enter_context(stop)
@@ -317,19 +319,20 @@ def _logged_loss(rows, step) -> float | None:
 def _found_in(run: Path, step: int) -> tuple[Replay, set[int], int]:
     "What a run has written about a step; its bad steps; how far it came."
     rows, bad = read_metrics(run/"metrics.jsonl"), read_metrics(run/"bad_steps.jsonl")
-    saved = [int(p.name[11:]) for p in run.glob("checkpoint-*") if (p/"trainer_state.json").is_file()]
+    saved = [int(p.parent.name[11:]) for p in run.glob("checkpoint-*/trainer_state.json")]
     last = max([0, *(row["step"] for row in rows + bad), *saved])
     note = next((row for row in bad if row["step"] == step), {})
     began, recipe = (run/"recipe.yaml").stat().st_mtime, load_recipe(run/"recipe.yaml")
     changed = [Path(s.path).name for s in recipe.data.train if Path(s.path).stat().st_mtime > began]
-    found = Replay(run.name, step, max([s for s in saved if s < step], default=0),
-                   note.get("records", []), [], _logged_loss(rows, step), note.get("reason"), changed)
+    start = max([s for s in saved if s < step], default=0)
+    found = Replay(run.name, step, start, note.get("records", []), [], _logged_loss(rows, step),
+                   note.get("reason"), changed)
     return found, {row["step"] for row in bad}, last
 
 def replay(
     run: str | Path, # Its folder, or its name in runs/; nothing in it is changed
     step: int, # From 1, as metrics.jsonl counts
-    at: str | None = None, # Stop there: text of one line of `VLM.forward` or `Trainer.training_step`
+    at: str | None = None, # Text of one line of `VLM.forward` or `Trainer.training_step`
     watch=(), # Expressions to show at the stop
     console: Console | None = None, # Told how many steps come before; None: nobody
 ) -> Replay:
@@ -340,7 +343,7 @@ def replay(
     found.stops, noted = _stops(at, watch), [str(name) for name in found.names]
     begun = f"checkpoint-{found.start}" if found.start else "the beginning"
     if console is not None:
-        console.print(f"{step - found.start - 1} steps from {begun} to step {step}", highlight=False)
+        console.print(f"{step - found.start - 1} steps from {begun} to step {step}")
     with tempfile.TemporaryDirectory() as out:
         trainer = _trainer_of(folder, Path(out))
         stop = _Stop(trainer, found, bad, last)
@@ -351,6 +354,6 @@ def replay(
     if noted and noted != found.names:
         raise ConfigError(f"step {step} of {found.run}: the data have changed since; the run had "
                           f"{', '.join(noted[:3])} …, now it is {', '.join(found.names[:3])} …")
-    kept = {own.name for own in found.records}
+    kept = {str(trainer.train_mixture.name(i)) for info in stop.infos for i in info.indices}
     found.skipped = [name for name in found.names if name not in kept]
     return found

@@ -20,7 +20,7 @@ from ..evaluate.metrics import evaluate, fixed_sample
 from ..generation import VLMProcessor
 from ..model import VLM, calibrate_projector
 from ..reports import plot_curves, plot_samples
-from ..weights.presets import read_json, save_model, save_projector, write_json
+from ..weights.presets import read_json, save_model, save_projector, seeded, write_json
 from ..weights.pretrained import add_lora, has_lora, merge_lora, resolve_model
 from .arguments import VLMTrainingArguments
 from .callbacks import (
@@ -96,7 +96,8 @@ def prepare_run(
     model, processor = resolve_model(section, args.seed)
     processor.control_tokens = recipe.data.control_tokens
     lora = None if recipe.lora is None else asdict(recipe.lora)
-    if lora is not None: add_lora(model, lora)
+    if lora is not None:
+        with seeded(args.seed): add_lora(model, lora)
     reinit_modules(model, args.reinit_modules, args.seed)
     build = lambda sources, flips: build_sources(recipe, sources, processor, model.config.num_patches,
                                                  notes or folder, args.seed, flips)
@@ -174,9 +175,9 @@ def _check(prepared, console):
     if wrong: raise DataError(f"the mask of a known conversation is wrong: {wrong[0]}")
     for name, mixture in (("train", prepared.train), ("eval", prepared.eval)):
         if mixture is None or not data.check_samples: continue
-        found = check_samples(mixture, data.check_samples, data.bad_samples.max_fraction)
+        found = check_samples(mixture, data.check_samples, data.bad_samples.max_fraction, name=name)
         if console is not None:
-            console.print(format_check({**found, "name": name}), highlight=False, markup=False,
+            console.print(format_check(found), highlight=False, markup=False,
                           soft_wrap=True)
 
 # %% ../../nbs/19_run.ipynb #c009

@@ -14,10 +14,12 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
 from ..core import IGNORE_INDEX, ConfigError, nearest
 from ..batches import DataCollatorForSupervisedDataset
+from ..breakpoints import same_randomness
 from ..data.mixture import Mixture
 from ..data.samplers import GlobalBatchSampler
 from ..generation import pad_id
@@ -36,7 +38,7 @@ def set_trainable_modules(
     own = [name for name, _ in model.named_parameters()]
     lora = [name for name in own if ".lora_" in name]
     chosen = set(_named(own, names)) - set(lora)
-    inside = [name for name in chosen if name.startswith(PARTS["language_model"])]
+    inside = [name for name in chosen if _bare(name).startswith(PARTS["language_model"])]
     if lora and inside:
         raise ConfigError("lora trains adapters of a frozen language model; take language_model "
                           "out of trainable_modules, or leave lora out")
@@ -44,16 +46,20 @@ def set_trainable_modules(
     for name, weight in model.named_parameters(): weight.requires_grad_(name in chosen)
     return [name for name in own if name in chosen]
 
+def _bare(name):
+    "A parameter's name without what a `PeftModel` puts before it."
+    return name.removeprefix("base_model.model.")
+
 def _named(own, names):
     "Parameters that a list of parts or prefixes names."
     for name in names:
         prefix = PARTS.get(name, name)
-        if not any(n.startswith(prefix) for n in own):
-            known = [*PARTS, *{n.rpartition(".")[0] for n in own}]
+        if not any(_bare(n).startswith(prefix) for n in own):
+            known = [*PARTS, *{_bare(n).rpartition(".")[0] for n in own}]
             hint = nearest(name, known)
             raise ConfigError(f"trainable_modules: nothing in this model is named {name!r}; "
                               + (f"did you mean {hint!r}?" if hint else f"parts: {', '.join(PARTS)}"))
-    return [n for n in own if n.startswith(tuple(PARTS.get(name, name) for name in names))]
+    return [n for n in own if _bare(n).startswith(tuple(PARTS.get(name, name) for name in names))]
 
 def cast_for_training(
     model: nn.Module, # Changed in place, after `set_trainable_modules`
@@ -101,6 +107,10 @@ def _batches(n, size):
 class _Evaluation:
     "Loss per supervised token, over all and by source."
     answer_metrics = None       # called for more metrics, such as those of generated answers
+
+    def evaluate(self, *args, **kwargs):
+        "transformers' evaluation; random numbers of the training that follows are not touched."
+        with same_randomness(): return super().evaluate(*args, **kwargs)
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None,
                         ignore_keys=None, metric_key_prefix="eval"):
@@ -153,21 +163,25 @@ class _Checkpoints:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         model = self.accelerator.unwrap_model(self.model)
-        if state_dict is None: save_trainable(model, folder)
+        is_peft = hasattr(model, "get_base_model")
+        if state_dict is None and not is_peft: save_trainable(model, folder)
         else:                               # FSDP and DeepSpeed gather the weights themselves
-            own = {name: state_dict[name].cpu().contiguous() for name in self.trainable}
+            weights = dict(model.named_parameters()) if state_dict is None else state_dict
+            own = {n: weights[n].detach().cpu().contiguous() for n in self.trainable}
             save_file(own, folder/"trainable.safetensors", metadata={"format": "pt"})
+        if is_peft: model.save_pretrained(folder)
         model.config.save_pretrained(folder)
         if self.processor is not None: self.processor.save_pretrained(folder)
         if self.base is not None: write_base(folder, **self.base)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         "Weights that trained, by their exact names."
-        load_trainable(self.model if model is None else model, resume_from_checkpoint)
+        model = self.accelerator.unwrap_model(self.model if model is None else model)
+        load_trainable(model, resume_from_checkpoint)
 
     def _load_best_model(self):
         "The weights of the checkpoint with the best metric."
-        load_trainable(self.model, self.state.best_model_checkpoint)
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _get_output_dir(self, trial):
         "Where a checkpoint is written: beside, while it is not whole."
@@ -241,7 +255,8 @@ class VLMTrainer(_Evaluation, _Checkpoints, Trainer):
         collator = data_collator or self._make_collator(model, args)
         super().__init__(model, args, collator, self.train_mixture,
                          _as_mixture(eval_dataset, args, flips=False), **kwargs)
-        for callback in (PrinterCallback, ProgressCallback): self.remove_callback(callback)
+        for callback in (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK):
+            self.remove_callback(callback)
         self.model_accepts_loss_kwargs = True
 
     def _make_meter(self, model, args):
@@ -308,6 +323,7 @@ class VLMTrainer(_Evaluation, _Checkpoints, Trainer):
     def learning_rate_of(self, name: str) -> float:
         "The highest learning rate of a parameter."
         args = self.args
+        name = _bare(name)
         rates = {"projector": args.projector_lr, "mining": args.projector_lr,
                  "vision_tower": args.vision_tower_lr, "vision_tower_aux": args.vision_tower_lr,
                  "language_model": args.language_model_lr}
