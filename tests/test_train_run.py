@@ -12,7 +12,6 @@ from vlm_lit.data.mixture import Mixture
 from vlm_lit.evaluate.metrics import evaluate, fixed_sample
 from vlm_lit.generation import VLMProcessor
 from vlm_lit.model import VLM, calibrate_projector
-from vlm_lit.reports import plot_curves, plot_samples
 from vlm_lit.weights.presets import read_json, save_model, save_projector, seeded, write_json
 from vlm_lit.weights.pretrained import add_lora, has_lora, merge_lora, resolve_model
 from vlm_lit.train.arguments import VLMTrainingArguments

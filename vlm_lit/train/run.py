@@ -19,7 +19,6 @@ from ..data.mixture import Mixture
 from ..evaluate.metrics import evaluate, fixed_sample
 from ..generation import VLMProcessor
 from ..model import VLM, calibrate_projector
-from ..reports import plot_curves, plot_samples
 from ..weights.presets import read_json, save_model, save_projector, seeded, write_json
 from ..weights.pretrained import add_lora, has_lora, merge_lora, resolve_model
 from .arguments import VLMTrainingArguments
@@ -289,9 +288,15 @@ def _finish(prepared, folder) -> dict:
         save_projector(model, folder/"mm_projector.bin")
     shutil.rmtree(folder/"model", ignore_errors=True)
     part.rename(folder/"model")
-    plot_curves(rows).savefig(folder/"curves.png", dpi=120)
+    if plots := _plots(): plots.plot_curves(rows).savefig(folder/"curves.png", dpi=120)
     write_json(folder/"result.json", result)
     return result
+
+def _plots():
+    "The module that draws; None where matplotlib is not installed."
+    try: from vlm_lit import reports
+    except ImportError: return None
+    return reports
 
 def _result(prepared, rows) -> dict:
     "Losses, time and machine."
@@ -313,8 +318,8 @@ def _validate(prepared, folder) -> dict:
     if not prepared.recipe.data.eval_samples: return {"loss": loss}
     for dataset, own in _held_out(prepared):
         scores.append(evaluate(prepared.model, None, dataset, indices=own, strict=False, show=False))
-    rows = scores[0]["predictions"]
-    plot_samples(rows, prepared.eval.datasets[0].image_folder).savefig(folder/"samples.png", dpi=120)
+    rows, images = scores[0]["predictions"], prepared.eval.datasets[0].image_folder
+    if plots := _plots(): plots.plot_samples(rows, images).savefig(folder/"samples.png", dpi=120)
     n = sum(score["n"] for score in scores)
     mean = sum(s["n"]*s["metrics"]["exact"]["all"] for s in scores)/n
     return {"loss": loss, "n": n, "exact": mean,
