@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import pyarrow as pa
-from IPython.display import HTML, Image as Shown, display
+from IPython.display import Image as Shown, display
 from PIL import Image, ImageStat
 from pyarrow import parquet
 from tokenizers import pre_tokenizers
