@@ -46,7 +46,7 @@ def test_signal_saves_and_stops():
     import os
     said, stop = [], StopOnSignal(lambda text: said.append(text))
     stop.on_train_begin(None, None, None)
-    control = SimpleNamespace(should_save=False, should_training_stop=False)
+    control = SimpleNamespace(should_save=False, should_training_stop=False, should_log=False)
     stop.on_step_end(None, None, control)
     assert not control.should_save
     os.kill(os.getpid(), signal.SIGTERM)

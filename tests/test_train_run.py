@@ -1,5 +1,5 @@
 "Derived from nbs/19_run.ipynb by `make tests`; edit the notebook, not this file."
-import json, os, shutil
+import json, os, shutil, zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,7 +12,6 @@ from vlm_lit.data.mixture import Mixture
 from vlm_lit.evaluate.metrics import evaluate, fixed_sample
 from vlm_lit.generation import VLMProcessor
 from vlm_lit.model import VLM, calibrate_projector
-from vlm_lit.reports import plot_curves, plot_samples
 from vlm_lit.weights.presets import read_json, save_model, save_projector, seeded, write_json
 from vlm_lit.weights.pretrained import add_lora, has_lora, merge_lora, resolve_model
 from vlm_lit.train.arguments import VLMTrainingArguments
@@ -74,7 +73,7 @@ def setup_module():
         import yaml
         path.write_text(yaml.safe_dump(recipe))
         return path
-    quiet = Console(file=open(os.devnull, "w"))
+    quiet = Console(file=open(os.devnull, "w"), force_jupyter=False, force_terminal=False)
     place = write_data(Path(tempfile.mkdtemp())/"data")
 
 def test_a_run_leaves_a_model_that_opens():

@@ -1,14 +1,15 @@
 "Derived from nbs/17_trainer.ipynb by `make tests`; edit the notebook, not this file."
-import json, math, os, shutil
+import json, math, os, shutil, signal
 from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, sort_checkpoints
 from vlm_lit.core import IGNORE_INDEX, ConfigError, nearest
 from vlm_lit.batches import DataCollatorForSupervisedDataset
 from vlm_lit.breakpoints import same_randomness
@@ -20,7 +21,7 @@ from vlm_lit.weights.pretrained import has_lora, load_trainable, save_trainable,
 from vlm_lit.train.arguments import PARTS, VLMTrainingArguments
 from vlm_lit.train.callbacks import Meter
 from vlm_lit.train.flops import peak_flops, trainable_parts, training_flops
-import subprocess, sys, tempfile
+import subprocess, sys, tempfile, warnings
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ from vlm_lit.train.trainer import *
 def setup_module():
     global arguments, by_trainer, config, dataset, folder, make_data, new_model, processor, records, run_two_processes, small_config, small_tokenizer, tok
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FutureWarning)
     def small_tokenizer(folder):
         "A byte-level tokenizer with Gemma's control tokens."
         special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]

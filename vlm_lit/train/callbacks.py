@@ -102,11 +102,11 @@ class Meter:
     def _by_source(self, draws, reduce):
         "Draws, tokens and loss of each source, when there are several."
         if len(self.sources) < 2: return {}
-        row = {f"draws/{name}": n for name, n in zip(self.sources, draws)}
+        row = {f"draws/{name}": int(n) for name, n in zip(self.sources, draws)}
         if self.sums is None: return row
         losses, tokens = reduce(self.sums.cpu()).tolist()
         for name, loss, n in zip(self.sources, losses, tokens):
-            row[f"supervised_tokens/{name}"] = n
+            row[f"supervised_tokens/{name}"] = int(n)
             if n: row[f"loss/{name}"] = loss/n
         return row
 
@@ -128,6 +128,12 @@ def read_metrics(
         except json.JSONDecodeError: break
     return rows
 
+def _write_rows(path, rows):
+    "Replace a file of lines in one piece."
+    part = path.with_name(path.name + ".part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    part.replace(path)
+
 class MetricsFile(TrainerCallback):
     "Writes metrics.jsonl, and logs before every save, so that no step's loss is lost."
     def __init__(self,
@@ -140,9 +146,7 @@ class MetricsFile(TrainerCallback):
         "Forget lines after the checkpoint."
         if not state.is_world_process_zero: return
         rows = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
-        part = self.path.with_name(self.path.name + ".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        part.replace(self.path)
+        _write_rows(self.path, rows)
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save or control.should_evaluate: control.should_log = True
@@ -175,6 +179,16 @@ class LossGuard(TrainerCallback):
         if enough and loss > args.spike_factor*(usual := statistics.median(self.recent)):
             return f"the loss is {loss:.4g}, the median of the last steps {usual:.4g}"
         return None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        "Take up the losses before the checkpoint; forget bad steps after it."
+        bad = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
+        if self.path.exists() and state.is_world_process_zero: _write_rows(self.path, bad)
+        skipped = {row["step"] for row in bad}
+        for row in read_metrics(self.path.with_name("metrics.jsonl")):
+            losses = row.get("losses", ())
+            steps = range(row["step"] - len(losses) + 1, state.global_step + 1)
+            self.recent.extend(x for k, x in zip(steps, losses) if k not in skipped)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         "Check a step."
@@ -217,8 +231,9 @@ class StopOnSignal(TrainerCallback):
     "Ends a run after the current step when a signal asks for it."
     def __init__(self,
         say=lambda text: progress_console().print(text, highlight=False), # Tells the user
+        agree=lambda number: number, # Of the signals of all processes the one that counts
     ):
-        self.say, self.number, self.before = say, 0, {}
+        self.say, self.agree, self.received, self.number, self.before = say, agree, 0, 0, {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if threading.current_thread() is not threading.main_thread(): return
@@ -227,12 +242,14 @@ class StopOnSignal(TrainerCallback):
 
     def _note(self, number, frame):
         "The handler."
-        if self.number: raise KeyboardInterrupt
-        self.number = number
+        if self.received: raise KeyboardInterrupt
+        self.received = number
         self.say("stopping after this step; a second Ctrl-C stops at once")
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.number: control.should_save = control.should_training_stop = True
+        self.number = self.agree(self.received)
+        if self.number:
+            control.should_log = control.should_save = control.should_training_stop = True
         return control
 
     def restore(self):

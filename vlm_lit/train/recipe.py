@@ -37,6 +37,13 @@ class _Dumper(yaml.SafeDumper):
     "Writes what `_Loader` reads."
     def ignore_aliases(self, data): return True
 
+    def represent_str(self, text):
+        "Text in double quotes where YAML would fold one of its rarer line breaks."
+        style = '"' if re.search("[\x85\u2028\u2029\ufeff]", text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float",
         re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))

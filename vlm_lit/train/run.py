@@ -6,7 +6,7 @@
 __all__ = ['build_sources', 'Prepared', 'training_arguments', 'prepare_run', 'open_run', 'train']
 
 # %% ../../nbs/19_run.ipynb #c002
-import json, os, shutil
+import json, os, shutil, zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,7 +19,6 @@ from ..data.mixture import Mixture
 from ..evaluate.metrics import evaluate, fixed_sample
 from ..generation import VLMProcessor
 from ..model import VLM, calibrate_projector
-from ..reports import plot_curves, plot_samples
 from ..weights.presets import read_json, save_model, save_projector, seeded, write_json
 from ..weights.pretrained import add_lora, has_lora, merge_lora, resolve_model
 from .arguments import VLMTrainingArguments
@@ -194,7 +193,9 @@ def train(
     is_main, fresh = args.process_index == 0, not (folder/"recipe.yaml").is_file()
     complete = replace(recipe, training={**recipe.training, "global_batch_size": args.units_per_step})
     if is_main: open_run(complete, folder, resume)
-    try: prepared = _ready(complete, folder, console if is_main else None)
+    try:
+        prepared = _ready(complete, folder, console if is_main else None)
+        if is_main: _check_records(prepared.train, folder/"data.json", resume)
     except BaseException:
         if is_main and fresh and not resume: shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -208,21 +209,41 @@ def _ready(recipe, folder, console):
     _check(prepared, console)
     return prepared
 
+def _check_records(mixture, path, resume):
+    "Note how many records each source has, and a checksum of some; refuse others on resuming."
+    found = {name: _checksum(own.records) for name, own in zip(mixture.names, mixture.datasets)}
+    before = read_json(path) if resume and path.is_file() else {}
+    for name, now in found.items():
+        if before.get(name, now) != now:
+            raise ConfigError(f"data source {name!r} has changed: it had {before[name]}, now {now}; "
+                              "put its records back, or choose another --name")
+    if not before: write_json(path, found)
+
+def _checksum(records, n=64):
+    "Number of records, and a checksum of some, spread over all."
+    some = [records[k*(len(records) - 1)//max(n - 1, 1)] for k in range(n)] if len(records) else []
+    text = json.dumps(some, sort_keys=True, default=str)
+    return f"{len(records)} records, checksum {zlib.crc32(text.encode()):08x}"
+
 def _steps(prepared, folder, resume, console):
     "Take the steps."
-    trainer, stop = prepared.trainer, StopOnSignal()
-    progress = ConsoleProgress(console)
-    for callback in (MetricsFile(folder/"metrics.jsonl", trainer.meter), progress, stop,
-                     LossGuard(trainer, folder/"bad_steps.jsonl")): trainer.add_callback(callback)
+    trainer = prepared.trainer
+    stop = StopOnSignal(agree=trainer.largest)
+    progress, metrics = ConsoleProgress(console), MetricsFile(folder/"metrics.jsonl", trainer.meter)
+    callbacks = (metrics, progress, stop, LossGuard(trainer, folder/"bad_steps.jsonl"))
+    for callback in callbacks: trainer.add_callback(callback)
     if prepared.eval is not None and prepared.recipe.data.eval_samples:
         trainer.answer_metrics = lambda: _answers(prepared)
     checkpoint = get_last_checkpoint(str(folder)) if resume else None
     try:
-        if checkpoint is not None and _is_done(checkpoint): trainer._load_from_checkpoint(checkpoint)
+        if checkpoint is not None and _is_done(checkpoint):
+            trainer.take_up_finished(checkpoint)
+            metrics.on_train_begin(trainer.args, trainer.state, trainer.control)
         else: trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         stop.restore()
         progress.close()
+        for callback in callbacks: trainer.remove_callback(callback)
     if stop.number and not trainer.state.global_step >= trainer.state.max_steps:
         raise Interrupted(stop.number, trainer.state.global_step)
 
@@ -260,16 +281,22 @@ def _finish(prepared, folder) -> dict:
     model.to("cpu").float() if trainer.args.bf16 else model.to("cpu")
     prepared.processor.set_stops(model)
     part = folder/".model"
-    shutil.rmtree(part, ignore_errors=True)
+    for rest in (part, folder/".saving"): shutil.rmtree(rest, ignore_errors=True)
     save_model(model, part)
     prepared.processor.save_pretrained(part)
     if {"projector", "mining", "all"} & set(trainer.args.trainable_modules):
         save_projector(model, folder/"mm_projector.bin")
     shutil.rmtree(folder/"model", ignore_errors=True)
     part.rename(folder/"model")
-    plot_curves(rows).savefig(folder/"curves.png", dpi=120)
+    if plots := _plots(): plots.plot_curves(rows).savefig(folder/"curves.png", dpi=120)
     write_json(folder/"result.json", result)
     return result
+
+def _plots():
+    "The module that draws; None where matplotlib is not installed."
+    try: from vlm_lit import reports
+    except ImportError: return None
+    return reports
 
 def _result(prepared, rows) -> dict:
     "Losses, time and machine."
@@ -286,12 +313,13 @@ def _validate(prepared, folder) -> dict:
     "Loss and answers of the final weights on the validation records, with a sheet of samples."
     trainer, scores = prepared.trainer, []
     trainer.answer_metrics = None
-    loss = trainer.evaluate()["eval_loss"] if trainer.args.world_size <= 1 else None
+    held_out = trainer.evaluation_loop(trainer.get_eval_dataloader(), "validation")   # not logged
+    loss = held_out.metrics["eval_loss"] if trainer.args.world_size <= 1 else None
     if not prepared.recipe.data.eval_samples: return {"loss": loss}
     for dataset, own in _held_out(prepared):
         scores.append(evaluate(prepared.model, None, dataset, indices=own, strict=False, show=False))
-    rows = scores[0]["predictions"]
-    plot_samples(rows, prepared.eval.datasets[0].image_folder).savefig(folder/"samples.png", dpi=120)
+    rows, images = scores[0]["predictions"], prepared.eval.datasets[0].image_folder
+    if plots := _plots(): plots.plot_samples(rows, images).savefig(folder/"samples.png", dpi=120)
     n = sum(score["n"] for score in scores)
     mean = sum(s["n"]*s["metrics"]["exact"]["all"] for s in scores)/n
     return {"loss": loss, "n": n, "exact": mean,

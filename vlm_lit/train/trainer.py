@@ -6,16 +6,17 @@
 __all__ = ['set_trainable_modules', 'cast_for_training', 'reinit_modules', 'VLMTrainer']
 
 # %% ../../nbs/17_trainer.ipynb #c002
-import json, math, os, shutil
+import json, math, os, shutil, signal
 from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, rotate_checkpoints
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, sort_checkpoints
 from ..core import IGNORE_INDEX, ConfigError, nearest
 from ..batches import DataCollatorForSupervisedDataset
 from ..breakpoints import same_randomness
@@ -94,7 +95,8 @@ def _as_mixture(data, args, flips=True):
     return Mixture([data], hflip_prob=args.hflip_prob if flips else 0.0, seed=args.seed)
 
 def _one_thread(worker):
-    "Keep a loader worker to one thread; there are other workers."
+    "Keep a loader worker to one thread, and signals to the process that saves."
+    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
 
@@ -204,22 +206,40 @@ class _Checkpoints:
                               + "; make room, then go on with --resume") from error
         finally: self.saving = False
         self.accelerator.wait_for_everyone()
-        if self.args.should_save: self._publish(staging/name, out/name, best)
+        self._name_best(out/name, best)
+        if self.args.should_save: self._publish(staging/name, out/name)
         self.accelerator.wait_for_everyone()
 
-    def _publish(self, staged, final, best):
+    def _name_best(self, final, before):
+        "The best checkpoint by its place to be, not where it is written; on every process."
+        if not self.state.best_global_step: return
+        found = final.with_name(f"checkpoint-{self.state.best_global_step}")
+        is_there = found.is_dir() or found == final
+        self.state.best_model_checkpoint = str(found) if is_there else before
+
+    def _publish(self, staged, final):
         "Give a whole checkpoint its place; remove those beyond `save_total_limit`."
-        if self.state.best_global_step:
-            found = final.with_name(f"checkpoint-{self.state.best_global_step}")
-            is_there = found.is_dir() or found == final
-            self.state.best_model_checkpoint = str(found) if is_there else best
-            self.state.save_to_json(str(staged/"trainer_state.json"))
+        self.state.save_to_json(str(staged/"trainer_state.json"))
         _to_disk(staged)
         if final.exists(): final.rename(staged.parent/"replaced")
         staged.rename(final)
+        self._retire(final.parent, staged.parent)
         shutil.rmtree(staged.parent, ignore_errors=True)
-        rotate_checkpoints(str(final.parent), save_total_limit=self.args.save_total_limit,
-                           best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True)
+
+    def take_up_finished(self, checkpoint):
+        "Weights and state of a run whose last step is taken, and no checkpoint too many."
+        self._load_from_checkpoint(checkpoint)
+        self.state = TrainerState.load_from_json(str(Path(checkpoint)/"trainer_state.json"))
+        self.state.is_world_process_zero = self.is_world_process_zero()
+        self.state.is_local_process_zero = self.is_local_process_zero()
+
+    def _retire(self, folder, staging):
+        "Rename checkpoints beyond `save_total_limit` away, so that none is ever half removed."
+        found, best = sort_checkpoints(str(folder)), self.state.best_model_checkpoint
+        kept = {found[-1], str(Path(best)) if best else None} & set(found)
+        surplus = len(found) - max(self.args.save_total_limit or len(found), len(kept))
+        for name in [name for name in found if name not in kept][:max(surplus, 0)]:
+            Path(name).rename(staging/Path(name).name)
 
     def save_before_bad_step(self):
         "A checkpoint of the state that a bad step met, for its replay."
@@ -233,6 +253,14 @@ def _to_disk(folder):
             with open(path, "rb") as file: os.fsync(file.fileno())
 
 # %% ../../nbs/17_trainer.ipynb #c020
+class _SetEpoch(TrainerCallback):
+    "Tells the sampler its epoch: accelerate's wrappers keep it back when a run resumes within one."
+    def __init__(self, trainer): self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        sampler = self.trainer.sampler
+        sampler.set_epoch(state.global_step//sampler.steps)
+
 class VLMTrainer(_Evaluation, _Checkpoints, Trainer):
     "transformers' `Trainer` for a VLM: trainable parts, rates, global batches, small checkpoints."
     def __init__(self,
@@ -254,7 +282,9 @@ class VLMTrainer(_Evaluation, _Checkpoints, Trainer):
         collator = data_collator or self._make_collator(model, args)
         super().__init__(model, args, collator, self.train_mixture,
                          _as_mixture(eval_dataset, args, flips=False), **kwargs)
-        for callback in (PrinterCallback, ProgressCallback): self.remove_callback(callback)
+        for callback in (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK):
+            self.remove_callback(callback)
+        self.add_callback(_SetEpoch(self))
         self.model_accepts_loss_kwargs = True
 
     def _make_meter(self, model, args):
@@ -368,6 +398,11 @@ class VLMTrainer(_Evaluation, _Checkpoints, Trainer):
         facts = self.accelerator.reduce(facts, "mean").tolist()
         self.meter.step_losses.append(facts[0])
         return facts[0], facts[1]
+
+    def largest(self, number: int) -> int:
+        "The largest of the processes' numbers."
+        if self.args.world_size <= 1: return number
+        return int(self.accelerator.gather(torch.tensor([number], device=self.args.device)).max())
 
     def step_records(self) -> list[str]:
         "Names of the records of the current step, of all processes."
