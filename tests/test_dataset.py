@@ -276,7 +276,7 @@ def test_the_share_of_bad_samples_is_bounded():
     place = Path(tempfile.mkdtemp())/"bad_samples.jsonl"
     bad = BadSamples(place, .01, 500)
     bad.count(100, [{"index": n, "id": n, "reason": "broken"} for n in range(5)])          # 5 of the first 500 are allowed
-    with expect_fail(DataError, contains="6 of 132 samples are bad, more than the share of 0.01 that may be skipped; see bad_samples.jsonl. The last: gone"):
+    with expect_fail(DataError, contains="6 of 132 records are bad, more than the share of 0.01 that may be skipped; see bad_samples.jsonl. The last: gone"):
         bad.count(32, [{"index": 7, "id": "x", "reason": "gone"}])
     print(place.read_text().splitlines()[-1], bad.totals)
     test_eq(len(place.read_text().splitlines()), 6)
@@ -389,7 +389,7 @@ def test_bad_samples_are_noted_left_out_and_bounded():
         rows = sorted((json.loads(line) for line in file.read_text().splitlines()), key=lambda row: row["index"])
         test_eq([(row["index"], row["id"]) for row in rows], [(14, "missing"), (29, "truncated"), (44, "forged"), (59, "no turns")])
         test_eq(batches.dataset.bad.totals, (60, 4))
-        assert "samples are bad, more than the share of 0.05 that may be skipped; see bad_samples.jsonl" in failure(loader(.05, file, workers))
+        assert "records are bad, more than the share of 0.05 that may be skipped; see bad_samples.jsonl" in failure(loader(.05, file, workers))
     for row in rows: print(row["id"], "|", row["reason"].replace(str(folder), "images")[:88])
     with expect_fail(DataError, contains="record 'missing': no image"): batches.dataset[14]      # inspecting raises
 
@@ -411,7 +411,7 @@ def test_skipping_has_limits_of_its_own():
     file = Path(tempfile.mkdtemp())/"bad_samples.jsonl"
     ds = limited([*bad_ones[:2], *good], skip_bad=.5, bad_samples=file)
     test_eq((ds.__getitems__([0, 1]), ds.bad.totals, len(file.read_text().splitlines())), ([], (2, 2), 2))      # a batch may be empty
-    with expect_fail(DataError, contains="2 of 2 samples are bad, more than the share of 0.01"): limited([*bad_ones[:2], *good], skip_bad=.01, bad_samples=file).__getitems__([0, 1])
+    with expect_fail(DataError, contains="2 of 2 records are bad, more than the share of 0.01"): limited([*bad_ones[:2], *good], skip_bad=.01, bad_samples=file).__getitems__([0, 1])
     long = [rounds, *good[:30]]
     with expect_fail(TooLong): list(loader(.5, file, 0, long, max_length=45))                         # an error is not skipped
     ds = limited([rounds, plain], max_length=20, overlength="truncate", skip_bad=.6, bad_samples=file)

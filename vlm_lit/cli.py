@@ -184,6 +184,7 @@ def evaluate_model(
     with user_errors():
         from vlm_lit.dataset import Records
         from vlm_lit.evaluate.metrics import evaluate, fixed_sample, format_table, load_metric
+        if out is not None and out.exists(): raise ConfigError(f"{out} is there already; choose another --out")
         metrics, records = [load_metric(m.strip()) for m in metric.split(",")], Records(data)
         result = evaluate(*load(model), records, image_folder=image_folder, metrics=metrics,
                           batch_size=batch_size, max_new_tokens=max_new_tokens, train_data=train,

@@ -582,6 +582,7 @@ class BadSamples:
         self.path, self.allowed, self.at_least = Path(path).absolute(), allowed, min(n, 1000)
         if not self.path.parent.is_dir(): raise ConfigError(f"no folder {str(self.path.parent)!r} for {self.path.name}")
         self.counts = torch.zeros(1024, 2, dtype=torch.int64).share_memory_()     # (seen, bad) of each worker
+        self.is_bad = torch.zeros(n, dtype=torch.bool).share_memory_()            # each record counts once, however often it is drawn
 
     @property
     def totals(self) -> tuple[int,int]: # Samples seen, samples skipped
@@ -596,10 +597,13 @@ class BadSamples:
         worker = get_worker_info()
         own = self.counts[(worker.id + 1) % len(self.counts) if worker else 0]
         own += torch.tensor([seen, len(bad)])
-        for row in bad: append_line(self.path, row)
-        n_seen, n_bad = self.totals
-        if bad and n_bad > self.allowed*max(n_seen, self.at_least):
-            raise DataError(f"{n_bad} of {n_seen} samples are bad, more than the share of {self.allowed} that may be skipped; see {self.path.name}. The last: {bad[-1]['reason']}")
+        new = [row for row in bad if not self.is_bad[row["index"]]]
+        for row in new:
+            self.is_bad[row["index"]] = True
+            append_line(self.path, row)
+        n_seen, n_bad = min(self.totals[0], len(self.is_bad)), int(self.is_bad.sum())
+        if new and n_bad > self.allowed*max(n_seen, self.at_least):
+            raise DataError(f"{n_bad} of {n_seen} records are bad, more than the share of {self.allowed} that may be skipped; see {self.path.name}. The last: {bad[-1]['reason']}")
 
 def one_thread(worker):
     "Keep a worker process to one thread; there are other workers."

@@ -119,10 +119,10 @@ def peak_memory_gib() -> float:
 
 # %% ../../nbs/16b_callbacks.ipynb #c011
 def read_metrics(
-    path: Path, # metrics.jsonl
+    path: str | Path, # metrics.jsonl
 ) -> list[dict]:
     "All whole lines; a crash may have cut the last one."
-    rows = []
+    rows, path = [], Path(path)
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try: rows.append(json.loads(line))
         except json.JSONDecodeError: break

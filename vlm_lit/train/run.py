@@ -85,6 +85,7 @@ def prepare_run(
     folder: Path, # Of the run; checkpoints are written there
     console: Console | None = None, # Tells what was found; None: nothing is told
     notes: Path | None = None, # Gets bad_samples.jsonl; None: `folder`
+    check=None, # Called with training and validation data before an image is needed
 ) -> Prepared:
     "Model, data and trainer of a recipe, without a step taken."
     args = training_arguments(recipe, folder)
@@ -104,8 +105,12 @@ def prepare_run(
     held_out = build(recipe.data.eval, 0.0) if recipe.data.eval else None
     if held_out is None and str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
         raise ConfigError("training.eval_strategy asks for evaluation; name records in data.eval")
+    if len(train) < max(args.world_size, 1):
+        raise ConfigError(f"data.train has {len(train)} record(s) for {args.world_size} processes; "
+                          "start fewer processes")
     trainer = VLMTrainer(model, args, train, held_out, processor,
                          base={"section": section, "seed": args.seed, "lora": lora})
+    if check is not None: check(train, held_out)
     _match_scale(trainer, section)
     return Prepared(recipe, model, processor, trainer, train, held_out)
 
@@ -144,6 +149,9 @@ def open_run(
                               f"{'; '.join(differs[:6])}. Resume it with: "
                               f"vlm-lit train {path} --resume, or choose another --name")
         return
+    if (folder/"result.json").is_file():
+        raise ConfigError(f"{str(folder)!r} holds a finished run; train on from it with "
+                          f"model: {{from: {folder}}}, or choose another --name")
     if path.is_file():
         raise ConfigError(f"{str(folder)!r} already holds a run; go on with it: "
                           f"vlm-lit train {path} --resume, or choose another --name")
@@ -167,12 +175,9 @@ def _told(prepared, console):
     if trainer.meter.peak is None:
         console.print("MFU is left out: this device's peak is not known", highlight=False)
 
-def _check(prepared, console):
-    "Known answers, and a sample of records through the whole path. Raises `DataError`."
-    data = prepared.recipe.data
-    wrong = known_answers(prepared.processor)
-    if wrong: raise DataError(f"the mask of a known conversation is wrong: {wrong[0]}")
-    for name, mixture in (("train", prepared.train), ("eval", prepared.eval)):
+def _check(data, train, held_out, console):
+    "A sample of records through the whole path. Raises `DataError`."
+    for name, mixture in (("train", train), ("eval", held_out)):
         if mixture is None or not data.check_samples: continue
         found = check_samples(mixture, data.check_samples, data.bad_samples.max_fraction, name=name)
         if console is not None:
@@ -204,9 +209,11 @@ def train(
 
 def _ready(recipe, folder, console):
     "A prepared and checked run."
-    prepared = prepare_run(recipe, folder)
+    check = lambda train, held_out: _check(recipe.data, train, held_out, console)
+    prepared = prepare_run(recipe, folder, check=check)
+    wrong = known_answers(prepared.processor)
+    if wrong: raise DataError(f"the mask of a known conversation is wrong: {wrong[0]}")
     if console is not None: _told(prepared, console)
-    _check(prepared, console)
     return prepared
 
 def _check_records(mixture, path, resume):
