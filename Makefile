@@ -43,13 +43,7 @@ readme: .venv/.made
 
 bench: .venv/.made
 	$(BIN)/python benchmarks/data_path.py
-	$(BIN)/python benchmarks/easy_vqa.py --blind
-	$(BIN)/python benchmarks/easy_vqa.py
 	$(BIN)/python benchmarks/train_step.py
-	$(BIN)/python benchmarks/mining_ablation.py
-	$(BIN)/python benchmarks/frozen_prompt.py
-	$(BIN)/python benchmarks/easy_vqa.py --preset smol --blind
-	$(BIN)/python benchmarks/easy_vqa.py --preset smol
 
 clean:
 	rm -rf .venv build dist *.egg-info
