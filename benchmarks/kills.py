@@ -456,7 +456,7 @@ def group_signals(cases):
         else: failed += cases.compare(variant, folder, cases.resume(folder))
         text = f"{variant}, {number.name}{' to the group' if group else ''}: exit code {found}"
         cases.add("signals", " ".join([f"{text}, resumed from step {step}", *map(str, more)]),
-                  failed, variant=variant, code=found, group=group)
+                  failed, variant=variant, code=found, to_group=group)
     one_of_two(cases)
 
 def one_of_two(cases):
@@ -642,8 +642,8 @@ def changed_data(cases, variant, folder):
 
 # all of it
 
-GROUPS = {"kills": group_kills, "workers": group_workers, "processes": group_processes,
-          "signals": group_signals, "disk": group_disk, "refused": group_refused}
+GROUPS = {"processes": group_processes, "signals": group_signals, "disk": group_disk,
+          "refused": group_refused, "kills": group_kills, "workers": group_workers}
 
 def quick(cases):
     "Three kills, two of them inside saving."
