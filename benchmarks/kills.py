@@ -649,7 +649,7 @@ def quick(cases):
     "Three kills, two of them inside saving."
     for how in ("random", "before the rename", "removing"): cases.killed("kills", "shuffled", how)
 
-def summary(cases, seconds, earlier=()):
+def summary(cases, earlier=()):
     "Counts and versions; groups that were not repeated are an earlier run's."
     repeated = {row["group"] for row in cases.results}
     rows = [row for row in earlier if row["group"] not in repeated] + cases.results
@@ -657,7 +657,7 @@ def summary(cases, seconds, earlier=()):
     counts = {name: {"cases": len(rows), "ok": sum(row["ok"] for row in rows)}
               for name, rows in groups.items() if rows}
     packages = ("vlm_lit", "torch", "transformers", "accelerate", "tokenizers", "safetensors")
-    return {"counts": counts, "steps": cases.steps, "seconds": round(seconds),
+    return {"counts": counts, "steps": cases.steps,
             "versions": {"python": platform.python_version(), "system": platform.system(),
                          **{name: version(name) for name in packages}},
             "cases": [row for own in groups.values() for row in own]}
@@ -682,7 +682,6 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--keep", action="store_true", help="keep the folder of the runs")
     args = parser.parse_args()
-    began = time.monotonic()
     warm()
     place = Path(tempfile.mkdtemp(prefix="kills-"))
     try:
@@ -696,7 +695,7 @@ def main():
     path = ROOT/"benchmarks/results/kills.json"
     keeps = args.only and path.exists()
     earlier = json.loads(path.read_text())["cases"] if keeps else []
-    found = summary(cases, time.monotonic() - began, earlier)
+    found = summary(cases, earlier)
     print(json.dumps(found["counts"]))
     if not args.quick and cases.steps == 40:
         path.write_text(json.dumps(found, indent=1).replace(str(place), "PLACE") + "\n")
