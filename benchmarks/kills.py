@@ -319,10 +319,10 @@ class Cases:
             run, delay = self.start(variant, folder), self.rng.uniform(0, seconds)
             self.until_steps(run, folder)
             time.sleep(delay)
-            if run.is_alive(): break
+            if run.is_alive(): os.kill(run.pid, signal.SIGKILL)
+            run.wait()
+            if not (folder/"result.json").exists(): break      # else it was finished before the kill
             shutil.rmtree(folder)
-        os.kill(run.pid, signal.SIGKILL)
-        run.wait()
         where = "saving" if (folder/".saving").exists() else "finishing" \
             if newest(folder) == self.steps else "training"
         return folder, f"after {delay:.2f} s, {where}"
