@@ -620,7 +620,7 @@ def group_refused(cases):
     cases.add("refused", "after all that the run resumes", failed)
     whole = cases.undisturbed(variant)[3]
     refused(cases, "a second run into a finished run's folder", whole, cases.words(variant, whole),
-            ["already holds a run"])
+            ["holds a finished run"])
     refused(cases, "resuming a finished run", whole, ["train", whole/"recipe.yaml", "--resume"],
             ["is finished"])
     other = cases.new()
