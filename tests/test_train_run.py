@@ -18,7 +18,7 @@ from vlm_lit.train.arguments import VLMTrainingArguments
 from vlm_lit.train.callbacks import ConsoleProgress, Interrupted, LossGuard, MetricsFile, StopOnSignal, read_metrics
 from vlm_lit.train.doctor import check_samples, environment_info, format_check, known_answers
 from vlm_lit.train.recipe import Recipe, load_recipe, recipe_differences, save_recipe
-from vlm_lit.train.trainer import VLMTrainer, reinit_modules
+from vlm_lit.train.trainer import VLMTrainer, reinit_modules, write_error
 import tempfile
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

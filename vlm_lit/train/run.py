@@ -26,7 +26,7 @@ from .callbacks import (
     ConsoleProgress, Interrupted, LossGuard, MetricsFile, StopOnSignal, read_metrics)
 from .doctor import check_samples, environment_info, format_check, known_answers
 from .recipe import Recipe, load_recipe, recipe_differences, save_recipe
-from .trainer import VLMTrainer, reinit_modules
+from .trainer import VLMTrainer, reinit_modules, write_error
 
 # %% ../../nbs/19_run.ipynb #c005
 def build_sources(
@@ -205,7 +205,12 @@ def train(
         if is_main and fresh and not resume: shutil.rmtree(folder, ignore_errors=True)
         raise
     _steps(prepared, folder, resume, console)
-    return _finish(prepared, folder) if is_main else {}
+    try: return _finish(prepared, folder) if is_main else {}
+    except Exception as error:
+        reason = write_error(error)
+        if reason is None: raise
+        raise ConfigError(f"all steps are taken, but the model cannot be written to {folder}: "
+                          f"{reason}; make room, then go on with --resume") from error
 
 def _ready(recipe, folder, console):
     "A prepared and checked run."
@@ -320,8 +325,10 @@ def _validate(prepared, folder) -> dict:
     "Loss and answers of the final weights on the validation records, with a sheet of samples."
     trainer, scores = prepared.trainer, []
     trainer.answer_metrics = None
-    held_out = trainer.evaluation_loop(trainer.get_eval_dataloader(), "validation")   # not logged
-    loss = held_out.metrics["eval_loss"] if trainer.args.world_size <= 1 else None
+    loss = None
+    if trainer.args.world_size <= 1:                 # the other processes are gone; not logged
+        held_out = trainer.evaluation_loop(trainer.get_eval_dataloader(), "validation")
+        loss = held_out.metrics["eval_loss"]
     if not prepared.recipe.data.eval_samples: return {"loss": loss}
     for dataset, own in _held_out(prepared):
         scores.append(evaluate(prepared.model, None, dataset, indices=own, strict=False, show=False))
