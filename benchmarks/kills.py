@@ -394,9 +394,10 @@ def largest_difference(a, b):
     return max(float(np.abs(one[name] - two[name]).max()) for name in one)
 
 def group_processes(cases):
-    "Resumed with two processes."
-    for variant, size in [("shuffled", 2), ("by_image", 1)]:
-        folder, where = cases.kill_after(variant)
+    "Resumed with two processes, inside an epoch that is not the first."
+    for variant, size, pattern in [("shuffled", 2, "rename checkpoint-18$"),
+                                   ("by_image", 1, "rename checkpoint-24$")]:
+        folder, where = cases.kill_at(variant, pattern)
         step, log = newest(folder), cases.place/f"{folder.name}-two.log"
         code = torchrun(["train", folder/"recipe.yaml", "--resume",
                          "--training.per_device_train_batch_size", size], log).wait()
