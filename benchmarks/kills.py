@@ -396,7 +396,7 @@ def largest_difference(a, b):
 def group_processes(cases):
     "Resumed with two processes, inside an epoch that is not the first."
     for variant, size, pattern in [("shuffled", 2, "rename checkpoint-18$"),
-                                   ("by_image", 1, "rename checkpoint-24$")]:
+                                   ("by_image", 1, "rename checkpoint-21$")]:
         folder, where = cases.kill_at(variant, pattern)
         step, log = newest(folder), cases.place/f"{folder.name}-two.log"
         code = torchrun(["train", folder/"recipe.yaml", "--resume",
