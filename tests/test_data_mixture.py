@@ -44,5 +44,7 @@ def test_questions_about_one_image_share_its_memory():
 def test_records_are_found_in_their_source():
     assert [mixture.place(i) for i in range(4)] == [(0, 0), (1, 0), (1, 1), (1, 2)]
     assert mixture.name(2) == "questions: q1" and mixture.record(2)["id"] == "q1"
+    capped = Mixture([make(captions), make(questions)], weight=[1, 1], max_samples=[1, 2], seed=3)
+    assert len(capped.kept) == 3 and set(capped.draws.order(3, 0)) <= set(capped.kept) and mixture.kept.tolist() == [0, 1, 2, 3]
     assert mixture.keys[1] == mixture.keys[2] != mixture.keys[0] and mixture.has_image.tolist() == [True]*3 + [False]
     assert Mixture([make(captions)]).name(0) == "c0"

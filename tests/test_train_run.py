@@ -118,6 +118,17 @@ def test_stopped_run_resumes_to_the_bit():
     for (n, a), b in zip(open_model(folder/"whole")[0].named_parameters(), open_model(folder/"killed")[0].parameters()):
         assert torch.equal(a, b), n
 
+def test_validation_keeps_to_its_own_sample():
+    folder = write_data(Path(tempfile.mkdtemp())/"data")
+    def with_eval(extra):
+        entry = f"[{{path: {folder/'train.json'}, image_folder: {folder/'images'}, {extra}}}]"
+        return load_recipe(small_recipe(folder), overrides=["--data.eval", entry])
+    prepared = module.prepare_run(with_eval("max_samples: 9"), folder/"run")
+    seen = [i for batch in prepared.trainer.get_eval_dataloader() for i in batch["info"].indices]
+    assert sorted(seen) == prepared.eval.kept.tolist() and len(seen) == 9
+    assert {row["id"] for rows in module._answered(prepared) for row in rows} <= {prepared.eval.record(i)["id"] for i in seen}
+    with pytest.raises(ConfigError, match="use max_samples"): module.prepare_run(with_eval("weight: 2"), folder/"run")
+
 def test_a_loss_that_is_no_number_stops_before_it_does_harm():
     from vlm_lit.train.callbacks import BadLoss
     folder = write_data(Path(tempfile.mkdtemp())/"data")

@@ -48,6 +48,12 @@ class Mixture(Dataset):
         return own if len(self.datasets) == 1 else f"{self.names[k]}: {own}"
 
     @cached_property
+    def kept(self) -> np.ndarray: # (n,) int64, rising
+        "Records that take part: all of them, or the fixed sample of `max_samples`."
+        once = mixture_draws(self.draws.sizes, max_samples=self.draws.kept)
+        return np.sort(once.order(self.seed, 0))
+
+    @cached_property
     def lengths(self) -> np.ndarray: # (n,) int64
         "Lengths of all records, image tokens included. Tokenizes everything, once."
         return np.concatenate([dataset.lengths for dataset in self.datasets])

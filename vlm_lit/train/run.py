@@ -102,6 +102,8 @@ def prepare_run(
     build = lambda sources, flips: build_sources(recipe, sources, processor, model.config.num_patches,
                                                  notes or folder, args.seed, flips)
     train = build(recipe.data.train, args.hflip_prob)
+    if any(s.weight is not None or s.repeat is not None for s in recipe.data.eval):
+        raise ConfigError("data.eval: weight and repeat are for training; use max_samples")
     held_out = build(recipe.data.eval, 0.0) if recipe.data.eval else None
     if held_out is None and str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
         raise ConfigError("training.eval_strategy asks for evaluation; name records in data.eval")
@@ -268,17 +270,22 @@ def _answers(prepared) -> dict[str, float]:
     "Share of exact answers on a fixed sample of the validation records, on every process."
     found = [None]
     if prepared.trainer.is_world_process_zero():
-        scores = [evaluate(prepared.model, None, dataset, indices=own, strict=False, show=False)
-                  for dataset, own in _held_out(prepared)]
-        n = sum(score["n"] for score in scores)
-        found = [{"exact": sum(s["n"]*s["metrics"]["exact"]["all"] for s in scores)/n}]
+        found = [{"exact": _exact(sum(_answered(prepared), []))}]
     return broadcast_object_list(found)[0] if prepared.trainer.args.world_size > 1 else found[0]
 
-def _held_out(prepared):
-    "Data sets of validation, each with its share of a fixed sample."
-    datasets, n = prepared.eval.datasets, prepared.recipe.data.eval_samples
-    total = sum(map(len, datasets))
-    return [(d, fixed_sample(len(d), max(1, round(n*len(d)/total)))) for d in datasets]
+def _answered(prepared) -> list[list[dict]]: # For each source of validation
+    "Predictions for a fixed sample of the validation records, each source with its share."
+    data, n = prepared.eval, prepared.recipe.data.eval_samples
+    own = [[data.place(i)[1] for i in data.kept if data.place(i)[0] == k]
+           for k in range(len(data.datasets))]
+    chosen = [[numbers[j] for j in fixed_sample(len(numbers), max(1, round(n*len(numbers)
+              / len(data.kept))))] for numbers in own]
+    return [evaluate(prepared.model, None, dataset, indices=numbers, strict=False,
+                     show=False)["predictions"] for dataset, numbers in zip(data.datasets, chosen)]
+
+def _exact(rows) -> float:
+    "Share of exact answers."
+    return sum(row["scores"]["exact"] for row in rows)/len(rows)
 
 # %% ../../nbs/19_run.ipynb #c011
 def _finish(prepared, folder) -> dict:
@@ -323,18 +330,16 @@ def _result(prepared, rows) -> dict:
 
 def _validate(prepared, folder) -> dict:
     "Loss and answers of the final weights on the validation records, with a sheet of samples."
-    trainer, scores = prepared.trainer, []
+    trainer = prepared.trainer
     trainer.answer_metrics = None
     loss = None
     if trainer.args.world_size <= 1:                 # the other processes are gone; not logged
         held_out = trainer.evaluation_loop(trainer.get_eval_dataloader(), "validation")
         loss = held_out.metrics["eval_loss"]
     if not prepared.recipe.data.eval_samples: return {"loss": loss}
-    for dataset, own in _held_out(prepared):
-        scores.append(evaluate(prepared.model, None, dataset, indices=own, strict=False, show=False))
-    rows, images = scores[0]["predictions"], prepared.eval.datasets[0].image_folder
-    if plots := _plots(): plots.plot_samples(rows, images).savefig(folder/"samples.png", dpi=120)
-    n = sum(score["n"] for score in scores)
-    mean = sum(s["n"]*s["metrics"]["exact"]["all"] for s in scores)/n
-    return {"loss": loss, "n": n, "exact": mean,
-            "exact_by_type": {k: v for k, v in scores[0]["metrics"]["exact"].items() if k != "all"}}
+    answered = _answered(prepared)
+    rows, images = sum(answered, []), prepared.eval.datasets[0].image_folder
+    if plots := _plots(): plots.plot_samples(answered[0], images).savefig(folder/"samples.png", dpi=120)
+    kinds = sorted({row["type"] for row in rows if "type" in row})
+    by_type = {kind: _exact([row for row in rows if row.get("type") == kind]) for kind in kinds}
+    return {"loss": loss, "n": len(rows), "exact": _exact(rows), "exact_by_type": by_type}

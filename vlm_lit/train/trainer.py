@@ -100,9 +100,10 @@ def _one_thread(worker):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
 
-def _batches(n, size):
-    "Numbers of records in order, as `(0, number)`, in batches."
-    return [[(0, i) for i in range(k, min(k + size, n))] for k in range(0, n, size)]
+def _batches(numbers, size):
+    "Numbers of records, as `(0, number)`, in batches."
+    pairs = [(0, int(i)) for i in numbers]
+    return [pairs[k:k + size] for k in range(0, len(pairs), size)]
 
 # %% ../../nbs/17_trainer.ipynb #c016
 class _Evaluation:
@@ -141,10 +142,10 @@ class _Evaluation:
         return EvalLoopOutput(None, None, metrics, len(data))
 
     def get_eval_dataloader(self, eval_dataset=None):
-        "All records in order, shared out to the processes; none twice."
+        "All records, or as many as `max_samples` keeps, shared out to the processes; none twice."
         data = self.eval_dataset
         if eval_dataset is not None: data = _as_mixture(eval_dataset, self.args, False)
-        batches = _batches(len(data), self.args.per_device_eval_batch_size)
+        batches = _batches(data.kept, self.args.per_device_eval_batch_size)
         own = batches[self.args.process_index::max(self.args.world_size, 1)]
         settings = {**self._loader_settings(), "persistent_workers": False}
         return DataLoader(data, batch_sampler=own, **settings)
