@@ -1,6 +1,7 @@
 "Derived from nbs/19_run.ipynb by `make tests`; edit the notebook, not this file."
-import json, os, shutil, zlib
+import json, os, shutil, signal, threading, zlib
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
@@ -117,6 +118,29 @@ def test_stopped_run_resumes_to_the_bit():
     assert losses("whole") == losses("killed") and len(losses("whole")) == 6
     for (n, a), b in zip(open_model(folder/"whole")[0].named_parameters(), open_model(folder/"killed")[0].parameters()):
         assert torch.equal(a, b), n
+
+def test_sigterm_before_and_after_the_steps_leaves_a_run_that_resumes():
+    folder = write_data(Path(tempfile.mkdtemp())/"data")
+    def terminated(name, **kwargs):
+        "Send SIGTERM when a function of the run is called; what `train` raises."
+        usual = getattr(module, name)
+        def kill(*args, **kw):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return usual(*args, **kw)
+        setattr(module, name, kill)
+        try:
+            with pytest.raises(Interrupted) as caught:
+                module.train(load_recipe(small_recipe(folder)), folder/"run", console=quiet, **kwargs)
+        finally: setattr(module, name, usual)
+        return caught.value
+    handler = signal.getsignal(signal.SIGTERM)
+    early = terminated("known_answers")
+    assert (early.number, early.step, str(early)) == (signal.SIGTERM, 0, "stopped before step 1")
+    assert not (folder/"run").exists()
+    late = terminated("save_model")
+    assert late.step == 6 and not (folder/"run/result.json").exists()
+    result = module.train(load_recipe(small_recipe(folder)), folder/"run", resume=True, console=quiet)
+    assert result["steps"] == 6 and signal.getsignal(signal.SIGTERM) == handler
 
 def test_validation_keeps_to_its_own_sample():
     folder = write_data(Path(tempfile.mkdtemp())/"data")

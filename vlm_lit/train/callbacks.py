@@ -225,7 +225,8 @@ class Interrupted(Exception):
         step: int, # Optimizer steps that were taken
     ):
         self.number, self.step = number, step
-        super().__init__(f"stopped after step {step}; the checkpoint is saved")
+        after = f"after step {step}; the checkpoint is saved" if step else "before step 1"
+        super().__init__(f"stopped {after}")
 
 class StopOnSignal(TrainerCallback):
     "Ends a run after the current step when a signal asks for it."

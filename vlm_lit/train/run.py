@@ -6,8 +6,9 @@
 __all__ = ['build_sources', 'Prepared', 'training_arguments', 'prepare_run', 'open_run', 'train']
 
 # %% ../../nbs/19_run.ipynb #c002
-import json, os, shutil, zlib
+import json, os, shutil, signal, threading, zlib
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch
@@ -194,6 +195,21 @@ def train(
     console: Console | None = None, # Where to tell; None: standard error
 ) -> dict: # What result.json holds
     "A whole run. Raises `ConfigError`, `DataError`, `BadLoss`, and `Interrupted` after a signal."
+    with _terminable() as progress: return _train(recipe, folder, resume, console, progress)
+
+@contextmanager
+def _terminable():
+    "Before the first step and after the last one a SIGTERM raises `Interrupted`, too."
+    progress = {"step": 0}
+    def stop(number, frame): raise Interrupted(number, progress["step"])
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if is_main else None
+    try: yield progress
+    finally:
+        if is_main: signal.signal(signal.SIGTERM, before)
+
+def _train(recipe, folder, resume, console, progress):
+    "A whole run; notes in `progress` the steps that are taken."
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     folder, console = Path(folder), console or progress_console()
     args = training_arguments(recipe, folder)
@@ -207,6 +223,7 @@ def train(
         if is_main and fresh and not resume: shutil.rmtree(folder, ignore_errors=True)
         raise
     _steps(prepared, folder, resume, console)
+    progress["step"] = prepared.trainer.state.global_step
     try: return _finish(prepared, folder) if is_main else {}
     except Exception as error:
         reason = write_error(error)
