@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from transformers import CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 from vlm_lit.batches import DataCollatorForSupervisedDataset, expanded_length
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from vlm_lit.model import VLM, VLMConfig, recompute_mlps
+from vlm_lit.model import VLM, VLMConfig, compile_layers, recompute_mlps
 from vlm_lit.train.flops import flops_table, peak_flops, training_flops
 from vlm_lit.vision import PatchInfoMining, stage_maps
 
@@ -187,9 +187,11 @@ def has_high(name): return name in ("reference", "vlm_lit")
 
 def make_variant(name, args):
     "The loss function of a variant, its weights that learn, and its model."
+    torch.backends.cuda.matmul.allow_tf32 = args.dtype == "bfloat16"    # as `VLMTrainingArguments` does
     model = make_model(args, has_high(name))
     weights = list(trained(model).values())
-    if name.startswith("vlm_lit"): recompute_mlps(model.language_model, args.recompute)
+    if name.startswith("vlm_lit"):
+        recompute_mlps(model.language_model, args.recompute, args.recompute_layers)
     if args.compile and name.startswith("vlm_lit"): compile_parts(model, args.memory_budget, args.backend)
     return MAKERS[name](model), weights, model
 
@@ -199,14 +201,10 @@ def batch_for(loss, args, high, micro_batch):
     return loss.expand(batch) if isinstance(loss, Llava) else batch
 
 def compile_parts(model, memory_budget, backend="inductor"):
-    "Compile what repeats: decoder layers, layers of CLIP, stages of ConvNeXt; returns them. Hooks stay outside."
-    import torch._dynamo, torch._functorch.config
-    torch._dynamo.config.recompile_limit = 64
+    "`compile_layers` for shapes that do not change."
+    import torch._functorch.config
     torch._functorch.config.activation_memory_budget = memory_budget
-    encoder = model.image_encoder
-    parts = [*model.language_model.model.layers, *encoder.vision_tower.encoder.layers, *(encoder.vision_tower_aux.encoder.stages if encoder.vision_tower_aux is not None else ())]
-    for part in parts: part.forward = torch.compile(part.forward, dynamic=False, backend=backend)
-    return parts
+    return compile_layers(model, dynamic=False, backend=backend)
 
 # equality
 
@@ -238,6 +236,7 @@ def compare(args, peer, ours, micro_batch):
 def check(args, peers, micro_batch):
     "Equality with every peer."
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = args.dtype == "bfloat16"
     pairs = {"reference": "vlm_lit", "llava": "vlm_lit_low"}
     out = {}
     for peer in peers:
@@ -512,6 +511,7 @@ def parse(argv=None):
     parser.add_argument("--backend", default="inductor", help="of torch.compile; 'eager' compiles nothing and needs no compiler")
     parser.add_argument("--memory-budget", type=float, default=1.0, help="with --compile: share of a layer's activations to keep, the cheapest of the rest is recomputed")
     parser.add_argument("--recompute", choices=("none", "gates", "mlp"), default="gates", help="what this project's decoder makes again for the gradient (recompute_mlps); its time is in the result")
+    parser.add_argument("--recompute-layers", type=int, help="so many of the first layers recompute; default: all")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, default=False, help="recompute decoder layers for the gradient, in every variant")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the CPU")
@@ -544,7 +544,7 @@ def main():
     out, note = args.out, args.note
     del args.out, args.note, args.check
     while (result := measure(args)) is None: args.micro_batch //= 2      # a peer did not fit
-    settings = {key: getattr(args, key) for key in ("size", "micro_batch", "steps", "attn", "compile", "memory_budget", "recompute", "checkpointing", "dtype")}
+    settings = {key: getattr(args, key) for key in ("size", "micro_batch", "steps", "attn", "compile", "memory_budget", "recompute", "recompute_layers", "checkpointing", "dtype")}
     result = {"command": " ".join(["python", "benchmarks/train_step.py", *sys.argv[1:]]), **({"note": note} if note else {}), **settings, "shapes": SIZES[args.size], **result,
               "flops_formula": " ".join(flops.__doc__.split()), "machine": machine(args), "versions": {k: version(k) for k in ("torch", "transformers", "numpy")}}
     print(table(result))

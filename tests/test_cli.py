@@ -1,11 +1,11 @@
 "Derived from nbs/21_cli.ipynb by `make tests`; edit the notebook, not this file."
 import json, os, sys
-from importlib.metadata import version as package_version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 import typer
 from typer import Argument, Option
+from vlm_lit import __version__
 from vlm_lit.commands import CHAT_HELP, example_record, export_folder, image_files, load, load_preparation, printable, report_found, run_folder, say, short_recipe, split_words, talk, train_run, user_errors
 from vlm_lit.core import ConfigError, progress_console
 import re, shlex, subprocess

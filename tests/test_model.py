@@ -1,5 +1,6 @@
 "Derived from nbs/09_model.ipynb by `make tests`; edit the notebook, not this file."
 import copy
+import functools
 import torch
 from dataclasses import dataclass
 from torch import nn
@@ -426,6 +427,39 @@ def test_mlps_made_again_give_the_same_gradients_and_keep_less():
     test_eq([recompute_mlps(model.language_model, "none"), "forward" in model.language_model.model.layers[0].mlp.__dict__], [2, False])       # and back
     with expect_fail(ConfigError, contains="a gpt2 has no gated MLP"): recompute_mlps(AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=16, n_head=2, vocab_size=20, bos_token_id=0, eos_token_id=0)))
     with expect_fail(ConfigError, contains="what must be"): recompute_mlps(model.language_model, "all")
+
+def test_compiled_layers_give_the_same_loss_and_gradients():
+    def loss_and_gradients(model, batch):
+        "Loss, and gradients of what trains."
+        model.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, batch = VLM(small_config()).train(), small_batch()
+    names, plain, calls = list(model.state_dict()), loss_and_gradients(model, batch), []
+
+    def counting(graph, inputs):
+        "A backend of torch.compile that runs the graph as it is, and counts its calls."
+        def run(*args):
+            calls.append(1)
+            return graph(*args)
+        return run
+
+    parts = compile_layers(model, backend=counting)
+    compiled = loss_and_gradients(model, batch)
+    for got,want in zip(compiled, plain, strict=True): test_close(got, want, eps=1e-5)
+    n_calls = len(calls)
+    assert n_calls >= len(parts), (n_calls, len(parts))             # every part ran its graph
+    test_eq(list(model.state_dict()), names)
+    with torch.no_grad(): model.eval()(**batch)
+    test_eq(len(calls), n_calls)                                    # not outside training
+    for part in parts: del part.forward
+    model.train()(**batch)
+    test_eq(len(calls), n_calls)
+    print(f"{len(parts)} parts: " + ", ".join(sorted({type(part).__name__ for part in parts})))
 
 def test_frozen_towers_stay_in_evaluation_mode():
     model = VLM(small_config(vision_aux_config=dict(hidden_sizes=[8, 12], depths=[1, 2], num_stages=2, patch_size=2, drop_path_rate=.5)))

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 from pydantic.dataclasses import dataclass
+from vlm_lit import __version__
 from vlm_lit.core import ConfigError, nearest
 import os, subprocess, sys, tempfile, warnings
 from contextlib import chdir

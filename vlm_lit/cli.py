@@ -8,12 +8,12 @@ __all__ = ['app', 'walk', 'audit_data', 'train', 'generate', 'chat', 'evaluate_m
 
 # %% ../nbs/21_cli.ipynb #c002
 import json, os, sys
-from importlib.metadata import version as package_version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 import typer
 from typer import Argument, Option
+from . import __version__
 from .commands import (
     CHAT_HELP, example_record, export_folder, image_files, load, load_preparation, printable,
     report_found, run_folder, say, short_recipe, split_words, talk, train_run, user_errors)
@@ -36,7 +36,7 @@ _Html = Annotated[Path | None, Option(help="Also write a page.")]
 
 def _show_version(wanted: bool):
     if not wanted: return
-    typer.echo(f"vlm-lit {package_version('vlm_lit')}")
+    typer.echo(f"vlm-lit {__version__}")
     raise typer.Exit()
 
 @app.callback()

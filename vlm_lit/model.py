@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['CLIP_LARGE', 'VLMConfig', 'stages_in_use', 'sub_config', 'SplicePlan', 'plan_splice', 'splice', 'splice_labels',
            'check_pictures', 'learned_positions', 'run_language_model', 'splice_sample_ids', 'restart_positions',
-           'check_packing', 'VLMOutput', 'has_bytes', 'pad_left', 'VLM', 'recompute_mlps', 'rms', 'calibrate_projector']
+           'check_packing', 'VLMOutput', 'has_bytes', 'pad_left', 'VLM', 'recompute_mlps', 'repeated_layers',
+           'compile_layers', 'rms', 'calibrate_projector']
 
 # %% ../nbs/09_model.ipynb #c002
 import copy
+import functools
 import torch
 from dataclasses import dataclass
 from torch import nn
@@ -385,6 +387,7 @@ AutoModelForCausalLM.register(VLMConfig, VLM, exist_ok=True)
 def recompute_mlps(
     language_model, # A transformers model whose layers have gated MLPs; changed in place
     what:str="gates", # "gates": the activation and its product; "mlp": all that is wide; "none": as transformers has it
+    n_layers:int|None=None, # So many of the first layers, the others as transformers has them; None: all
 ) -> int: # How many MLPs were changed
     "Let the decoder's MLPs keep less for the backward pass, and make it again there. Raises `ConfigError` when there is no gated MLP."
     if what not in ("gates", "mlp", "none"): raise ConfigError(f"what must be 'gates', 'mlp' or 'none', got {what!r}")
@@ -392,10 +395,41 @@ def recompute_mlps(
     if not mlps: raise ConfigError(f"a {language_model.config.model_type} has no gated MLP (gate_proj, up_proj, down_proj, act_fn)")
     def gated(mlp): return lambda x: mlp.down_proj(recomputed(lambda gate, up: mlp.act_fn(gate)*up, mlp.gate_proj(x), mlp.up_proj(x)))
     def whole(mlp): return lambda x: recomputed(type(mlp).forward.__get__(mlp), x)
+    for mlp in mlps: mlp.__dict__.pop("forward", None)
+    mlps = mlps[:n_layers]
     for mlp in mlps:
-        mlp.__dict__.pop("forward", None)
         if what != "none": mlp.forward = {"gates": gated, "mlp": whole}[what](mlp)
     return len(mlps)
+
+# %% ../nbs/09_model.ipynb #c075b
+def repeated_layers(
+    module:nn.Module, # A tower or a language model
+) -> list[nn.Module]: # Layers, blocks or stages
+    "What stands in its outermost lists of modules."
+    found = []
+    for child in module.children():
+        found += list(child) if isinstance(child, nn.ModuleList) else repeated_layers(child)
+    return found
+
+def compile_layers(
+    model:nn.Module, # A `VLM`; changed in place, its parameters keep their names
+    **settings, # For `torch.compile`: `backend`, `mode`, `dynamic`, ...
+) -> list[nn.Module]: # What was compiled; `del part.forward` takes it back
+    "Compile decoder layers, tower layers and mining with `torch.compile`, for training only."
+    import torch._dynamo                # takes a second, and only who compiles needs it
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    encoder = model.image_encoder
+    towers = [encoder.vision_tower, encoder.vision_tower_aux]
+    parts = [encoder.mining] if encoder.mining is not None else []
+    for part in (model.language_model, *towers):
+        if part is not None: parts += repeated_layers(part)
+    def in_training(part):
+        plain, compiled = part.forward, torch.compile(part.forward, **settings)
+        @functools.wraps(plain)
+        def forward(*args, **kwargs): return (compiled if model.training else plain)(*args, **kwargs)
+        return forward
+    for part in parts: part.forward = in_training(part)
+    return parts
 
 # %% ../nbs/09_model.ipynb #c079
 def rms(x:torch.Tensor) -> float:

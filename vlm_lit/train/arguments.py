@@ -97,6 +97,8 @@ class VLMTrainingArguments(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = (not self.use_cpu and not self.fp16 and torch.cuda.is_available()
                          and torch.cuda.is_bf16_supported(including_emulation=False))
+        if self.tf32 is None and self.bf16 and not self.use_cpu and torch.cuda.is_available():
+            self.tf32 = True            # for what stays float32, as mining's products
 
     def _set_accumulation(self):
         "Micro-batches per step from the global batch size."

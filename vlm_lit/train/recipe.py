@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 from pydantic.dataclasses import dataclass
+from .. import __version__
 from ..core import ConfigError, nearest
 
 # %% ../../nbs/16a_recipe.ipynb #c008
@@ -319,7 +320,7 @@ def format_recipe(
     sections = TypeAdapter(Recipe).dump_python(recipe, exclude_defaults=not all)
     training, lora = sections.pop("training", {}), {"lora": sections.pop("lora", None)}
     defaults = {k: v for k, v in training_defaults().items() if all and k not in training}
-    versions = f"vlm_lit {version('vlm_lit')} and transformers {version('transformers')}"
+    versions = f"vlm_lit {__version__} and transformers {version('transformers')}"
     return "".join(["# Relative paths start in the folder where the command runs.\n",
         _dump(sections), "training:\n" if training or defaults else "", _dump(training, "  "),
         f"  # defaults of {versions}\n" if defaults else "", _dump(defaults, "  "), _dump(lora)])

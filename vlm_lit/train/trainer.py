@@ -23,6 +23,7 @@ from ..breakpoints import same_randomness
 from ..data.mixture import Mixture
 from ..data.samplers import GlobalBatchSampler
 from ..generation import pad_id
+from ..model import compile_layers
 from ..weights.presets import seeded
 from ..weights.pretrained import has_lora, load_trainable, save_trainable, write_base
 from .arguments import PARTS, VLMTrainingArguments
@@ -292,10 +293,22 @@ class VLMTrainer(_Evaluation, _Checkpoints, Trainer):
         collator = data_collator or self._make_collator(model, args)
         super().__init__(model, args, collator, self.train_mixture,
                          _as_mixture(eval_dataset, args, flips=False), **kwargs)
+        if args.torch_compile:
+            base = model.get_base_model() if hasattr(model, "get_base_model") else model
+            compile_layers(base, backend=args.torch_compile_backend,
+                           mode=args.torch_compile_mode)
         for callback in (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(callback)
         self.add_callback(_SetEpoch(self))
         self.model_accepts_loss_kwargs = True
+
+    def create_accelerator_and_postprocess(self):
+        "accelerate would compile the whole model, names and generation included; layers suffice."
+        args = self.args
+        asked = args.torch_compile_backend, args.torch_compile_mode
+        args.torch_compile_backend = args.torch_compile_mode = None
+        try: super().create_accelerator_and_postprocess()
+        finally: args.torch_compile_backend, args.torch_compile_mode = asked
 
     def _make_meter(self, model, args):
         "Counts what a step does."
