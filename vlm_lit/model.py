@@ -415,14 +415,12 @@ def compile_layers(
     model:nn.Module, # A `VLM`; changed in place, its parameters keep their names
     **settings, # For `torch.compile`: `backend`, `mode`, `dynamic`, ...
 ) -> list[nn.Module]: # What was compiled; `del part.forward` takes it back
-    "Compile decoder layers, tower layers and mining with `torch.compile`, for training only."
+    "Compile decoder layers and tower layers with `torch.compile`, for training only."
     import torch._dynamo                # takes a second, and only who compiles needs it
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     encoder = model.image_encoder
-    towers = [encoder.vision_tower, encoder.vision_tower_aux]
-    parts = [encoder.mining] if encoder.mining is not None else []
-    for part in (model.language_model, *towers):
-        if part is not None: parts += repeated_layers(part)
+    whole = [model.language_model, encoder.vision_tower, encoder.vision_tower_aux]
+    parts = [layer for part in whole if part is not None for layer in repeated_layers(part)]
     def in_training(part):
         plain, compiled = part.forward, torch.compile(part.forward, **settings)
         @functools.wraps(plain)

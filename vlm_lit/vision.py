@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['PATCH_TOWERS', 'STAGE_TOWERS', 'tower_depth', 'make_tower', 'stage_maps', 'patch_features', 'EfficientNetLiteConfig',
            'SamePadConv2d', 'conv_norm', 'InvertedBottleneck', 'lite_stages', 'EfficientNetLiteModel', 'MiningLayers',
-           'axis_weights', 'axis_table', 'window_weights', 'cells_under', 'cell_products', 'cell_sums',
-           'stage_statistics', 'recomputed', 'float_weights', 'window_scores', 'stage_average', 'window_values',
-           'plain_size', 'query_places', 'without_autocast', 'PatchInfoMining', 'to_one_grid', 'from_one_grid',
-           'make_projector', 'last_linear', 'ImageEncoder']
+           'axis_weights', 'axis_table', 'window_weights', 'cells_under', 'stage_statistics', 'recomputed',
+           'float_weights', 'window_scores', 'stage_average', 'window_values', 'plain_size', 'query_places',
+           'without_autocast', 'PatchInfoMining', 'to_one_grid', 'from_one_grid', 'make_projector', 'last_linear',
+           'ImageEncoder']
 
 # %% ../nbs/08b_vision.ipynb #c002
 import re
@@ -249,22 +249,6 @@ def cells_under(
     flat = features.flatten(2).transpose(1, 2).float()
     return flat.index_select(1, cells.flatten()).unflatten(1, cells.shape)
 
-def cell_products(
-    own:torch.Tensor, # From `cells_under`, (n_images, num_queries, m*m, channels)
-    query:torch.Tensor, # (n_images, num_queries, channels)
-) -> torch.Tensor: # (n_images, num_queries, m*m)
-    "Query times features at every cell. A compiler fuses product, sum and gather; without one it is a matrix product."
-    if torch.compiler.is_compiling(): return (own*query[:, :, None]).sum(-1)
-    return torch.einsum("npkc,npc->npk", own, query)
-
-def cell_sums(
-    share:torch.Tensor, # (n_images, num_queries, m*m)
-    own:torch.Tensor, # From `cells_under`, (n_images, num_queries, m*m, channels)
-) -> torch.Tensor: # (n_images, num_queries, channels)
-    "Features of all cells, each by its share; fused as in `cell_products`."
-    if torch.compiler.is_compiling(): return (own*share[..., None]).sum(2)
-    return torch.einsum("npk,npkc->npc", share, own)
-
 # %% ../nbs/08b_vision.ipynb #c067
 def stage_statistics(
     features:torch.Tensor, # One map, (n_images, channels, side, side)
@@ -274,7 +258,7 @@ def stage_statistics(
 ) -> torch.Tensor: # (3, n_images, num_queries, window*window): query times features, sum and sum of squares over channels
     "What a stage adds to the scores and to the normalisation at every position, without enlarging its channels."
     own = cells_under(features, cells)
-    linear = torch.stack([cell_products(own, query), own.sum(-1)])
+    linear = torch.stack([torch.einsum("npkc,npc->npk", own, query), own.sum(-1)])
     gram = own@own.transpose(-1, -2)
     return torch.cat([torch.einsum("pwk,snpk->snpw", weights, linear), ((weights@gram)*weights).sum(-1)[None]])
 
@@ -319,7 +303,7 @@ def stage_average(
     weights:torch.Tensor, # From `window_weights`
 ) -> torch.Tensor: # (n_images, num_queries, channels)
     "The weighted sum over each window of the enlarged map."
-    return cell_sums(torch.einsum("npw,pwk->npk", share, weights), cells_under(features, cells))
+    return torch.einsum("npk,npkc->npc", torch.einsum("npw,pwk->npk", share, weights), cells_under(features, cells))
 
 def window_values(
     attention:torch.Tensor, # (n_images, num_queries, window*window), rows sum to 1
@@ -358,7 +342,8 @@ def without_autocast(
     device_type:str, # Of a torch device
 ): # A context
     "Mixed precision is off inside; for devices that do not know it there is nothing to do."
-    return torch.autocast(device_type, enabled=False) if torch.amp.is_autocast_available(device_type) else nullcontext()
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)    # torch 2.11 cannot compile the question
+    return torch.autocast(device_type, enabled=False) if known else nullcontext()
 
 class PatchInfoMining(MiningLayers):
     "Low-resolution queries look into their own window of the high-resolution maps (Mini-Gemini, Li et al. 2024)."
