@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 import numpy as np, torch
 from vlm_lit.labels import check_policy, control_pattern, make_prompt, preprocess
-from vlm_lit.sentinels import chunks_of, encode_ids, encode_prompts, encode_texts, plan_chunks, preprocess_multimodal, token_table
+from vlm_lit.sentinels import chunk_pieces, encode_pieces, encode_prompts, preprocess_multimodal
 from vlm_lit.templates import conv_templates
 from vlm_lit.tokenizer import load_tokenizer
 
@@ -110,26 +110,25 @@ def in_batches(f, items):
 
 def stages(fresh, tokenizer):
     "Seconds of each stage of `preprocess`, one after the other on fresh text."
-    table, pattern, sources = token_table(tokenizer), control_pattern(tokenizer, "gemma"), fresh()
-    seconds = dict.fromkeys(("move tags", "render", "look for control tokens", "tokenize (Rust)", "plan and join", "segments", "labels and tensors"), 0.0)
+    pattern, sources = control_pattern(tokenizer, "gemma"), fresh()
+    names = "move tags", "render", "look for control tokens", "tokenize (Rust)", "segments", "labels and tensors"
+    seconds = dict.fromkeys(names, 0.0)
     for k in range(0, len(sources), BATCH):
         own = sources[k:k+BATCH]
         t, moved = clock(preprocess_multimodal, own)
         seconds["move tags"] += t
-        t, prompts = clock(lambda: [make_prompt(source, tokenizer, "gemma") for source in moved])
+        render = lambda: [make_prompt(source, tokenizer, "gemma") for source in moved]
+        check = lambda: [check_policy(source, "refuse", pattern) for source in moved]
+        t, prompts = clock(render)
         seconds["render"] += t
-        seconds["look for control tokens"] += clock(lambda: [check_policy(source, "refuse", pattern) for source in moved])[0]
-        seen = {}
-        for prompt in prompts: plan_chunks(prompt, seen, tokenizer.backend_tokenizer, table)
-        rust = clock(encode_texts, list(seen), tokenizer)[0]
-        seconds["tokenize (Rust)"] += rust
-        again = clock(encode_texts, list(seen), tokenizer)[0]            # from here on the tokenizer knows the text
-        ids = clock(encode_ids, prompts, tokenizer, table)[0]
+        seconds["look for control tokens"] += clock(check)[0]
+        pieces = [piece for n, prompt in enumerate(prompts) for piece in chunk_pieces(prompt, n)]
+        seconds["tokenize (Rust)"] += clock(encode_pieces, pieces, tokenizer)[0]
+        again = clock(encode_pieces, pieces, tokenizer)[0]       # from here on the tokenizer knows the text
         all_ = clock(encode_prompts, prompts, tokenizer)[0]
-        seconds["plan and join"] += max(ids - again, 0.0)
-        seconds["segments"] += max(all_ - ids, 0.0)
+        seconds["segments"] += max(all_ - again, 0.0)
         whole = clock(preprocess, moved, tokenizer)[0]
-        rest = clock(lambda: ([make_prompt(source, tokenizer, "gemma") for source in moved], [check_policy(source, "refuse", pattern) for source in moved]))[0]
+        rest = clock(lambda: (render(), check()))[0]
         seconds["labels and tensors"] += max(whole - rest - all_, 0.0)
     return {key: value/len(sources) for key,value in seconds.items()}
 
@@ -156,7 +155,7 @@ def measure_kind(kind, tokenizer, n, rounds):
         fast, _ = clock(in_batches, lambda own: preprocess(preprocess_multimodal(own), tokenizer), sources)
         sources = fresh(n//4)
         single, _ = clock(lambda: [preprocess(preprocess_multimodal([source]), tokenizer) for source in sources])
-        texts = [[chunk for source in preprocess_multimodal(fresh()) for chunk in chunks_of(make_prompt(source, tokenizer, "gemma"))] for _ in range(2)]
+        texts = [[piece.text for source in preprocess_multimodal(fresh()) for piece in chunk_pieces(make_prompt(source, tokenizer, "gemma"), 0)] for _ in range(2)]
         raw, raw_fast = clock(in_batches, offsets.backend_tokenizer.encode_batch, texts[0])[0], clock(in_batches, plain.backend_tokenizer.encode_batch_fast, texts[1])[0]
         found.append({"reference": slow/n, "ours": fast/n, "ours_one_by_one": single/(n//4), "raw": raw/n, "raw_without_offsets": raw_fast/n, "tokens": sum(map(len, ids))/n, "stages": stages(fresh, tokenizer)})
     middle = lambda values: statistics.median(values)
@@ -169,7 +168,7 @@ def measure(quick=False):
     "Both kinds of samples."
     torch.set_num_threads(1)
     tokenizer = load_tokenizer("gemma")
-    preprocess([Writer(tokenizer, 99).pretrain()], tokenizer)        # the table of widths is made once
+    preprocess([Writer(tokenizer, 99).pretrain()], tokenizer)        # the traits are looked up once
     n, rounds = (60, 1) if quick else (2000, 5)
     return {"pretrain": measure_kind("pretrain", tokenizer, n, rounds), "instruct": measure_kind("instruct", tokenizer, n//2, rounds)}
 

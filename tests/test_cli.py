@@ -129,7 +129,7 @@ def test_walk_refuses_what_cannot_work():
     refuses("walk @train.json --aspect wide", "aspect must be")
     refuses("walk @train.json --image-folder @gone", "no image folder")
     refuses("walk @train.json --control-tokens maybe", "control_tokens must be")
-    refuses("walk @train.json --preset smoll", "unknown preset 'smoll'")
+    refuses("walk @train.json --preset smoll", "unknown preset 'smoll'; did you mean 'smol'?")
     refuses("walk @train.json --preset @runs/half", "is not finished; resume with: vlm-lit train")
     refuses("walk @train.json --preset tiny", "tokenizer")
     write("wrong.json", [{"id": 7, "conversations": turns("q<end_of_turn>\x1b[2J", "a")}])
@@ -155,12 +155,13 @@ def test_train_answers_every_mistake_in_a_recipe():
     refuses("train @good.yaml --training.max_steps many", "--training.max_steps: ")
     refuses("train @good.yaml --training.max_steps", "--training.max_steps has no value")
     refuses("train @good.yaml --model.preset smoll", "unknown preset 'smoll'; did you mean 'smol'?")
-    refuses("train @gone.yaml", "cannot read this recipe: No such file")
+    refuses("train @gone.yaml", "no such recipe; recipes/own-data.yaml is one to copy")
+    refuses("train @train.json", "for training on records give them with --preset NAME --data")
     refuses("train @good.yaml --nme x", "unknown option '--nme'; did you mean '--name'?")
     refuses("train @good.yaml -x", "unknown option '-x'")
     refuses("train @good.yaml --data x.json", "are for training without a recipe")
     refuses("train", "give a recipe file, or --preset and --data")
-    refuses("train --resume --name none --runs @runs", "none/recipe.yaml: cannot read this recipe")
+    refuses("train --resume --name none --runs @runs", "none/recipe.yaml: no such recipe")
 
 def test_train_refuses_before_step_1():
     def says(flags, message): refuses(f"{TRAIN} --name bad {flags}", message)
@@ -212,6 +213,7 @@ def test_generate_answers_per_image():
 def test_generate_and_chat_refuse_in_one_line():
     image = "@images/photo.png"
     refuses("generate nothing @images/photo.png -q hi", "no model 'nothing'")
+    refuses("generate tiny @images/photo.png -q hi", "'tiny' is a preset, a model that is not trained")
     refuses("generate @runs/half @images/photo.png -q hi", "its newest checkpoint is")
     refuses("generate @runs/mine @gone.png -q hi", "no image file")
     refuses("generate @runs/mine @runs -q hi", "no image in")

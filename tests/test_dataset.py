@@ -353,7 +353,7 @@ def test_a_limit_is_kept_before_images_are_opened():
     test_eq("".join(LabelStrip(item["input_ids"], item["labels"], tok).learned), "a drawing<end_of_turn>\n<eos>a house<end_of_turn>\n<eos>")
     for how in ("error", "skip"):
         with Breakpoint(LazySupervisedDataset.pixels, at="if self.blank_images") as bp:
-            with expect_fail(TooLong, contains=f"record 'r': {length} positions with images of 16 rows each, max_length is {length - 1}"): limited([rounds], max_length=length - 1, overlength=how)[0]
+            with expect_fail(TooLong, contains=f"record 'r': {length} tokens with images of 16 tokens each, max_length is {length - 1}"): limited([rounds], max_length=length - 1, overlength=how)[0]
         test_eq(len(bp.hits), 0)
     with expect_fail(DataError, contains="no image 'gone.png'"): limited([rounds], max_length=length)[0]
     with expect_fail(TooLong, contains="record 'r': its first question and answer do not fit"): limited([rounds], max_length=20, overlength="truncate")[0]

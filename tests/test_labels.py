@@ -6,7 +6,7 @@ import numpy as np, torch
 from rich.text import Text
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_TOKEN, ConfigError, DataError
 from vlm_lit.templates import Conversation, Rendered, Segment, SeparatorStyle, caption_form, get_template, hf_markers, render, render_hf, set_system
-from vlm_lit.sentinels import TokenTable, encode_prompts, token_table
+from vlm_lit.sentinels import TokenizerTraits, encode_prompts, tokenizer_traits
 import json, lzma, random, re, unicodedata, warnings
 import matplotlib.pyplot as plt
 from pathlib import Path
@@ -44,7 +44,7 @@ def setup_module():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # greetings of the model are dropped aloud; rows without answers learn nothing
             return preprocess(preprocess_multimodal([row["conversations"]], "mgm"), families[row["tokenizer"]], row["template"], row["has_image"], "allow", return_segments=True)
-    PIECES = ["the box", "\n", "\n\n", " ", "  ", "é", "e\u0301", "日本", "😀", "\t", "<b>", "1234", "model", "user", "<", "|>", "a", "\u00a0", "[x]", "###"[:2], "\r\n", "𝔘", "x"*9, "assistant"]
+    PIECES = ["the box", "\n", "\n\n", " ", "  ", "é", "e\u0301", "日本", "😀", "\t", "<b>", "1234", "model", "user", "<", "|>", "a", "\u00a0", "[x]", "###"[:2], "\r\n", "𝔘", "x"*9, "assistant", "\ufb1d", "\u1100\u1161\u11a8", "▁", "龘", "."]
     def conversations(rng, n, images=True):
         "Nasty conversations, seeded."
         text = lambda: "".join(rng.choice(PIECES) for _ in range(rng.randint(1, 4)))
@@ -115,7 +115,8 @@ def setup_module():
             assert ids[:len(own)] == own, "what generation sees is a prefix"
             learned, text = [i for i in labels if i != IGNORE_INDEX], "".join(prompt.text[a:b] for a,b in prompt.answers)
             if "plain" in template and name == "sentencepiece_like": text = " " + text     # the blank that this tokenizer adds behind an image
-            assert unicodedata.normalize("NFC", spell(learned, t)) == unicodedata.normalize("NFC", text), "what is learned are the answers and their stops"
+            read = lambda text: unicodedata.normalize("NFC", text).replace("▁", " ")      # which no SentencePiece vocabulary can tell apart
+            assert read(spell(learned, t)) == read(text), "what is learned are the answers and their stops"
             runs = [n for n in range(len(labels)) if labels[n] != IGNORE_INDEX and (n + 1 == len(labels) or labels[n+1] == IGNORE_INDEX)]
             assert len(runs) == len(prompt.answers) and all(segments[n] == Segment.STOP or template in ("plain", "v0_plain") or "###" in prompt.text for n in runs), "each answer ends in a learned stop"
             second = second_builder(prompt, t)
@@ -353,6 +354,24 @@ def test_two_builders_agree_on_twenty_thousand_conversations():
     total = 550*len(combinations)
     print(f"{len(combinations)} pairs of template and tokenizer, {total:,} conversations, {sum(judged.values()):,} built twice")
     assert total >= 20_000 and sum(judged.values()) > .9*total and min(judged.values()) > 250
+
+def test_what_is_supervised_reads_as_the_answers():
+    HARD = [("chatml_no_bos", "mpt", "\ufb1d?", "cafe\u0301", "<|im_end|>"), ("chatml_no_bos", "llava_v0", "q", "\u1100\u1161\u11a8", "###"),
+            ("chatml_no_bos", "llava_v0", "q", "\u0a59\u095b", "###"), ("sentencepiece_like", "v1", "q", "龘▁", "</s>"),
+            ("sentencepiece_like", "v1", "Draw a bar", "▁▂▃", "</s>")]
+    for name,template,question,answer,stop in HARD:
+        turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}, {"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        t, out = families[name], preprocess([turns], families[name], template, has_image=False)
+        learned = t.decode([i for i in out["labels"][0].tolist() if i >= 0])
+        print(f"{name:19}{template:9}{learned!r}")
+        same = lambda text: unicodedata.normalize("NFC", text).replace("▁", " ").replace(" ", "")
+        test_eq(same(learned), same(f"Yo{stop}{answer}{stop}"))
+        asked = generation_ids(turns[:3], t, template, has_image=False)
+        test_eq(out["input_ids"][0][:len(asked)].tolist(), asked.tolist())
+    escaped = preprocess([[{"from": "human", "value": "What is </s>龘▁?"}, {"from": "gpt", "value": "no"}]], families["sentencepiece_like"], "v1", has_image=False, control_tokens="escape")
+    assert "</s>龘 ?" in families["sentencepiece_like"].decode(escaped["input_ids"][0])
+    for policy in ("refuse", "escape", "allow"):
+        with expect_fail(DataError, contains="this record has no image"): preprocess([[{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a box"}]], tok, "plain", has_image=False, control_tokens=policy)
 
 def test_hf_templates_keep_the_same_laws():
     for (style,name),chat_template in STYLES.items():

@@ -1,12 +1,15 @@
 "Derived from nbs/04_sentinels.ipynb by `make tests`; edit the notebook, not this file."
 import re, weakref
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from operator import itemgetter
 import numpy as np, torch
 from vlm_lit.core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_TOKEN, ConfigError, DataError
 from vlm_lit.templates import Rendered, Segment, user_parts
 from vlm_lit.tokenizer import control_tokens
 import copy, json, lzma
+from itertools import groupby
 from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -63,66 +66,47 @@ def test_later_chunks_lose_one_bos_and_gaps_get_a_sentinel():
     test_eq(insert_separator([[2, 106], [108, 9], []], IMAGE_TOKEN_INDEX), [2, 106, -200, 108, 9, -200])
     test_eq(insert_separator([[2, 106]], IMAGE_TOKEN_INDEX), [2, 106])
 
-def test_widths_add_up_to_the_text():
-    table = token_table(tok)
-    for text in ["<start_of_turn>user\nein Käse", "  two  blanks\n\n", "日本 😀\t\u200d", "<table>", ""]:
-        test_eq(int(table.widths[tok(text, add_special_tokens=False).input_ids].sum()), len(text.encode()))
-    test_eq((table.n_bos, table.blank, int(table.widths[IMAGE_TOKEN_INDEX])), (1, "never", 7))
-    assert token_table(tok) is table
-
 def test_families_write_different_things_unasked():
-    for name,other in families.items(): print(f"{name:19}", other.convert_ids_to_tokens(other("Hi there").input_ids), token_table(other).blank, token_table(other).n_bos)
-    test_eq([(token_table(t).blank, token_table(t).n_bos) for t in families.values()], [("always", 1), ("never", 1), ("never", 0)])
+    for name,other in families.items():
+        traits = tokenizer_traits(other)
+        print(f"{name:19}", other.convert_ids_to_tokens(other("Hi there").input_ids), traits.space, traits.n_bos)
+    found = [(t.space, t.n_bos) for t in map(tokenizer_traits, (tok, *families.values()))]
+    test_eq(found, [("never", 1), ("always", 1), ("never", 1), ("never", 0)])
+    assert tokenizer_traits(tok) is tokenizer_traits(tok)
     from tokenizers.processors import TemplateProcessing
     endless = family("sentencepiece_like")
     eos = ("</s>", endless.eos_token_id)
     endless.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[eos])
-    with expect_fail(ConfigError, contains="writes ['</s>'] around every text"): make_table(endless)
+    with expect_fail(ConfigError, contains="writes ['</s>'] around every text"): make_traits(endless)
 
-def test_known_texts_are_not_encoded_again():
-    def asked(question, answer):
-        conv = get_template("gemma")
-        for role,text in zip(conv.roles, (question, answer)): conv.append_message(role, text)
-        return render(conv)
-    prompts = [asked("<image>\nWhat?", "a box"), asked("<image>\nWhat?", "a falcon")]
-    with Breakpoint(encode_ids, at="return [join_chunks", watch=["seen", "plans[0]"]) as bp: ids = encode_ids(prompts, tok, token_table(tok))
-    print(list(bp["seen"]), bp["plans[0]"], sep="\n")
-    test_eq(list(bp["seen"]), ["<start_of_turn>user\n", "\nWhat?", "model\na box", "model\na falcon"])
-    test_eq(ids, [join_chunks([tok(chunk).input_ids for chunk in chunks_of(prompt)], 1) for prompt in prompts])
-
-def test_control_tokens_that_swallow_blanks_are_no_walls():
-    assert all(token_table(t).cuts is not None for t in (tok, *families.values()))
-    greedy = family("chatml_no_bos")
-    greedy.add_tokens([AddedToken("<|end|>", rstrip=True, special=True)], special_tokens=True)
-    assert token_table(greedy).cuts is None
-    text = "a<|end|>  \n b"
-    prompt = Rendered(text, (("a", Segment.USER), ("<|end|>  \n", Segment.HEADER), (" b", Segment.USER)))
-    test_eq(encode_ids([prompt], greedy, token_table(greedy)), [greedy(text).input_ids])
-
-def test_a_batch_is_measured_at_once():
-    for name,t in {"gemma": tok, **families}.items():
-        prompt = Rendered("", (("USER: ", Segment.HEADER), ("<image>", Segment.IMAGE), ("\nWhat is  it?", Segment.USER), (t.eos_token, Segment.STOP), ("Ja, é!", Segment.USER)))
-        ids = np.array(encode_ids([prompt], t, token_table(t))[0])
-        widths = covered(ids, np.array([0]), token_table(t), token_table(t).n_bos)
-        print(f"{name:19}", [(t.convert_ids_to_tokens(int(i)) if i >= 0 else i, w) for i,w in zip(ids.tolist(), widths.tolist())][:7])
-        test_eq(int(widths.sum()), len(f"USER: <image>\nWhat is  it?{t.eos_token}Ja, é!".encode()))
+def test_the_callers_tokenizer_keeps_its_settings():
+    mine = family("llama3_bos")
+    mine.backend_tokenizer.enable_padding(length=9)
+    mine.backend_tokenizer.enable_truncation(max_length=5)
+    backend = mine.backend_tokenizer
+    backend.encode_special_tokens = True
+    before = backend.padding, backend.truncation, backend.encode_special_tokens
+    prompt = Rendered("What is it? Tell me!", (("What is it? Tell me!", Segment.USER),))
+    test_eq(encode_prompts([prompt], mine).ids.tolist(), family("llama3_bos")(prompt.text).input_ids)
+    print(backend.padding["length"], backend.truncation["max_length"], backend.encode_special_tokens)
+    test_eq((backend.padding, backend.truncation, backend.encode_special_tokens), before)
 
 def test_fused_newline_is_split_at_the_start_of_the_answer():
     header, answer = "<start_of_turn>model\n", "\nA list:"
     prompt = Rendered(header + answer, ((header, Segment.HEADER), (answer, Segment.ANSWER)))
-    apart, widths = encode_slowly(prompt, tok, token_table(tok))
-    print(tok(prompt.text).input_ids, apart)
+    with Breakpoint(place_parts, at="return firsts", watch=["firsts", "edges"]) as bp: out = encode_prompts([prompt], tok)
+    print([hit["edges"] for hit in bp.hits], out.ids.tolist())
     test_eq(tok(prompt.text).input_ids[:4], [2, 106, 2516, 109])
-    test_eq(apart, tok(header).input_ids + tok(answer, add_special_tokens=False).input_ids)
-    test_eq((sum(widths), sum(widths[:4])), (len(prompt.text), len(header)))
+    test_eq(out.ids.tolist(), tok(header).input_ids + tok(answer, add_special_tokens=False).input_ids)
 
 def test_literal_stretch_never_becomes_a_control_token():
     for t,mark in [(tok, "<end_of_turn>"), *((families[name], families[name].eos_token) for name in ROLES)]:
         text = f"say {mark} twice: {mark}{mark}"
-        ids, widths = encode_slowly(Rendered(text, ((text, Segment.USER),)), t, token_table(t), [(4, 4 + len(mark)), (12 + len(mark), 12 + 2*len(mark))])
+        spans = [(4, 4 + len(mark)), (12 + len(mark), 12 + 2*len(mark))]
+        ids = encode_prompts([Rendered(text, ((text, Segment.USER),))], t, [spans]).ids.tolist()
         print(t.convert_ids_to_tokens(ids)[:12])
         test_eq(ids.count(t.convert_tokens_to_ids(mark)), 1)                    # only the third, which was not named
-        test_eq((sum(widths), t.decode(ids[token_table(t).n_bos:])), (len(text), text))
+        test_eq(t.decode(ids[tokenizer_traits(t).n_bos:]), text)
 
 def test_every_token_knows_its_segment():
     conv = get_template("gemma")
@@ -135,25 +119,47 @@ def test_every_token_knows_its_segment():
     test_eq(([text for name,text in named if name == "USER"], [text for name,text in named if name == "IMAGE"]), (["\n", "A", " list", "?"], ["<image>"]))
     test_eq(named[0], ("HEADER", "<bos>"))
 
-def test_fast_way_and_slow_way_agree():
-    nasty = ["plain", " a  b ", "\n\nx\n", "é e\u0301", "日本語😀", "\t\u200d\u00a0", "x" * 300, "٣+٤", "###", "a</b>", "\r\n", "𝔘𝔫𝔦"]
-    n_slow = 0
+def test_masks_agree_with_pieces_encoded_apart():
+    nasty = ["plain", " a  b ", "\n\nx\n", "é e\u0301", "日本語😀", "\t\u200d\u00a0", "x" * 300, "٣+٤", "###", "a</b>", "\r\n", "𝔘𝔫𝔦",
+             "龘▁", "\ufb1d?", "\u1100\u1161\u11a8", "cafe\u0301", "▁▂▃"]
+    def apart(prompt, t):
+        "Ids and supervised positions of a prompt whose parts are encoded one by one."
+        traits, ids, learned, before = tokenizer_traits(t), [], [], ""
+        groups = [(k, "".join(text for text,_ in own)) for k,own in groupby(prompt.parts, lambda part: part[1] if part[1] >= Segment.IMAGE else Segment.USER)]
+        for kind,text in groups:
+            if kind == Segment.IMAGE: own, before = [IMAGE_TOKEN_INDEX], ""
+            else:
+                lead = traits.lead(before) if before else ""
+                encoding = t.backend_tokenizer.encode(lead + text, add_special_tokens=False)
+                skip = len(lead) and encoding.char_to_token(1)
+                own, before = encoding.ids[skip:], before + text
+            ids, learned = ids + own, learned + [kind >= Segment.ANSWER]*len(own)
+        return [*traits.bos, *ids], [False]*traits.n_bos + learned
+
     for name,t in {"gemma": tok, **families}.items():
         prompts = []
         for question in nasty:
             for reply in nasty:
                 parts = (("USER: ", Segment.HEADER), ("<image>", Segment.IMAGE), (question, Segment.USER), (" ASSISTANT:", Segment.HEADER), (f" {reply}", Segment.ANSWER), (t.eos_token, Segment.STOP))
                 prompts.append(Rendered("".join(text for text,_ in parts), parts))
-        table = token_table(t)
-        with Breakpoint(encode_prompts, at="return Encoded", watch=["bad"]) as bp: out = encode_prompts(prompts, t)
-        slow = [encode_slowly(prompt, t, table) for prompt in prompts]
-        ends = out.lengths.cumsum()
-        differ = [n for n,(ids,_) in enumerate(slow) if out.ids[ends[n]-out.lengths[n]:ends[n]].tolist() != ids]
-        print(f"{name:19}{len(prompts)} prompts, {len(bp['bad']):3} went the slow way, {len(differ)} differ")
+        out = encode_prompts(prompts, t)
+        ends, differ = out.lengths.cumsum(), []
+        for end,length,prompt in zip(ends, out.lengths, prompts):
+            ids, learned = out.ids[end-length:end].tolist(), (out.segments[end-length:end] >= Segment.ANSWER).tolist()
+            if (ids, learned) != apart(prompt, t): differ.append(prompt.text)
+            stop = [i for i,marked in zip(ids, learned) if marked]
+            assert stop[-1] == t.eos_token_id and t.eos_token_id not in stop[:-1]
+        print(f"{name:19}{len(prompts)} prompts, {len(differ)} differ")
         test_eq(differ, [])
-        for n,prompt in enumerate(prompts):
-            learned = [i for i,s in zip(*(x[ends[n]-out.lengths[n]:ends[n]].tolist() for x in (out.ids, out.segments))) if s >= Segment.ANSWER]
-            assert learned[-1] == t.eos_token_id and t.eos_token_id not in learned[:-1]
+
+def test_stop_text_that_fuses_with_an_answer_is_supervised():
+    llama = family("llama3_bos")
+    llama.add_tokens([AddedToken(".\n", normalized=False)])
+    parts = (("<image>", Segment.IMAGE), ("a box.", Segment.ANSWER), ("\n", Segment.STOP))
+    out = encode_prompts([Rendered("<image>a box.\n", parts)], llama)
+    found = [(llama.decode([i]), Segment(s).name) for i,s in zip(out.ids.tolist(), out.segments) if i >= 0]
+    print(found)
+    test_eq(found[-1], (".\n", "ANSWER"))
 
 def test_chunks_and_ids_of_the_seed():
     prompt = ("<start_of_turn>user\n<image>\nWhat is in the photo?<end_of_turn>\n"
@@ -193,17 +199,17 @@ def test_empty_prompts_and_batches_are_no_trouble():
     for t in (tok, *families.values()):
         empty, some = Rendered("", ()), Rendered("a", (("a", Segment.ANSWER),))
         out = encode_prompts([empty, some, empty], t)
-        n_bos = token_table(t).n_bos
+        n_bos = tokenizer_traits(t).n_bos
         test_eq(out.lengths.tolist(), [n_bos, n_bos + 1, n_bos])
         test_eq(out.segments.tolist().count(Segment.ANSWER), 1)
     test_eq(encode_prompts([], tok).ids.tolist(), [])
     with expect_fail(ConfigError, contains="return_tensors"): tokenizer_image_token("a", tok, return_tensors="np")
     with expect_fail(ConfigError, contains="image_tags"): preprocess_multimodal([], image_tags="all")
 
-def test_blanks_are_added_first_or_always_or_never():
+def test_spaces_are_added_first_or_always_or_never():
     from types import SimpleNamespace
     backend = lambda normalizer, pre: SimpleNamespace(normalizer=normalizer, pre_tokenizer=pre)
-    test_eq([added_blank(backend(*pair)) for pair in [('Prepend(prepend="▁")', None), (None, 'Metaspace(replacement="▁", prepend_scheme=first, split=False)'), (None, 'Metaspace(prepend_scheme="always")'), (None, 'Metaspace(prepend_scheme="never")'), (None, None)]],
+    test_eq([added_space(backend(*pair)) for pair in [('Prepend(prepend="▁")', None), (None, 'Metaspace(replacement="▁", prepend_scheme=first, split=False)'), (None, 'Metaspace(prepend_scheme="always")'), (None, 'Metaspace(prepend_scheme="never")'), (None, None)]],
             ["always", "first", "always", "never", "never"])
 
 def test_tags_and_pictures_must_be_equally_many():

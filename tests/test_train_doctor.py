@@ -7,7 +7,7 @@ import numpy as np, torch
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.templates import SeparatorStyle, caption_form, get_template, stop_text, turn_frame
-from vlm_lit.sentinels import preprocess_multimodal, token_table
+from vlm_lit.sentinels import preprocess_multimodal, tokenizer_traits
 from vlm_lit.labels import generation_ids, make_prompt, preprocess, visible
 from vlm_lit.dataset import TooLong, bisect_failures, encode_records
 from vlm_lit.batches import expanded_length

@@ -139,7 +139,8 @@ def test_wrong_models_and_wrong_files():
 def test_wrong_files_and_flags():
     written("training: {seed: 1}", "half.yaml")
     for paths, flags, start in [
-        (["nowhere.yaml"], [], "nowhere.yaml: cannot read this recipe: No such file or directory"),
+        (["nowhere.yaml"], [], "nowhere.yaml: no such recipe; recipes/own-data.yaml is one to copy"),
+        (["mine.jsonl"], [], "mine.jsonl: a recipe is a .yaml file; for training on records"),
         (["half.yaml"], [], "half.yaml: 'model' is missing"),
         (["half.yaml"], ["--model.preset", "smol"], "half.yaml: 'data' is missing"),
         (["recipe.yaml"], ["--training.learning_ratee", "1"], "--training.learning_ratee: unknown key"),

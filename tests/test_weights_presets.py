@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, ConvNextConfig, ConvNextModel, SiglipVisionModel
 from transformers.utils import logging
-from vlm_lit.core import ConfigError, progress_console
+from vlm_lit.core import ConfigError, nearest, progress_console
 from vlm_lit.dataset import cache_folder, digest, written_beside
 from vlm_lit.model import VLM, VLMConfig, sub_config
 from vlm_lit.tokenizer import load_tokenizer

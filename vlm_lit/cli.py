@@ -138,6 +138,8 @@ def generate(
         files = image_files(images)
         if not question.strip(): raise ConfigError("the question is empty; give one with -q")
         if out is not None and out.exists(): raise ConfigError(f"{str(out)!r} is there already")
+        if out is not None and not out.parent.is_dir():
+            raise ConfigError(f"--out: no folder {str(out.parent)!r}; make it first")
         from vlm_lit.generation import answer_batch
         links = [p.resolve() if p.is_symlink() else p for p in files]   # named by the user
         answers = answer_batch(*load(model, control_tokens), question, links, batch_size,

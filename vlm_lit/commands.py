@@ -130,7 +130,9 @@ def split_words(
         if not word.startswith("-"): files.append(Path(word))
         elif "." in flag: overrides += [word] if equals else [word, *islice(rest, 1)]
         else:
-            near = nearest(flag, known)
+            from vlm_lit.train.recipe import training_defaults
+            inside = "--training." + flag.lstrip("-").replace("-", "_")
+            near = inside if inside[11:] in training_defaults() else nearest(flag, known)
             raise ConfigError(f"unknown option {flag!r}; " + (f"did you mean {near!r}?" if near else
                               "settings of a recipe are given as --section.key value"))
     return files, overrides

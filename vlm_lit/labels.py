@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE_FRAME', 'NEEDS_BOS', 'COLORS', 'check_turns', 'first_turn', 'drop_greeting', 'plain_source', 'fill_template',
            'template_markers', 'pattern_of', 'control_pattern', 'check_control_tokens', 'check_policy', 'literal_spans',
-           'mask_prompt', 'check_tokenizer', 'check_table', 'make_prompt', 'preprocess', 'visible', 'LabelStrip',
+           'mask_prompt', 'check_tokenizer', 'check_traits', 'make_prompt', 'preprocess', 'visible', 'LabelStrip',
            'StripPair', 'generation_ids', 'open_prompt']
 
 # %% ../nbs/05_labels.ipynb #c002
@@ -16,7 +16,7 @@ import numpy as np, torch
 from rich.text import Text
 from .core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_TOKEN, ConfigError, DataError
 from .templates import Conversation, Rendered, Segment, SeparatorStyle, caption_form, get_template, hf_markers, render, render_hf, set_system
-from .sentinels import TokenTable, encode_prompts, token_table
+from .sentinels import TokenizerTraits, encode_prompts, tokenizer_traits
 
 # %% ../nbs/05_labels.ipynb #c007
 def check_turns(
@@ -104,7 +104,7 @@ def control_pattern(
 ) -> re.Pattern:
     "Matches any control token of the vocabulary, and the template's markers."
     markers = () if not template else hf_markers(tokenizer, tokenizer.chat_template) if template == "hf" else template_markers(template)
-    return pattern_of(token_table(tokenizer).control + markers)
+    return pattern_of(tokenizer_traits(tokenizer).control + markers)
 
 IMAGE_FRAME = IM_START_TOKEN + IMAGE_TOKEN + IM_END_TOKEN   # what `preprocess_multimodal` writes; no forgery
 
@@ -165,18 +165,18 @@ def check_tokenizer(
     if template == "hf":
         if not getattr(tokenizer, "chat_template", None): raise ConfigError("template 'hf' uses the tokenizer's chat_template, and this tokenizer has none; choose a name from conv_templates")
         return
-    check_table(token_table(tokenizer), template)
+    check_traits(tokenizer_traits(tokenizer), template)
 
 @lru_cache(maxsize=16)
-def check_table(
-    table:TokenTable, # Of the tokenizer
+def check_traits(
+    traits:TokenizerTraits, # Of the tokenizer
     template:str, # A name in `conv_templates`
 ) -> None:
     "Raise `ConfigError` if what the template writes is not what the tokenizer knows."
-    if get_template(template).sep_style in NEEDS_BOS and not table.n_bos: raise ConfigError(
+    if get_template(template).sep_style in NEEDS_BOS and not traits.n_bos: raise ConfigError(
         f"template {template!r} needs a tokenizer that begins every text with BOS, and this one does not; set add_bos_token, or choose another template")
     marks = {mark for text in template_markers(template) for mark in re.findall(r"(?<!<)<\|?\w+\|?>(?!>)|</s>", text)}
-    missing = sorted(marks - set(table.control))
+    missing = sorted(marks - set(traits.control))
     if missing: raise ConfigError(f"template {template!r} needs the control tokens {missing}, which this tokenizer would spell as plain text; choose its own template")
 
 def make_prompt(
@@ -188,7 +188,10 @@ def make_prompt(
     record=None, # The record's id, for messages
 ) -> Rendered:
     "One conversation as a prompt."
-    if template != "hf": return render(fill_template(source, template, record), add_generation_prompt, has_image)
+    if template != "hf":
+        if get_template(template).sep_style == SeparatorStyle.PLAIN and not has_image:
+            raise DataError(f"template {template!r} is for an image and its caption; this record has no image", record, kind="tags")
+        return render(fill_template(source, template, record), add_generation_prompt, has_image)
     check_turns(source, record)
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
     try: return render_hf([(roles[turn["from"]], turn["value"]) for turn in drop_greeting(source, record)], tokenizer, add_generation_prompt, has_image)

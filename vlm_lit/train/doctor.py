@@ -14,7 +14,7 @@ import numpy as np, torch
 from ..core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from ..tokenizer import load_tokenizer
 from ..templates import SeparatorStyle, caption_form, get_template, stop_text, turn_frame
-from ..sentinels import preprocess_multimodal, token_table
+from ..sentinels import preprocess_multimodal, tokenizer_traits
 from ..labels import generation_ids, make_prompt, preprocess, visible
 from ..dataset import TooLong, bisect_failures, encode_records
 from ..batches import expanded_length
@@ -114,7 +114,7 @@ def _problems_of(turns, processor) -> list[str]:
         found.append(f"{ids.count(IMAGE_TOKEN_INDEX)} image tokens for {n_images} image(s)")
     source, = preprocess_multimodal([turns], mmtag="mmtag" in template)
     prompt = make_prompt(source, tok, template).text
-    bos, n_bos = tok.bos_token_id, token_table(tok).n_bos
+    bos, n_bos = tok.bos_token_id, tokenizer_traits(tok).n_bos
     written = prompt.count(tok.bos_token) if tok.bos_token else 0
     if bos is not None and (ids.count(bos) > n_bos + written or ids[:2] == [bos, bos]):
         found.append(f"{ids.count(bos)} BOS tokens, expected {n_bos + written}")

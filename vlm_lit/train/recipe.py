@@ -58,9 +58,17 @@ def _parse_yaml(text: str, name: str):
         line = f"line {mark.line + 1}: " if mark else ""
         raise ConfigError(f"{name}: {line}{getattr(e, 'problem', None) or e}") from e
 
+_DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")      # of records, not of recipes
+
 def _read_file(path: str | Path) -> dict:
     "A recipe's mapping. Raises `ConfigError` for what cannot be read or is no mapping."
+    if Path(path).suffix in _DATA_SUFFIXES:
+        raise ConfigError(f"{path}: a recipe is a .yaml file; for training on records give them "
+                          f"with --preset NAME --data {path}")
     try: text = Path(path).expanduser().read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such recipe; recipes/own-data.yaml is one to copy, and "
+                          "--preset NAME --data FILE needs none") from None
     except (OSError, UnicodeDecodeError) as e:
         reason = getattr(e, "strerror", None) or "not UTF-8 text"
         raise ConfigError(f"{path}: cannot read this recipe: {reason}") from e

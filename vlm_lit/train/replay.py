@@ -68,7 +68,7 @@ class RecordLoss:
     index: int         # its number in the data
     record: dict
     strip: LossStrip
-    images: list       # thumbnails
+    images: list = field(repr=False)    # thumbnails
     @property
     def losses(self) -> list[float]: return list(self.strip.losses.values())
 

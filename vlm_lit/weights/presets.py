@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, ConvNextConfig, ConvNextModel, SiglipVisionModel
 from transformers.utils import logging
-from ..core import ConfigError, progress_console
+from ..core import ConfigError, nearest, progress_console
 from ..dataset import cache_folder, digest, written_beside
 from ..model import VLM, VLMConfig, sub_config
 from ..tokenizer import load_tokenizer
@@ -132,7 +132,10 @@ def load_preset(
 ) -> dict:
     "A preset by name. Raises `ConfigError` listing the names there are."
     name = str(name)
-    if name not in preset_names() and not name.endswith(".json"): raise ConfigError(f"unknown preset {name!r}; there are: {', '.join(preset_names())}, or a path to a .json file")
+    if name not in preset_names() and not name.endswith(".json"):
+        near = nearest(name, preset_names())
+        hint = f"did you mean {near!r}? " if near else ""
+        raise ConfigError(f"unknown preset {name!r}; {hint}there are: {', '.join(preset_names())}, or a path to a .json file")
     preset = read_json(files("vlm_lit").joinpath(f"assets/presets/{name}.json") if name in preset_names() else Path(name).expanduser())
     check_preset(preset, name)
     return preset

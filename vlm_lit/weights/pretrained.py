@@ -17,7 +17,7 @@ from ..generation import VLMProcessor
 from ..model import VLM
 from vlm_lit.weights.presets import (
     LOAD_ERRORS, PRESET_FIELDS, build_model, cast, load_model, load_preset_tokenizer,
-    load_projector, preset_settings, quiet, read_json, read_state, save_projector, some,
+    load_projector, preset_names, preset_settings, quiet, read_json, read_state, save_projector, some,
     weights_of, write_json)
 
 # %% ../../nbs/12a_pretrained.ipynb #c006
@@ -248,6 +248,9 @@ def find_model(
 ) -> Path:
     "The folder that holds a model. Raises `ConfigError` that says what to do where there is none."
     folder = next((p for p in (Path(name).expanduser(), Path("runs")/name) if p.is_dir()), None)
+    if folder is None and str(name) in preset_names():
+        raise ConfigError(f"{str(name)!r} is a preset, a model that is not trained: train it, and "
+                          "give the run")
     if folder is None:
         raise ConfigError(f"no model {str(name)!r}: give a run, a checkpoint or a model folder")
     if (folder/"model"/"config.json").is_file(): return folder/"model"
