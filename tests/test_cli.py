@@ -222,7 +222,7 @@ def test_generate_and_chat_refuse_in_one_line():
     refuses("generate @runs/mine @images/photo.png -q '<eos> hi'", "pass --control-tokens escape")
     refuses("generate @runs/mine @images/photo.png -q hi --control-tokens no", "refuse, escape or allow")
     refuses("generate @runs/mine @images/photo.png -q hi --out @train.json", "is there already")
-    refuses("generate @runs/mine @images/photo.png -q hi --out @no/x.jsonl", "No such file or directory")
+    refuses("generate @runs/mine @images/photo.png -q hi --out @no/x.jsonl", "--out: no folder")
     refuses("chat @runs/mine @gone.png", "no image file")
 
 def test_chat_streams_and_survives_mistakes():

@@ -1,16 +1,17 @@
 "Derived from nbs/07_dataset.ipynb by `make tests`; edit the notebook, not this file."
-import codecs, hashlib, io, json, os, re, shutil, struct, subprocess, sys, tempfile, weakref
+import codecs, hashlib, io, json, os, re, shutil, struct, subprocess, sys, weakref
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch
 from rich.progress import Progress
 from torch.utils.data import Dataset, get_worker_info
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError, progress_console
+from vlm_lit.files import cache_folder, digest, file_stamp, new_folder
 from vlm_lit.sentinels import check_image_count, preprocess_multimodal
 from vlm_lit.labels import check_tokenizer, check_turns, preprocess
 from vlm_lit.images import grid_crops, make_square, normalise, open_image, rows_per_image as count_rows, to_bytes
+import tempfile
 import multiprocessing, signal, threading, time
 from fastcore.test import test_eq, test_close, expect_fail
 from hypothesis import given, settings, strategies as st
@@ -173,25 +174,6 @@ def test_a_changed_file_has_another_fingerprint():
     os.utime(place, ns=(0, 0))
     assert fingerprint(place) != before                              # only the time
 
-def test_a_folder_is_there_completely_or_not_at_all():
-    place = Path(tempfile.mkdtemp())
-    with expect_fail(KeyboardInterrupt):
-        with written_beside(place/"new") as part:
-            (part/"half").write_text("x")
-            raise KeyboardInterrupt
-    test_eq(list(place.iterdir()), [])
-    for text in ("first", "second"):                                 # the second finds that another was faster
-        with written_beside(place/"new") as part: (part/"all").write_text(text)
-    test_eq([(p.name, (p/"all").read_text()) for p in place.iterdir()], [("new", "first")])
-    (place/"file").write_text("")
-    with expect_fail(ConfigError, contains="set VLM_LIT_CACHE"):
-        with written_beside(place/"file"/"new"): pass
-    old = os.environ.pop("VLM_LIT_CACHE")
-    try:
-        assert cache_folder().name == "vlm_lit" and cache_folder() != Path(old)
-    finally: os.environ["VLM_LIT_CACHE"] = old
-    test_eq(cache_folder(), Path(old))
-
 def test_records_are_the_same_from_every_kind_of_file():
     wanted = [{**r, "image": image_names(r)} for r in mixed_records()]
     files = write_all_kinds(mixed_records(), Path(tempfile.mkdtemp()))
@@ -230,7 +212,7 @@ def test_a_changed_file_is_never_read_with_an_old_index():
     with expect_fail(DataError, contains="large.json has changed or is gone since it was opened"): records[8999]
     again = Records(path)
     test_eq((again[8999]["id"], folder.exists()), ("oo8999", False))                       # a new index; the old one is gone
-    with Breakpoint(Records.build, at="with written_beside", watch="path") as bp: Records(path)
+    with Breakpoint(Records.build, at="with new_folder", watch="path") as bp: Records(path)
     test_eq(len(bp.hits), 0)                                                               # the second open builds nothing
     (again.index.path).write_bytes(b"half")
     test_eq(Records(path)[1]["id"], "000001")                                              # half a cache is made again

@@ -1,13 +1,15 @@
 "Derived from nbs/13_evaluation.ipynb by `make tests`; edit the notebook, not this file."
-import hashlib, importlib.util, json, math, os, re, unicodedata
+import hashlib, importlib.util, math, re, unicodedata
 from collections import Counter
 from pathlib import Path
 import torch
 from rich.progress import track
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from vlm_lit.core import ConfigError, DataError, progress_console
+from vlm_lit.files import write_rows
 from vlm_lit.dataset import LazySupervisedDataset, Records, bisect_failures, image_names
 from vlm_lit.generation import VLMProcessor, generate_ids
+import json, os
 import lzma, tempfile
 from fastcore.test import test_eq, test_close, expect_fail
 from PIL import Image, ImageDraw

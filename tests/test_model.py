@@ -10,7 +10,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import ModelOutput
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from vlm_lit.images import finish_images
-from vlm_lit.vision import PATCH_TOWERS, STAGE_TOWERS, ImageEncoder, PatchInfoMining, last_linear, recomputed
+from vlm_lit.vision import PATCH_TOWERS, STAGE_TOWERS, ImageEncoder, last_linear, recomputed
+from vlm_lit.vision import PatchInfoMining
 import re, tempfile, warnings
 from fastcore.test import test_eq, test_close, expect_fail
 from vlm_lit.batches import DataCollatorForSupervisedDataset, expanded_length, join_samples, pad_samples

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 from vlm_lit.core import ConfigError, progress_console
+from vlm_lit.files import write_rows
 import io, tempfile
 from types import SimpleNamespace
 from vlm_lit.batches import BatchInfo

@@ -13,6 +13,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from pydantic.dataclasses import dataclass
 from vlm_lit import __version__
 from vlm_lit.core import ConfigError, nearest
+from vlm_lit.files import write_text
 import os, subprocess, sys, tempfile, warnings
 from contextlib import chdir
 import pytest

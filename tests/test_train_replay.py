@@ -1,5 +1,5 @@
 "Derived from nbs/20_replay.ipynb by `make tests`; edit the notebook, not this file."
-import base64, html, io, json, math, tempfile
+import base64, html, io, math, tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from vlm_lit.train.arguments import PARTS
 from vlm_lit.train.callbacks import read_metrics
 from vlm_lit.train.recipe import load_recipe
 from vlm_lit.train.run import prepare_run
+import json
 import os, shutil, yaml
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers

@@ -1,5 +1,5 @@
 "Derived from nbs/19_run.ipynb by `make tests`; edit the notebook, not this file."
-import json, os, shutil, signal, threading, zlib
+import json, shutil, signal, threading, zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -13,13 +13,15 @@ from vlm_lit.data.mixture import Mixture
 from vlm_lit.evaluate.metrics import evaluate, fixed_sample
 from vlm_lit.generation import VLMProcessor
 from vlm_lit.model import VLM, calibrate_projector
-from vlm_lit.weights.presets import read_json, save_model, save_projector, seeded, write_json
+from vlm_lit.files import read_json, write_json
+from vlm_lit.weights.presets import save_model, save_projector, seeded
 from vlm_lit.weights.pretrained import add_lora, has_lora, merge_lora, resolve_model
 from vlm_lit.train.arguments import VLMTrainingArguments
 from vlm_lit.train.callbacks import ConsoleProgress, Interrupted, LossGuard, MetricsFile, StopOnSignal, read_metrics
 from vlm_lit.train.doctor import check_samples, environment_info, format_check, known_answers
 from vlm_lit.train.recipe import Recipe, load_recipe, recipe_differences, save_recipe
 from vlm_lit.train.trainer import VLMTrainer, reinit_modules, write_error
+import os
 import tempfile
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers

@@ -1,5 +1,6 @@
 "Derived from nbs/17_trainer.ipynb by `make tests`; edit the notebook, not this file."
-import json, math, os, shutil, signal
+import math, multiprocessing, os, shutil, signal
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 from safetensors import SafetensorError
@@ -10,7 +11,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, sort_checkpoints
-from vlm_lit.core import IGNORE_INDEX, ConfigError, nearest
+from vlm_lit.core import ConfigError, nearest
 from vlm_lit.batches import DataCollatorForSupervisedDataset
 from vlm_lit.breakpoints import same_randomness
 from vlm_lit.data.mixture import Mixture
@@ -18,10 +19,13 @@ from vlm_lit.data.samplers import GlobalBatchSampler
 from vlm_lit.generation import pad_id
 from vlm_lit.model import compile_layers
 from vlm_lit.weights.presets import seeded
-from vlm_lit.weights.pretrained import has_lora, load_trainable, save_trainable, write_base
+from vlm_lit.weights.pretrained import load_trainable, save_trainable, write_base
 from vlm_lit.train.arguments import PARTS, VLMTrainingArguments
 from vlm_lit.train.callbacks import Meter
 from vlm_lit.train.flops import peak_flops, trainable_parts, training_flops
+import json
+from vlm_lit.core import IGNORE_INDEX
+from vlm_lit.weights.pretrained import has_lora
 import subprocess, sys, tempfile, warnings
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -147,6 +151,19 @@ def test_reinit_gives_new_weights_that_a_seed_decides():
     reinit_modules(model, ["projector"], 3); reinit_modules(other, ["projector"], 3)
     after = model.image_encoder.mm_projector[0].weight
     assert not torch.equal(before, after) and torch.equal(after, other.image_encoder.mm_projector[0].weight)
+
+def test_loader_workers_never_get_a_signal():
+    class Masked(torch.utils.data.Dataset):
+        "Which signals the process that reads it holds."
+        def __len__(self): return 1
+        def __getitem__(self, i): return sorted(int(s) for s in signal.pthread_sigmask(signal.SIG_BLOCK, set()))
+
+    from vlm_lit.train.trainer import _worker_context
+    own = Masked()[0]
+    settings = dict(num_workers=1, collate_fn=list, multiprocessing_context=_worker_context())
+    (held,), = DataLoader(Masked(), **settings)
+    print("held by the worker:", [signal.Signals(s).name for s in held], "by this process:", own)
+    assert held == sorted({*own, signal.SIGINT, signal.SIGTERM}) and Masked()[0] == own
 
 def test_peft_model_keeps_its_base_frozen():
     import peft

@@ -1,5 +1,5 @@
 "Derived from nbs/10_weights.ipynb by `make tests`; edit the notebook, not this file."
-import hashlib, importlib.util, io, json, re, shutil, struct
+import importlib.util, io, re, shutil, struct
 from collections import Counter
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -14,10 +14,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, ConvNextConfig, ConvNextModel, SiglipVisionModel
 from transformers.utils import logging
 from vlm_lit.core import ConfigError, nearest, progress_console
-from vlm_lit.dataset import cache_folder, digest, written_beside
+from vlm_lit.files import cache_folder, digest, new_folder, read_json, sha256, write_file, write_json
 from vlm_lit.model import VLM, VLMConfig, sub_config
 from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.vision import EfficientNetLiteConfig, EfficientNetLiteModel, PatchInfoMining, STAGE_TOWERS, last_linear, make_projector, make_tower, tower_depth
+import hashlib, json
 import os, sys, tempfile
 import pytest
 from fastcore.test import test_eq, test_close, expect_fail

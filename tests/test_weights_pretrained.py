@@ -7,7 +7,8 @@ from torch import nn
 from vlm_lit.core import ConfigError
 from vlm_lit.generation import VLMProcessor
 from vlm_lit.model import VLM
-from vlm_lit.weights.presets import LOAD_ERRORS, PRESET_FIELDS, build_model, cast, load_model, load_preset_tokenizer, load_projector, preset_names, preset_settings, quiet, read_json, read_state, save_projector, some, weights_of, write_json
+from vlm_lit.files import read_json, write_json
+from vlm_lit.weights.presets import LOAD_ERRORS, PRESET_FIELDS, build_model, cast, load_model, load_preset_tokenizer, load_projector, preset_names, preset_settings, quiet, read_state, save_projector, some, weights_of
 import os, shutil, tempfile, warnings
 from contextlib import contextmanager
 from fastcore.test import test_eq, test_close, expect_fail

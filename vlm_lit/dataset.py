@@ -5,22 +5,21 @@
 # %% auto #0
 __all__ = ['ROLES', 'BLOCK', 'MAX_RECORD', 'ROW', 'ROWS', 'INDEX_VERSION', 'RECORD_KEYS', 'check_path', 'read_part', 'read_turn',
            'one_of', 'part_images', 'read_record', 'image_names', 'not_json', 'parse_json', 'scan_lines', 'JsonWindow',
-           'scan_list', 'scan_records', 'cache_folder', 'digest', 'file_stamp', 'fingerprint', 'table_files',
-           'written_beside', 'FileReader', 'record_facts', 'write_index', 'table_batches', 'plain_value', 'row_record',
-           'write_lines', 'convert_table', 'Records', 'read_records', 'TooLong', 'expanded_length',
-           'truncate_to_complete_turns', 'BadSamples', 'one_thread', 'append_line', 'encode_records', 'bisect_failures',
-           'LazySupervisedDataset']
+           'scan_list', 'scan_records', 'fingerprint', 'table_files', 'FileReader', 'record_facts', 'write_index',
+           'table_batches', 'plain_value', 'row_record', 'write_lines', 'convert_table', 'Records', 'read_records',
+           'TooLong', 'expanded_length', 'truncate_to_complete_turns', 'BadSamples', 'one_thread', 'append_line',
+           'encode_records', 'bisect_failures', 'LazySupervisedDataset']
 
 # %% ../nbs/07_dataset.ipynb #c002
-import codecs, hashlib, io, json, os, re, shutil, struct, subprocess, sys, tempfile, weakref
+import codecs, hashlib, io, json, os, re, shutil, struct, subprocess, sys, weakref
 from collections.abc import Sequence
-from contextlib import contextmanager
 from pathlib import Path
 import numpy as np, torch
 from rich.progress import Progress
 from torch.utils.data import Dataset, get_worker_info
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from .core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError, progress_console
+from .files import cache_folder, digest, file_stamp, new_folder
 from .sentinels import check_image_count, preprocess_multimodal
 from .labels import check_tokenizer, check_turns, preprocess
 from .images import grid_crops, make_square, normalise, open_image, rows_per_image as count_rows, to_bytes
@@ -252,30 +251,6 @@ def scan_records(
         yield from scan_list(JsonWindow(file, path.name, block, max_record)) if first == b"[" else scan_lines(file, path.name, max_record)
 
 # %% ../nbs/07_dataset.ipynb #c024
-def cache_folder() -> Path:
-    "Where indexes and converted weights are kept: VLM_LIT_CACHE, or the platform's folder for such things."
-    if own := os.environ.get("VLM_LIT_CACHE"): return Path(own).expanduser().absolute()
-    if sys.platform == "win32": usual = Path(os.environ.get("LOCALAPPDATA") or Path.home()/"AppData/Local")
-    else: usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/("Library/Caches" if sys.platform == "darwin" else ".cache"))
-    return usual/"vlm_lit"
-
-def digest(
-    *parts, # Bytes or text
-) -> str: # 32 hexadecimal digits
-    "One hash of several parts."
-    out = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        part = part if isinstance(part, bytes) else str(part).encode("utf-8", "surrogatepass")
-        out.update(b"%d:" % len(part) + part)
-    return out.hexdigest()
-
-def file_stamp(
-    path:str|Path, # A file
-) -> tuple[int,int]: # Bytes, nanoseconds
-    "Size and time of change of a file."
-    stat = os.stat(path)
-    return stat.st_size, stat.st_mtime_ns
-
 def fingerprint(
     path:str|Path, # A file, or a folder of tables
     n_samples:int=64, # Of 4 KiB, from each file
@@ -294,22 +269,6 @@ def table_files(
 ) -> list[Path]:
     "The files that a table consists of."
     return sorted(p for p in path.iterdir() if p.suffix in (".parquet", ".arrow", ".json") and p.is_file()) if path.is_dir() else [path]
-
-@contextmanager
-def written_beside(
-    folder:Path, # That is to be
-): # -> an empty folder, which takes its place when the block ends without an error
-    "Write a folder completely or not at all."
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.parent))
-    except OSError as e: raise ConfigError(f"cannot write into {str(folder.parent)!r} ({e.strerror}); set VLM_LIT_CACHE to a folder of your own") from e
-    try:
-        yield part
-        try: part.rename(folder)
-        except OSError:
-            if not folder.is_dir(): raise              # else: another process was faster, and its folder says the same
-    finally: shutil.rmtree(part, ignore_errors=True)
 
 # %% ../nbs/07_dataset.ipynb #c028
 class FileReader:
@@ -486,7 +445,7 @@ class Records(Sequence):
         is_table:bool, # Whether it has to become JSONL first
     ) -> int: # Number of records
         "Make the index."
-        with written_beside(folder) as part:
+        with new_folder(folder) as part:
             if is_table: convert_table(path, part)
             with open(part/"index.bin", "wb") as file:
                 try: n = write_index(part/"records.jsonl" if is_table else path, file)

@@ -20,7 +20,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import ModelOutput
 from .core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from .images import finish_images
-from .vision import PATCH_TOWERS, STAGE_TOWERS, ImageEncoder, PatchInfoMining, last_linear, recomputed
+from .vision import PATCH_TOWERS, STAGE_TOWERS, ImageEncoder, last_linear, recomputed
 
 # %% ../nbs/09_model.ipynb #c006
 CLIP_LARGE = dict(model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14, projection_dim=768)
@@ -401,7 +401,7 @@ def recompute_mlps(
         if what != "none": mlp.forward = {"gates": gated, "mlp": whole}[what](mlp)
     return len(mlps)
 
-# %% ../nbs/09_model.ipynb #c075b
+# %% ../nbs/09_model.ipynb #c077
 def repeated_layers(
     module:nn.Module, # A tower or a language model
 ) -> list[nn.Module]: # Layers, blocks or stages
@@ -429,7 +429,7 @@ def compile_layers(
     for part in parts: part.forward = in_training(part)
     return parts
 
-# %% ../nbs/09_model.ipynb #c079
+# %% ../nbs/09_model.ipynb #c082
 def rms(x:torch.Tensor) -> float:
     "Root mean square of all elements."
     return float(x.detach().float().pow(2).mean().sqrt())

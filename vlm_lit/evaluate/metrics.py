@@ -7,13 +7,14 @@ __all__ = ['normalize_answer', 'exact', 'contains', 'anls', 'load_metric', 'majo
            'batch_by_image', 'fixed_sample', 'predict', 'evaluate', 'format_table']
 
 # %% ../../nbs/13_evaluation.ipynb #c002
-import hashlib, importlib.util, json, math, os, re, unicodedata
+import hashlib, importlib.util, math, re, unicodedata
 from collections import Counter
 from pathlib import Path
 import torch
 from rich.progress import track
 from ..core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from ..core import ConfigError, DataError, progress_console
+from ..files import write_rows
 from ..dataset import LazySupervisedDataset, Records, bisect_failures, image_names
 from ..generation import VLMProcessor, generate_ids
 
@@ -254,12 +255,6 @@ def _means(scores:list[float], rows:list[dict]) -> dict[str, float]:
         groups[name] = [score for score,row in zip(scores, rows) if row.get("type") == name]
     return {name: sum(own)/len(own) for name,own in groups.items()}
 
-def _write_rows(rows:list[dict], path:Path) -> None:
-    "Write a file of one JSON object per line, completely or not at all."
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    os.replace(part, path)
-
 def evaluate(
     model, # `VLM`
     processor:VLMProcessor|None, # The model's; a dataset does without
@@ -304,7 +299,7 @@ def evaluate(
     questions = [row["question"] for row in rows]
     scores = score([row["prediction"] for row in rows])
     for n,row in enumerate(rows): row["scores"] = {name: own[n] for name,own in scores.items()}
-    if out is not None: _write_rows(rows, Path(out))
+    if out is not None: write_rows(Path(out), rows)
     baselines = {"majority": majority_baseline, "question_only": question_only_baseline}
     baselines = {name: means(score(answers(train, questions)))
                  for name,answers in baselines.items() if train is not None}

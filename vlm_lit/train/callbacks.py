@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 from ..core import ConfigError, progress_console
+from ..files import write_rows
 
 # %% ../../nbs/16b_callbacks.ipynb #c005
 class Meter:
@@ -128,12 +129,6 @@ def read_metrics(
         except json.JSONDecodeError: break
     return rows
 
-def _write_rows(path, rows):
-    "Replace a file of lines in one piece."
-    part = path.with_name(path.name + ".part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    part.replace(path)
-
 class MetricsFile(TrainerCallback):
     "Writes metrics.jsonl, and logs before every save, so that no step's loss is lost."
     def __init__(self,
@@ -146,7 +141,7 @@ class MetricsFile(TrainerCallback):
         "Forget lines after the checkpoint."
         if not state.is_world_process_zero: return
         rows = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
-        _write_rows(self.path, rows)
+        write_rows(self.path, rows)
 
     def on_step_end(self, args, state, control, **kwargs):
         if control.should_save or control.should_evaluate: control.should_log = True
@@ -183,7 +178,7 @@ class LossGuard(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         "Take up the losses before the checkpoint; forget bad steps after it."
         bad = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
-        if self.path.exists() and state.is_world_process_zero: _write_rows(self.path, bad)
+        if self.path.exists() and state.is_world_process_zero: write_rows(self.path, bad)
         skipped = {row["step"] for row in bad}
         for row in read_metrics(self.path.with_name("metrics.jsonl")):
             losses = row.get("losses", ())

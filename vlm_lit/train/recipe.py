@@ -21,6 +21,7 @@ from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationE
 from pydantic.dataclasses import dataclass
 from .. import __version__
 from ..core import ConfigError, nearest
+from ..files import write_text
 
 # %% ../../nbs/16a_recipe.ipynb #c008
 class _Loader(yaml.SafeLoader):
@@ -338,10 +339,8 @@ def save_recipe(
     path: str | Path,  # A .yaml file, replaced in one piece
 ) -> Path:
     "Write the complete recipe; `load_recipe` gives an equal one."
-    path = Path(path)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(format_recipe(recipe), encoding="utf-8")
-    return beside.replace(path)
+    write_text(path, format_recipe(recipe))
+    return Path(path)
 
 # %% ../../nbs/16a_recipe.ipynb #c045
 MAY_DIFFER_ON_RESUME = (  # neither data nor updates depend on these, beyond rounding

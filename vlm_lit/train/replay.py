@@ -6,7 +6,7 @@
 __all__ = ['LossStrip', 'RecordLoss', 'worst_records', 'losses_page', 'Replay', 'replay']
 
 # %% ../../nbs/20_replay.ipynb #c002
-import base64, html, io, json, math, tempfile
+import base64, html, io, math, tempfile
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path

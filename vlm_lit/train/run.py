@@ -6,7 +6,7 @@
 __all__ = ['build_sources', 'Prepared', 'training_arguments', 'prepare_run', 'open_run', 'train']
 
 # %% ../../nbs/19_run.ipynb #c002
-import json, os, shutil, signal, threading, zlib
+import json, shutil, signal, threading, zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +20,8 @@ from ..data.mixture import Mixture
 from ..evaluate.metrics import evaluate, fixed_sample
 from ..generation import VLMProcessor
 from ..model import VLM, calibrate_projector
-from ..weights.presets import read_json, save_model, save_projector, seeded, write_json
+from ..files import read_json, write_json
+from ..weights.presets import save_model, save_projector, seeded
 from ..weights.pretrained import add_lora, has_lora, merge_lora, resolve_model
 from .arguments import VLMTrainingArguments
 from .callbacks import (

@@ -6,7 +6,8 @@
 __all__ = ['set_trainable_modules', 'cast_for_training', 'reinit_modules', 'write_error', 'VLMTrainer']
 
 # %% ../../nbs/17_trainer.ipynb #c002
-import json, math, os, shutil, signal
+import math, multiprocessing, os, shutil, signal
+from contextlib import contextmanager
 from pathlib import Path
 import torch
 from safetensors import SafetensorError
@@ -17,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, sort_checkpoints
-from ..core import IGNORE_INDEX, ConfigError, nearest
+from ..core import ConfigError, nearest
 from ..batches import DataCollatorForSupervisedDataset
 from ..breakpoints import same_randomness
 from ..data.mixture import Mixture
@@ -25,7 +26,7 @@ from ..data.samplers import GlobalBatchSampler
 from ..generation import pad_id
 from ..model import compile_layers
 from ..weights.presets import seeded
-from ..weights.pretrained import has_lora, load_trainable, save_trainable, write_base
+from ..weights.pretrained import load_trainable, save_trainable, write_base
 from .arguments import PARTS, VLMTrainingArguments
 from .callbacks import Meter
 from .flops import peak_flops, trainable_parts, training_flops
@@ -95,6 +96,26 @@ def _as_mixture(data, args, flips=True):
     if data is None or isinstance(data, Mixture): return data
     return Mixture([data], hflip_prob=args.hflip_prob if flips else 0.0, seed=args.seed)
 
+@contextmanager
+def _signals_held():
+    "SIGINT and SIGTERM wait; a process that begins meanwhile never gets them."
+    numbers = {signal.SIGINT, signal.SIGTERM}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+def _worker_context():
+    "For loader workers: a signal to the whole group reaches none of them, not even at its start."
+    if multiprocessing.get_start_method() != "fork": return None    # only a fork inherits the mask
+    usual = multiprocessing.get_context("fork")
+
+    class Worker(usual.Process):
+        def start(self):
+            with _signals_held(): super().start()
+
+    class Context(type(usual)): Process = Worker
+    return Context()
+
 def _one_thread(worker):
     "Keep a loader worker to one thread, and signals to the process that saves."
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)
@@ -106,7 +127,7 @@ def _batches(numbers, size):
     pairs = [(0, int(i)) for i in numbers]
     return [pairs[k:k + size] for k in range(0, len(pairs), size)]
 
-# %% ../../nbs/17_trainer.ipynb #c016
+# %% ../../nbs/17_trainer.ipynb #c017
 class _Evaluation:
     "Loss per supervised token, over all and by source."
     answer_metrics = None       # called for more metrics, such as those of generated answers
@@ -155,7 +176,7 @@ def _ratio(pair) -> float:
     "Loss per token; not a number where nothing is supervised."
     return float(pair[0]/pair[1]) if pair[1] else math.nan
 
-# %% ../../nbs/17_trainer.ipynb #c018
+# %% ../../nbs/17_trainer.ipynb #c019
 class _Checkpoints:
     "Checkpoints of what trains, whole or not there."
     saving = False              # whether one is being written
@@ -263,7 +284,7 @@ def _to_disk(folder):
         if path.is_file():
             with open(path, "rb") as file: os.fsync(file.fileno())
 
-# %% ../../nbs/17_trainer.ipynb #c020
+# %% ../../nbs/17_trainer.ipynb #c021
 class _SetEpoch(TrainerCallback):
     "Tells the sampler its epoch: accelerate's wrappers keep it back when a run resumes within one."
     def __init__(self, trainer): self.trainer = trainer
@@ -362,6 +383,8 @@ class VLMTrainer(_Evaluation, _Checkpoints, Trainer):
                     pin_memory=args.dataloader_pin_memory and not args.use_cpu,
                     persistent_workers=args.dataloader_persistent_workers,
                     prefetch_factor=args.dataloader_prefetch_factor,
+                    multiprocessing_context=(_worker_context() if args.dataloader_num_workers
+                                             else None),
                     worker_init_fn=_one_thread)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):

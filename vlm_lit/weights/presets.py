@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['PARTS', 'SETTINGS', 'PRESET_FIELDS', 'NO_TOKENIZER', 'LOAD_ERRORS', 'OTHER_TOWER', 'OPEN_CLIP_WEIGHTS',
            'CONVNEXT_NAMES', 'LITE_LAYERS', 'TOWER_CLASSES', 'BEHIND', 'WRAPPERS', 'TRAINED', 'HUB_NAME', 'PICKLES',
-           'MGM_TYPES', 'LLAVA_TYPES', 'write_atomically', 'write_json', 'read_json', 'read_state', 'weights_of', 'say',
-           'preset_names', 'check_source', 'check_preset', 'load_preset', 'channel_statistics', 'preset_settings',
-           'combined_config', 'preset_config', 'scratch_text_config', 'is_scratch', 'init_tower_from_scratch',
-           'make_places_heard', 'init_vision_from_scratch', 'seeded', 'make_model', 'package_pieces', 'sha256',
-           'joined_pieces', 'package_file', 'quiet', 'some', 'pretrained', 'gguf_key', 'converted_gguf', 'convert_gguf',
-           'model_folder', 'load_language_model', 'translated', 'convnext_config', 'convnext_from_open_clip',
-           'filled_tower', 'cast', 'efficientnet_lite_state', 'source_file', 'open_clip_file', 'load_tower',
-           'tower_from_file', 'tower_from_transformers', 'combined_model', 'build_model', 'load_preset_tokenizer',
-           'mgm_factor', 'LoadReport', 'part_of', 'projector_tensors', 'scaled_layer', 'fill_tensors', 'load_projector',
+           'MGM_TYPES', 'LLAVA_TYPES', 'read_state', 'weights_of', 'say', 'preset_names', 'check_source',
+           'check_preset', 'load_preset', 'channel_statistics', 'preset_settings', 'combined_config', 'preset_config',
+           'scratch_text_config', 'is_scratch', 'init_tower_from_scratch', 'make_places_heard',
+           'init_vision_from_scratch', 'seeded', 'make_model', 'package_pieces', 'joined_pieces', 'package_file',
+           'quiet', 'some', 'pretrained', 'gguf_key', 'converted_gguf', 'convert_gguf', 'model_folder',
+           'load_language_model', 'translated', 'convnext_config', 'convnext_from_open_clip', 'filled_tower', 'cast',
+           'efficientnet_lite_state', 'source_file', 'open_clip_file', 'load_tower', 'tower_from_file',
+           'tower_from_transformers', 'combined_model', 'build_model', 'load_preset_tokenizer', 'mgm_factor',
+           'LoadReport', 'part_of', 'projector_tensors', 'scaled_layer', 'fill_tensors', 'load_projector',
            'save_projector', 'shards', 'mgm_name', 'load_mgm', 'model_card', 'save_model', 'saved_types',
            'load_weights', 'load_model', 'mgm_config', 'export_model']
 
 # %% ../../nbs/10_weights.ipynb #c002
-import hashlib, importlib.util, io, json, re, shutil, struct
+import importlib.util, io, re, shutil, struct
 from collections import Counter
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
@@ -33,35 +33,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, ConvNextConfig, ConvNextModel, SiglipVisionModel
 from transformers.utils import logging
 from ..core import ConfigError, nearest, progress_console
-from ..dataset import cache_folder, digest, written_beside
+from ..files import cache_folder, digest, new_folder, read_json, sha256, write_file, write_json
 from ..model import VLM, VLMConfig, sub_config
 from ..tokenizer import load_tokenizer
 from ..vision import EfficientNetLiteConfig, EfficientNetLiteModel, PatchInfoMining, STAGE_TOWERS, last_linear, make_projector, make_tower, tower_depth
 
 # %% ../../nbs/10_weights.ipynb #c006
-def write_atomically(
-    path:Path, # Where the file is to be
-    write, # Called with a path beside it
-) -> None:
-    "Write a file beside its place and rename it, so that it is never half there."
-    beside = path.with_name(path.name + ".part")
-    write(beside)
-    beside.replace(path)
-
-def write_json(
-    path:Path, # Where the file is to be
-    value, # JSON
-) -> None:
-    "Write JSON, atomically."
-    write_atomically(path, lambda beside: beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
-
-def read_json(
-    path:Path, # A file of this project
-): # What it holds
-    "Read JSON. Raises `ConfigError` naming the file if it is broken."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise ConfigError(f"cannot read {str(path)!r}: {e}") from e
-
 def read_state(
     path:str|Path, # .safetensors, or a foreign pickle (.bin, .pth, .pt)
 ) -> dict[str, torch.Tensor]: # name -> tensor, on the CPU
@@ -262,12 +239,6 @@ def package_pieces(
         found += pieces
     return found
 
-def sha256(
-    path:Path, # A file of any size
-) -> str: # 64 hexadecimal digits
-    "A file's fingerprint."
-    with path.open("rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
-
 def joined_pieces(
     pieces:list[Path], # In order
     path:Path, # The whole file
@@ -283,7 +254,7 @@ def joined_pieces(
             raise ConfigError(f"{path.name}: the pieces do not make the file that was meant (SHA-256 differs); install the packages anew")
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, write)
+        write_file(path, write)
     return path
 
 def package_file(
@@ -357,7 +328,7 @@ def converted_gguf(
     folder = cache_folder()/"gguf"/f"{path.stem}-{gguf_key(path)}"
     if not (folder/"config.json").is_file():
         say(f"converting {path.name} to safetensors, once")
-        with written_beside(folder) as part: convert_gguf(path, part)
+        with new_folder(folder) as part: convert_gguf(path, part)
     return folder
 
 def convert_gguf(
@@ -712,7 +683,7 @@ def save_projector(
         if id(tensor) in scaled and factor != 1: plain = (plain.double()/factor).to(plain.dtype if dtype is None else dtype)
         state[f"model.{name}"] = plain.to(plain.dtype if dtype is None else dtype).clone(memory_format=torch.contiguous_format)
     path = Path(path)
-    write_atomically(path, lambda beside: save_file(state, beside, metadata={"format": "pt"}) if path.suffix == ".safetensors" else torch.save(state, beside))
+    write_file(path, lambda beside: save_file(state, beside, metadata={"format": "pt"}) if path.suffix == ".safetensors" else torch.save(state, beside))
 
 # %% ../../nbs/10_weights.ipynb #c083
 def shards(
@@ -789,7 +760,7 @@ def save_model(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with quiet(): model.save_pretrained(folder, max_shard_size=max_shard_size)
-    write_atomically(folder/"README.md", lambda beside: beside.write_text(model_card(model), encoding="utf-8"))
+    write_file(folder/"README.md", lambda beside: beside.write_text(model_card(model), encoding="utf-8"))
 
 def saved_types(
     folder:Path, # A model folder

@@ -15,10 +15,11 @@ from torch import nn
 from ..core import ConfigError
 from ..generation import VLMProcessor
 from ..model import VLM
+from ..files import read_json, write_json
 from vlm_lit.weights.presets import (
     LOAD_ERRORS, PRESET_FIELDS, build_model, cast, load_model, load_preset_tokenizer,
-    load_projector, preset_names, preset_settings, quiet, read_json, read_state, save_projector, some,
-    weights_of, write_json)
+    load_projector, preset_names, preset_settings, quiet, read_state, save_projector, some,
+    weights_of)
 
 # %% ../../nbs/12a_pretrained.ipynb #c006
 _PREPARATION = ("template", "chat_template", "image_aspect_ratio", "image_mean", "image_std")
