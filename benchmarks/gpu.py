@@ -64,7 +64,7 @@ BARS = {        # name: (value of every setting that it is of, least or most); t
         (lambda r: per_setting(r, memory, "reference", 1), "<=", 1/3),
     "peak memory at 4x the micro-batch, share of the reference's":
         (lambda r: per_setting(r, memory, "reference", 4), "<=", 1),
-    "MFU": (lambda r: {n: x["mfu"] for n, x in ours(r)}, ">=", .45),
+    "MFU": (lambda r: {n: x["mfu"] for n, x in ours(r) if x["mfu"]}, ">=", .45),
     "time waiting for data":
         (lambda r: {n: x["data_wait"] for n, x in r["loading"].items() if "data_wait" in x},
          "<=", .03)}

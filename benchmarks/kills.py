@@ -118,10 +118,10 @@ class Files:
         if event not in self.KINDS: return
         path = args[1] if event == "os.rename" else args[0]
         if not isinstance(path, (str, os.PathLike)): return
-        path, inside = os.fspath(path), False
+        path = os.fspath(path)
         if event == "shutil.rmtree": self.removing = path
         elif event in ("os.remove", "os.rmdir") and not os.path.isabs(path):
-            path, inside = os.path.join(self.removing, path), True
+            path = os.path.join(self.removing, path)
         if not isinstance(path, str) or not path.startswith(self.folder + os.sep): return
         if event == "open" and not (set(str(args[1])) & set("wax+")
                                     or args[2] & (os.O_WRONLY | os.O_RDWR)): return

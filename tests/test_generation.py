@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.generation import BaseStreamer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from vlm_lit.core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
+from vlm_lit.core import IMAGE_TOKEN, ConfigError, DataError
 from vlm_lit.templates import Segment
 from vlm_lit.sentinels import check_image_count, preprocess_multimodal
 from vlm_lit.labels import check_tokenizer, check_turns, generation_ids, preprocess
@@ -15,6 +15,7 @@ from vlm_lit.images import make_square, on_white, open_image, to_bytes, turn_upr
 from vlm_lit.dataset import LazySupervisedDataset, check_path, encode_records, image_names, read_record
 from vlm_lit.batches import DataCollatorForSupervisedDataset
 from vlm_lit.model import VLM, VLMConfig
+from vlm_lit.core import IMAGE_TOKEN_INDEX
 import json, lzma, tempfile
 from fastcore.test import test_eq, test_close, expect_fail
 from tokenizers import Tokenizer

@@ -40,7 +40,8 @@ def test_a_part_that_takes_too_long_is_noted_and_the_others_kept(tmp_path):
     (tmp_path/"gpu_dry.json").write_text(json.dumps({"parts": earlier}))
     sys.path.insert(0, str(SCRIPT.parent))
     gpu = load_script()
-    args = type("Args", (), {"dry": True, "out": tmp_path, "parts": ["profile"], "workers": 1})
+    args = type("Args", (), {"dry": True, "out": tmp_path, "parts": ["profile"], "workers": 1,
+                            "only": None})
     report = gpu.Report(args)
     report.machine({"stem": "gpu_dry", "card": None})
     gpu.run_part("profile", 0.5, report)

@@ -30,6 +30,36 @@ def test_notebooks_import_only_earlier_modules():
         assert not later, f"{nb.name} reaches forward to {sorted(later)}"
     assert {"core", "breakpoints", "labels", "model", "train.trainer", "cli"} <= earlier
 
+NEVER = [           # modules, and what they must not import, however far down
+    (("core",), {"breakpoints", "files", "tokenizer", "dataset", "model", "train"}),
+    (("tokenizer", "templates", "sentinels", "labels"), {"files", "images", "dataset", "model"}),
+    (("images", "vision", "model"), {"dataset", "batches", "data"}),
+    (("weights.presets",), {"dataset", "data", "batches", "train", "evaluate"}),
+    (("dataset", "batches"), {"model", "weights", "train", "evaluate"})]
+
+def imports_of(module):
+    "Modules of the package that a module imports by itself, also inside functions."
+    path = ROOT/"vlm_lit"/(module.replace(".", "/") + ".py")
+    if not path.exists(): return set()
+    found, home = set(), ["vlm_lit", *module.split(".")]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom): continue
+        base = home[:-node.level] if node.level else []
+        parts = [*base, *(node.module or "").split(".")]
+        if parts[0] == "vlm_lit": found.add(".".join(filter(None, parts[1:])))
+    return found - {""}
+
+def test_lower_rooms_do_not_know_higher_ones():
+    for modules, forbidden in NEVER:
+        seen, todo = set(), list(modules)
+        while todo:
+            own = imports_of(todo.pop()) - seen
+            seen |= own
+            todo += own
+        reached = {name for name in seen if name in forbidden or name.split(".")[0] in forbidden}
+        assert not reached, f"{', '.join(modules)} reach {sorted(reached)}"
+    assert "core" in imports_of("train.trainer") and "files" in imports_of("weights.presets")
+
 def test_package_imports_no_development_tools():
     for path in (ROOT/"vlm_lit").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

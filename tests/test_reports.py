@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from vlm_lit.core import describe
 from vlm_lit.breakpoints import Breakpoint
 from vlm_lit.tokenizer import adds_bos, prepare_tokenizer, special_tokens
@@ -15,6 +14,7 @@ from vlm_lit.labels import LabelStrip, fill_template, preprocess
 from vlm_lit.images import open_image
 from vlm_lit.dataset import LazySupervisedDataset, image_names
 from vlm_lit.evaluate.metrics import exact
+from PIL import Image
 import tempfile
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.core import DataError

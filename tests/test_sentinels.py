@@ -79,18 +79,6 @@ def test_families_write_different_things_unasked():
     endless.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[eos])
     with expect_fail(ConfigError, contains="writes ['</s>'] around every text"): make_traits(endless)
 
-def test_the_callers_tokenizer_keeps_its_settings():
-    mine = family("llama3_bos")
-    mine.backend_tokenizer.enable_padding(length=9)
-    mine.backend_tokenizer.enable_truncation(max_length=5)
-    backend = mine.backend_tokenizer
-    backend.encode_special_tokens = True
-    before = backend.padding, backend.truncation, backend.encode_special_tokens
-    prompt = Rendered("What is it? Tell me!", (("What is it? Tell me!", Segment.USER),))
-    test_eq(encode_prompts([prompt], mine).ids.tolist(), family("llama3_bos")(prompt.text).input_ids)
-    print(backend.padding["length"], backend.truncation["max_length"], backend.encode_special_tokens)
-    test_eq((backend.padding, backend.truncation, backend.encode_special_tokens), before)
-
 def test_fused_newline_is_split_at_the_start_of_the_answer():
     header, answer = "<start_of_turn>model\n", "\nA list:"
     prompt = Rendered(header + answer, ((header, Segment.HEADER), (answer, Segment.ANSWER)))
@@ -118,6 +106,18 @@ def test_every_token_knows_its_segment():
     test_eq([text for name,text in named if name == "STOP"], ["<end_of_turn>", "\n", "<eos>"])
     test_eq(([text for name,text in named if name == "USER"], [text for name,text in named if name == "IMAGE"]), (["\n", "A", " list", "?"], ["<image>"]))
     test_eq(named[0], ("HEADER", "<bos>"))
+
+def test_the_callers_tokenizer_keeps_its_settings():
+    mine = family("llama3_bos")
+    mine.backend_tokenizer.enable_padding(length=9)
+    mine.backend_tokenizer.enable_truncation(max_length=5)
+    backend = mine.backend_tokenizer
+    backend.encode_special_tokens = True
+    before = backend.padding, backend.truncation, backend.encode_special_tokens
+    prompt = Rendered("What is it? Tell me!", (("What is it? Tell me!", Segment.USER),))
+    test_eq(encode_prompts([prompt], mine).ids.tolist(), family("llama3_bos")(prompt.text).input_ids)
+    print(backend.padding["length"], backend.truncation["max_length"], backend.encode_special_tokens)
+    test_eq((backend.padding, backend.truncation, backend.encode_special_tokens), before)
 
 def test_masks_agree_with_pieces_encoded_apart():
     nasty = ["plain", " a  b ", "\n\nx\n", "é e\u0301", "日本語😀", "\t\u200d\u00a0", "x" * 300, "٣+٤", "###", "a</b>", "\r\n", "𝔘𝔫𝔦",

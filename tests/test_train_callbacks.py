@@ -65,6 +65,16 @@ def test_a_line_without_a_terminal():
     shown.on_step_end(None, state, None)
     assert out.file.getvalue().strip() == "step 3/8  loss 1.5000  waiting 50%"
 
+def test_waiting_for_data_is_said_once():
+    out = Console(file=io.StringIO(), force_terminal=False, force_jupyter=False, width=200)
+    shown, args = ConsoleProgress(out, every=1e9), SimpleNamespace(dataloader_num_workers=0)
+    for step, wait in [(10, .9), (20, .2), (30, .64), (40, .8)]:
+        state = SimpleNamespace(is_world_process_zero=True, global_step=step, max_steps=50)
+        shown.on_log(args, state, None, logs={"loss": 1.5, "data_wait": wait})
+    print(out.file.getvalue())
+    assert out.file.getvalue().count("\n") == 1 and "step 30/50  64% of the time" in out.file.getvalue()
+    assert "training.dataloader_num_workers is 0, try 2" in out.file.getvalue()
+
 def test_metrics_file_forgets_what_comes_again():
     path = Path(tempfile.mkdtemp())/"metrics.jsonl"
     meter = Meter(["a"])

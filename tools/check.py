@@ -64,7 +64,12 @@ def check_clean():
         dirty = [p.name for p in build.notebooks() if p.read_bytes() != (Path(folder)/p.name).read_bytes()]
     return f"not clean, run `nbdev_clean`: {dirty}" if dirty else ""
 
-CHECKS = [check_export, check_clean, check_outputs, check_derived, check_readme]
+def check_lint():
+    "ruff finds no unused name, no undefined one and no broken syntax."
+    code, text = sh(BIN/"ruff", "check", "--no-cache", "--quiet", ".")
+    return text if code else ""
+
+CHECKS = [check_lint, check_export, check_clean, check_outputs, check_derived, check_readme]
 
 def run_all(workers, slow):
     """Every notebook from top to bottom, its marked cells being tests; then the same tests as they

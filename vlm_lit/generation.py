@@ -16,7 +16,7 @@ from PIL import Image
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.generation import BaseStreamer
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from .core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
+from .core import IMAGE_TOKEN, ConfigError, DataError
 from .templates import Segment
 from .sentinels import check_image_count, preprocess_multimodal
 from .labels import check_tokenizer, check_turns, generation_ids, preprocess

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from .core import describe
 from .breakpoints import Breakpoint
 from .tokenizer import adds_bos, prepare_tokenizer, special_tokens

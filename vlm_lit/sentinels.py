@@ -63,7 +63,7 @@ def insert_separator(
         out += chunk
     return out
 
-# %% ../nbs/04_sentinels.ipynb #c023
+# %% ../nbs/04_sentinels.ipynb #c024
 NO_SPACE = "\0"   # a character that merges with no other; after it, no tokenizer adds a space
 
 @dataclass(frozen=True, eq=False)
@@ -185,7 +185,7 @@ def encode_pieces(
         found += [(piece, whole[piece.text]) for piece in opening]
     return found
 
-# %% ../nbs/04_sentinels.ipynb #c039
+# %% ../nbs/04_sentinels.ipynb #c033
 def cut_piece(
     piece:Piece,
     edges:list[int], # Characters of its text at which it is cut
@@ -236,7 +236,7 @@ def place_parts(
         after = firsts[k] = after if firsts[k] is None else firsts[k]
     return firsts, edges
 
-# %% ../nbs/04_sentinels.ipynb #c043
+# %% ../nbs/04_sentinels.ipynb #c035
 @dataclass(frozen=True)
 class Encoded:
     "A batch of prompts as ids, flat, with the segment of each."
@@ -286,7 +286,7 @@ def encode_prompts(
     flat = lambda lists, dtype: np.fromiter(chain.from_iterable(lists), dtype)
     return Encoded(flat(rows, np.int64), flat(kinds, np.uint8), np.array([len(row) for row in rows], np.int64))
 
-# %% ../nbs/04_sentinels.ipynb #c049
+# %% ../nbs/04_sentinels.ipynb #c046
 def tokenizer_image_token(
     prompt:str, # Text with zero or more `<image>`
     tokenizer, # A fast Hugging Face tokenizer
@@ -299,7 +299,7 @@ def tokenizer_image_token(
     ids = [image_token_index if i == IMAGE_TOKEN_INDEX else i for i in encoded.ids.tolist()]
     return torch.tensor(ids, dtype=torch.long) if return_tensors == "pt" else ids
 
-# %% ../nbs/04_sentinels.ipynb #c061
+# %% ../nbs/04_sentinels.ipynb #c058
 def check_image_count(
     source:list[dict], # One conversation's turns
     n_images:int, # Pictures that came with it

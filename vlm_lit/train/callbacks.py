@@ -261,7 +261,7 @@ class ConsoleProgress(TrainerCallback):
         every: float = 10.0, # Seconds between lines where there is no terminal
     ):
         self.console, self.every, self.last = console or progress_console(), every, 0.0
-        self.bar, self.shown = None, {}
+        self.bar, self.shown, self.hinted = None, {}, False
 
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero or not self.console.is_terminal: return
@@ -276,6 +276,14 @@ class ConsoleProgress(TrainerCallback):
         if not state.is_world_process_zero: return
         if "loss" in logs or any(key.endswith("_loss") for key in logs): self.shown |= logs
         if "eval_loss" in logs: self._print(state, format_row(logs))
+        self._hint(args, state, logs)
+
+    def _hint(self, args, state, logs):
+        "Once: what to do when steps wait for their data."
+        if self.hinted or state.global_step < 20 or logs.get("data_wait", 0) < .3: return
+        self.hinted, now = True, args.dataloader_num_workers
+        self._print(state, f"{logs['data_wait']:.0%} of the time goes to waiting for data; "
+                    f"training.dataloader_num_workers is {now}, try {max(2*now, 2)}")
 
     def on_step_end(self, args, state, control, **kwargs):
         if not state.is_world_process_zero: return
