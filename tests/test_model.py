@@ -425,6 +425,8 @@ def test_mlps_made_again_give_the_same_gradients_and_keep_less():
         for got,want in zip(gradients[what], gradients["none"], strict=True): test_close(got, want, eps=1e-6)
     print({what: f"{size/sizes['none']:.2f}" for what,size in sizes.items()}, "of the bytes kept")
     assert sizes["mlp"] < sizes["gates"] < sizes["none"]
+    test_eq(recompute_mlps(model.language_model, "mlp", n_layers=1), 1)
+    test_eq(["forward" in layer.mlp.__dict__ for layer in model.language_model.model.layers], [True, False])
     test_eq([recompute_mlps(model.language_model, "none"), "forward" in model.language_model.model.layers[0].mlp.__dict__], [2, False])       # and back
     with expect_fail(ConfigError, contains="a gpt2 has no gated MLP"): recompute_mlps(AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=16, n_head=2, vocab_size=20, bos_token_id=0, eos_token_id=0)))
     with expect_fail(ConfigError, contains="what must be"): recompute_mlps(model.language_model, "all")

@@ -288,6 +288,17 @@ def test_activation_checkpointing_changes_no_loss():
     saving, _ = by_trainer(new_model(), arguments(max_steps=2, trainable_modules=["all"], gradient_checkpointing=True))
     assert max(abs(a - b) for a, b in zip(plain, saving)) < 1e-6
 
+def test_compiled_layers_change_no_loss_and_no_name():
+    plain, _ = by_trainer(new_model(), arguments(max_steps=2, trainable_modules=["all"]))
+    names = list(new_model().state_dict())
+    compiled, trainer = by_trainer(new_model(), arguments(max_steps=2, trainable_modules=["all"],
+                                   torch_compile=True, torch_compile_backend="eager"))
+    print(plain, compiled)
+    assert max(abs(a - b) for a, b in zip(plain, compiled, strict=True)) < 1e-5
+    assert list(trainer.model.state_dict()) == names and trainer.model is trainer.model_wrapped
+    assert "forward" in vars(trainer.model.language_model.model.layers[0])       # not transformers' own
+    assert (trainer.args.torch_compile, trainer.args.torch_compile_backend) == (True, "eager")
+
 def test_trackers_get_the_numbers():
     pytest.importorskip("tensorboard")
     args = arguments(max_steps=2, report_to="tensorboard")
