@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 from vlm_lit import __version__
-from vlm_lit.commands import CHAT_HELP, example_record, export_folder, image_files, load, load_preparation, printable, report_found, run_folder, say, short_recipe, split_words, talk, train_run, user_errors
+from vlm_lit.commands import CHAT_HELP, check_out, example_record, export_folder, image_files, load, load_preparation, printable, report_found, run_folder, say, short_recipe, split_words, talk, train_run, user_errors
 from vlm_lit.core import ConfigError, progress_console
 import re, shlex, subprocess
 from tempfile import mkdtemp
@@ -222,7 +222,9 @@ def test_generate_and_chat_refuse_in_one_line():
     refuses("generate @runs/mine @images/photo.png -q '<eos> hi'", "pass --control-tokens escape")
     refuses("generate @runs/mine @images/photo.png -q hi --control-tokens no", "refuse, escape or allow")
     refuses("generate @runs/mine @images/photo.png -q hi --out @train.json", "is there already")
-    refuses("generate @runs/mine @images/photo.png -q hi --out @no/x.jsonl", "--out: no folder")
+    refuses("generate @runs/mine @images/photo.png -q hi --out @no/x.jsonl", "for x.jsonl; make it first")
+    refuses("losses @runs/mine @train.json --html @no/x.html", "for x.html; make it first")
+    refuses("replay @runs/mine --step 1 --html @no/x.html", "for x.html; make it first")
     refuses("chat @runs/mine @gone.png", "no image file")
 
 def test_chat_streams_and_survives_mistakes():
@@ -241,7 +243,7 @@ def test_eval_writes_predictions_and_refuses():
     refuses("eval @runs/mine --data @gone.json", "no data file")
     refuses("eval @runs/mine --data @val.json --metric my.py", "unknown metric")
     refuses("eval @runs/mine --data @val.json --image-folder @gone", "no image folder")
-    refuses("eval @runs/mine --data @val.json --out @no/p.jsonl", "no folder for")
+    refuses("eval @runs/mine --data @val.json --out @no/p.jsonl", "for p.jsonl; make it first")
     refuses("eval @runs/half --data @val.json", "is not finished")
 
 def test_export_of_any_model_folder():

@@ -51,7 +51,7 @@ def test_short_form_is_a_recipe_and_can_be_overridden():
 def test_words_are_files_overrides_or_mistakes():
     files, overrides = split_words(["a.yaml", "--a.b", "1", "--c.d=2", "b.yaml", "--e.f"], [])
     assert (list(map(str, files)), overrides) == (["a.yaml", "b.yaml"], ["--a.b", "1", "--c.d=2", "--e.f"])
-    with pytest.raises(ConfigError, match="did you mean '--training.learning_rate'"):
+    with pytest.raises(ConfigError, match="has its section, as in --training.learning_rate"):
         split_words(["--learning-rate", "1e-3"], ["--name"])
     with pytest.raises(ConfigError, match="unknown option '--resum'; did you mean '--resume'"):
         split_words(["--resum"], ["--resume", "--name"])

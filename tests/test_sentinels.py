@@ -69,7 +69,8 @@ def test_later_chunks_lose_one_bos_and_gaps_get_a_sentinel():
 def test_families_write_different_things_unasked():
     for name,other in families.items():
         traits = tokenizer_traits(other)
-        print(f"{name:19}", other.convert_ids_to_tokens(other("Hi there").input_ids), traits.space, traits.n_bos)
+        tokens = other.convert_ids_to_tokens(other("Hi there").input_ids)
+        print(f"{name:19}", tokens, traits.space, traits.n_bos)
     found = [(t.space, t.n_bos) for t in map(tokenizer_traits, (tok, *families.values()))]
     test_eq(found, [("never", 1), ("always", 1), ("never", 1), ("never", 0)])
     assert tokenizer_traits(tok) is tokenizer_traits(tok)
@@ -82,7 +83,8 @@ def test_families_write_different_things_unasked():
 def test_fused_newline_is_split_at_the_start_of_the_answer():
     header, answer = "<start_of_turn>model\n", "\nA list:"
     prompt = Rendered(header + answer, ((header, Segment.HEADER), (answer, Segment.ANSWER)))
-    with Breakpoint(place_parts, at="return firsts", watch=["firsts", "edges"]) as bp: out = encode_prompts([prompt], tok)
+    with Breakpoint(place_parts, at="return firsts", watch=["firsts", "edges"]) as bp:
+        out = encode_prompts([prompt], tok)
     print([hit["edges"] for hit in bp.hits], out.ids.tolist())
     test_eq(tok(prompt.text).input_ids[:4], [2, 106, 2516, 109])
     test_eq(out.ids.tolist(), tok(header).input_ids + tok(answer, add_special_tokens=False).input_ids)
@@ -125,8 +127,9 @@ def test_masks_agree_with_pieces_encoded_apart():
     def apart(prompt, t):
         "Ids and supervised positions of a prompt whose parts are encoded one by one."
         traits, ids, learned, before = tokenizer_traits(t), [], [], ""
-        groups = [(k, "".join(text for text,_ in own)) for k,own in groupby(prompt.parts, lambda part: part[1] if part[1] >= Segment.IMAGE else Segment.USER)]
-        for kind,text in groups:
+        kind_of = lambda part: part[1] if part[1] >= Segment.IMAGE else Segment.USER
+        for kind,own in groupby(prompt.parts, kind_of):
+            text = "".join(part for part,_ in own)
             if kind == Segment.IMAGE: own, before = [IMAGE_TOKEN_INDEX], ""
             else:
                 lead = traits.lead(before) if before else ""
@@ -145,7 +148,8 @@ def test_masks_agree_with_pieces_encoded_apart():
         out = encode_prompts(prompts, t)
         ends, differ = out.lengths.cumsum(), []
         for end,length,prompt in zip(ends, out.lengths, prompts):
-            ids, learned = out.ids[end-length:end].tolist(), (out.segments[end-length:end] >= Segment.ANSWER).tolist()
+            ids = out.ids[end-length:end].tolist()
+            learned = (out.segments[end-length:end] >= Segment.ANSWER).tolist()
             if (ids, learned) != apart(prompt, t): differ.append(prompt.text)
             stop = [i for i,marked in zip(ids, learned) if marked]
             assert stop[-1] == t.eos_token_id and t.eos_token_id not in stop[:-1]
@@ -157,7 +161,8 @@ def test_stop_text_that_fuses_with_an_answer_is_supervised():
     llama.add_tokens([AddedToken(".\n", normalized=False)])
     parts = (("<image>", Segment.IMAGE), ("a box.", Segment.ANSWER), ("\n", Segment.STOP))
     out = encode_prompts([Rendered("<image>a box.\n", parts)], llama)
-    found = [(llama.decode([i]), Segment(s).name) for i,s in zip(out.ids.tolist(), out.segments) if i >= 0]
+    tokens = zip(out.ids.tolist(), out.segments)
+    found = [(llama.decode([i]), Segment(s).name) for i,s in tokens if i >= 0]
     print(found)
     test_eq(found[-1], (".\n", "ANSWER"))
 

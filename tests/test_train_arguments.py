@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 import torch
 from transformers import TrainingArguments
+from transformers.utils import is_torch_tf32_available
 from vlm_lit.core import ConfigError
 import tempfile
 from vlm_lit.train.arguments import *

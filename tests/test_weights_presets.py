@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, ConvNextConfig, ConvNextModel, SiglipVisionModel
 from transformers.utils import logging
 from vlm_lit.core import ConfigError, nearest, progress_console
-from vlm_lit.files import cache_folder, digest, new_folder, read_json, sha256, write_file, write_json
+from vlm_lit.files import cache_folder, digest, new_folder, read_json, sha256
+from vlm_lit.files import write_file, write_json, write_text
 from vlm_lit.model import VLM, VLMConfig, sub_config
 from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.vision import EfficientNetLiteConfig, EfficientNetLiteModel, PatchInfoMining, STAGE_TOWERS, last_linear, make_projector, make_tower, tower_depth

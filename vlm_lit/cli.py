@@ -15,7 +15,7 @@ import typer
 from typer import Argument, Option
 from . import __version__
 from .commands import (
-    CHAT_HELP, example_record, export_folder, image_files, load, load_preparation, printable,
+    CHAT_HELP, check_out, example_record, export_folder, image_files, load, load_preparation, printable,
     report_found, run_folder, say, short_recipe, split_words, talk, train_run, user_errors)
 from .core import ConfigError, progress_console
 
@@ -81,8 +81,7 @@ def audit_data(
     with user_errors():
         from vlm_lit.audit import AuditSettings, audit
         from vlm_lit.reports import audit_lines, audit_page
-        if html is not None and not html.absolute().parent.is_dir():
-            raise ConfigError(f"--html: no folder {str(html.parent)!r}; make it first")
+        check_out(html)
         processor, num_tokens = load_preparation(preset, tokenizer, template)
         settings = AuditSettings(processor.template, control_tokens, image_tags, image_folder,
                                  decode_images, max_length, num_tokens, batch_size, examples)
@@ -137,9 +136,7 @@ def generate(
     with user_errors():
         files = image_files(images)
         if not question.strip(): raise ConfigError("the question is empty; give one with -q")
-        if out is not None and out.exists(): raise ConfigError(f"{str(out)!r} is there already")
-        if out is not None and not out.parent.is_dir():
-            raise ConfigError(f"--out: no folder {str(out.parent)!r}; make it first")
+        check_out(out, new=True)
         from vlm_lit.generation import answer_batch
         links = [p.resolve() if p.is_symlink() else p for p in files]   # named by the user
         answers = answer_batch(*load(model, control_tokens), question, links, batch_size,
@@ -186,7 +183,7 @@ def evaluate_model(
     with user_errors():
         from vlm_lit.dataset import Records
         from vlm_lit.evaluate.metrics import evaluate, fixed_sample, format_table, load_metric
-        if out is not None and out.exists(): raise ConfigError(f"{out} is there already; choose another --out")
+        check_out(out, new=True)
         metrics, records = [load_metric(m.strip()) for m in metric.split(",")], Records(data)
         result = evaluate(*load(model), records, image_folder=image_folder, metrics=metrics,
                           batch_size=batch_size, max_new_tokens=max_new_tokens, train_data=train,
@@ -229,6 +226,7 @@ def replay_step(
 ):
     "Rebuild a step of a run, stop inside it and show records, labels and values."
     with user_errors():
+        check_out(html)
         from vlm_lit.train.replay import replay
         found = replay(run, step, at, watch or (), progress_console())
         report_found(str(found), found.to_html(), html)
@@ -240,6 +238,7 @@ def losses(
 ):
     "List the records with the highest loss, each token's loss under its label."
     with user_errors():
+        check_out(html)
         from vlm_lit.train.replay import losses_page, worst_records
         found = worst_records(*load(model), data, worst, image_folder)
         report_found("\n\n".join(map(str, found)), losses_page(found), html)

@@ -690,8 +690,9 @@ class LazySupervisedDataset(Dataset):
         length = 0 if self.max_length is None else expanded_length(text["input_ids"], self.rows_per_image)
         if self.max_length is None or length <= self.max_length: return text
         if self.overlength != "truncate":
-            message = f"{length} tokens with images of {self.rows_per_image} tokens each, max_length is {self.max_length}"
-            raise TooLong(f"{message}; shorten it, or set overlength to 'truncate' or 'skip'", record=self.name(i))
+            raise TooLong(f"{length} tokens with images of {self.rows_per_image} tokens each, "
+                          f"max_length is {self.max_length}; shorten it, or set overlength to "
+                          "'truncate' or 'skip'", record=self.name(i))
         try: return dict(zip(("input_ids", "labels"), truncate_to_complete_turns(text["input_ids"], text["labels"], self.rows_per_image, self.max_length)))
         except TooLong as e: raise e.at(record=self.name(i))
 

@@ -190,7 +190,8 @@ def make_prompt(
     "One conversation as a prompt."
     if template != "hf":
         if get_template(template).sep_style == SeparatorStyle.PLAIN and not has_image:
-            raise DataError(f"template {template!r} is for an image and its caption; this record has no image", record, kind="tags")
+            raise DataError(f"template {template!r} is for an image and its caption; this record "
+                            "has no image", record, kind="tags")
         return render(fill_template(source, template, record), add_generation_prompt, has_image)
     check_turns(source, record)
     roles = {"human": "user", "gpt": "assistant", "system": "system"}

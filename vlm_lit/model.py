@@ -387,7 +387,7 @@ AutoModelForCausalLM.register(VLMConfig, VLM, exist_ok=True)
 def recompute_mlps(
     language_model, # A transformers model whose layers have gated MLPs; changed in place
     what:str="gates", # "gates": the activation and its product; "mlp": all that is wide; "none": as transformers has it
-    n_layers:int|None=None, # So many of the first layers, the others as transformers has them; None: all
+    n_layers:int|None=None, # So many of the first layers, not the others; None: all
 ) -> int: # How many MLPs were changed
     "Let the decoder's MLPs keep less for the backward pass, and make it again there. Raises `ConfigError` when there is no gated MLP."
     if what not in ("gates", "mlp", "none"): raise ConfigError(f"what must be 'gates', 'mlp' or 'none', got {what!r}")
@@ -424,7 +424,8 @@ def compile_layers(
     def in_training(part):
         plain, compiled = part.forward, torch.compile(part.forward, **settings)
         @functools.wraps(plain)
-        def forward(*args, **kwargs): return (compiled if model.training else plain)(*args, **kwargs)
+        def forward(*args, **kwargs):
+            return (compiled if model.training else plain)(*args, **kwargs)
         return forward
     for part in parts: part.forward = in_training(part)
     return parts

@@ -71,7 +71,8 @@ class TokenizerTraits:
     "What a tokenizer writes unasked, and which of its tokens frame text."
     bos: tuple[int, ...]      # ids before every text: none, or its BOS
     control: tuple[str, ...]  # texts of all control tokens, longest first
-    space: str                # where it adds a space: "never", "first" in a text, or "always", after control tokens too
+    space: str                # where it adds a space: "never", "first" in a text, or "always"
+                              # (after control tokens, too)
 
     @property
     def n_bos(self) -> int:
@@ -111,13 +112,13 @@ def make_traits(
     tokenizer, # A fast Hugging Face tokenizer
 ) -> TokenizerTraits:
     "Look the tokenizer's traits up. Raises `ConfigError` for one that ends every text, too."
-    with plain_settings(tokenizer.backend_tokenizer): empty = tokenizer.backend_tokenizer.encode("").ids
+    backend = tokenizer.backend_tokenizer
+    with plain_settings(backend): empty = backend.encode("").ids
     if empty not in ([], [tokenizer.bos_token_id]):
         tokens = tokenizer.convert_ids_to_tokens(empty)
         raise ConfigError(f"this tokenizer writes {tokens} around every text; switch its end token "
                           "off (add_eos_token=False)")
-    space = added_space(tokenizer.backend_tokenizer)
-    return TokenizerTraits(tuple(empty), tuple(control_tokens(tokenizer)), space)
+    return TokenizerTraits(tuple(empty), tuple(control_tokens(tokenizer)), added_space(backend))
 
 TRAITS = weakref.WeakKeyDictionary()   # tokenizer -> (what they were looked up for, its traits)
 
@@ -256,19 +257,21 @@ def piece_tokens(
     elif piece.lead: begin = firsts[0] if firsts else len(ids)
     else: begin = 0
     segments, ends = [], [*firsts[1:], len(ids)]
-    for (_,segment),end in zip(piece.parts, ends): segments += [segment]*(end - begin - len(segments))
+    for (_,segment),end in zip(piece.parts, ends):
+        segments += [segment]*(end - begin - len(segments))
     return ids[begin:], segments
 
 def encode_prompts(
     prompts:list[Rendered],
     tokenizer, # A fast Hugging Face tokenizer
-    literals:list|None=None, # For each prompt the (start, end) stretches in which control tokens are plain text
+    literals:list|None=None, # For each prompt (start, end) where control tokens are plain text
 ) -> Encoded:
     "Tokenize prompts, all in one call, and say of each token which segment it starts in."
     traits, found = tokenizer_traits(tokenizer), []
-    pieces = [piece for n,prompt in enumerate(prompts) for piece in chunk_pieces(prompt, n)]
-    if literals and any(literals):
-        pieces = [cut for piece in pieces for cut in cut_literals(piece, literals[piece.place[0]], traits)]
+    pieces = []
+    for n,prompt in enumerate(prompts):
+        for piece in chunk_pieces(prompt, n):
+            pieces += cut_literals(piece, literals[n], traits) if literals else [piece]
     while pieces:
         again = []
         for piece,encoding in encode_pieces(pieces, tokenizer):
@@ -282,9 +285,10 @@ def encode_prompts(
         chunks[n][chunk][0].extend(ids)
         chunks[n][chunk][1].extend(segments)
     rows = [join_chunks([ids for ids,_ in own], traits.n_bos) for own in chunks]
-    kinds = [insert_separator([own[0][1], *(s[traits.n_bos:] for _,s in own[1:])], Segment.IMAGE) for own in chunks]
-    flat = lambda lists, dtype: np.fromiter(chain.from_iterable(lists), dtype)
-    return Encoded(flat(rows, np.int64), flat(kinds, np.uint8), np.array([len(row) for row in rows], np.int64))
+    kinds = [join_chunks([s for _,s in own], traits.n_bos, Segment.IMAGE) for own in chunks]
+    lengths = np.array([len(row) for row in rows], np.int64)
+    flat = lambda lists, dtype: np.fromiter(chain.from_iterable(lists), dtype, lengths.sum())
+    return Encoded(flat(rows, np.int64), flat(kinds, np.uint8), lengths)
 
 # %% ../nbs/04_sentinels.ipynb #c046
 def tokenizer_image_token(

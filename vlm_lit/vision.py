@@ -342,7 +342,8 @@ def without_autocast(
     device_type:str, # Of a torch device
 ): # A context
     "Mixed precision is off inside; for devices that do not know it there is nothing to do."
-    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)    # torch 2.11 cannot compile the question
+    compiling = torch.compiler.is_compiling()          # torch 2.11 cannot compile the question
+    known = compiling or torch.amp.is_autocast_available(device_type)
     return torch.autocast(device_type, enabled=False) if known else nullcontext()
 
 class PatchInfoMining(MiningLayers):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 import torch
 from transformers import TrainingArguments
+from transformers.utils import is_torch_tf32_available
 from ..core import ConfigError
 
 # %% ../../nbs/16_arguments.ipynb #c005
@@ -97,7 +98,7 @@ class VLMTrainingArguments(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = (not self.use_cpu and not self.fp16 and torch.cuda.is_available()
                          and torch.cuda.is_bf16_supported(including_emulation=False))
-        if self.tf32 is None and self.bf16 and not self.use_cpu and torch.cuda.is_available():
+        if self.tf32 is None and self.bf16 and not self.use_cpu and is_torch_tf32_available():
             self.tf32 = True            # for what stays float32, as mining's products
 
     def _set_accumulation(self):

@@ -33,7 +33,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, ConvNextConfig, ConvNextModel, SiglipVisionModel
 from transformers.utils import logging
 from ..core import ConfigError, nearest, progress_console
-from ..files import cache_folder, digest, new_folder, read_json, sha256, write_file, write_json
+from ..files import cache_folder, digest, new_folder, read_json, sha256
+from ..files import write_file, write_json, write_text
 from ..model import VLM, VLMConfig, sub_config
 from ..tokenizer import load_tokenizer
 from ..vision import EfficientNetLiteConfig, EfficientNetLiteModel, PatchInfoMining, STAGE_TOWERS, last_linear, make_projector, make_tower, tower_depth
@@ -112,7 +113,9 @@ def load_preset(
     if name not in preset_names() and not name.endswith(".json"):
         near = nearest(name, preset_names())
         hint = f"did you mean {near!r}? " if near else ""
-        raise ConfigError(f"unknown preset {name!r}; {hint}there are: {', '.join(preset_names())}, or a path to a .json file")
+        names = ", ".join(preset_names())
+        raise ConfigError(f"unknown preset {name!r}; {hint}there are: {names}, or a path to a "
+                          ".json file")
     preset = read_json(files("vlm_lit").joinpath(f"assets/presets/{name}.json") if name in preset_names() else Path(name).expanduser())
     check_preset(preset, name)
     return preset
@@ -760,7 +763,7 @@ def save_model(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with quiet(): model.save_pretrained(folder, max_shard_size=max_shard_size)
-    write_file(folder/"README.md", lambda beside: beside.write_text(model_card(model), encoding="utf-8"))
+    write_text(folder/"README.md", model_card(model))
 
 def saved_types(
     folder:Path, # A model folder
