@@ -223,8 +223,6 @@ def test_generate_and_chat_refuse_in_one_line():
     refuses("generate @runs/mine @images/photo.png -q hi --control-tokens no", "refuse, escape or allow")
     refuses("generate @runs/mine @images/photo.png -q hi --out @train.json", "is there already")
     refuses("generate @runs/mine @images/photo.png -q hi --out @no/x.jsonl", "for x.jsonl; make it first")
-    refuses("losses @runs/mine @train.json --html @no/x.html", "for x.html; make it first")
-    refuses("replay @runs/mine --step 1 --html @no/x.html", "for x.html; make it first")
     refuses("chat @runs/mine @gone.png", "no image file")
 
 def test_chat_streams_and_survives_mistakes():
@@ -279,3 +277,5 @@ def test_replay_and_losses_print_and_write_a_page():
     refuses("replay @runs/none --step 1", "no run")
     refuses("replay @runs/again --step 1 --at nothing", "nothing")
     refuses("losses @runs/again @gone.json", "no data file")
+    refuses("losses @runs/mine @train.json --html @no/x.html", "for x.html; make it first")
+    refuses("replay @runs/mine --step 1 --html @no/x.html", "for x.html; make it first")

@@ -285,7 +285,9 @@ def encode_prompts(
         chunks[n][chunk][0].extend(ids)
         chunks[n][chunk][1].extend(segments)
     rows = [join_chunks([ids for ids,_ in own], traits.n_bos) for own in chunks]
-    kinds = [join_chunks([s for _,s in own], traits.n_bos, Segment.IMAGE) for own in chunks]
+    kinds = []
+    for (_,first),*later in chunks:
+        kinds.append(insert_separator([first, *(s[traits.n_bos:] for _,s in later)], Segment.IMAGE))
     lengths = np.array([len(row) for row in rows], np.int64)
     flat = lambda lists, dtype: np.fromiter(chain.from_iterable(lists), dtype, lengths.sum())
     return Encoded(flat(rows, np.int64), flat(kinds, np.uint8), lengths)
