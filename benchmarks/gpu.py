@@ -168,7 +168,7 @@ def write_data(folder, n_images, n_records, size):
 def make_dataset(chosen, folder):
     "The records of a folder, for a model of this size; images are finished on the device."
     import train_step
-    from vlm_lit.dataset import LazySupervisedDataset
+    from vlm_lit.data.dataset import LazySupervisedDataset
     from vlm_lit.tokenizer import load_tokenizer
     size, config = train_step.SIZES[chosen.size], train_step.make_config(chosen.size, False)
     records = json.loads((folder/"train.json").read_text())

@@ -12,8 +12,10 @@ from vlm_lit.core import ConfigError, DataError, progress_console
 from vlm_lit.templates import Segment
 from vlm_lit.sentinels import check_image_count
 from vlm_lit.labels import check_policy, check_tokenizer, check_turns, control_pattern, first_turn
-from vlm_lit.images import open_image, rows_per_image, safe_path
-from vlm_lit.dataset import Records, encode_records, bisect_failures, image_names, one_thread, read_record
+from vlm_lit.images import rows_per_image, safe_path
+from vlm_lit.data.records import Records
+from vlm_lit.data.dataset import encode_records, bisect_failures, one_thread
+from vlm_lit.text.messages import image_names
 from vlm_lit.data.samplers import GlobalBatchSampler, mixture_draws, padding_ratio
 import json, tempfile
 import matplotlib.pyplot as plt
@@ -47,20 +49,20 @@ def setup_module():
 
 def test_every_check_of_a_record_becomes_a_finding():
     settings, pattern = AuditSettings(image_folder=folder, decode_images=True, max_length=1000), control_pattern(tok, "gemma")
-    kinds = [[f.kind for f in inspect_record(raw, n, settings, pattern)[1]] for n,raw in enumerate(DIRTY)]
+    kinds = [[f.kind for f in inspect_record(Records(DIRTY), n, settings, pattern)[1]] for n in range(len(DIRTY))]
     test_eq(kinds, [[], ["image_missing"], ["image_escapes"], ["image_unreadable"], ["tags"], ["control_tokens"], ["roles"], ["empty_answer"], [], [], ["broken_record"], ["greeting"]])
     only_there = AuditSettings(image_folder=folder)
-    test_eq([f.kind for f in inspect_record(DIRTY[3], 3, only_there, pattern)[1]], [])     # a broken file is there; only decoding finds out
+    test_eq([f.kind for f in inspect_record(Records(DIRTY), 3, only_there, pattern)[1]], [])     # a broken file is there; only decoding finds out
     two = {"id": 1, "image": ["gone.jpg", "../x"], "conversations": talk("<image> <end_of_turn>")}
-    test_eq([f.kind for f in inspect_record(two, 0, settings, pattern)[1]], ["image_missing", "image_escapes", "tags", "control_tokens"])   # all at once
+    test_eq([f.kind for f in inspect_record(Records([two]), 0, settings, pattern)[1]], ["image_missing", "image_escapes", "tags", "control_tokens"])   # all at once
 
 def test_chunk_counts_tokens_by_segment_and_expands_images():
     settings = AuditSettings(image_folder=folder, max_length=1000)
     clean = inspect_chunk(Records(DIRTY[:1]), 0, 1, tok, settings)
     chat = {"id": 1, "messages": [{"role": "user", "content": [{"type": "image", "image": "good.jpg"}, {"type": "text", "text": "q"}]}, {"role": "assistant", "content": "a"}]}
     test_eq([inspect_chunk(Records([raw]), 0, 1, tok, settings).n_images for raw in (DIRTY[0], chat, {**DIRTY[0], "image": ["good.jpg"]}, DIRTY[10])], [1, 1, 1, 0])
-    test_eq([[f.kind for f in inspect_record({"id": 1, "conversations": talk("q", answer)}, 0, settings, control_pattern(tok, "gemma"))[1]] for answer in ("", " \n", "\u200b", "a")], [["empty_answer"]]*3 + [[]])
-    test_eq([f.kind for f in inspect_record({"id": 1, "conversations": [{"from": "User", "value": "q"}]}, 0, settings, control_pattern(tok, "gemma"))[1]], ["roles"])
+    test_eq([[f.kind for f in inspect_record(Records([{"id": 1, "conversations": talk("q", answer)}]), 0, settings, control_pattern(tok, "gemma"))[1]] for answer in ("", " \n", "\u200b", "a")], [["empty_answer"]]*3 + [[]])
+    test_eq([f.kind for f in inspect_record(Records([{"id": 1, "conversations": [{"from": "User", "value": "q"}]}]), 0, settings, control_pattern(tok, "gemma"))[1]], ["roles"])
     test_eq((clean.tokens[Segment.IMAGE], clean.tokens[Segment.STOP], clean.lengths[0].tolist()), (576, 3, [int(clean.tokens.sum())]))
     test_eq(dict(clean.counts), {})
     dirty = inspect_chunk(Records(DIRTY), 0, len(DIRTY), tok, AuditSettings(image_folder=folder, decode_images=True, max_length=300))

@@ -10,7 +10,7 @@ from collections import Counter
 import matplotlib.pyplot as plt
 from fastcore.test import test_eq, test_close, expect_fail
 from vlm_lit.core import peek
-from vlm_lit.dataset import LazySupervisedDataset
+from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.images import finish_images, grid_crops, make_square, rows_per_image, sample_image, to_bytes
 from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.batches import *

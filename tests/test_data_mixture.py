@@ -3,11 +3,11 @@ import zlib
 from functools import cached_property
 import numpy as np, torch
 from torch.utils.data import Dataset
-from vlm_lit.dataset import image_names
+from vlm_lit.text.messages import image_names
 from vlm_lit.data.samplers import mixture_draws
 import tempfile
 from pathlib import Path
-from vlm_lit.dataset import LazySupervisedDataset
+from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.images import sample_image
 from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.data.mixture import *

@@ -3,7 +3,7 @@ import importlib.util, json, re, sys
 from pathlib import Path
 import pytest, yaml
 from vlm_lit.core import ConfigError
-from vlm_lit.dataset import LazySupervisedDataset
+from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.tokenizer import adds_bos, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

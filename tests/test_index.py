@@ -10,7 +10,7 @@ def setup_module():
 
 def test_ten_lines_of_the_readme():
     from vlm_lit.breakpoints import Breakpoint
-    from vlm_lit.dataset import LazySupervisedDataset
+    from vlm_lit.data.dataset import LazySupervisedDataset
     from vlm_lit.images import sample_image
     from vlm_lit.labels import preprocess
     from vlm_lit.tokenizer import load_tokenizer

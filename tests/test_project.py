@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from vlm_lit.batches import DataCollatorForSupervisedDataset
 from vlm_lit.breakpoints import Breakpoint
-from vlm_lit.dataset import LazySupervisedDataset
+from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.images import sample_image
 from vlm_lit.labels import fill_template, preprocess
 from vlm_lit.sentinels import join_chunks, preprocess_multimodal

@@ -2,7 +2,6 @@
 import base64, copy, html, io
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from vlm_lit.core import describe
@@ -11,11 +10,12 @@ from vlm_lit.tokenizer import adds_bos, prepare_tokenizer, special_tokens
 from vlm_lit.templates import render
 from vlm_lit.sentinels import join_chunks, preprocess_multimodal
 from vlm_lit.labels import LabelStrip, fill_template, preprocess
-from vlm_lit.images import open_image
-from vlm_lit.dataset import LazySupervisedDataset, image_names
+from vlm_lit.data.dataset import LazySupervisedDataset
+from vlm_lit.text.messages import image_names
 from vlm_lit.evaluate.metrics import exact
 from PIL import Image
 import tempfile
+from pathlib import Path
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.core import DataError
 from vlm_lit.images import sample_image
@@ -103,7 +103,7 @@ def test_wrong_answers_come_first_up_to_half():
     test_eq(pick_samples([False]*10, 4), [0, 2, 5, 7])
 
 def test_sheets_show_any_rows():
-    def titles(rows, **kwargs): return [ax.get_title() for ax in plot_samples(rows, folder, **kwargs).axes if ax.get_title()]
+    def titles(rows, **kwargs): return [ax.get_title() for ax in plot_samples(rows, ds, **kwargs).axes if ax.get_title()]
     test_eq(titles(sheet, n=2), ["What is its shape?\nwide\nexpected: tall", "What is its shape?\nwide"])
     bare = [{k: v for k,v in row.items() if k != "scores"} for row in sheet]
     test_eq(titles(bare), titles(sheet))                                                # `predict` alone gives no scores

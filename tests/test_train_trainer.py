@@ -32,7 +32,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast
 from vlm_lit.breakpoints import Breakpoint
-from vlm_lit.dataset import LazySupervisedDataset
+from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.generation import VLMProcessor
 from vlm_lit.images import sample_image
 from vlm_lit.model import VLM, VLMConfig
@@ -107,7 +107,7 @@ def setup_module():
             "from transformers import PreTrainedTokenizerFast", "from vlm_lit.generation import VLMProcessor",
             "from vlm_lit.images import sample_image", "from vlm_lit.model import VLMConfig",
             "from vlm_lit.weights.presets import make_model",
-            "from vlm_lit.train.trainer import VLMTrainer, VLMTrainingArguments", "torch.set_num_threads(1)"]
+            "from vlm_lit.train.trainer import VLMTrainer; from vlm_lit.train.arguments import VLMTrainingArguments", "torch.set_num_threads(1)"]
         body = f"""
 folder = Path(tempfile.mkdtemp()); tok = small_tokenizer(folder); config = small_config(tok)
 processor = VLMProcessor.for_model(config, tok, "gemma")

@@ -6,7 +6,7 @@ from fastcore.test import test_eq, test_close, expect_fail
 from vlm_lit.batches import DataCollatorForSupervisedDataset
 from vlm_lit.breakpoints import Breakpoint
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, DataError, peek
-from vlm_lit.dataset import LazySupervisedDataset
+from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.images import interpolate_image, sample_image
 from vlm_lit.labels import LabelStrip, fill_template, preprocess
 from vlm_lit.sentinels import join_chunks, preprocess_multimodal

@@ -21,8 +21,10 @@ from .core import ConfigError, DataError, progress_console
 from .templates import Segment
 from .sentinels import check_image_count
 from .labels import check_policy, check_tokenizer, check_turns, control_pattern, first_turn
-from .images import open_image, rows_per_image, safe_path
-from .dataset import Records, encode_records, bisect_failures, image_names, one_thread, read_record
+from .images import rows_per_image, safe_path
+from .data.records import Records
+from .data.dataset import encode_records, bisect_failures, one_thread
+from .text.messages import image_names
 from .data.samplers import GlobalBatchSampler, mixture_draws, padding_ratio
 
 # %% ../nbs/14_audit.ipynb #c007
@@ -74,26 +76,27 @@ def attempt(
     except DataError as e: findings.append(Finding(e.kind if e.kind in ERRORS else "data", index, name if e.record is None else e.record, e.message, e.turn))
 
 def check_image(
-    name:str, # Path of an image
-    settings:AuditSettings,
+    name: str,         # Of an image, from `image_names`
+    records: Records,  # Whose image it is
+    settings: AuditSettings,
 ) -> None:
     "Raise `DataError` if the image is not there or, with `decode_images`, cannot be read."
-    if settings.decode_images: open_image(name, settings.image_folder)
-    else: safe_path(name, settings.image_folder)
+    if settings.decode_images: records.open_image(name, settings.image_folder)
+    elif not records.is_embedded(name): safe_path(name, settings.image_folder)
 
 def inspect_record(
-    raw, # As its file has it
-    index:int, # Its place, counted from 0
+    records:Records,
+    index:int, # Of the record, counted from 0
     settings:AuditSettings,
     pattern, # From `control_pattern`
 ) -> tuple[dict|None, list[Finding], int]: # The record if its text can be tokenized, what is wrong, and how many images it names
     "All checks of one record that need no tokenizer."
     found = []
-    try: record = read_record(raw, index)
+    try: record = records[index]
     except DataError as e: return None, [Finding(e.kind if e.kind != "data" else "broken_record", index, index if e.record is None else e.record, e.message, e.turn)], 0
     name, turns, images = record["id"], record["conversations"], image_names(record)
     if settings.image_folder is not None:
-        for image in images: attempt(found, index, name, check_image, image, settings)
+        for image in images: attempt(found, index, name, check_image, image, records, settings)
     attempt(found, index, name, check_turns, turns, name)
     if found and found[-1].kind == "roles": return None, found, len(images)
     attempt(found, index, name, check_image_count, turns, len(images), name)
@@ -137,12 +140,11 @@ class Tally:
             if len(kept) < n_examples: kept.append(f)
 
 def id_hash(
-    raw, # A record as its file has it
-    index:int, # Its place; stands in for an id that is not there
+    name,  # A record's id
 ) -> int:
     "64 bits of a record's id."
-    name = raw.get("id") if isinstance(raw, dict) else None
-    return int.from_bytes(hashlib.blake2b(repr((name, index if name is None else None)).encode(), digest_size=8).digest(), "little")
+    text = repr(name).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 def inspect_chunk(
     records:Records,
@@ -153,8 +155,7 @@ def inspect_chunk(
 ) -> Tally:
     "Count what is wrong with some records, and their tokens."
     tally, pattern = Tally(n_records=stop - start), control_pattern(tokenizer, settings.template)
-    raws = [records.raw(n) for n in range(start, stop)]
-    inspected = [inspect_record(raw, n, settings, pattern) for n,raw in enumerate(raws, start)]
+    inspected = [inspect_record(records, n, settings, pattern) for n in range(start, stop)]
     standing = [(n, record) for n,(record,*_) in enumerate(inspected, start) if record is not None]
     encode = lambda some: encode_records([record for _,record in some], tokenizer, settings.template, settings.control_tokens, settings.image_tags)
     with warnings.catch_warnings():
@@ -177,7 +178,8 @@ def inspect_chunk(
     for _,found,_ in inspected: tally.note(found, settings.n_examples)
     tally.lengths, tally.pictured = [np.array(lengths, np.int32)], [np.array(pictured, bool)]
     tally.n_images = sum(n_images for *_,n_images in inspected)
-    tally.ids = [np.array([id_hash(raw, n) for n,raw in enumerate(raws, start)], np.uint64)]
+    ids = [n if record is None else record["id"] for n,(record,*_) in enumerate(inspected, start)]
+    tally.ids = [np.array([id_hash(name) for name in ids], np.uint64)]
     return tally
 
 # %% ../nbs/14_audit.ipynb #c017

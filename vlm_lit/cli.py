@@ -181,7 +181,7 @@ def evaluate_model(
 ):
     "Score a model on every question of a data set, by type, with baselines."
     with user_errors():
-        from vlm_lit.dataset import Records
+        from vlm_lit.data.records import Records
         from vlm_lit.evaluate.metrics import evaluate, fixed_sample, format_table, load_metric
         check_out(out, new=True)
         metrics, records = [load_metric(m.strip()) for m in metric.split(",")], Records(data)

@@ -10,7 +10,6 @@ __all__ = ['WALK', 'WalkStop', 'walk_record', 'show_value', 'walk_lines', 'runni
 import base64, copy, html, io
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 from .core import describe
@@ -19,8 +18,8 @@ from .tokenizer import adds_bos, prepare_tokenizer, special_tokens
 from .templates import render
 from .sentinels import join_chunks, preprocess_multimodal
 from .labels import LabelStrip, fill_template, preprocess
-from .images import open_image
-from .dataset import LazySupervisedDataset, image_names
+from .data.dataset import LazySupervisedDataset
+from .text.messages import image_names
 from .evaluate.metrics import exact
 
 # %% ../nbs/15_reports.ipynb #c006
@@ -140,7 +139,7 @@ def _short(text:str, limit:int=42) -> str:
 
 def plot_samples(
     rows:list[dict], # Predictions of `evaluate`
-    image_folder:str|Path, # Of the images
+    dataset, # Whose images they are
     metric:str|None=None, # Whose score says what is right, above 0.5; None: the first
     n:int=12, # How many to show
 ) -> Figure:
@@ -155,7 +154,7 @@ def plot_samples(
     axes = figure.subplots(height, 4, squeeze=False).flatten()
     for ax in axes: ax.axis("off")
     for ax,row in zip(axes, chosen):
-        if names := image_names(row): ax.imshow(open_image(names[0], image_folder))
+        if names := image_names(row): ax.imshow(dataset.open_image(names[0]))
         right = is_right(row)
         lines = [row["question"], row["prediction"]]
         if not right: lines.append(f"expected: {row['answer']}")

@@ -10,7 +10,7 @@ import zlib
 from functools import cached_property
 import numpy as np, torch
 from torch.utils.data import Dataset
-from ..dataset import image_names
+from ..text.messages import image_names
 from .samplers import mixture_draws
 
 # %% ../../nbs/08c_mixture.ipynb #c005

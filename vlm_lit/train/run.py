@@ -356,8 +356,10 @@ def _validate(prepared, folder) -> dict:
         loss = held_out.metrics["eval_loss"]
     if not prepared.recipe.data.eval_samples: return {"loss": loss}
     answered = _answered(prepared)
-    rows, images = sum(answered, []), prepared.eval.datasets[0].image_folder
-    if plots := _plots(): plots.plot_samples(answered[0], images).savefig(folder/"samples.png", dpi=120)
+    rows = sum(answered, [])
+    if plots := _plots():
+        figure = plots.plot_samples(answered[0], prepared.eval.datasets[0])
+        figure.savefig(folder/"samples.png", dpi=120)
     kinds = sorted({row["type"] for row in rows if "type" in row})
     by_type = {kind: _exact([row for row in rows if row.get("type") == kind]) for kind in kinds}
     return {"loss": loss, "n": len(rows), "exact": _exact(rows), "exact_by_type": by_type}

@@ -750,7 +750,7 @@ def model_card(
             *(["base_model:"] + [f"- {b}" for b in bases] if bases else []), "---"]
     what = [f"- language model: {named('language_model')}", f"- low-resolution tower, {model.config.image_size} pixels: {named('vision_tower')}",
             f"- high-resolution tower, {model.config.image_size_aux} pixels: {named('vision_tower_aux')}", f"- projector: {model.config.projector_type}", f"- rows a picture: {model.config.num_patches}"]
-    use = ["```python", "from vlm_lit.generation import VLM, VLMProcessor", "", "model, processor = VLM.from_pretrained(\"path or name\"), VLMProcessor.from_pretrained(\"path or name\")",
+    use = ["```python", "from vlm_lit.model import VLM; from vlm_lit.generation import VLMProcessor", "", "model, processor = VLM.from_pretrained(\"path or name\"), VLMProcessor.from_pretrained(\"path or name\")",
            "inputs = processor(\"what is in the picture?\", images=\"picture.png\", return_tensors=\"pt\")", "print(processor.batch_decode(model.generate(**inputs, max_new_tokens=16)))", "```"]
     return "\n".join([*head, "", "# A vision-language model", "", "Made with vlm_lit.", "", *what, "", *use]) + "\n"
 
