@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageDraw, UnidentifiedImageError
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from vlm_lit.core import ConfigError, DataError
+from vlm_lit.text.messages import check_path
 import io, json, tempfile
 from unittest.mock import patch
 import matplotlib.pyplot as plt
@@ -232,3 +233,20 @@ def test_draft_mode_changes_pixels():
     off = np.abs(np.asarray(make_square(drafted, 768)).astype(int) - np.asarray(make_square(whole, 768)))
     print("largest difference in bytes:", off.max())
     assert off.max() > 8
+
+def test_images_come_in_any_form():
+    folder, image_in = Path(tempfile.mkdtemp()), sample_image(90, 60)
+    image_in.save(folder/"any.png")
+    pixels = [to_bytes(read_image(p)) for p in (image_in, folder/"any.png", str(folder/"any.png"), to_bytes(image_in), Image.open(folder/"any.png"))]
+    print(tuple(pixels[0].shape), all(torch.equal(p, pixels[0]) for p in pixels))
+    for p in pixels[1:]: test_eq(p, pixels[0])
+    test_eq(to_bytes(read_image("any.png", folder)), pixels[0])
+    test_eq(read_image(Image.new("RGBA", (2, 2), (0, 0, 0, 0))).getpixel((0, 0)), (255, 255, 255))       # what shines through is white
+    exif = Image.Exif(); exif[0x0112] = 6
+    image_in.save(folder/"turned.jpg", exif=exif)
+    test_eq((read_image(folder/"turned.jpg").size, read_image(Image.open(folder/"turned.jpg")).size), ((60, 90), (60, 90)))
+    with expect_fail(DataError, contains="leaves the image folder"): read_image("../any.png", folder/"..")
+    with expect_fail(DataError, contains="no image 'b.png'"): read_image(folder/"b.png")
+    with expect_fail(DataError, contains="got float32 (3, 4, 4)"): read_image(torch.zeros(3, 4, 4))
+    with expect_fail(DataError, contains="got bytes"): read_image(b"png")
+    with expect_fail(DataError, contains="more than 8 bits"): read_image(Image.new("I;16", (2, 2)))

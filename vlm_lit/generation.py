@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_list', 'split_conversations', 'split_images', 'part_picture', 'lift_pictures', 'put_tags', 'read_conversation',
-           'read_picture', 'prompt_ids', 'stop_ids', 'pad_id', 'cut_at_stop', 'VLMProcessor', 'generate_ids',
-           'answer_batch', 'Chat']
+           'VLMProcessor', 'generate_ids', 'answer_batch', 'Chat']
 
 # %% ../nbs/12_generation.ipynb #c002
 from pathlib import Path
@@ -109,63 +108,6 @@ def read_conversation(
     return {**record, "conversations": put_tags(record["conversations"], len(pictures))}, pictures
 
 # %% ../nbs/12_generation.ipynb #c016
-def read_picture(
-    picture, # PIL image, path, or uint8 tensor (3, height, width)
-    image_folder:str|Path|None=None, # Paths are relative to it and may not leave it; None: a path is taken as it is
-) -> Image.Image: # RGB
-    "A picture, opened. Raises `DataError` for what is none."
-    if isinstance(picture, (str, Path)):
-        path = Path(check_path(str(picture), None))
-        return open_image(path.name, path.parent) if image_folder is None else open_image(str(path), image_folder)
-    if torch.is_tensor(picture) and picture.dtype == torch.uint8 and picture.dim() == 3 and len(picture) == 3: return Image.fromarray(picture.permute(1, 2, 0).contiguous().cpu().numpy())
-    found = f"{str(picture.dtype).removeprefix('torch.')} {tuple(picture.shape)}" if hasattr(picture, "dtype") else type(picture).__name__
-    if not isinstance(picture, Image.Image): raise DataError(f"a picture must be a PIL image, a path, or a uint8 tensor (3, height, width); got {found}", kind="image_unreadable")
-    if picture.mode[0] in "IF": raise DataError(f"the picture has more than 8 bits a channel (mode {picture.mode}), which would be cut off; convert it first", kind="image_unreadable")
-    picture = turn_upright(picture)
-    return (on_white(picture) if picture.has_transparency_data else picture).convert("RGB")
-
-# %% ../nbs/12_generation.ipynb #c019
-def prompt_ids(
-    record:dict, # From `read_conversation`, ending in a question
-    tokenizer, # A fast Hugging Face tokenizer
-    template:str="gemma", # A name in `conv_templates`, or "hf"
-    control_tokens:str="refuse", # What to do with control tokens in messages
-) -> torch.LongTensor: # (seq_len,)
-    "The ids of a conversation, up to where the answer begins."
-    source, n_images, name = record["conversations"], len(image_names(record)), record["id"]
-    check_turns(source, name)
-    if n_images: check_image_count(source, n_images, name)
-    if n_images: source = preprocess_multimodal([source], mmtag="mmtag" in template)[0]
-    try: return generation_ids(source, tokenizer, template, n_images > 0, control_tokens)
-    except DataError as e: raise e.at(name)
-
-# %% ../nbs/12_generation.ipynb #c024
-def stop_ids(
-    tokenizer, # A fast Hugging Face tokenizer
-    template:str="gemma", # The one the model was trained with
-) -> list[int]: # Any of them ends an answer
-    "The first token that is learned behind an answer and is no blank, and EOS."
-    turns = [{"from": "human", "value": f"{IMAGE_TOKEN}\nHi"}, {"from": "gpt", "value": "a"}]
-    out = preprocess([turns], tokenizer, template, return_segments=True)
-    stop = out["input_ids"][0][out["segments"][0] == Segment.STOP].tolist()
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return sorted({next((i for i in stop if tokenizer.decode([i]).strip()), stop[0]), *eos})
-
-def pad_id(
-    tokenizer, # A Hugging Face tokenizer
-) -> int:
-    "What fills up rows: the tokenizer's padding token, or for want of one EOS, or 0. Nothing reads it."
-    return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-
-def cut_at_stop(
-    ids, # What a model wrote, list or tensor
-    stops:list[int], # From `stop_ids`
-) -> list[int]: # Without the stop token and what fills the row behind it
-    "An answer's own ids."
-    ids = ids.tolist() if torch.is_tensor(ids) else list(ids)
-    return ids[:next((n for n,i in enumerate(ids) if i in stops), len(ids))]
-
-# %% ../nbs/12_generation.ipynb #c027
 class VLMProcessor(ProcessorMixin):
     "Conversations and pictures in, a model's inputs out; and what the model writes back into text."
     def __init__(self,
@@ -288,7 +230,7 @@ class VLMProcessor(ProcessorMixin):
 
 AutoProcessor.register(VLMConfig, VLMProcessor, exist_ok=True)
 
-# %% ../nbs/12_generation.ipynb #c050
+# %% ../nbs/12_generation.ipynb #c039
 def generate_ids(
     model:VLM, # In evaluation mode
     samples:list[dict], # From `VLMProcessor.samples`, or a dataset's samples cut before the answer
@@ -326,7 +268,7 @@ def answer_batch(
         ids = generate_ids(model, samples, processor.tokenizer, processor.template, max_new_tokens, **kwargs)
         yield from map(processor.decode, ids)
 
-# %% ../nbs/12_generation.ipynb #c053
+# %% ../nbs/12_generation.ipynb #c042
 class _IdQueue(BaseStreamer):
     "What `generate` writes to; closing it ends the generation at the next id."
     def __init__(self): self.queue, self.closed = Queue(), False

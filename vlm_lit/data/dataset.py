@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'TooLong', 'num_tokens_with_images', 'truncate_to_complete_turns', 'BadSamples', 'one_thread',
-           'append_line', 'encode_records', 'bisect_failures', 'LazySupervisedDataset']
+           'append_line', 'LazySupervisedDataset']
 
 # %% ../../nbs/07a_dataset.ipynb #c002
 import gc, json, os
@@ -110,38 +110,6 @@ def append_line(
     finally: os.close(file)
 
 # %% ../../nbs/07a_dataset.ipynb #c013
-def encode_records(
-    records: list[dict],            # From `read_record`
-    tokenizer,                      # A fast Hugging Face tokenizer
-    template: str = "gemma",        # A name in `conv_templates`, or "hf"
-    control_tokens: str = "refuse", # As in `preprocess`
-    image_tags: str = "keep",       # As in `preprocess_multimodal`
-) -> list[dict[str, torch.Tensor]]: # For each `input_ids`, `labels` and `segments`, each (seq_len,)
-    "Ids, labels and segments of records in one call of the tokenizer; opens no image."
-    names = [record["id"] for record in records]
-    n_images = [len(image_names(record)) for record in records]
-    conversations = [record["conversations"] for record in records]
-    for name, turns in zip(names, conversations): check_turns(turns, name)   # before the texts are read
-    moved = preprocess_multimodal(conversations, image_tags, mmtag="mmtag" in template)
-    sources = [own if n else turns for own, turns, n in zip(moved, conversations, n_images)]
-    has_image = [n > 0 for n in n_images]
-    data = preprocess(sources, tokenizer, template, has_image, control_tokens, records=names,
-                      return_segments=True)
-    for name, source, n in zip(names, sources, n_images):
-        if n: check_image_count(source, n, record=name)
-    return [dict(zip(data, text)) for text in zip(*data.values())]
-
-def bisect_failures(
-    items: list,
-    work,     # Called with some items; returns one result each, or raises `DataError`
-) -> list:    # For each item its result, or the `DataError`
-    "Work on all items at once; one that fails does not affect the others."
-    try: return work(items) if items else []
-    except DataError as e: error = e
-    if len(items) == 1: return [error]
-    half = len(items)//2
-    return bisect_failures(items[:half], work) + bisect_failures(items[half:], work)
-
 POLICIES = {"control_tokens": ("refuse", "escape", "allow"), "image_tags": ("keep", "mgm"),
             "aspect": ("square", "pad"), "overlength": ("error", "skip", "truncate")}
 
