@@ -14,7 +14,8 @@ from vlm_lit.sentinels import check_image_count
 from vlm_lit.labels import check_policy, check_tokenizer, check_turns, control_pattern, first_turn
 from vlm_lit.images import rows_per_image, safe_path
 from vlm_lit.data.records import Records
-from vlm_lit.data.dataset import encode_records, bisect_failures, one_thread
+from vlm_lit.text.encode import encode_records, bisect_failures
+from vlm_lit.data.dataset import one_thread
 from vlm_lit.text.messages import image_names
 from vlm_lit.data.samplers import GlobalBatchSampler, mixture_draws, padding_ratio
 import json, tempfile

@@ -7,7 +7,8 @@ from rich.progress import track
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from vlm_lit.core import ConfigError, DataError, progress_console
 from vlm_lit.files import write_rows
-from vlm_lit.data.dataset import LazySupervisedDataset, bisect_failures
+from vlm_lit.data.dataset import LazySupervisedDataset
+from vlm_lit.text.encode import bisect_failures
 from vlm_lit.data.records import Records
 from vlm_lit.text.messages import image_names
 from vlm_lit.generation import VLMProcessor, generate_ids

@@ -10,12 +10,13 @@ from vlm_lit.files import *
 def setup_module():
     global path
     os.environ["VLM_LIT_CACHE"] = tempfile.mkdtemp()
-    path = Path(tempfile.mkdtemp())/"state.json"
+    path = Path(tempfile.mkdtemp()) / "state.json"
 
 def test_a_file_is_replaced_in_one_step():
     write_json(path, {"step": 1})
     watch = ["sorted(p.name for p in path.parent.iterdir())", "path.read_text()", "part.read_text()"]
-    with Breakpoint(write_file, at="part.replace(path)", watch=watch) as bp: write_json(path, {"step": 2})
+    with Breakpoint(write_file, at="part.replace(path)", watch=watch) as bp:
+        write_json(path, {"step": 2})
     print(bp)
     test_eq(bp[watch[0]], ["state.json", "state.json.part"])
     test_eq([json.loads(bp[w])["step"] for w in watch[1:]], [1, 2])
@@ -42,25 +43,26 @@ def test_rows_are_read_line_by_line():
     test_eq([json.loads(line) for line in path.read_text().splitlines()], [{"step": 1}, {"step": 2}])
     write_rows(path, [])
     test_eq(path.read_text(), "")
-    with expect_fail(ConfigError, contains="cannot read"): read_json(path.with_name("gone.json"))
+    with expect_fail(ConfigError, contains="cannot read"):
+        read_json(path.with_name("gone.json"))
 
 def test_a_folder_is_there_completely_or_not_at_all():
     place = Path(tempfile.mkdtemp())
     with expect_fail(KeyboardInterrupt):
-        with new_folder(place/"new") as part:
-            (part/"half").write_text("x")
+        with new_folder(place / "new") as part:
+            (part / "half").write_text("x")
             raise KeyboardInterrupt
     test_eq(list(place.iterdir()), [])
-    for text in ("first", "second"):                                 # the second finds that another was faster
-        with new_folder(place/"new") as part: (part/"all").write_text(text)
-    print([(p.name, (p/"all").read_text()) for p in place.iterdir()])
-    test_eq([(p.name, (p/"all").read_text()) for p in place.iterdir()], [("new", "first")])
+    for text in ("first", "second"):  # the second finds that another was faster
+        with new_folder(place / "new") as part: (part / "all").write_text(text)
+    print([(p.name, (p / "all").read_text()) for p in place.iterdir()])
+    test_eq([(p.name, (p / "all").read_text()) for p in place.iterdir()], [("new", "first")])
 
 def test_a_cache_that_cannot_be_written_says_what_to_do():
     place = Path(tempfile.mkdtemp())
-    (place/"file").write_text("")
+    (place / "file").write_text("")
     with expect_fail(ConfigError, contains="set VLM_LIT_CACHE"):
-        with new_folder(place/"file"/"new"): pass
+        with new_folder(place / "file" / "new"): pass
     old = os.environ.pop("VLM_LIT_CACHE")
     try: assert cache_folder().name == "vlm_lit" and cache_folder() != Path(old)
     finally: os.environ["VLM_LIT_CACHE"] = old
@@ -69,9 +71,9 @@ def test_a_cache_that_cannot_be_written_says_what_to_do():
 def test_parts_do_not_run_into_one_another():
     print(digest("ab", "c"), digest("a", "bc"))
     assert digest("ab", "c") != digest("a", "bc") and digest("ab") == digest(b"ab")
-    path = Path(tempfile.mkdtemp())/"abc"
+    path = Path(tempfile.mkdtemp()) / "abc"
     path.write_bytes(b"abc")
-    test_eq(sha256(path)[:16], "ba7816bf8f01cfea")                   # of "abc", as FIPS 180-2 gives it
+    test_eq(sha256(path)[:16], "ba7816bf8f01cfea")  # of "abc", as FIPS 180-2 gives it
     before = file_stamp(path)
     path.write_bytes(b"abcd")
     assert file_stamp(path) != before and file_stamp(path)[0] == 4

@@ -12,7 +12,8 @@ from vlm_lit.templates import Segment
 from vlm_lit.sentinels import check_image_count, preprocess_multimodal
 from vlm_lit.labels import check_tokenizer, check_turns, generation_ids, preprocess
 from vlm_lit.images import make_square, on_white, open_image, to_bytes, turn_upright
-from vlm_lit.data.dataset import LazySupervisedDataset, encode_records
+from vlm_lit.data.dataset import LazySupervisedDataset
+from vlm_lit.text.encode import encode_records
 from vlm_lit.text.messages import check_path, image_names, read_record
 from vlm_lit.batches import DataCollatorForSupervisedDataset
 from vlm_lit.model import VLM, VLMConfig

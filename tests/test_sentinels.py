@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
 import numpy as np, torch
-from vlm_lit.core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_TOKEN, ConfigError, DataError
+from vlm_lit.core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_TOKEN, ConfigError
+from vlm_lit.core import DataError
 from vlm_lit.templates import Rendered, Segment, user_parts
 from vlm_lit.tokenizer import control_tokens
 import copy, json, lzma
@@ -23,24 +24,38 @@ from vlm_lit.sentinels import *
 def setup_module():
     global GOLDEN, ROLES, families, family, tok
     tok = load_tokenizer("gemma")
-    GOLDEN = next(folder for folder in map(Path, ("tests/golden", "../tests/golden")) if folder.is_dir())
-    ROLES = {"sentencepiece_like": ("<s>", "</s>", "<unk>"), "llama3_bos": ("<|begin_of_text|>", "<|eot_id|>", "<|reserved_special_token_0|>"),
-             "chatml_no_bos": (None, "<|im_end|>", "<|endoftext|>")}
+    GOLDEN = next(
+        folder for folder in map(Path, ("tests/golden", "../tests/golden")) if folder.is_dir()
+    )
+    ROLES = {
+        "sentencepiece_like": ("<s>", "</s>", "<unk>"),
+        "llama3_bos": ("<|begin_of_text|>", "<|eot_id|>", "<|reserved_special_token_0|>"),
+        "chatml_no_bos": (None, "<|im_end|>", "<|endoftext|>"),
+    }
     def family(name, folder=GOLDEN):
         bos, eos, unk = ROLES[name]
-        backend = Tokenizer.from_str(lzma.decompress((folder/f"{name}.tokenizer.json.xz").read_bytes()).decode())
-        return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos, unk_token=unk, pad_token=unk)
+        packed = (folder / f"{name}.tokenizer.json.xz").read_bytes()
+        backend = Tokenizer.from_str(lzma.decompress(packed).decode())
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend, bos_token=bos, eos_token=eos, unk_token=unk, pad_token=unk
+        )
     families = {name: family(name) for name in ROLES}
 
 def test_tag_moves_to_the_front_as_in_the_seed():
-    sources = [[{"from": "human", "value": "What is in the photo?\n<image>"}, {"from": "gpt", "value": "the box chain purse black"}]]
+    human = {"from": "human", "value": "What is in the photo?\n<image>"}
+    gpt = {"from": "gpt", "value": "the box chain purse black"}
+    sources = [[human, gpt]]
     before = copy.deepcopy(sources)
-    test_eq(preprocess_multimodal(sources), [[{"from": "human", "value": "<image>\nWhat is in the photo?"}, {"from": "gpt", "value": "the box chain purse black"}]])
-    test_eq(sources, before)   # the record is not edited
+    expected = [[{"from": "human", "value": "<image>\nWhat is in the photo?"}, gpt]]
+    test_eq(preprocess_multimodal(sources), expected)
+    test_eq(sources, before)  # the record is not edited
 
 def test_several_tags_stay_and_answers_are_left_alone():
-    def moved(text, who="human", **kw): return preprocess_multimodal([[{"from": who, "value": text}]], **kw)[0][0]["value"]
-    for text in ["Look: <image> what?", "<image>", "no picture", "compare <image> with <image>"]: print(repr(text), "->", repr(moved(text)))
+    def moved(text, who="human", **kw):
+        return preprocess_multimodal([[{"from": who, "value": text}]], **kw)[0][0]["value"]
+
+    for text in ["Look: <image> what?", "<image>", "no picture", "compare <image> with <image>"]:
+        print(repr(text), "->", repr(moved(text)))
     test_eq(moved("Look: <image> what?"), "<image>\nLook:  what?")
     test_eq(moved("<image>"), "<image>")
     test_eq(moved("no picture"), "no picture")
@@ -51,23 +66,27 @@ def test_several_tags_stay_and_answers_are_left_alone():
     test_eq(moved("a\n<image>", mmtag=True), "<Image><image></Image>\na")
 
 def test_every_reference_row_of_preprocess_multimodal():
-    rows = [json.loads(line) for line in lzma.open(GOLDEN/"preprocess_multimodal.jsonl.xz", "rt", encoding="utf-8")]
+    lines = lzma.open(GOLDEN / "preprocess_multimodal.jsonl.xz", "rt", encoding="utf-8")
+    rows = [json.loads(line) for line in lines]
     wrong = []
     for row in rows:
         for name in ("plain", "plain_imse", "mmtag", "mmtag_imse"):
-            got, = preprocess_multimodal([row["conversations"]], "mgm", mm_use_im_start_end=name.endswith("imse"), mmtag=name.startswith("mmtag"))
-            if [turn["value"] for turn in got] != row[name]: wrong.append((row["id"], name))
+            options = dict(mm_use_im_start_end="imse" in name, mmtag="mmtag" in name)
+            (got,) = preprocess_multimodal([row["conversations"]], "mgm", **options)
+            if [turn["value"] for turn in got] != row[name]:
+                wrong.append((row["id"], name))
     print(len(rows), "conversations,", len(wrong), "differ")
     test_eq((len(rows), wrong), (180, []))
 
 def test_later_chunks_lose_one_bos_and_gaps_get_a_sentinel():
     test_eq(drop_bos([2, 108, 1841], 2), [108, 1841])
-    test_eq((drop_bos([108], 2), drop_bos([], 2), drop_bos([5, 6], None), drop_bos([2, 2, 7], 2)), ([108], [], [5, 6], [2, 7]))
+    test_eq((drop_bos([108], 2), drop_bos([], 2)), ([108], []))
+    test_eq((drop_bos([5, 6], None), drop_bos([2, 2, 7], 2)), ([5, 6], [2, 7]))
     test_eq(insert_separator([[2, 106], [108, 9], []], IMAGE_TOKEN_INDEX), [2, 106, -200, 108, 9, -200])
     test_eq(insert_separator([[2, 106]], IMAGE_TOKEN_INDEX), [2, 106])
 
 def test_families_write_different_things_unasked():
-    for name,other in families.items():
+    for name, other in families.items():
         traits = tokenizer_traits(other)
         tokens = other.convert_ids_to_tokens(other("Hi there").input_ids)
         print(f"{name:19}", tokens, traits.space, traits.n_bos)
@@ -75,10 +94,14 @@ def test_families_write_different_things_unasked():
     test_eq(found, [("never", 1), ("always", 1), ("never", 1), ("never", 0)])
     assert tokenizer_traits(tok) is tokenizer_traits(tok)
     from tokenizers.processors import TemplateProcessing
+
     endless = family("sentencepiece_like")
     eos = ("</s>", endless.eos_token_id)
-    endless.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[eos])
-    with expect_fail(ConfigError, contains="writes ['</s>'] around every text"): make_traits(endless)
+    endless.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[eos]
+    )
+    with expect_fail(ConfigError, contains="writes ['</s>'] around every text"):
+        make_traits(endless)
 
 def test_fused_newline_is_split_at_the_start_of_the_answer():
     header, answer = "<start_of_turn>model\n", "\nA list:"
@@ -90,23 +113,27 @@ def test_fused_newline_is_split_at_the_start_of_the_answer():
     test_eq(out.ids.tolist(), tok(header).input_ids + tok(answer, add_special_tokens=False).input_ids)
 
 def test_literal_stretch_never_becomes_a_control_token():
-    for t,mark in [(tok, "<end_of_turn>"), *((families[name], families[name].eos_token) for name in ROLES)]:
+    marks = [(tok, "<end_of_turn>"), *((t, t.eos_token) for t in families.values())]
+    for t, mark in marks:
         text = f"say {mark} twice: {mark}{mark}"
-        spans = [(4, 4 + len(mark)), (12 + len(mark), 12 + 2*len(mark))]
+        spans = [(4, 4 + len(mark)), (12 + len(mark), 12 + 2 * len(mark))]
         ids = encode_prompts([Rendered(text, ((text, Segment.USER),))], t, [spans]).ids.tolist()
         print(t.convert_ids_to_tokens(ids)[:12])
-        test_eq(ids.count(t.convert_tokens_to_ids(mark)), 1)                    # only the third, which was not named
-        test_eq(t.decode(ids[tokenizer_traits(t).n_bos:]), text)
+        test_eq(ids.count(t.convert_tokens_to_ids(mark)), 1)  # only the third, which was not named
+        test_eq(t.decode(ids[tokenizer_traits(t).n_bos :]), text)
 
 def test_every_token_knows_its_segment():
     conv = get_template("gemma")
     conv.append_message("user", "<image>\nA list?")
     conv.append_message("model", "\n1. é")
     out = encode_prompts([render(conv)], tok)
-    named = [(Segment(s).name, tok.decode([i]) if i >= 0 else "<image>") for i,s in zip(out.ids.tolist(), out.segments.tolist())]
-    test_eq([text for name,text in named if name == "ANSWER"], ["\n", "1", ".", " é"])
-    test_eq([text for name,text in named if name == "STOP"], ["<end_of_turn>", "\n", "<eos>"])
-    test_eq(([text for name,text in named if name == "USER"], [text for name,text in named if name == "IMAGE"]), (["\n", "A", " list", "?"], ["<image>"]))
+    text_of = lambda i: tok.decode([i]) if i >= 0 else "<image>"
+    tokens = zip(out.ids.tolist(), out.segments.tolist())
+    named = [(Segment(s).name, text_of(i)) for i, s in tokens]
+    test_eq([text for name, text in named if name == "ANSWER"], ["\n", "1", ".", " é"])
+    test_eq([text for name, text in named if name == "STOP"], ["<end_of_turn>", "\n", "<eos>"])
+    test_eq([text for name, text in named if name == "USER"], ["\n", "A", " list", "?"])
+    test_eq([text for name, text in named if name == "IMAGE"], ["<image>"])
     test_eq(named[0], ("HEADER", "<bos>"))
 
 def test_the_callers_tokenizer_keeps_its_settings():
@@ -122,36 +149,46 @@ def test_the_callers_tokenizer_keeps_its_settings():
     test_eq((backend.padding, backend.truncation, backend.encode_special_tokens), before)
 
 def test_masks_agree_with_pieces_encoded_apart():
-    nasty = ["plain", " a  b ", "\n\nx\n", "é e\u0301", "日本語😀", "\t\u200d\u00a0", "x" * 300, "٣+٤", "###", "a</b>", "\r\n", "𝔘𝔫𝔦",
-             "龘▁", "\ufb1d?", "\u1100\u1161\u11a8", "cafe\u0301", "▁▂▃"]
+    nasty = ["plain", " a  b ", "\n\nx\n", "é e\u0301", "日本語😀", "\t\u200d\u00a0", "x" * 300]
+    nasty += ["٣+٤", "###", "a</b>", "\r\n", "𝔘𝔫𝔦", "龘▁", "\ufb1d?", "\u1100\u1161\u11a8"]
+    nasty += ["cafe\u0301", "▁▂▃"]
+
     def apart(prompt, t):
         "Ids and supervised positions of a prompt whose parts are encoded one by one."
-        traits, ids, learned, before = tokenizer_traits(t), [], [], ""
+        traits, before = tokenizer_traits(t), ""
+        ids, learned = [], []
         kind_of = lambda part: part[1] if part[1] >= Segment.IMAGE else Segment.USER
-        for kind,own in groupby(prompt.parts, kind_of):
-            text = "".join(part for part,_ in own)
+        for kind, own in groupby(prompt.parts, kind_of):
+            text = "".join(part for part, _ in own)
             if kind == Segment.IMAGE: own, before = [IMAGE_TOKEN_INDEX], ""
             else:
                 lead = traits.lead(before) if before else ""
                 encoding = t.backend_tokenizer.encode(lead + text, add_special_tokens=False)
                 skip = len(lead) and encoding.char_to_token(1)
                 own, before = encoding.ids[skip:], before + text
-            ids, learned = ids + own, learned + [kind >= Segment.ANSWER]*len(own)
-        return [*traits.bos, *ids], [False]*traits.n_bos + learned
+            ids, learned = ids + own, learned + [kind >= Segment.ANSWER] * len(own)
+        return [*traits.bos, *ids], [False] * traits.n_bos + learned
 
-    for name,t in {"gemma": tok, **families}.items():
+    for name, t in {"gemma": tok, **families}.items():
         prompts = []
         for question in nasty:
             for reply in nasty:
-                parts = (("USER: ", Segment.HEADER), ("<image>", Segment.IMAGE), (question, Segment.USER), (" ASSISTANT:", Segment.HEADER), (f" {reply}", Segment.ANSWER), (t.eos_token, Segment.STOP))
-                prompts.append(Rendered("".join(text for text,_ in parts), parts))
+                parts = (
+                    ("USER: ", Segment.HEADER),
+                    ("<image>", Segment.IMAGE),
+                    (question, Segment.USER),
+                    (" ASSISTANT:", Segment.HEADER),
+                    (f" {reply}", Segment.ANSWER),
+                    (t.eos_token, Segment.STOP),
+                )
+                prompts.append(Rendered("".join(text for text, _ in parts), parts))
         out = encode_prompts(prompts, t)
         ends, differ = out.lengths.cumsum(), []
-        for end,length,prompt in zip(ends, out.lengths, prompts):
-            ids = out.ids[end-length:end].tolist()
-            learned = (out.segments[end-length:end] >= Segment.ANSWER).tolist()
+        for end, length, prompt in zip(ends, out.lengths, prompts):
+            ids = out.ids[end - length : end].tolist()
+            learned = (out.segments[end - length : end] >= Segment.ANSWER).tolist()
             if (ids, learned) != apart(prompt, t): differ.append(prompt.text)
-            stop = [i for i,marked in zip(ids, learned) if marked]
+            stop = [i for i, marked in zip(ids, learned) if marked]
             assert stop[-1] == t.eos_token_id and t.eos_token_id not in stop[:-1]
         print(f"{name:19}{len(prompts)} prompts, {len(differ)} differ")
         test_eq(differ, [])
@@ -162,24 +199,28 @@ def test_stop_text_that_fuses_with_an_answer_is_supervised():
     parts = (("<image>", Segment.IMAGE), ("a box.", Segment.ANSWER), ("\n", Segment.STOP))
     out = encode_prompts([Rendered("<image>a box.\n", parts)], llama)
     tokens = zip(out.ids.tolist(), out.segments)
-    found = [(llama.decode([i]), Segment(s).name) for i,s in tokens if i >= 0]
+    found = [(llama.decode([i]), Segment(s).name) for i, s in tokens if i >= 0]
     print(found)
     test_eq(found[-1], (".\n", "ANSWER"))
 
 def test_chunks_and_ids_of_the_seed():
-    prompt = ("<start_of_turn>user\n<image>\nWhat is in the photo?<end_of_turn>\n"
-          "<start_of_turn>model\nthe box chain purse black<end_of_turn>\n<eos>")
+    prompt = (
+        "<start_of_turn>user\n<image>\nWhat is in the photo?<end_of_turn>\n"
+    "<start_of_turn>model\nthe box chain purse black<end_of_turn>\n<eos>"
+    )
     with Breakpoint(join_chunks, at="input_ids = insert_separator", watch=["prompt_chunks"]) as bp:
         input_ids = tokenizer_image_token(prompt, tok, return_tensors="pt")
     print(bp["prompt_chunks"])
     peek(input_ids=input_ids)
-    test_eq(bp["prompt_chunks"], [[2, 106, 1645, 108],
-        [2, 108, 1841, 603, 575, 573, 2686, 235336, 107, 108, 106, 2516, 108, 1175, 3741, 9488, 45189, 2656, 107, 108, 1]])
-    test_eq(input_ids.tolist(), [2, 106, 1645, 108, -200, 108, 1841, 603, 575, 573, 2686, 235336, 107, 108, 106, 2516, 108,
-        1175, 3741, 9488, 45189, 2656, 107, 108, 1])
+    before = [2, 106, 1645, 108]
+    question = [108, 1841, 603, 575, 573, 2686, 235336, 107, 108]
+    answer = [106, 2516, 108, 1175, 3741, 9488, 45189, 2656, 107, 108, 1]
+    test_eq(bp["prompt_chunks"], [before, [2, *question, *answer]])
+    test_eq(input_ids.tolist(), [*before, -200, *question, *answer])
 
 def test_keeping_every_bos_shifts_the_rest():
-    naive = insert_separator([tok("<start_of_turn>user\n").input_ids, tok("\nWhat").input_ids], IMAGE_TOKEN_INDEX)
+    chunks = [tok("<start_of_turn>user\n").input_ids, tok("\nWhat").input_ids]
+    naive = insert_separator(chunks, IMAGE_TOKEN_INDEX)
     right = tokenizer_image_token("<start_of_turn>user\n<image>\nWhat", tok)
     print(naive, right)
     test_eq(naive[4:6], [-200, 2])
@@ -187,7 +228,7 @@ def test_keeping_every_bos_shifts_the_rest():
     assert right.count(tok.bos_token_id) == 1
 
 def test_pictures_at_the_edges_and_side_by_side():
-    for prompt,n in [("<image>a", 1), ("a<image>", 1), ("<image><image>", 2), ("a", 0), ("", 0)]:
+    for prompt, n in [("<image>a", 1), ("a<image>", 1), ("<image><image>", 2), ("a", 0), ("", 0)]:
         ids = tokenizer_image_token(prompt, tok)
         print(repr(prompt), ids)
         test_eq((ids.count(-200), ids.count(2), ids[0]), (n, 1, 2))
@@ -208,17 +249,32 @@ def test_empty_prompts_and_batches_are_no_trouble():
         test_eq(out.lengths.tolist(), [n_bos, n_bos + 1, n_bos])
         test_eq(out.segments.tolist().count(Segment.ANSWER), 1)
     test_eq(encode_prompts([], tok).ids.tolist(), [])
-    with expect_fail(ConfigError, contains="return_tensors"): tokenizer_image_token("a", tok, return_tensors="np")
-    with expect_fail(ConfigError, contains="image_tags"): preprocess_multimodal([], image_tags="all")
+    with expect_fail(ConfigError, contains="return_tensors"):
+        tokenizer_image_token("a", tok, return_tensors="np")
+    with expect_fail(ConfigError, contains="image_tags"):
+        preprocess_multimodal([], image_tags="all")
 
 def test_spaces_are_added_first_or_always_or_never():
     from types import SimpleNamespace
+
     backend = lambda normalizer, pre: SimpleNamespace(normalizer=normalizer, pre_tokenizer=pre)
-    test_eq([added_space(backend(*pair)) for pair in [('Prepend(prepend="▁")', None), (None, 'Metaspace(replacement="▁", prepend_scheme=first, split=False)'), (None, 'Metaspace(prepend_scheme="always")'), (None, 'Metaspace(prepend_scheme="never")'), (None, None)]],
-            ["always", "first", "always", "never", "never"])
+    cases = [
+        ('Prepend(prepend="▁")', None, "always"),
+        (None, 'Metaspace(replacement="▁", prepend_scheme=first, split=False)', "first"),
+        (None, 'Metaspace(prepend_scheme="always")', "always"),
+        (None, 'Metaspace(prepend_scheme="never")', "never"),
+        (None, None, "never"),
+    ]
+    for normalizer, pre, expected in cases:
+        test_eq(added_space(backend(normalizer, pre)), expected)
 
 def test_tags_and_pictures_must_be_equally_many():
-    source = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "an <image> tag"}]
+    source = [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "an <image> tag"},
+    ]
     check_image_count(source, 1)
-    with expect_fail(DataError, contains="record 7: 1 <image> tag(s) for 2 image(s)"): check_image_count(source, 2, record=7)
-    with expect_fail(DataError, contains="1 <image> tag(s) for 0"): check_image_count(source, 0)
+    with expect_fail(DataError, contains="record 7: 1 <image> tag(s) for 2 image(s)"):
+        check_image_count(source, 2, record=7)
+    with expect_fail(DataError, contains="1 <image> tag(s) for 0"):
+        check_image_count(source, 0)

@@ -29,21 +29,28 @@ def test_tokenizer_survives_a_round_trip_through_a_folder():
         tok.save_pretrained(folder)
         again = load_tokenizer(folder)
     test_eq(again(text).input_ids, tok(text).input_ids)
-    test_eq((again.bos_token_id, again.eos_token_id, again.pad_token_id, again.unk_token_id), (2, 1, 0, 3))
+    test_eq(
+        (again.bos_token_id, again.eos_token_id, again.pad_token_id, again.unk_token_id), (2, 1, 0, 3)
+    )
 
 def test_unknown_tokenizer_is_a_config_error():
     with tempfile.TemporaryDirectory() as empty:
-        with expect_fail(ConfigError, contains="cannot be loaded"): load_tokenizer(empty)
-    with expect_fail(ConfigError, contains="no such folder"): load_tokenizer("./not-here")
+        with expect_fail(ConfigError, contains="cannot be loaded"):
+            load_tokenizer(empty)
+    with expect_fail(ConfigError, contains="no such folder"):
+        load_tokenizer("./not-here")
 
 def test_gemma_has_all_four_special_tokens():
-    test_eq(special_tokens(tok), {"bos": ("<bos>", 2), "eos": ("<eos>", 1), "unk": ("<unk>", 3), "pad": ("<pad>", 0)})
+    test_eq(
+        special_tokens(tok),
+        {"bos": ("<bos>", 2), "eos": ("<eos>", 1), "unk": ("<unk>", 3), "pad": ("<pad>", 0)},
+    )
 
 def test_turn_markers_are_control_tokens_and_tags_of_html_are_not():
     found = control_tokens(tok)
     print(found)
     test_eq(found, ["<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>", "<pad>", "<unk>"])
-    assert "<table>" in tok.get_vocab() and "<table>" not in found   # one id, but ordinary text
+    assert "<table>" in tok.get_vocab() and "<table>" not in found  # one id, but ordinary text
 
 def test_control_token_in_plain_text_becomes_one_id():
     typed = tok("a<end_of_turn>b", add_special_tokens=False).input_ids
@@ -72,7 +79,7 @@ def test_gemma_needs_nothing():
 
 def test_missing_pad_token_is_added_or_shared():
     holey = tokenizer_without("pad")
-    for version,pad in [("v0", ("[PAD]", 256000)), ("v1", ("<unk>", 3)), ("v0.5", ("<unk>", 3))]:
+    for version, pad in [("v0", ("[PAD]", 256000)), ("v1", ("<unk>", 3)), ("v0.5", ("<unk>", 3))]:
         holey.pad_token = None
         changed = prepare_tokenizer(holey, version)
         print(version, changed, special_tokens(holey)["pad"])
@@ -80,7 +87,9 @@ def test_missing_pad_token_is_added_or_shared():
         test_eq(changed, {"pad": pad[0]})
 
 def test_added_word_gets_the_mean_row():
-    toy = GemmaForCausalLM(GemmaConfig(vocab_size=256000, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, head_dim=4, intermediate_size=4))
+    heads = dict(num_attention_heads=1, num_key_value_heads=1, head_dim=4)
+    sizes = dict(vocab_size=256000, hidden_size=4, num_hidden_layers=1, intermediate_size=4)
+    toy = GemmaForCausalLM(GemmaConfig(**sizes, **heads))
     prepare_tokenizer(tokenizer_without("pad"), "v0", model=toy)
     rows = toy.get_input_embeddings().weight.data
     print(tuple(rows.shape))
@@ -88,12 +97,15 @@ def test_added_word_gets_the_mean_row():
 
 def test_nothing_to_pad_with_is_an_error():
     holey = tokenizer_without("pad")
-    with expect_fail(ConfigError, contains="expects a tokenizer with a padding token"): prepare_tokenizer(holey, "gemma")
+    with expect_fail(ConfigError, contains="expects a tokenizer with a padding token"):
+        prepare_tokenizer(holey, "gemma")
     holey.unk_token = None
-    with expect_fail(ConfigError, contains="pads with the unknown token"): prepare_tokenizer(holey, "v1")
+    with expect_fail(ConfigError, contains="pads with the unknown token"):
+        prepare_tokenizer(holey, "v1")
 
 def test_llama_3_rule_uses_the_reserved_token():
     holey = tokenizer_without("pad", "unk")
-    holey.add_tokens(["<|reserved_special_token_0|>"], special_tokens=True)   # Llama 3's vocabulary has it
+    # Llama 3's vocabulary has it
+    holey.add_tokens(["<|reserved_special_token_0|>"], special_tokens=True)
     changed = prepare_tokenizer(holey, "llama_3")
     test_eq(changed, {"unk": "<|reserved_special_token_0|>", "pad": "<|reserved_special_token_0|>"})

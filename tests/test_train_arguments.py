@@ -14,8 +14,10 @@ def setup_module():
     folder = tempfile.mkdtemp()
 
 def test_a_parameter_belongs_to_one_part():
-    for name in ("image_encoder.vision_tower_aux.x", "image_encoder.vision_tower.x", "language_model.x",
-                 "image_encoder.mm_projector.0.weight", "image_encoder.mining.vlm_uni_aux_projector.0.bias"):
+    names = ["image_encoder.vision_tower_aux.x", "image_encoder.vision_tower.x", "language_model.x"]
+    names += ["image_encoder.mm_projector.0.weight"]
+    names += ["image_encoder.mining.vlm_uni_aux_projector.0.bias"]
+    for name in names:
         assert sum(name.startswith(prefix) for prefix in PARTS.values() if prefix) == 1
 
 def test_global_batch_size_sets_accumulation():
@@ -25,12 +27,19 @@ def test_global_batch_size_sets_accumulation():
 
 def test_wrong_arguments_are_refused():
     import pytest
-    for wrong, part in [(dict(global_batch_size=100, per_device_train_batch_size=16), "not a multiple"),
-                        (dict(batching="x"), "batching must be one of"), (dict(hflip_prob=-1), "hflip_prob"),
-                        (dict(trainable_modules=[]), "nothing would train"), (dict(spike_factor=1), "spike"),
-                        (dict(remove_unused_columns=True), "drop the images"), (dict(samples_per_image=0), "at least 1"),
-                        (dict(average_tokens_across_devices=False), "supervised token")]:
-        with pytest.raises(ConfigError, match=part): VLMTrainingArguments(folder, **wrong)
+
+    for wrong, part in [
+        (dict(global_batch_size=100, per_device_train_batch_size=16), "not a multiple"),
+        (dict(batching="x"), "batching must be one of"),
+        (dict(hflip_prob=-1), "hflip_prob"),
+        (dict(trainable_modules=[]), "nothing would train"),
+        (dict(spike_factor=1), "spike"),
+        (dict(remove_unused_columns=True), "drop the images"),
+        (dict(samples_per_image=0), "at least 1"),
+        (dict(average_tokens_across_devices=False), "supervised token"),
+    ]:
+        with pytest.raises(ConfigError, match=part):
+            VLMTrainingArguments(folder, **wrong)
 
 def test_flips_are_off_by_default():
     args = VLMTrainingArguments(folder)

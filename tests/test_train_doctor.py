@@ -9,7 +9,8 @@ from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.templates import SeparatorStyle, caption_form, get_template, stop_text, turn_frame
 from vlm_lit.sentinels import preprocess_multimodal, tokenizer_traits
 from vlm_lit.labels import generation_ids, make_prompt, preprocess, visible
-from vlm_lit.data.dataset import TooLong, bisect_failures, encode_records
+from vlm_lit.data.dataset import TooLong
+from vlm_lit.text.encode import bisect_failures, encode_records
 from vlm_lit.batches import expanded_length
 from vlm_lit.audit import ERRORS
 import json, tempfile

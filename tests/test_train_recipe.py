@@ -24,12 +24,12 @@ from vlm_lit.train.recipe import *
 
 def setup_module():
     global ROOT, SMALL, folder, refused, small, written
-    ROOT = next(p for p in [Path.cwd(), *Path.cwd().parents] if (p/"recipes").is_dir())
+    ROOT = next(p for p in [Path.cwd(), *Path.cwd().parents] if (p / "recipes").is_dir())
     folder = Path(tempfile.mkdtemp())
     def written(text, name="recipe.yaml"):
         "A file with this text, in a folder for tests."
-        (folder/name).write_text(text, encoding="utf-8")
-        return folder/name
+        (folder / name).write_text(text, encoding="utf-8")
+        return folder / name
     def refused(cases):
         "Change the small recipe by each text, print the error, compare its beginning."
         for text, start in cases.items():
@@ -72,70 +72,93 @@ def test_files_merge_and_flags_win():
 
 def test_load_recipe_reads_files_and_flags():
     written("data: {max_length: 512}\ntraining: {bf16: no, save_strategy: no}", "more.yaml")
-    recipe = load_recipe(small, folder/"more.yaml", overrides=[
-        "--training.learning_rate", "2e-3", "--data.train.0.weight", "2"])
+    flags = ["--training.learning_rate", "2e-3", "--data.train.0.weight", "2"]
+    recipe = load_recipe(small, folder / "more.yaml", overrides=flags)
     print(recipe.model, recipe.training, recipe.data.train, recipe.lora, sep="\n")
-    assert recipe.training == {
-        "learning_rate": 2e-3, "max_steps": 500, "bf16": False, "save_strategy": "no"}
+    expected = {"learning_rate": 2e-3, "max_steps": 500, "bf16": False, "save_strategy": "no"}
+    assert recipe.training == expected
     assert recipe.data.train[0] == SourceRecipe("train.json", "images", weight=2)
     assert recipe.data.max_length == 512 and recipe.data.overlength == "truncate"
 
 def test_flags_alone_make_a_recipe():
-    recipe = load_recipe(overrides=["--model.preset", "smol", "--data.train", "[{path: a.json}]",
-                                    "--lora", "{r: 8}"])
+    flags = ["--model.preset", "smol", "--data.train", "[{path: a.json}]", "--lora", "{r: 8}"]
+    recipe = load_recipe(overrides=flags)
     assert recipe.lora.r == 8 and recipe.data.train == [SourceRecipe("a.json")] and not recipe.training
 
 def test_misspelled_keys_name_the_nearest():
-    refused({
-        "trainings: {}": "unknown key 'trainings'; did you mean 'training'?",
-        "training: {learning_ratee: 1}":
-            "unknown key 'training.learning_ratee'; did you mean 'learning_rate'?",
-        "training: {warmup_ratio: 0.03}":
-            "unknown key 'training.warmup_ratio'; did you mean 'warmup_steps'?",
-        "data: {overlenght: skip}": "unknown key 'data.overlenght'; did you mean 'overlength'?",
-        "data: {train: [{paht: a.json}]}": "unknown key 'data.train[0].paht'; did you mean 'path'?",
-        "data: {bad_samples: {max: 1}}":
-            "unknown key 'data.bad_samples.max'; there are: max_fraction",
-        "lora: {rank: 8}": "unknown key 'lora.rank'; there are: r, alpha, dropout, target_modules",
-        "model: {image_aspect: pad}":
-            "unknown key 'model.image_aspect'; did you mean 'image_aspect_ratio'?",
-    })
+    refused(
+        {
+            "trainings: {}": "unknown key 'trainings'; did you mean 'training'?",
+            "training: {learning_ratee: 1}": (
+                "unknown key 'training.learning_ratee'; did you mean 'learning_rate'?"
+            ),
+            "training: {warmup_ratio: 0.03}": (
+                "unknown key 'training.warmup_ratio'; did you mean 'warmup_steps'?"
+            ),
+            "data: {overlenght: skip}": "unknown key 'data.overlenght'; did you mean 'overlength'?",
+            "data: {train: [{paht: a.json}]}": "unknown key 'data.train[0].paht'; did you mean 'path'?",
+            "data: {bad_samples: {max: 1}}": (
+                "unknown key 'data.bad_samples.max'; there are: max_fraction"
+            ),
+            "lora: {rank: 8}": "unknown key 'lora.rank'; there are: r, alpha, dropout, target_modules",
+            "model: {image_aspect: pad}": (
+                "unknown key 'model.image_aspect'; did you mean 'image_aspect_ratio'?"
+            ),
+        }
+    )
 
 def test_wrong_values_name_what_was_expected():
-    refused({
-        "data: {max_length: long}": "data.max_length: expected integer, got 'long'",
-        "data: {overlength: drop}":
-            "data.overlength: expected 'error', 'skip' or 'truncate', got 'drop'",
-        "data: {train: []}": "data.train: expected at least 1 item, got []",
-        "data: {train: a.json}": "data.train: expected list, got 'a.json'",
-        "data: {train: [a.json]}": "data.train[0]: expected mapping, got 'a.json'",
-        "data: {train: [{path: a, weight: -2}]}":
-            "data.train[0].weight: expected greater than or equal to 0, got -2",
-        "data: {train: [{path: a, weight: 2, repeat: 2}]}":
-            "data.train[0]: weight and repeat exclude each other: a weight is a share",
-        "data: {train: [{path: a, weight: 2}, {path: b}]}":
-            "data.train: give every entry a weight, or none",
-        "data: {train: [{image_folder: a}]}": "'data.train[0].path' is missing",
-        "training: {learning_rate: fast}": "training.learning_rate: expected number, got 'fast'",
-        "training: {learning_rate: -1e-3}": "training.learning_rate: expected 0 or more, got -0.001",
-        "training: {per_device_train_batch_size: 0}":
-            "training.per_device_train_batch_size: expected 1 or more, got 0",
-        "training: {lr_scheduler_type: cosin}":
-            "training.lr_scheduler_type: unknown 'cosin'; did you mean 'cosine'?",
-        "training: {output_dir: runs/x}":
-            "training.output_dir comes from the command, the launcher or a login; remove it",
-    })
+    refused(
+        {
+            "data: {max_length: long}": "data.max_length: expected integer, got 'long'",
+            "data: {overlength: drop}": (
+                "data.overlength: expected 'error', 'skip' or 'truncate', got 'drop'"
+            ),
+            "data: {train: []}": "data.train: expected at least 1 item, got []",
+            "data: {train: a.json}": "data.train: expected list, got 'a.json'",
+            "data: {train: [a.json]}": "data.train[0]: expected mapping, got 'a.json'",
+            "data: {train: [{path: a, weight: -2}]}": (
+                "data.train[0].weight: expected greater than or equal to 0, got -2"
+            ),
+            "data: {train: [{path: a, weight: 2, repeat: 2}]}": (
+                "data.train[0]: weight and repeat exclude each other: a weight is a share"
+            ),
+            "data: {train: [{path: a, weight: 2}, {path: b}]}": (
+                "data.train: give every entry a weight, or none"
+            ),
+            "data: {train: [{image_folder: a}]}": "'data.train[0].path' is missing",
+            "training: {learning_rate: fast}": "training.learning_rate: expected number, got 'fast'",
+            "training: {learning_rate: -1e-3}": (
+                "training.learning_rate: expected 0 or more, got -0.001"
+            ),
+            "training: {per_device_train_batch_size: 0}": (
+                "training.per_device_train_batch_size: expected 1 or more, got 0"
+            ),
+            "training: {lr_scheduler_type: cosin}": (
+                "training.lr_scheduler_type: unknown 'cosin'; did you mean 'cosine'?"
+            ),
+            "training: {output_dir: runs/x}": (
+                "training.output_dir comes from the command, the launcher or a login; remove it"
+            ),
+        }
+    )
 
 def test_wrong_models_and_wrong_files():
-    refused({
-        "model: {preset: smoll}": "unknown preset 'smoll'; did you mean 'smol'? there are gemma3-270m",
-        "model: {preset: mine.json}": "unknown preset 'mine.json'; there are gemma3-270m, llava-7b",
-        "model: {from: runs/stage1}": "model names both preset and from; give one",
-        "model: {preset: 3}": "model.preset: expected string, got 3",
-        "training: {max_steps: 1, max_steps: 2}": "line 1: key 'max_steps' is given twice",
-        "training: {max_steps: 1": "line 1: expected ',' or '}'",
-        "- a list": "a recipe is a mapping with the sections model, data, training and lora; got ['a",
-    })
+    refused(
+        {
+            "model: {preset: smoll}": (
+                "unknown preset 'smoll'; did you mean 'smol'? there are gemma3-270m"
+            ),
+            "model: {preset: mine.json}": "unknown preset 'mine.json'; there are gemma3-270m, llava-7b",
+            "model: {from: runs/stage1}": "model names both preset and from; give one",
+            "model: {preset: 3}": "model.preset: expected string, got 3",
+            "training: {max_steps: 1, max_steps: 2}": "line 1: key 'max_steps' is given twice",
+            "training: {max_steps: 1": "line 1: expected ',' or '}'",
+            "- a list": (
+                "a recipe is a mapping with the sections model, data, training and lora; got ['a"
+            ),
+        }
+    )
 
 def test_wrong_files_and_flags():
     written("training: {seed: 1}", "half.yaml")
@@ -149,31 +172,45 @@ def test_wrong_files_and_flags():
         (["recipe.yaml"], ["--training.seed"], "--training.seed has no value"),
         (["recipe.yaml"], ["seed=1"], "cannot read 'seed': write --section.key value"),
         (["recipe.yaml"], ["--data.train.1.weight", "2"], "--data.train.1.weight: there is no '1' in"),
-        (["recipe.yaml"], ["--training.seed", "{"], "--training.seed: line 1: ")]:
-        with pytest.raises(ConfigError) as caught, chdir(folder): load_recipe(*paths, overrides=flags)
+        (["recipe.yaml"], ["--training.seed", "{"], "--training.seed: line 1: "),
+    ]:
+        with pytest.raises(ConfigError) as caught, chdir(folder):
+            load_recipe(*paths, overrides=flags)
         print(caught.value)
         assert str(caught.value).startswith(start), start
 
 def test_saved_recipes_are_complete_and_equal():
     recipe = load_recipe(small, overrides=["--lora.r", "8", "--training.eval_strategy", "steps"])
-    path = save_recipe(recipe, folder/"saved.yaml")
+    path = save_recipe(recipe, folder / "saved.yaml")
     read = yaml.safe_load(path.read_text(encoding="utf-8"))
     short = written(format_recipe(recipe, all=False), "short.yaml")
     assert load_recipe(path) == recipe == load_recipe(short)
     assert read["training"].keys() == training_defaults().keys()
-    assert read["training"]["save_strategy"] == "steps"       # a word, not an enum's name
+    assert read["training"]["save_strategy"] == "steps"  # a word, not an enum's name
     assert read["data"].keys() == {f.name for f in fields(DataRecipe)} and read["lora"]["alpha"] == 32.0
     assert "hub_token" not in read["training"] and not list(folder.glob("*.part"))
 
 def test_save_and_load_is_the_identity():
     from hypothesis import HealthCheck, given, settings, strategies as st
-    odd = st.sampled_from(["1e5", "no", "null", "~", "2024-01-01", "a: b", "#x", "\n", "\x85\U0004ee8a", "a\u2028b"])
-    text, counts, rates = st.one_of(st.text(max_size=8), odd), st.integers(1, 9), st.floats(1e-9, 9)
+
+    odd = ["1e5", "no", "null", "~", "2024-01-01", "a: b", "#x", "\n", "\x85\U0004ee8a", "a\u2028b"]
+    odd = st.sampled_from(odd)
+    text = st.one_of(st.text(max_size=8), odd)
+    counts = st.integers(1, 9)
+    rates = st.floats(1e-9, 9)
     sources = st.builds(SourceRecipe, path=text, name=text, max_samples=counts, weight=rates)
     kwargs = st.dictionaries(text, st.one_of(rates, text, st.booleans()), max_size=2)
-    training = st.fixed_dictionaries({}, optional={
-        "learning_rate": rates, "run_name": text, "seed": counts, "lr_scheduler_kwargs": kwargs,
-        "trainable_modules": st.lists(text, max_size=2), "eval_strategy": st.just("epoch")})
+    training = st.fixed_dictionaries(
+        {},
+        optional={
+            "learning_rate": rates,
+            "run_name": text,
+            "seed": counts,
+            "lr_scheduler_kwargs": kwargs,
+            "trainable_modules": st.lists(text, max_size=2),
+            "eval_strategy": st.just("epoch"),
+        },
+    )
     loras = st.none() | st.builds(LoraRecipe, r=counts)
 
     @settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
@@ -182,46 +219,54 @@ def test_save_and_load_is_the_identity():
         data = DataRecipe(train=train, max_length=7)
         training = {k: v for k, v in training.items() if v != training_defaults()[k]}
         recipe = Recipe({"preset": "smol", "tokenizer": tokenizer}, data, training, lora)
-        assert load_recipe(save_recipe(recipe, folder/"any.yaml")) == recipe
+        assert load_recipe(save_recipe(recipe, folder / "any.yaml")) == recipe
+
     identity()
 
 def test_differences_name_both_values():
     a = load_recipe(small, overrides=["--training.per_device_train_batch_size", "16"])
-    b = load_recipe(small, overrides=["--training.seed", "0", "--training.logging_steps", "50",
-        "--data.train.0.weight", "2", "--training.dataloader_num_workers", "4",
-        "--training.per_device_train_batch_size", "8", "--lora", "{r: 8}"])
+    flags = ["--training.seed", "0", "--training.logging_steps", "50", "--data.train.0.weight", "2"]
+    flags += ["--training.dataloader_num_workers", "4", "--training.per_device_train_batch_size", "8"]
+    b = load_recipe(small, overrides=[*flags, "--lora", "{r: 8}"])
     print(*recipe_differences(a, b), sep="\n")
     assert recipe_differences(a, a) == []
-    assert recipe_differences(a, b, world_sizes=(1, 2)) == ["data.train[0].weight is None, not 2.0",
-        "training.seed is 42, not 0", f"lora is None, not {_short(asdict(b.lora))}"]
+    assert recipe_differences(a, b, world_sizes=(1, 2)) == [
+        "data.train[0].weight is None, not 2.0",
+        "training.seed is 42, not 0",
+        f"lora is None, not {_short(asdict(b.lora))}",
+    ]
     assert "training.global_batch_size is 16, not 8" in recipe_differences(a, b)
     assert "training.logging_steps is 10, not 50" in recipe_differences(a, b, ignore=())
 
 def test_ignored_settings_exist():
     known = [f"training.{name}" for name in training_defaults()] + ["data.bad_samples.max_fraction"]
     known += [f"data.{f.name}" for f in fields(DataRecipe)]
-    for pattern in MAY_DIFFER_ON_RESUME: assert any(fnmatch(name, pattern) for name in known), pattern
+    for pattern in MAY_DIFFER_ON_RESUME:
+        assert any(fnmatch(name, pattern) for name in known), pattern
     assert set(_BATCH) <= training_defaults().keys()
 
 def test_shipped_recipes_load():
     from vlm_lit.train.arguments import VLMTrainingArguments
+
     paths = sorted([*ROOT.glob("recipes/*.yaml"), *ROOT.glob("examples/*/*.yaml")])
     for path in paths:
         recipe = load_recipe(path)
-        print(f"{path.name:26}{recipe.model.get('preset') or recipe.model['from']:28}"
-          f"{', '.join({**training_defaults(), **recipe.training}['trainable_modules'])}")
-        with warnings.catch_warnings(action="ignore"):          # of names that transformers 6 drops
-            VLMTrainingArguments(folder/"run", **recipe.training)
+        start = recipe.model.get("preset") or recipe.model["from"]
+        training = {**training_defaults(), **recipe.training}
+        print(f"{path.name:26}{start:28}{', '.join(training['trainable_modules'])}")
+        with warnings.catch_warnings(action="ignore"):  # of names that transformers 6 drops
+            VLMTrainingArguments(folder / "run", **recipe.training)
     assert len(paths) >= 9
-    for name, batch, rate in [("mgm-2b-stage1", 256, 1e-3), ("mgm-2b-stage2", 128, 2e-5),
-                              ("llava-7b-stage1", 256, 1e-3), ("llava-7b-stage2", 128, 2e-5)]:
-        training = {**training_defaults(), **load_recipe(ROOT/f"recipes/{name}.yaml").training}
-        assert (training["global_batch_size"], training["learning_rate"]) == (batch, rate)
-        assert (training["num_train_epochs"], training["warmup_steps"]) == (1, 0.03)
+    for name, batch, rate in [("stage1", 256, 1e-3), ("stage2", 128, 2e-5)]:
+        for path in (ROOT / f"recipes/{model}-{name}.yaml" for model in ("mgm-2b", "llava-7b")):
+            training = {**training_defaults(), **load_recipe(path).training}
+            assert (training["global_batch_size"], training["learning_rate"]) == (batch, rate)
+            assert (training["num_train_epochs"], training["warmup_steps"]) == (1, 0.03)
 
 def test_own_data_recipe_mentions_every_setting():
     from transformers import TrainingArguments
-    text = (ROOT/"recipes/own-data.yaml").read_text(encoding="utf-8")
+
+    text = (ROOT / "recipes/own-data.yaml").read_text(encoding="utf-8")
     ours = training_defaults().keys() - {f.name for f in fields(TrainingArguments)}
     sections = (DataRecipe, SourceRecipe, LoraRecipe, BadSamples)
     names = {f.name for section in sections for f in fields(section)}
@@ -230,6 +275,7 @@ def test_own_data_recipe_mentions_every_setting():
 
 def test_accelerate_files_are_read_by_accelerate():
     from accelerate.commands.config.config_args import load_config_from_file
+
     for path in sorted(ROOT.glob("recipes/accelerate/*.yaml")):
         config = load_config_from_file(str(path))
         shards = config.fsdp_config or config.deepspeed_config
@@ -238,10 +284,12 @@ def test_accelerate_files_are_read_by_accelerate():
         assert "not been run" in " ".join(path.read_text(encoding="utf-8").replace("#", " ").split())
 
 def test_no_torch_for_a_misspelled_section():
-    probe = ("import sys\nfrom vlm_lit.train.recipe import load_recipe\n"
-         "try: load_recipe(overrides=['--model.preset=smol', '--data.trian=[]'])\n"
-         "except ValueError as e: print(e)\n"
-         "print(sorted({'torch', 'transformers'} & set(sys.modules)))")
+    probe = (
+        "import sys\nfrom vlm_lit.train.recipe import load_recipe\n"
+    "try: load_recipe(overrides=['--model.preset=smol', '--data.trian=[]'])\n"
+    "except ValueError as e: print(e)\n"
+    "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
     env = {**os.environ, "PYTHONPATH": str(Path(vlm_lit.__file__).parents[1])}
     run = [sys.executable, "-c", probe]
     out = subprocess.run(run, capture_output=True, text=True, env=env, cwd=folder)
@@ -249,22 +297,29 @@ def test_no_torch_for_a_misspelled_section():
     assert "did you mean 'train'?" in out.stdout and out.stdout.endswith("[]\n"), out
 
 def test_values_that_look_right_are_refused():
-    refused({
-        "training: {learning_rate: true}": "training.learning_rate: expected number, got True",
-        "training: {learning_rate: .nan}": "training.learning_rate: expected finite number, got nan",
-        "training: {max_steps: 1e3}": "training.max_steps: expected integer, got 1000.0",
-        "training: {trainable_modules: all}": "training.trainable_modules: expected list, got 'all'",
-        "training: {report_to: 3}": "training.report_to: expected string or list, got 3",
-        "training: {hub_token: x}": "training.hub_token comes from the command, the launcher or a",
-        "training: {1: 2}": "unknown key 'training.1'; there are: what --print_config prints",
-        "data: {max_length: 500.5}": "data.max_length: expected integer, got 500.5",
-        "data: {blank_images: 1}": "data.blank_images: expected boolean, got 1",
-        "data: 3": "data: expected mapping, got 3",
-        "lora: true": "lora: expected mapping, got True",
-        "lora: {target_modules: 3}": "lora.target_modules: expected list or string, got 3",
-    })
+    refused(
+        {
+            "training: {learning_rate: true}": "training.learning_rate: expected number, got True",
+            "training: {learning_rate: .nan}": (
+                "training.learning_rate: expected finite number, got nan"
+            ),
+            "training: {max_steps: 1e3}": "training.max_steps: expected integer, got 1000.0",
+            "training: {trainable_modules: all}": (
+                "training.trainable_modules: expected list, got 'all'"
+            ),
+            "training: {report_to: 3}": "training.report_to: expected string or list, got 3",
+            "training: {hub_token: x}": "training.hub_token comes from the command, the launcher or a",
+            "training: {1: 2}": "unknown key 'training.1'; there are: what --print_config prints",
+            "data: {max_length: 500.5}": "data.max_length: expected integer, got 500.5",
+            "data: {blank_images: 1}": "data.blank_images: expected boolean, got 1",
+            "data: 3": "data: expected mapping, got 3",
+            "lora: true": "lora: expected mapping, got True",
+            "lora: {target_modules: 3}": "lora.target_modules: expected list or string, got 3",
+        }
+    )
 
 def test_direct_construction_is_checked():
     with pytest.raises(ValueError, match="weight and repeat"):
         SourceRecipe("a.json", weight=1, repeat=2)
-    with pytest.raises(ValueError, match="greater than or equal to 1"): LoraRecipe(r=0)
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        LoraRecipe(r=0)

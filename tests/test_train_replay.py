@@ -10,9 +10,10 @@ from transformers import Trainer, TrainerCallback
 from vlm_lit.core import IGNORE_INDEX, ConfigError
 from vlm_lit.breakpoints import Breakpoint, check_expression
 from vlm_lit.labels import LabelStrip, visible
-from vlm_lit.data.dataset import LazySupervisedDataset, encode_records
+from vlm_lit.data.dataset import LazySupervisedDataset
+from vlm_lit.text.encode import encode_records
 from vlm_lit.batches import DataCollatorForSupervisedDataset, flat_images
-from vlm_lit.generation import pad_id
+from vlm_lit.text.encode import pad_id
 from vlm_lit.model import VLM
 from vlm_lit.train.arguments import PARTS
 from vlm_lit.train.callbacks import read_metrics

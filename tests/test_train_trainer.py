@@ -16,7 +16,7 @@ from vlm_lit.batches import DataCollatorForSupervisedDataset
 from vlm_lit.breakpoints import same_randomness
 from vlm_lit.data.mixture import Mixture
 from vlm_lit.data.samplers import GlobalBatchSampler
-from vlm_lit.generation import pad_id
+from vlm_lit.text.encode import pad_id
 from vlm_lit.model import compile_layers
 from vlm_lit.weights.presets import seeded
 from vlm_lit.weights.pretrained import load_trainable, save_trainable, write_base

@@ -23,7 +23,8 @@ from .sentinels import check_image_count
 from .labels import check_policy, check_tokenizer, check_turns, control_pattern, first_turn
 from .images import rows_per_image, safe_path
 from .data.records import Records
-from .data.dataset import encode_records, bisect_failures, one_thread
+from .text.encode import encode_records, bisect_failures
+from .data.dataset import one_thread
 from .text.messages import image_names
 from .data.samplers import GlobalBatchSampler, mixture_draws, padding_ratio
 

@@ -15,70 +15,104 @@ from .core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, Dat
 
 # %% ../nbs/08_batches.ipynb #c006
 def flat_images(
-    samples:list[dict], # Samples of `LazySupervisedDataset`
-    key:str, # "image" or "image_aux"
-) -> list[torch.Tensor]: # Each (3, height, width), or (crops, 3, height, width)
+    samples: list[dict],  # Samples of `LazySupervisedDataset`
+    key: str,  # "image" or "image_aux"
+) -> list[torch.Tensor]:  # Each (3, height, width), or (crops, 3, height, width)
     "All pictures of some samples, in order."
+
     def several(s):
-        own = s["image_aux" if "image_aux" in s else "image"]     # `image` alone cannot tell crops from pictures
+        # `image` alone cannot tell crops from pictures
+        own = s["image_aux" if "image_aux" in s else "image"]
         return isinstance(own, list) or own.dim() > 3
-    return [picture for s in samples if key in s for picture in (s[key] if several(s) else [s[key]])]
+
+    found = []
+    for s in samples:
+        if key in s: found += s[key] if several(s) else [s[key]]
+    return found
 
 def count_images(
-    sample:dict, # One sample
+    sample: dict,  # One sample
 ) -> int:
     "How many pictures a sample brings."
     return len(flat_images([sample], "image_aux" if "image_aux" in sample else "image"))
 
 def stack_images(
-    samples:list[dict], # Samples, some with `image` and `image_aux`, or with bytes in `image_aux` alone
-) -> dict[str, torch.Tensor]: # `images`, `images_aux`, and `image_index` when pictures repeat; empty without pictures
+    # Samples, some with `image` and `image_aux`, or with bytes in `image_aux` alone
+    samples: list[dict],
+    # `images`, `images_aux`, and `image_index` when pictures repeat; empty without pictures
+) -> dict[str, torch.Tensor]:
     "The pictures of a batch in the order of their sentinels, each kept once."
-    pictures = {"images": flat_images(samples, "image"), "images_aux": flat_images(samples, "image_aux")}
-    pictures = {key: own for key,own in pictures.items() if own}
+    pictures = {
+        "images": flat_images(samples, "image"),
+        "images_aux": flat_images(samples, "image_aux"),
+    }
+    pictures = {key: own for key, own in pictures.items() if own}
     if not pictures: return {}
-    kinds = {key: sorted({f"{str(p.dtype).removeprefix('torch.')} {tuple(p.shape)}" for p in own}) for key,own in pictures.items()}
-    if any(len(found) > 1 for found in kinds.values()) or len({len(own) for own in pictures.values()}) > 1:
-        raise DataError(f"pictures of one batch must be of one kind and size, found {kinds}; prepare all records alike")
-    if "images" not in pictures and pictures["images_aux"][0].dtype != torch.uint8: raise DataError("samples with floats in `image_aux` need `image` too; only bytes (uint8) are finished later")
-    first, (shown, *_) = {}, pictures.values()
-    order = [first.setdefault(picture.data_ptr(), len(first)) for picture in shown]   # the same memory is the same picture
+
+    def kind(picture):
+        return f"{str(picture.dtype).removeprefix('torch.')} {tuple(picture.shape)}"
+
+    kinds = {key: sorted(set(map(kind, own))) for key, own in pictures.items()}
+    counts = {len(own) for own in pictures.values()}
+    if any(len(found) > 1 for found in kinds.values()) or len(counts) > 1:
+        raise DataError(
+            f"pictures of one batch must be of one kind and size, found {kinds}; prepare all "
+            "records alike"
+        )
+    if "images" not in pictures and pictures["images_aux"][0].dtype != torch.uint8:
+        raise DataError(
+            "samples with floats in `image_aux` need `image` too; only bytes (uint8) are finished "
+            "later"
+        )
+    first, shown = {}, next(iter(pictures.values()))
+    # the same memory is the same picture
+    order = [first.setdefault(picture.data_ptr(), len(first)) for picture in shown]
     kept = [order.index(n) for n in range(len(first))]
-    out = {key: torch.stack([own[n] for n in kept]) for key,own in pictures.items()}
+    out = {key: torch.stack([own[n] for n in kept]) for key, own in pictures.items()}
     return {**out, "image_index": torch.tensor(order)} if len(kept) < len(order) else out
 
 def pad_samples(
-    samples:list[dict], # With `input_ids`, `labels` and perhaps `sample_ids`, each (seq_len,)
-    pad_token_id:int, # Filling of `input_ids`
-) -> dict[str, torch.Tensor]: # The same and `attention_mask`, each (batch, seq_len)
+    samples: list[dict],  # With `input_ids`, `labels` and perhaps `sample_ids`, each (seq_len,)
+    pad_token_id: int,  # Filling of `input_ids`
+) -> dict[str, torch.Tensor]:  # The same and `attention_mask`, each (batch, seq_len)
     "A rectangle of unequal rows, padded on the right."
     filling = {"input_ids": pad_token_id, "labels": IGNORE_INDEX, "sample_ids": 0}
     lengths = torch.tensor([len(s["input_ids"]) for s in samples])
-    out = {key: pad_sequence([s[key] for s in samples], batch_first=True, padding_value=value) for key,value in filling.items() if key in samples[0]}
+    out = {
+        key: pad_sequence([s[key] for s in samples], batch_first=True, padding_value=value)
+        for key, value in filling.items()
+        if key in samples[0]
+    }
     return {**out, "attention_mask": torch.arange(int(lengths.max()))[None] < lengths[:, None]}
 
 # %% ../nbs/08_batches.ipynb #c008
 def expanded_length(
-    input_ids:torch.Tensor, # (seq_len,), one sentinel a picture
-    image_rows:int, # Rows that a sentinel becomes, from `rows_per_image`
+    input_ids: torch.Tensor,  # (seq_len,), one sentinel a picture
+    image_rows: int,  # Rows that a sentinel becomes, from `rows_per_image`
 ) -> int:
     "Positions that a sample takes in the language model."
-    return len(input_ids) + (image_rows - 1)*int((input_ids == IMAGE_TOKEN_INDEX).sum())
+    return len(input_ids) + (image_rows - 1) * int((input_ids == IMAGE_TOKEN_INDEX).sum())
 
 def pack_rows(
-    lengths, # Expanded length of each sample
-    max_length:int, # Positions of a row
-    names=None, # What messages call each sample; None: its number
-) -> list[list[int]]: # For each row the numbers of its samples
+    lengths,  # Expanded length of each sample
+    max_length: int,  # Positions of a row
+    names=None,  # What messages call each sample; None: its number
+) -> list[list[int]]:  # For each row the numbers of its samples
     "Whole samples in rows, best fit decreasing. Raises `DataError` for a sample that fits no row."
     lengths = np.asarray(lengths)
     over = np.flatnonzero(lengths > max_length)
-    if len(over): raise DataError(f"the sample takes {lengths[over[0]]} positions, more than max_length {max_length} ({len(over)} such in all); leave it out, or make rows longer",
-                                  record=int(over[0]) if names is None else names[over[0]])
-    rows, room = [], []                                              # room: (positions left, row), sorted
+    if len(over):
+        message = (
+            f"the sample takes {lengths[over[0]]} positions, more than max_length {max_length} "
+            f"({len(over)} such in all); leave it out, or make rows longer"
+        )
+        raise DataError(message, record=int(over[0]) if names is None else names[over[0]])
+    rows, room = [], []  # room: (positions left, row), sorted
     for i in np.argsort(-lengths, kind="stable").tolist():
         at = bisect.bisect_left(room, (int(lengths[i]), -1))
-        if at == len(room): left, row = max_length, len(rows); rows.append([])
+        if at == len(room):
+            left, row = max_length, len(rows)
+            rows.append([])
         else: left, row = room.pop(at)
         rows[row].append(i)
         bisect.insort(room, (left - int(lengths[i]), row))
@@ -86,44 +120,56 @@ def pack_rows(
 
 # %% ../nbs/08_batches.ipynb #c013
 def join_samples(
-    samples:list[dict], # Of one row
-) -> dict[str, torch.Tensor]: # `input_ids`, `labels`, `sample_ids`, each (seq_len,)
+    samples: list[dict],  # Of one row
+) -> dict[str, torch.Tensor]:  # `input_ids`, `labels`, `sample_ids`, each (seq_len,)
     "Whole samples one after the other; no sample predicts the next one's first token."
     labels = [s["labels"].clone() for s in samples]
     for own in labels: own[:1] = IGNORE_INDEX
-    numbers = [torch.full_like(s["input_ids"], n) for n,s in enumerate(samples, 1)]
-    return {"input_ids": torch.cat([s["input_ids"] for s in samples]), "labels": torch.cat(labels), "sample_ids": torch.cat(numbers)}
+    numbers = [torch.full_like(s["input_ids"], n) for n, s in enumerate(samples, 1)]
+    return {
+        "input_ids": torch.cat([s["input_ids"] for s in samples]),
+        "labels": torch.cat(labels),
+        "sample_ids": torch.cat(numbers),
+    }
 
 def check_sample(
-    sample:dict, # One sample, perhaps with its record's `id`
-    n:int, # Its place in the batch
+    sample: dict,  # One sample, perhaps with its record's `id`
+    n: int,  # Its place in the batch
 ) -> None:
     "Raise `DataError` unless the sample brings one picture a sentinel."
     n_gaps, n_images = int((sample["input_ids"] == IMAGE_TOKEN_INDEX).sum()), count_images(sample)
-    if n_gaps != n_images: raise DataError(f"sample {n} of the batch has {n_gaps} image sentinel(s) in input_ids for {n_images} image(s); write one {IMAGE_TOKEN} tag for each image", record=sample.get("id"), kind="tags")
+    if n_gaps != n_images:
+        message = (
+            f"sample {n} of the batch has {n_gaps} image sentinel(s) in input_ids for {n_images} "
+            f"image(s); write one {IMAGE_TOKEN} tag for each image"
+        )
+        raise DataError(message, record=sample.get("id"), kind="tags")
 
 @dataclass
 class BatchInfo:
     "What a batch holds, sample by sample in the order of its supervised tokens; plain numbers."
-    indices: list[int]        # number of each record in the training data
-    sources: list[int]        # number of the source it is from
-    lengths: list[int]        # tokens, image tokens included
-    n_images: list[int]       # images
-    n_supervised: list[int]   # tokens that the loss counts
+
+    indices: list[int]  # number of each record in the training data
+    sources: list[int]  # number of the source it is from
+    lengths: list[int]  # tokens, image tokens included
+    n_images: list[int]  # images
+    n_supervised: list[int]  # tokens that the loss counts
 
 def batch_info(
-    samples:list[dict], # With the record's `index`, and its `source_index` if there are several
-    image_rows:int|None, # Tokens of an image; None: 1
+    samples: list[dict],  # With the record's `index`, and its `source_index` if there are several
+    image_rows: int | None,  # Tokens of an image; None: 1
 ) -> BatchInfo:
     "What a batch holds, counted on the CPU before a device sees it."
     return BatchInfo(
-        [s["index"] for s in samples], [s.get("source_index", 0) for s in samples],
+        [s["index"] for s in samples],
+        [s.get("source_index", 0) for s in samples],
         [expanded_length(s["input_ids"], image_rows or 1) for s in samples],
         [count_images(s) for s in samples],
-        [int((s["labels"][1:] != IGNORE_INDEX).sum()) for s in samples])
+        [int((s["labels"][1:] != IGNORE_INDEX).sum()) for s in samples],
+    )
 
 def blank_sample(
-    pad_token_id:int,
+    pad_token_id: int,
 ) -> dict[str, torch.Tensor]:
     "A sample without a supervised token, when every sample of a batch was skipped as bad."
     ids = torch.tensor([pad_token_id])
@@ -132,23 +178,40 @@ def blank_sample(
 @dataclass
 class DataCollatorForSupervisedDataset:
     "Samples to a batch: padded on the right or packed, pictures in one stack."
-    pad_token_id:int             # filling of `input_ids`; any id will do, nothing reads it
-    max_length:int|None = None   # pack whole samples into rows of so many expanded positions; None: a row for each sample
-    image_rows:int|None = None   # rows that a sentinel becomes, `VLMConfig.num_patches`; None: the model counts them, packing needs them
+
+    pad_token_id: int  # filling of `input_ids`; any id will do, nothing reads it
+    # pack whole samples into rows of so many expanded positions; None: a row for each sample
+    max_length: int | None = None
+    # rows that a sentinel becomes, `VLMConfig.num_patches`; None: the model counts them, packing
+    # needs them
+    image_rows: int | None = None
 
     def __post_init__(self):
-        if self.max_length is not None and self.image_rows is None: raise ConfigError("packing (max_length) counts a sentinel as all its rows; give image_rows, from `rows_per_image` or the model's `config.num_patches`")
+        if self.max_length is not None and self.image_rows is None:
+            raise ConfigError(
+                "packing (max_length) counts a sentinel as all its rows; give image_rows, from "
+                "`rows_per_image` or the model's `config.num_patches`"
+            )
 
-    def __call__(self,
-        samples:list[dict], # Samples of `LazySupervisedDataset`
-    ) -> dict: # `input_ids`, `labels`, `attention_mask` (batch, seq_len), packed also `sample_ids`; with pictures `images` and `images_aux`; with `image_rows` the number `spliced_len`
+    def __call__(
+        self,
+        samples: list[dict],  # Samples of `LazySupervisedDataset`
+        # `input_ids`, `labels`, `attention_mask` (batch, seq_len), packed also `sample_ids`; with
+        # pictures `images` and `images_aux`; with `image_rows` the number `spliced_len`
+    ) -> dict:
         "One batch. Raises `DataError` if sentinels and pictures of a sample disagree in number."
-        for n,sample in enumerate(samples): check_sample(sample, n)
+        for n, sample in enumerate(samples): check_sample(sample, n)
         if not samples: samples = [blank_sample(self.pad_token_id)]
         own, shown = samples, samples
         if self.max_length is not None:
-            rows = pack_rows([expanded_length(s["input_ids"], self.image_rows) for s in samples], self.max_length, [s.get("id", n) for n,s in enumerate(samples)])
-            own, shown = [join_samples([samples[i] for i in row]) for row in rows], [samples[i] for row in rows for i in row]
+            lengths = [expanded_length(s["input_ids"], self.image_rows) for s in samples]
+            names = [s.get("id", n) for n, s in enumerate(samples)]
+            rows = pack_rows(lengths, self.max_length, names)
+            own = [join_samples([samples[i] for i in row]) for row in rows]
+            shown = [samples[i] for row in rows for i in row]
         info = {"info": batch_info(shown, self.image_rows)} if shown and "index" in shown[0] else {}
-        counted = {} if self.image_rows is None else {"spliced_len": max(expanded_length(s["input_ids"], self.image_rows) for s in own)}
+        counted = {}
+        if self.image_rows is not None:
+            lengths = [expanded_length(s["input_ids"], self.image_rows) for s in own]
+            counted["spliced_len"] = max(lengths)
         return {**pad_samples(own, self.pad_token_id), **stack_images(shown), **counted, **info}

@@ -10,21 +10,24 @@ __all__ = ['CONTAINERS', 'is_compiled', 'peel', 'name_of', 'plain_function', 'so
            'html_face']
 
 # %% ../nbs/01_breakpoints.ipynb #c002
-import ast, bdb, collections, contextlib, copy, dataclasses, dis, functools, html, inspect, itertools, random, re, sys, types
+import ast, bdb, collections, contextlib, copy, dataclasses, dis, functools, html, inspect
+import itertools, random, re, sys, types
 from pathlib import Path
 from typing import Any, NamedTuple
 from .core import ConfigError, describe
 
 # %% ../nbs/01_breakpoints.ipynb #c009
 def is_compiled(
-    func, # Anything callable
+    func,  # Anything callable
 ) -> bool:
     "Whether `torch.compile` made it, so that its Python lines are not what runs."
-    return hasattr(func, "_orig_mod") or hasattr(func, "_torchdynamo_orig_callable") and not hasattr(func, "_torchdynamo_disable")
+    if hasattr(func, "_orig_mod"): return True
+    wrapped = hasattr(func, "_torchdynamo_orig_callable")
+    return wrapped and not hasattr(func, "_torchdynamo_disable")
 
 def peel(
-    func, # Anything callable, or a property
-): # What it wraps, or None
+    func,  # Anything callable, or a property
+):  # What it wraps, or None
     "One layer less."
     if isinstance(func, functools.partial): return func.func
     if isinstance(func, property): return func.fget
@@ -32,55 +35,73 @@ def peel(
     return None if isinstance(func, type) else getattr(func, "__wrapped__", None)
 
 def name_of(
-    func, # Anything
+    func,  # Anything
 ) -> str:
     "Its qualified name, or that of its class; never a memory address."
     return (getattr(func, "__qualname__", None) or type(func).__qualname__).split("<locals>.")[-1]
 
 def plain_function(
-    func, # A function, method, property, partial, or a decorated one
+    func,  # A function, method, property, partial, or a decorated one
 ) -> types.FunctionType:
     "The Python function whose lines run when `func` is called."
     while not is_compiled(func):
         inner = peel(func)
         if isinstance(func, types.FunctionType) and inner is None: return func
         if inner is None:
-            what = f"the class {name_of(func)}" if isinstance(func, type) else name_of(func) if inspect.isroutine(func) else f"a {name_of(func)} object"
-            raise ConfigError(f"cannot stop in {what}: only a Python function has lines. Name a function or a method, such as Dataset.__getitem__")
+            what = f"a {name_of(func)} object"
+            if isinstance(func, type): what = f"the class {name_of(func)}"
+            elif inspect.isroutine(func): what = name_of(func)
+            raise ConfigError(
+                f"cannot stop in {what}: only a Python function has lines. Name a function or a "
+                "method, such as Dataset.__getitem__"
+            )
         func = inner
-    raise ConfigError(f"{name_of(func)} is compiled, so its Python lines do not run. Give torch.compile's argument to Breakpoint, and call that one")
+    raise ConfigError(
+        f"{name_of(func)} is compiled, so its Python lines do not run. Give torch.compile's "
+        "argument to Breakpoint, and call that one"
+    )
 
 # %% ../nbs/01_breakpoints.ipynb #c016
 def source_lines(
-    func:types.FunctionType,
-) -> dict[int,str]: # Line number in the file -> line
+    func: types.FunctionType,
+) -> dict[int, str]:  # Line number in the file -> line
     "The source of a function, with the numbers its lines have in their file."
     try: lines, first = inspect.getsourcelines(func.__code__)
-    except (OSError, TypeError) as e: raise ConfigError(f"the source of {name_of(func)} cannot be read, so no line of it can be named") from e
-    return {first+n: line.rstrip("\r\n") for n,line in enumerate(lines)}
+    except (OSError, TypeError) as e:
+        raise ConfigError(
+            f"the source of {name_of(func)} cannot be read, so no line of it can be named"
+        ) from e
+    return {first + n: line.rstrip("\r\n") for n, line in enumerate(lines)}
 
 def numbered(
-    lines:dict[int,str], # Line number -> line
+    lines: dict[int, str],  # Line number -> line
 ) -> str:
     "The lines below each other, each with its number."
-    return "\n".join(f"{n:6}  {line}".rstrip() for n,line in lines.items())
+    return "\n".join(f"{n:6}  {line}".rstrip() for n, line in lines.items())
 
 def find_line(
-    lines:dict[int,str], # As from `source_lines`
-    at:str, # Text that stands in exactly one of them; if it spans lines, its last one counts
-) -> int: # The number of that line
+    lines: dict[int, str],  # As from `source_lines`
+    at: str,  # Text that stands in exactly one of them; if it spans lines, its last one counts
+) -> int:  # The number of that line
     "The one line that contains `at`."
-    if not isinstance(at, str) or not at.strip(): raise ConfigError(f"at={at!r} names no line: give some text of the line to stop at")
+    if not isinstance(at, str) or not at.strip():
+        raise ConfigError(f"at={at!r} names no line: give some text of the line to stop at")
     text = "\n".join(lines.values())
-    found = sorted({min(lines) + text.count("\n", 0, match.end()) for match in re.finditer(re.escape(at), text)})
+    matches = re.finditer(re.escape(at), text)
+    found = sorted({min(lines) + text.count("\n", 0, match.end()) for match in matches})
     if len(found) == 1: return found[0]
-    if found: raise ConfigError(f"at={at!r} is in {len(found)} lines; give more of the one you mean:\n{numbered({n: lines[n] for n in found})}")
+    if found:
+        listed = numbered({n: lines[n] for n in found})
+        raise ConfigError(
+            f"at={at!r} is in {len(found)} lines; give more of the one you mean:\n{listed}"
+        )
     raise ConfigError(f"at={at!r} is in no line of:\n{numbered(lines)}")
 
 # %% ../nbs/01_breakpoints.ipynb #c027
 def span(
-    node:ast.AST, # A statement, an `except` or a `case`
-) -> tuple[tuple[int,int],tuple[int,int]]: # (line, column) of its start, and of its end or of its body's start
+    node: ast.AST,  # A statement, an `except` or a `case`
+    # (line, column) of its start, and of its end or of its body's start
+) -> tuple[tuple[int, int], tuple[int, int]]:
     "Where a statement lies in the file, without its body."
     first = (getattr(node, "decorator_list", None) or [getattr(node, "pattern", node)])[0]
     inner = getattr(node, "body", None) or getattr(node, "cases", None)
@@ -88,206 +109,271 @@ def span(
     return (first.lineno, first.col_offset), end
 
 def statements(
-    lines:dict[int,str], # As from `source_lines`
-) -> list[ast.AST]: # Outermost first, without the `def` itself
+    lines: dict[int, str],  # As from `source_lines`
+) -> list[ast.AST]:  # Outermost first, without the `def` itself
     "The statements of a function."
     source = "\n".join(lines.values())
-    indented = source[0].isspace()                       # a method: `if 1:` gives its indentation something to hang on
+    indented = source[0].isspace()  # a method: `if 1:` gives its indentation something to hang on
     try: tree = ast.parse("if 1:\n" + source if indented else source)
-    except SyntaxError as e: raise ConfigError(f"this source cannot be read by itself; if it is a lambda, give it a name with def:\n{source}") from e
+    except SyntaxError as e:
+        raise ConfigError(
+            "this source cannot be read by itself; if it is a lambda, give it a name with "
+            f"def:\n{source}"
+        ) from e
     ast.increment_lineno(tree, min(lines) - 1 - indented)
     root = tree.body[0].body[0] if indented else tree.body[0]
     kinds = ast.stmt, ast.ExceptHandler, ast.match_case
-    return [node for node in ast.walk(root) if isinstance(node, kinds) and not (node is root and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))]
+    found = [node for node in ast.walk(root) if isinstance(node, kinds)]
+    is_def = isinstance(root, (ast.FunctionDef, ast.AsyncFunctionDef))
+    return [node for node in found if not (node is root and is_def)]
 
 def last_line(
-    node:ast.AST, # A statement, an `except` or a `case`
+    node: ast.AST,  # A statement, an `except` or a `case`
 ) -> int:
     "Its last line; of a compound statement, the last of its head."
     (first, _), (end, _) = span(node)
-    return max(first, end-1) if hasattr(node, "body") or hasattr(node, "cases") else end
+    return max(first, end - 1) if hasattr(node, "body") or hasattr(node, "cases") else end
 
 def statement_at(
-    nodes:list[ast.AST], # Outermost first
-    line:int, # A line number
-) -> ast.AST|None:
+    nodes: list[ast.AST],  # Outermost first
+    line: int,  # A line number
+) -> ast.AST | None:
     "The outermost statement that this line is part of."
     return next((node for node in nodes if span(node)[0][0] <= line <= last_line(node)), None)
 
 # %% ../nbs/01_breakpoints.ipynb #c030
 def starts(
-    code:types.CodeType, # Compiled code
-    node:ast.AST, # A statement of its source
-) -> frozenset[int]: # Offsets of instructions; empty if this code does not hold the statement
+    code: types.CodeType,  # Compiled code
+    node: ast.AST,  # A statement of its source
+) -> frozenset[int]:  # Offsets of instructions; empty if this code does not hold the statement
     "The instructions at which a statement begins."
-    steps = list(itertools.dropwhile(lambda step: step.opname != "RESUME", dis.get_instructions(code)))[1:]  # what runs after the call
+    all_steps = dis.get_instructions(code)
+    # what runs after the call
+    steps = list(itertools.dropwhile(lambda step: step.opname != "RESUME", all_steps))[1:]
     start, end = span(node)
+
     def inside(k):
         line, column = steps[k].positions.lineno, steps[k].positions.col_offset
         return line is not None and start <= (line, start[1] if column is None else column) < end
-    def first(k): return k == 0 or not inside(k-1) and steps[k-1].positions.lineno != steps[k].positions.lineno
-    def look(k): return steps[k].positions, steps[k].opname in ("LOAD_CONST", "END_FOR")
+
+    def first(k):
+        if k == 0: return True
+        other_line = steps[k - 1].positions.lineno != steps[k].positions.lineno
+        return not inside(k - 1) and other_line
+
+    def look(k):
+        return steps[k].positions, steps[k].opname in ("LOAD_CONST", "END_FOR")
+
     here = [k for k in range(len(steps)) if inside(k)]
     heads = [k for k in here if first(k)]
     found = [k for k in heads if look(k) == look(heads[0])]
-    if found and isinstance(node, (ast.For, ast.AsyncFor)) and node.body[0].lineno > node.iter.end_lineno:
+    is_loop = isinstance(node, (ast.For, ast.AsyncFor))
+    if found and is_loop and node.body[0].lineno > node.iter.end_lineno:
         again = [k for k in here if steps[k].opname in ("FOR_ITER", "GET_ANEXT")][-1]
-        while steps[again-1].opname == "EXTENDED_ARG": again -= 1
+        while steps[again - 1].opname == "EXTENDED_ARG": again -= 1
         found.append(again)
     return frozenset(steps[k].offset for k in found)
 
 # %% ../nbs/01_breakpoints.ipynb #c034
 class Stop(NamedTuple):
     "A place to stop: one statement of one code object."
-    code:types.CodeType # The function's own code, or that of a function inside it
-    offsets:frozenset # Instructions at which the statement begins
-    line:int # Its first line
-    last:int # Its last line, or the last of its head
+
+    code: types.CodeType  # The function's own code, or that of a function inside it
+    offsets: frozenset  # Instructions at which the statement begins
+    line: int  # Its first line
+    last: int  # Its last line, or the last of its head
 
 def codes(
-    code:types.CodeType, # A function's code
-): # It, and the code of everything defined inside it
+    code: types.CodeType,  # A function's code
+):  # It, and the code of everything defined inside it
     "Code objects, outermost first."
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType): yield from codes(constant)
 
 def find_stop(
-    func:types.FunctionType,
-    at:str, # Text that stands in exactly one of its lines
+    func: types.FunctionType,
+    at: str,  # Text that stands in exactly one of its lines
 ) -> Stop:
     "Where to stop: before the statement that the line with this text is part of."
     lines = source_lines(func)
     line, nodes = find_line(lines, at), statements(lines)
     blank = not lines[line].strip() or lines[line].strip().startswith("#")
     node = None if blank else statement_at(nodes, line)
-    node = node and statement_at(nodes, span(node)[0][0])      # a line can hold several statements: the outermost comes first
+    # a line can hold several statements: the outermost comes first
+    node = node and statement_at(nodes, span(node)[0][0])
     for code in codes(func.__code__) if node else ():
-        if offsets := starts(code, node): return Stop(code, offsets, span(node)[0][0], last_line(node))
-    raise ConfigError(f"at={at!r} is in a line where nothing runs (a def, a docstring, a comment, an else):\n{numbered({line: lines[line]})}")
+        if offsets := starts(code, node):
+            return Stop(code, offsets, span(node)[0][0], last_line(node))
+    raise ConfigError(
+        f"at={at!r} is in a line where nothing runs (a def, a docstring, a comment, an "
+        f"else):\n{numbered({line: lines[line]})}"
+    )
 
 # %% ../nbs/01_breakpoints.ipynb #c037
 @dataclasses.dataclass(frozen=True)
 class Note:
     "Stands where a value could not be had, and says why."
-    text:str
+
+    text: str
+
     def __repr__(self): return f"<{self.text}>"
 
 def failure(
-    error:Exception,
+    error: Exception,
 ) -> Note:
     "What is shown in place of a value that raised."
     return Note(f"{type(error).__name__}: {error}")
 
 def copy_leaf(
-    value, # Not a container
-): # A copy, a `Note`, or the value itself
+    value,  # Not a container
+):  # A copy, a `Note`, or the value itself
     "A copy of what holds numbers; everything else as it is."
-    has = lambda *names: all(hasattr(type(value), name) for name in names)  # asks the type: asking the object may run its code
+    # asks the type: asking the object may run its code
+    has = lambda *names: all(hasattr(type(value), name) for name in names)
     if has("__next__"): return Note(f"{type(value).__name__}, not copied")
-    if has("detach", "clone"): return value.detach().clone()                    # torch.Tensor
-    if has("dtype", "copy"): return value.copy()                                # numpy.ndarray
-    if has("getpixel", "copy"): return value if getattr(value, "tile", None) else value.copy()  # PIL.Image; one not yet decoded stays so
-    if has("clone_state"): return value.clone_state()                           # torch.Generator
-    if has("getrandbits") or has("bit_generator") or has("random_sample"): return copy.deepcopy(value)  # random's and numpy's
+    if has("detach", "clone"): return value.detach().clone()  # torch.Tensor
+    if has("dtype", "copy"): return value.copy()  # numpy.ndarray
+    # PIL.Image; one not yet decoded stays so
+    if has("getpixel", "copy"):
+        return value if getattr(value, "tile", None) else value.copy()
+    if has("clone_state"): return value.clone_state()  # torch.Generator
+    # random's and numpy's
+    if has("getrandbits") or has("bit_generator") or has("random_sample"):
+        return copy.deepcopy(value)
     return copy.copy(value) if type(value) is bytearray else value
 
 # %% ../nbs/01_breakpoints.ipynb #c040
-CONTAINERS = list, dict, collections.deque, collections.OrderedDict, collections.defaultdict, collections.Counter
+CONTAINERS = (
+    list,
+    dict,
+    collections.deque,
+    collections.OrderedDict,
+    collections.defaultdict,
+    collections.Counter,
+)
 
 def is_record(
-    kind:type,
+    kind: type,
 ) -> bool:
     "Whether instances of this class are plain bundles of values that can be rebuilt from them."
-    bundle = dataclasses.is_dataclass(kind) or issubclass(kind, (types.SimpleNamespace, collections.UserDict))
-    return bundle and kind.__new__ in (object.__new__, types.SimpleNamespace.__new__) and not hasattr(kind, "named_parameters")
+    like_dict = issubclass(kind, (types.SimpleNamespace, collections.UserDict))
+    bundle = dataclasses.is_dataclass(kind) or like_dict
+    usual_new = kind.__new__ in (object.__new__, types.SimpleNamespace.__new__)
+    return bundle and usual_new and not hasattr(kind, "named_parameters")
 
 def record_values(
-    value, # An instance of a record class
-) -> dict[str,Any]:
+    value,  # An instance of a record class
+) -> dict[str, Any]:
     "Its attributes, those in slots included."
     slots = [f.name for f in dataclasses.fields(value)] if dataclasses.is_dataclass(value) else []
-    return {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
+    in_slots = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return in_slots | getattr(value, "__dict__", {})
 
 def snapshot(
-    value, # Anything
-    memo:dict|None=None, # What was copied already: id -> copy
-): # The value as it is now
-    "A copy that later changes do not reach: containers and dataclasses rebuilt, numbers copied, other objects kept."
+    value,  # Anything
+    memo: dict | None = None,  # What was copied already: id -> copy
+):  # The value as it is now
+    """A copy that later changes do not reach: containers and dataclasses rebuilt, numbers copied,
+    other objects kept."""
     memo = {} if memo is None else memo
     if id(value) in memo: return memo[id(value)]
     kind, again = type(value), lambda v: snapshot(v, memo)
     if kind in CONTAINERS:
         made = memo[id(value)] = copy.copy(value)
-        for key,item in list(made.items() if isinstance(made, dict) else enumerate(made)): made[key] = again(item)
+        for key, item in list(made.items() if isinstance(made, dict) else enumerate(made)):
+            made[key] = again(item)
         return made
     if is_record(kind):
         made = memo[id(value)] = kind.__new__(kind)
-        for name,item in record_values(value).items(): object.__setattr__(made, name, again(item))
+        for name, item in record_values(value).items():
+            object.__setattr__(made, name, again(item))
         return made
-    if kind is tuple or issubclass(kind, tuple) and (hasattr(kind, "_make") or hasattr(kind, "n_sequence_fields")):
-        return memo.setdefault(id(value), getattr(kind, "_make", kind)([again(item) for item in value]))
-    if kind in (set, frozenset): return memo.setdefault(id(value), kind([again(item) for item in value]))
+    named = hasattr(kind, "_make") or hasattr(kind, "n_sequence_fields")
+    if kind is tuple or issubclass(kind, tuple) and named:
+        make = getattr(kind, "_make", kind)
+        return memo.setdefault(id(value), make([again(item) for item in value]))
+    if kind in (set, frozenset):
+        return memo.setdefault(id(value), kind([again(item) for item in value]))
     try: return memo.setdefault(id(value), copy_leaf(value))
     except Exception as e: return memo.setdefault(id(value), failure(e))
 
 # %% ../nbs/01_breakpoints.ipynb #c047
 @contextlib.contextmanager
 def same_randomness():
-    "Put back the random states of Python, NumPy and PyTorch at the end; those not imported are not touched."
+    """Put back the random states of Python, NumPy and PyTorch at the end; those not imported are
+    not touched."""
     numpy_random, torch = sys.modules.get("numpy.random"), sys.modules.get("torch")
     states = [(random.setstate, random.getstate())]
-    if numpy_random: states.append((numpy_random.set_state, numpy_random.get_state(legacy=False)))
+    if numpy_random:
+        states.append((numpy_random.set_state, numpy_random.get_state(legacy=False)))
     if torch: states.append((torch.set_rng_state, torch.get_rng_state()))
-    if torch and torch.cuda.is_initialized(): states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    if torch and torch.cuda.is_initialized():
+        states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
     try: yield
     finally:
-        for set_state,state in states: set_state(state)
+        for set_state, state in states: set_state(state)
 
 def check_expression(
-    text:str, # A Python expression
-) -> str: # The same, without blanks around it
+    text: str,  # A Python expression
+) -> str:  # The same, without blanks around it
     "Refuse what is not an expression before anything runs."
     try: ast.parse(text.strip(), mode="eval")
-    except (SyntaxError, AttributeError) as e: raise ConfigError(f"{text!r} is not a Python expression") from e
+    except (SyntaxError, AttributeError) as e:
+        raise ConfigError(f"{text!r} is not a Python expression") from e
     return text.strip()
 
 def evaluate(
-    expression:str,
-    variables:dict[str,Any], # Names it may use: globals and locals in one dict
-): # A copy of its value
+    expression: str,
+    variables: dict[str, Any],  # Names it may use: globals and locals in one dict
+):  # A copy of its value
     "The value of an expression over copies of the variables it names."
-    names = {node.id for node in ast.walk(ast.parse(expression, mode="eval")) if isinstance(node, ast.Name)}
+    nodes = ast.walk(ast.parse(expression, mode="eval"))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
     copies = snapshot({name: variables[name] for name in names if name in variables})
     return snapshot(eval(expression, {**variables, **copies}))
 
 # %% ../nbs/01_breakpoints.ipynb #c054
 def both(
-    mine, # A frame's local tracer, or None
-    theirs, # The one that another tool wants for the same frame, or None
-    lines:bool=True, # Whether that tool wants to hear of lines
-): # One local tracer, or None
+    mine,  # A frame's local tracer, or None
+    theirs,  # The one that another tool wants for the same frame, or None
+    lines: bool = True,  # Whether that tool wants to hear of lines
+):  # One local tracer, or None
     "Two local tracers as one. Python keeps a frame's tracer until it returns another."
     if not (mine and theirs): return mine or theirs
+
     def local(frame, event, arg):
         nonlocal mine, theirs
-        if lines or event != "line": theirs = theirs(frame, event, arg) or theirs
-        if event != "opcode": mine = mine(frame, event, arg) or mine   # before 3.13 bdb does not know opcodes
+        if lines or event != "line":
+            theirs = theirs(frame, event, arg) or theirs
+        # before 3.13 bdb does not know opcodes
+        if event != "opcode": mine = mine(frame, event, arg) or mine
         return local
+
     return local
 
 class LineStop(bdb.Bdb):
-    "Calls `on_stop(frame)` each time a statement is about to run. Other tracers keep seeing everything."
-    def __init__(self,
-        place:Stop, # Where to stop
-        on_stop, # Called with the frame; it must not keep it
+    """Calls `on_stop(frame)` each time a statement is about to run. Other tracers keep seeing
+    everything."""
+
+    def __init__(
+        self,
+        place: Stop,  # Where to stop
+        on_stop,  # Called with the frame; it must not keep it
     ):
         super().__init__()
-        self.place, self.on_stop, self.calls, self.is_on = place, on_stop, 0, False
+        self.place = place
+        self.on_stop = on_stop
+        self.calls = 0
+        self.is_on = False
 
     def stop_here(self, frame): return False
+
     def break_anywhere(self, frame): return frame.f_code is self.place.code
-    def break_here(self, frame): return self.is_on and self.break_anywhere(frame) and frame.f_lasti in self.place.offsets
+
+    def break_here(self, frame):
+        return self.is_on and self.break_anywhere(frame) and frame.f_lasti in self.place.offsets
+
     def user_line(self, frame): self.on_stop(frame)
 
     def start(self):
@@ -307,7 +393,8 @@ class LineStop(bdb.Bdb):
         theirs = self.previous and self.previous(frame, event, arg)
         if sys.gettrace() is not installed: sys.settrace(installed)
         mine, lines = self.trace_dispatch(frame, event, arg), frame.f_trace_lines
-        if mine: frame.f_trace_lines = True                     # coverage turns them off in files it does not measure
+        if mine:
+            frame.f_trace_lines = True  # coverage turns them off in files it does not measure
         self.calls += self.break_anywhere(frame)
         return both(mine, theirs, lines)
 
@@ -315,44 +402,67 @@ class LineStop(bdb.Bdb):
 @dataclasses.dataclass(frozen=True)
 class Hit:
     "What was found at one stop."
-    line:int # Line number in the file
-    locals:dict[str,Any] # Name -> copy of the value
-    watched:dict[str,Any] # Watch expression -> copy of the value, or a `Note` with its error
+
+    line: int  # Line number in the file
+    locals: dict[str, Any]  # Name -> copy of the value
+    watched: dict[str, Any]  # Watch expression -> copy of the value, or a `Note` with its error
 
     def __getitem__(self, name):
         for values in (self.watched, self.locals):
             if name in values: return values[name]
-        raise LookupError(f"no {name!r} here; there are {', '.join(map(repr, [*self.watched, *self.locals])) or 'no variables'}")
+        known = ", ".join(map(repr, [*self.watched, *self.locals])) or "no variables"
+        raise LookupError(f"no {name!r} here; there are {known}")
 
 def place_of(
-    func:types.FunctionType,
-) -> str: # Such as `vlm_lit/labels.py`, or `<cell>` for a notebook's
+    func: types.FunctionType,
+) -> str:  # Such as `vlm_lit/labels.py`, or `<cell>` for a notebook's
     "The function's file, from its package on: short, and the same on every machine."
     path = Path(func.__code__.co_filename.replace("\\", "/"))
-    if path.name.startswith("<ipython-input") or path.parent.name.startswith("ipykernel_"): return "<cell>"
+    if path.name.startswith("<ipython-input") or path.parent.name.startswith("ipykernel_"):
+        return "<cell>"
     package = str(func.__module__).split(".")[0]
     if package not in path.parts: return path.name
-    return "/".join(path.parts[len(path.parts) - 1 - path.parts[::-1].index(package):])
+    return "/".join(path.parts[len(path.parts) - 1 - path.parts[::-1].index(package) :])
 
 # %% ../nbs/01_breakpoints.ipynb #c063
 class Breakpoint:
     "Stop a function each time it arrives at a line, copy what it holds, and let it go on."
-    def __init__(self,
-        func, # The function, method or property to look into
-        at:str, # Text that stands in exactly one line of it; the stop is before that line's statement runs
-        watch:str|list[str]|None=None, # Expressions to show; without any, all locals are shown
-        when=None, # Stop only if this holds: an expression, or a function of the dict of locals
+
+    def __init__(
+        self,
+        func,  # The function, method or property to look into
+        # Text that stands in exactly one line of it; the stop is before that line's statement runs
+        at: str,
+        # Expressions to show; without any, all locals are shown
+        watch: str | list[str] | None = None,
+        when=None,  # Stop only if this holds: an expression, or a function of the dict of locals
     ):
         func = plain_function(func)
-        self.stop, self.at, self.name, self.file = find_stop(func, at), at, name_of(func), place_of(func)
-        self.lines = {n: line for n,line in source_lines(func).items() if self.stop.line-2 <= n <= self.stop.last+2}
-        self.watch = [check_expression(w) for w in ([watch] if isinstance(watch, str) else watch or [])]
+        self.stop = find_stop(func, at)
+        self.at = at
+        self.name = name_of(func)
+        self.file = place_of(func)
+        lines = source_lines(func)
+        shown = range(self.stop.line - 2, self.stop.last + 3)
+        self.lines = {n: line for n, line in lines.items() if n in shown}
+        watch = [watch] if isinstance(watch, str) else watch or []
+        self.watch = [check_expression(w) for w in watch]
         self.when = check_expression(when) if isinstance(when, str) else when
-        self.hits, self.refused, self.calls, self.error, self._tracer = [], 0, None, None, None
+        self.hits = []
+        self.refused = 0
+        self.calls = None
+        self.error = None
+        self._tracer = None
 
     def __enter__(self):
-        if self._tracer: raise ConfigError("this breakpoint is in use; make another one for a block inside the block")
-        self.hits, self.refused, self.calls, self.error = [], 0, None, None
+        if self._tracer:
+            raise ConfigError(
+                "this breakpoint is in use; make another one for a block inside the block"
+            )
+        self.hits = []
+        self.refused = 0
+        self.calls = None
+        self.error = None
         self._tracer = LineStop(self.stop, self._on_stop)
         self._tracer.start()
         return self
@@ -360,11 +470,14 @@ class Breakpoint:
     def __exit__(self, kind, value, traceback):
         self._tracer.stop()
         self.calls, self._tracer = self._tracer.calls, None
-        if self.error and kind is None: raise ConfigError(f"{self.error[0]} at {self.where} raised {failure(self.error[1]).text}") from self.error[1]
+        if self.error and kind is None:
+            doing, error = self.error
+            raise ConfigError(f"{doing} at {self.where} raised {failure(error).text}") from error
 
     def __getitem__(self, name):
         "A value of the first hit, by name or watch expression; later hits are in `hits`."
-        if not self.hits: raise LookupError(f"no {name!r}: {self.name} at {self.where} was {why_not(self)}")
+        if not self.hits:
+            raise LookupError(f"no {name!r}: {self.name} at {self.where} was {why_not(self)}")
         return self.hits[0][name]
 
     @property
@@ -378,85 +491,125 @@ class Breakpoint:
             with same_randomness():
                 found = dict(frame.f_locals)
                 names = {**frame.f_globals, **found}
-                if not self._holds(found, names): self.refused += 1; return
+                if not self._holds(found, names):
+                    self.refused += 1
+                    return
                 doing = "looking"
-                self.hits.append(Hit(self.stop.line, snapshot(found), {w: self._look(w, names) for w in self.watch}))
-        except Exception as e: self.error = self.error or (doing, e.with_traceback(None))  # a traceback would keep frames
+                copies = snapshot(found)
+                watched = {w: self._look(w, names) for w in self.watch}
+                self.hits.append(Hit(self.stop.line, copies, watched))
+        except Exception as e:  # a traceback would keep frames
+            self.error = self.error or (doing, e.with_traceback(None))
 
     def _holds(self, found, names):
         if self.when is None: return True
-        return bool(self.when(snapshot(found)) if callable(self.when) else evaluate(self.when, names))
+        if callable(self.when): return bool(self.when(snapshot(found)))
+        return bool(evaluate(self.when, names))
 
     def _look(self, expression, names):
         try: return evaluate(expression, names)
         except Exception as e: return failure(e)
 
     def __repr__(self): return text_face(self)
+
     def _repr_html_(self): return html_face(self)
 
 # %% ../nbs/01_breakpoints.ipynb #c067
 def why_not(
-    bp:Breakpoint, # One without hits
+    bp: Breakpoint,  # One without hits
 ) -> str:
     "Why it has no hits, as far as it can know."
-    if bp.calls is None: return "not run yet: use it as `with Breakpoint(...) as bp:` and look when the block has ended"
-    if bp.refused: return f"never reached with its condition true: the line was about to run {bp.refused} time{'s'*(bp.refused != 1)}, and `when` did not hold"
-    if bp.calls: return "never reached: the function was entered, but not this line (another branch, an empty loop, or an exception before it)"
-    return ("never reached: the function was not entered in this thread. Code in another thread, in a DataLoader worker process (use num_workers=0), "
-            "or compiled by torch.compile cannot be seen from here; nor can a function that was defined again since")
+    if bp.calls is None:
+        return (
+            "not run yet: use it as `with Breakpoint(...) as bp:` and look when the block has ended"
+        )
+    if bp.refused:
+        return (
+            f"never reached with its condition true: the line was about to run {bp.refused} "
+            f"time{'s' * (bp.refused != 1)}, and `when` did not hold"
+        )
+    if bp.calls:
+        return (
+            "never reached: the function was entered, but not this line (another branch, an empty "
+            "loop, or an exception before it)"
+        )
+    return (
+        "never reached: the function was not entered in this thread. Code in another thread, in a "
+        "DataLoader worker process (use num_workers=0), "
+        "or compiled by torch.compile cannot be seen from here; nor can a function that "
+        "was defined again since"
+    )
 
 def facts(
-    value, # Anything
-) -> tuple[str,str,str]: # shape, type, first values
+    value,  # Anything
+) -> tuple[str, str, str]:  # shape, type, first values
     "One value in three short texts, without line breaks or memory addresses."
     try: shape, kind, device, text = describe(value)
-    except Exception as e: shape, kind, device, text = "", type(value).__name__, "", repr(failure(e))
+    except Exception as e:
+        shape, device = "", ""
+        kind, text = type(value).__name__, repr(failure(e))
     if isinstance(value, Note): kind = ""
-    return shape, kind if device in ("", "cpu") else f"{kind} {device}", re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(text.split()))
+    if device not in ("", "cpu"): kind = f"{kind} {device}"
+    return shape, kind, re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(text.split()))
 
 def table(
-    bp:Breakpoint,
-    n:int=6, # How many hits to show
-) -> list[tuple[str,...]]: # One row for each value: hit (once), name, shape, type, values
+    bp: Breakpoint,
+    n: int = 6,  # How many hits to show
+) -> list[tuple[str, ...]]:  # One row for each value: hit (once), name, shape, type, values
     "What the faces show of the hits."
     rows = []
-    for i,hit in enumerate(bp.hits[:n]):
-        for k,(name,value) in enumerate((hit.watched or hit.locals).items()):
-            rows.append((f"[{i}]" if k == 0 and len(bp.hits) > 1 else "", " ".join(name.split()), *facts(value)))
+    for i, hit in enumerate(bp.hits[:n]):
+        for k, (name, value) in enumerate((hit.watched or hit.locals).items()):
+            number = f"[{i}]" if k == 0 and len(bp.hits) > 1 else ""
+            rows.append((number, " ".join(name.split()), *facts(value)))
     return rows
 
 def headline(
-    bp:Breakpoint,
-) -> tuple[str,str]: # Function, and place with the number of hits
+    bp: Breakpoint,
+) -> tuple[str, str]:  # Function, and place with the number of hits
     "First line of a face."
-    count = f"{len(bp.hits)} hit{'s'*(len(bp.hits) != 1)}"
+    count = f"{len(bp.hits)} hit{'s' * (len(bp.hits) != 1)}"
     return bp.name, f"{bp.where}, {count}" + (", the first 6 shown" if len(bp.hits) > 6 else "")
 
 def text_face(
-    bp:Breakpoint,
+    bp: Breakpoint,
 ) -> str:
     "A breakpoint for a terminal."
-    source = [f"{'->' if n == bp.stop.line else '  '} {n:5}  {line}".rstrip() for n,line in bp.lines.items()]
+    marks = {bp.stop.line: "->"}
+    source = [f"{marks.get(n, '  ')} {n:5}  {line}".rstrip() for n, line in bp.lines.items()]
     rows = table(bp)
     widths = [max(len(row[i]) for row in rows) for i in range(4)] if rows else []
-    values = ["  ".join([*(cell.ljust(w) for cell,w in zip(row, widths) if w), row[4]]).rstrip() for row in rows]
+    padded = [[cell.ljust(w) for cell, w in zip(row, widths) if w] for row in rows]
+    values = ["  ".join([*cells, row[4]]).rstrip() for cells, row in zip(padded, rows)]
     return "\n".join(["  ".join(headline(bp)), *source, *(values if bp.hits else [why_not(bp)])])
 
 # %% ../nbs/01_breakpoints.ipynb #c071
 def html_face(
-    bp:Breakpoint,
+    bp: Breakpoint,
 ) -> str:
     "A breakpoint for a notebook; every text in it is escaped."
     name, place = map(html.escape, headline(bp))
+
     def line(n, text):
         here = n == bp.stop.line
         row = html.escape(f"{'→' if here else ' '} {n:4}  {text}")
         return f'<b style="background:rgba(255,170,0,.25)">{row}</b>' if here else row
-    def cell(text, tag="td", style=""): return f'<{tag} style="text-align:left;vertical-align:top;padding:1px 12px 1px 0;{style}">{html.escape(text)}</{tag}>'
-    source = "\n".join(line(n, text) for n,text in bp.lines.items())
-    skip = int(len(bp.hits) == 1)                        # a single hit needs no number
-    head = "".join(cell(text, "th", "font-weight:normal;opacity:.65") for text in ("hit", "name", "shape", "type", "values")[skip:])
+
+    def cell(text, tag="td", style=""):
+        style = f"text-align:left;vertical-align:top;padding:1px 12px 1px 0;{style}"
+        return f'<{tag} style="{style}">{html.escape(text)}</{tag}>'
+
+    source = "\n".join(line(n, text) for n, text in bp.lines.items())
+    skip = int(len(bp.hits) == 1)  # a single hit needs no number
+    titles = ("hit", "name", "shape", "type", "values")[skip:]
+    head = "".join(cell(text, "th", "font-weight:normal;opacity:.65") for text in titles)
     body = "".join("<tr>" + "".join(map(cell, row[skip:])) + "</tr>" for row in table(bp))
-    found = f'<table style="font-family:monospace;border-collapse:collapse;margin:0;color:inherit"><tr>{head}</tr>{body}</table>' if bp.hits else f"<p>{html.escape(why_not(bp))}</p>"
-    return (f'<div style="border-left:3px solid rgba(255,170,0,.8);padding:2px 0 2px 12px"><div><b>{name}</b> <span style="opacity:.65">{place}</span></div>'
-            f'<pre style="background:none;color:inherit;margin:6px 0;line-height:1.4">{source}</pre>{found}</div>')
+    style = "font-family:monospace;border-collapse:collapse;margin:0;color:inherit"
+    found = f'<table style="{style}"><tr>{head}</tr>{body}</table>'
+    if not bp.hits: found = f"<p>{html.escape(why_not(bp))}</p>"
+    return (
+        '<div style="border-left:3px solid rgba(255,170,0,.8);padding:2px 0 2px 12px">'
+        f'<div><b>{name}</b> <span style="opacity:.65">{place}</span></div>'
+        '<pre style="background:none;color:inherit;margin:6px 0;line-height:1.4">'
+        f"{source}</pre>{found}</div>"
+    )

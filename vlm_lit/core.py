@@ -11,10 +11,12 @@ import difflib, numbers, sys
 from rich.console import Console
 
 # %% ../nbs/00_core.ipynb #c006
-IGNORE_INDEX = -100              # a label that the loss skips (the default `ignore_index` of torch's cross_entropy)
-IMAGE_TOKEN_INDEX = -200         # an input id that stands for one image (LLaVA's value)
-IMAGE_TOKEN = "<image>"          # what a record's text writes where an image belongs
-IM_START_TOKEN, IM_END_TOKEN = "<im_start>", "<im_end>"  # put around the image when `mm_use_im_start_end` is on
+# a label that the loss skips (the default `ignore_index` of torch's cross_entropy)
+IGNORE_INDEX = -100
+IMAGE_TOKEN_INDEX = -200  # an input id that stands for one image (LLaVA's value)
+IMAGE_TOKEN = "<image>"  # what a record's text writes where an image belongs
+# put around the image when `mm_use_im_start_end` is on
+IM_START_TOKEN, IM_END_TOKEN = "<im_start>", "<im_end>"
 
 # %% ../nbs/00_core.ipynb #c012
 class ConfigError(ValueError):
@@ -22,23 +24,33 @@ class ConfigError(ValueError):
 
 class DataError(ValueError):
     "Something wrong in the data, with the place where it stands."
-    def __init__(self,
-        message:str, # What is wrong, and what to do about it
-        record=None, # The record's id, if known
-        turn:int|None=None, # Which turn of its conversation, counted from 0
-        kind:str="data", # One word for what is wrong, for programs that count (`14_audit`)
+
+    def __init__(
+        self,
+        message: str,  # What is wrong, and what to do about it
+        record=None,  # The record's id, if known
+        turn: int | None = None,  # Which turn of its conversation, counted from 0
+        kind: str = "data",  # One word for what is wrong, for programs that count (`14_audit`)
     ):
-        self.message, self.record, self.turn, self.kind = message, record, turn, kind
+        self.message = message
+        self.record = record
+        self.turn = turn
+        self.kind = kind
         super().__init__(message)
 
     def __str__(self):
-        where = [f"{name} {value!r}" for name,value in [("record", self.record), ("turn", self.turn)] if value is not None]
+        where = [
+            f"{name} {value!r}"
+            for name, value in [("record", self.record), ("turn", self.turn)]
+            if value is not None
+        ]
         return f"{', '.join(where)}: {self.message}" if where else self.message
 
-    def at(self,
-        record=None, # The record's id
-        turn:int|None=None, # Which turn of its conversation, counted from 0
-    ): # The same error, with what was still missing of its place filled in
+    def at(
+        self,
+        record=None,  # The record's id
+        turn: int | None = None,  # Which turn of its conversation, counted from 0
+    ):  # The same error, with what was still missing of its place filled in
         "Fill in the place, for a caller who knows more of it than the function that failed."
         if self.record is None: self.record = record
         if self.turn is None: self.turn = turn
@@ -47,7 +59,7 @@ class DataError(ValueError):
 # %% ../nbs/00_core.ipynb #c017
 def nearest(
     name: str,  # As somebody wrote it
-    known,      # Names that exist
+    known,  # Names that exist
 ) -> str | None:  # None: nothing is near
     "The known name that a misspelled one most likely stands for."
     found = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
@@ -55,34 +67,44 @@ def nearest(
 
 # %% ../nbs/00_core.ipynb #c020
 def first_values(
-    values, # A flat sequence of numbers
-    n:int=6, # How many to write
+    values,  # A flat sequence of numbers
+    n: int = 6,  # How many to write
 ) -> str:
     "The first `n` numbers, separated by blanks, with an ellipsis if there are more."
-    shown = [f"{v:.3g}" if isinstance(v, numbers.Real) and not isinstance(v, numbers.Integral) else str(v) for v in values[:n]]
-    return " ".join(shown) + (" …" if len(values) > n else "")
+
+    def written(value):
+        is_float = isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral)
+        return f"{value:.3g}" if is_float else str(value)
+
+    return " ".join(map(written, values[:n])) + (" …" if len(values) > n else "")
 
 def describe(
-    value, # Anything; tensors and arrays get shape, dtype and values
-    n:int=6, # How many elements to write
-) -> tuple[str,str,str,str]: # shape, dtype, device, first values
+    value,  # Anything; tensors and arrays get shape, dtype and values
+    n: int = 6,  # How many elements to write
+) -> tuple[str, str, str, str]:  # shape, dtype, device, first values
     "What `peek` writes of one value."
     if hasattr(value, "shape") and hasattr(value, "dtype"):
-        flat = value.reshape(-1)[:n+1].tolist()
-        return str(tuple(value.shape)), str(value.dtype).removeprefix("torch."), str(getattr(value, "device", "cpu")), first_values(flat, n)
+        flat = value.reshape(-1)[: n + 1].tolist()
+        shape, dtype = str(tuple(value.shape)), str(value.dtype).removeprefix("torch.")
+        return shape, dtype, str(getattr(value, "device", "cpu")), first_values(flat, n)
     size = f"({len(value)})" if isinstance(value, (str, bytes, list, tuple, dict, set)) else ""
     text = repr(value)
     return size, type(value).__name__, "", text if len(text) <= 160 else text[:159] + "…"
 
 def peek(
-    **values, # Name -> tensor, array or anything else
+    **values,  # Name -> tensor, array or anything else
 ) -> None:
     "Print one line a value: name, shape, dtype, device and the first six elements."
-    rows = [(name, *describe(value)) for name,value in values.items()]
+    rows = [(name, *describe(value)) for name, value in values.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(4)] if rows else []
-    for row in rows: print("  ".join([*(cell.ljust(w) for cell,w in zip(row[:4], widths)), row[4]]).rstrip())
+    for row in rows:
+        print("  ".join([*(cell.ljust(w) for cell, w in zip(row[:4], widths)), row[4]]).rstrip())
 
 # %% ../nbs/00_core.ipynb #c025
 def progress_console() -> Console:
     "Standard error; a terminal only if it is one, and not the output of a notebook."
-    return Console(stderr=True, force_jupyter=False, force_terminal=False if "ipykernel" in sys.modules else None)
+    return Console(
+        stderr=True,
+        force_jupyter=False,
+        force_terminal=False if "ipykernel" in sys.modules else None,
+    )

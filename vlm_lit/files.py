@@ -15,7 +15,7 @@ from .core import ConfigError
 # %% ../nbs/01a_files.ipynb #c006
 def write_file(
     path: Path,  # Where the file is to be
-    write,       # Called with the path to write to
+    write,  # Called with the path to write to
 ) -> None:
     "Write a file under another name and rename it, so that it is never half there."
     part = path.with_name(path.name + ".part")
@@ -31,13 +31,13 @@ def write_text(
 
 def write_json(
     path: Path,  # Where the file is to be
-    value,       # JSON
+    value,  # JSON
 ) -> None:
     "Write JSON, whole or not at all."
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 def write_rows(
-    path: Path,        # Where the file is to be
+    path: Path,  # Where the file is to be
     rows: list[dict],  # JSON
 ) -> None:
     "Write a file of one JSON object per line, whole or not at all."
@@ -45,44 +45,48 @@ def write_rows(
 
 def read_json(
     path: Path,  # A file of this project
-):               # What it holds
+):  # What it holds
     "Read JSON. Raises `ConfigError` naming the file if it is broken."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e: raise ConfigError(f"cannot read {str(path)!r}: {e}") from e
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"cannot read {str(path)!r}: {e}") from e
 
 # %% ../nbs/01a_files.ipynb #c014
 def cache_folder() -> Path:
     "Where indexes and converted weights are kept: VLM_LIT_CACHE, or the platform's own place."
-    if own := os.environ.get("VLM_LIT_CACHE"): return Path(own).expanduser().absolute()
+    if own := os.environ.get("VLM_LIT_CACHE"):
+        return Path(own).expanduser().absolute()
     if sys.platform == "win32":
-        usual = Path(os.environ.get("LOCALAPPDATA") or Path.home()/"AppData/Local")
+        usual = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local")
     else:
-        usual = Path.home()/("Library/Caches" if sys.platform == "darwin" else ".cache")
+        usual = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
         usual = Path(os.environ.get("XDG_CACHE_HOME") or usual)
-    return usual/"vlm_lit"
+    return usual / "vlm_lit"
 
 @contextmanager
 def new_folder(
     folder: Path,  # That is to be
-):                 # -> an empty folder, which takes its place when the block ends without an error
+):  # -> an empty folder, which takes its place when the block ends without an error
     "Write a folder whole or not at all. Raises `ConfigError` if it cannot be written there."
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.parent))
     except OSError as e:
-        raise ConfigError(f"cannot write into {str(folder.parent)!r} ({e.strerror}); set "
-                          "VLM_LIT_CACHE to a folder of your own") from e
+        raise ConfigError(
+            f"cannot write into {str(folder.parent)!r} ({e.strerror}); set "
+            "VLM_LIT_CACHE to a folder of your own"
+        ) from e
     try:
         yield part
         try: part.rename(folder)
         except OSError:
-            if not folder.is_dir(): raise      # else: another process was faster
+            if not folder.is_dir(): raise  # else: another process was faster
     finally: shutil.rmtree(part, ignore_errors=True)
 
 # %% ../nbs/01a_files.ipynb #c018
 def digest(
     *parts,  # Bytes or text
-) -> str:    # 32 hexadecimal digits
+) -> str:  # 32 hexadecimal digits
     "One hash of several parts (BLAKE2b, 128 bits)."
     out = hashlib.blake2b(digest_size=16)
     for part in parts:
@@ -92,9 +96,10 @@ def digest(
 
 def sha256(
     path: Path,  # A file of any size
-) -> str:        # 64 hexadecimal digits
+) -> str:  # 64 hexadecimal digits
     "A file's SHA-256."
-    with path.open("rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 def file_stamp(
     path: str | Path,  # A file

@@ -20,7 +20,8 @@ from .templates import Segment
 from .sentinels import check_image_count, preprocess_multimodal
 from .labels import check_tokenizer, check_turns, generation_ids, preprocess
 from .images import make_square, on_white, open_image, to_bytes, turn_upright
-from .data.dataset import LazySupervisedDataset, encode_records
+from .data.dataset import LazySupervisedDataset
+from .text.encode import encode_records
 from .text.messages import check_path, image_names, read_record
 from .batches import DataCollatorForSupervisedDataset
 from .model import VLM, VLMConfig

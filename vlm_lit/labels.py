@@ -14,56 +14,77 @@ from functools import lru_cache
 from itertools import zip_longest
 import numpy as np, torch
 from rich.text import Text
-from .core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_TOKEN, ConfigError, DataError
-from .templates import Conversation, Rendered, Segment, SeparatorStyle, caption_form, get_template, hf_markers, render, render_hf, set_system
+from .core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_TOKEN
+from .core import ConfigError, DataError
+from .templates import Conversation, Rendered, Segment, SeparatorStyle, caption_form
+from .templates import get_template, hf_markers, render, render_hf, set_system
 from .sentinels import TokenizerTraits, encode_prompts, tokenizer_traits
 
 # %% ../nbs/05_labels.ipynb #c007
 def check_turns(
-    source:list[dict], # One conversation's turns
-    record=None, # The record's id, for messages
+    source: list[dict],  # One conversation's turns
+    record=None,  # The record's id, for messages
 ) -> None:
-    "Raise `DataError` unless human and gpt speak in turn, each with a text, and there is a question."
-    if not isinstance(source, list) or not source: raise DataError("no turns: 'conversations' must be a list of {'from', 'value'}", record, kind="roles")
+    """Raise `DataError` unless human and gpt speak in turn, each with a text, and there is a
+    question."""
+    if not isinstance(source, list) or not source:
+        message = "no turns: 'conversations' must be a list of {'from', 'value'}"
+        raise DataError(message, record, kind="roles")
     before = None
-    for n,turn in enumerate(source):
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str): raise DataError("a turn must be {'from': …, 'value': text}", record, n, kind="roles")
+    for n, turn in enumerate(source):
+        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
+            raise DataError("a turn must be {'from': …, 'value': text}", record, n, kind="roles")
         who = turn.get("from")
-        if who == "system" and n: raise DataError("a 'system' turn may only be the first", record, n, kind="roles")
-        if who not in ("human", "gpt", "system"): raise DataError(f"unknown role {who!r}; there are: 'human', 'gpt', and 'system' at the front", record, n, kind="roles")
-        if who == before: raise DataError(f"two turns of {who!r} in a row; join them or add the missing turn", record, n, kind="roles")
+        if who == "system" and n:
+            raise DataError("a 'system' turn may only be the first", record, n, kind="roles")
+        if who not in ("human", "gpt", "system"):
+            message = f"unknown role {who!r}; there are: 'human', 'gpt', and 'system' at the front"
+            raise DataError(message, record, n, kind="roles")
+        if who == before:
+            message = f"two turns of {who!r} in a row; join them or add the missing turn"
+            raise DataError(message, record, n, kind="roles")
         before = who
-    if all(turn["from"] != "human" for turn in source): raise DataError("only a greeting of 'gpt'; there is no question to answer", record, 0, kind="roles")
+    if all(turn["from"] != "human" for turn in source):
+        message = "only a greeting of 'gpt'; there is no question to answer"
+        raise DataError(message, record, 0, kind="roles")
 
 def first_turn(
-    source:list[dict], # One conversation's turns, checked
-) -> int: # 0, or 1 behind a system turn
+    source: list[dict],  # One conversation's turns, checked
+) -> int:  # 0, or 1 behind a system turn
     "Where the talk begins."
     return int(source[0]["from"] == "system")
 
 def drop_greeting(
-    source:list[dict], # One conversation's turns, checked
-    record=None, # The record's id, for the warning
-) -> list[dict]: # The turns from the first question on, a system turn before it kept
+    source: list[dict],  # One conversation's turns, checked
+    record=None,  # The record's id, for the warning
+) -> list[dict]:  # The turns from the first question on, a system turn before it kept
     "Leave out a turn of the model that answers nothing, and say so."
     n = first_turn(source)
     if source[n]["from"] == "human": return source
-    warnings.warn(f"record {record!r}: begins with a turn of 'gpt', which answers nothing; that turn is dropped")
-    return source[:n] + source[n+1:]
+    warnings.warn(
+        f"record {record!r}: begins with a turn of 'gpt', which answers nothing; that turn is "
+        "dropped"
+    )
+    return source[:n] + source[n + 1 :]
 
 def plain_source(
-    source:list[dict], # One conversation's turns
-    record=None, # The record's id, for messages
-) -> list[dict]: # The same with only the image tags left of the question
+    source: list[dict],  # One conversation's turns
+    record=None,  # The record's id, for messages
+) -> list[dict]:  # The same with only the image tags left of the question
     "A caption as `plain` wants it: picture, then text (LLaVA's stage 1)."
     n_images = source[0]["value"].count(IMAGE_TOKEN)
-    if len(source) != 2 or not n_images: raise DataError(f"template 'plain' takes one question with an image and one answer, got {len(source)} turn(s) with {n_images} image(s)", record)
-    return [{**source[0], "value": IMAGE_TOKEN*n_images}, source[1]]
+    if len(source) != 2 or not n_images:
+        raise DataError(
+            f"template 'plain' takes one question with an image and one answer, got {len(source)} "
+            f"turn(s) with {n_images} image(s)",
+            record,
+        )
+    return [{**source[0], "value": IMAGE_TOKEN * n_images}, source[1]]
 
 def fill_template(
-    source:list[dict], # One conversation's turns
-    template:str, # A name in `conv_templates`
-    record=None, # The record's id, for messages
+    source: list[dict],  # One conversation's turns
+    template: str,  # A name in `conv_templates`
+    record=None,  # The record's id, for messages
 ) -> Conversation:
     "The template with the turns in it, the speakers called as the template calls them."
     conv = get_template(template)
@@ -74,265 +95,395 @@ def fill_template(
         try: set_system(conv, source[0]["value"])
         except DataError as e: raise e.at(record, 0)
         source = source[1:]
-    if conv.sep_style == SeparatorStyle.PLAIN: conv, source = caption_form(conv), plain_source(source, record)
-    for sentence in source: conv.append_message(roles[sentence["from"]], sentence["value"])
+    if conv.sep_style == SeparatorStyle.PLAIN:
+        conv = caption_form(conv)
+        source = plain_source(source, record)
+    for sentence in source:
+        conv.append_message(roles[sentence["from"]], sentence["value"])
     return conv
 
 # %% ../nbs/05_labels.ipynb #c011
 @lru_cache(maxsize=64)
 def template_markers(
-    template:str, # A name in `conv_templates`
-) -> tuple[str,...]: # Without blanks around them
+    template: str,  # A name in `conv_templates`
+) -> tuple[str, ...]:  # Without blanks around them
     "What the template itself writes to tell turns apart."
     conv = get_template(template)
     match conv.sep_style:
-        case SeparatorStyle.SINGLE | SeparatorStyle.TWO: marks = [f"{role}:" for role in conv.roles] + [conv.sep, conv.sep2]
-        case SeparatorStyle.MPT | SeparatorStyle.LLAMA_3: marks = [*conv.roles, conv.sep]
-        case SeparatorStyle.LLAMA_2: marks = ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", conv.sep, conv.sep2]
-        case SeparatorStyle.GEMMA: marks = ["<start_of_turn>", "<end_of_turn>", conv.sep2]
-        case SeparatorStyle.PLAIN: marks = []
+        case SeparatorStyle.SINGLE | SeparatorStyle.TWO:
+            marks = [f"{role}:" for role in conv.roles] + [conv.sep, conv.sep2]
+        case SeparatorStyle.MPT | SeparatorStyle.LLAMA_3:
+            marks = [*conv.roles, conv.sep]
+        case SeparatorStyle.LLAMA_2:
+            marks = ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", conv.sep, conv.sep2]
+        case SeparatorStyle.GEMMA:
+            marks = ["<start_of_turn>", "<end_of_turn>", conv.sep2]
+        case SeparatorStyle.PLAIN:
+            marks = []
     return tuple(mark.strip() for mark in marks if mark and mark.strip())
 
 @lru_cache(maxsize=64)
-def pattern_of(tokens:tuple[str,...]) -> re.Pattern:
+def pattern_of(tokens: tuple[str, ...]) -> re.Pattern:
     "Matches any of the tokens, longest first; nothing when there are none."
-    return re.compile("|".join(map(re.escape, sorted(set(tokens), key=len, reverse=True))) or "(?!)")
+    longest_first = sorted(set(tokens), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 def control_pattern(
-    tokenizer, # A fast Hugging Face tokenizer
-    template:str|None=None, # Also its markers; None: the vocabulary's control tokens only
+    tokenizer,  # A fast Hugging Face tokenizer
+    template: str | None = None,  # Also its markers; None: the vocabulary's control tokens only
 ) -> re.Pattern:
     "Matches any control token of the vocabulary, and the template's markers."
-    markers = () if not template else hf_markers(tokenizer, tokenizer.chat_template) if template == "hf" else template_markers(template)
+    if not template: markers = ()
+    elif template == "hf":
+        markers = hf_markers(tokenizer, tokenizer.chat_template)
+    else: markers = template_markers(template)
     return pattern_of(tokenizer_traits(tokenizer).control + markers)
 
-IMAGE_FRAME = IM_START_TOKEN + IMAGE_TOKEN + IM_END_TOKEN   # what `preprocess_multimodal` writes; no forgery
+# what `preprocess_multimodal` writes; no forgery
+IMAGE_FRAME = IM_START_TOKEN + IMAGE_TOKEN + IM_END_TOKEN
 
 def check_control_tokens(
-    source:list[dict], # One conversation's turns
-    pattern:re.Pattern, # From `control_pattern`
-    has_image:bool=True, # Whether tags in the user's turns are pictures
-    record=None, # The record's id, for messages
+    source: list[dict],  # One conversation's turns
+    pattern: re.Pattern,  # From `control_pattern`
+    has_image: bool = True,  # Whether tags in the user's turns are pictures
+    record=None,  # The record's id, for messages
 ) -> None:
     "Raise `DataError` if a message spells a control token, or `<image>` where no picture can be."
-    for n,turn in enumerate(source):
+    for n, turn in enumerate(source):
         found = pattern.search(turn["value"].replace(IMAGE_FRAME, IMAGE_TOKEN))
         stray = IMAGE_TOKEN in turn["value"] and (turn["from"] != "human" or not has_image)
         if not found and not stray: continue
-        what = (f"the text spells the control token {found[0]!r}" if found else
-                f"{IMAGE_TOKEN} in an answer" if turn["from"] == "gpt" else f"{IMAGE_TOKEN} tag in a record with 0 images" if not has_image else f"{IMAGE_TOKEN} in a system turn")
-        raise DataError(f"{what}; remove it, or pass control_tokens='escape' to read it as plain text ('allow' lets it act)", record, n, "tags" if not found and not has_image else "control_tokens")
+        if found: what = f"the text spells the control token {found[0]!r}"
+        elif turn["from"] == "gpt": what = f"{IMAGE_TOKEN} in an answer"
+        elif not has_image:
+            what = f"{IMAGE_TOKEN} tag in a record with 0 images"
+        else: what = f"{IMAGE_TOKEN} in a system turn"
+        message = (
+            f"{what}; remove it, or pass control_tokens='escape' to read it as plain text "
+            "('allow' lets it act)"
+        )
+        kind = "tags" if not found and not has_image else "control_tokens"
+        raise DataError(message, record, n, kind)
 
 def check_policy(
-    source:list[dict], # One conversation's turns, checked by `check_turns`
-    control_tokens:str, # "refuse", "escape" or "allow"
-    pattern:re.Pattern, # From `control_pattern`
-    has_image:bool=True, # Whether tags in the user's turns are pictures
-    record=None, # The record's id, for messages
+    source: list[dict],  # One conversation's turns, checked by `check_turns`
+    control_tokens: str,  # "refuse", "escape" or "allow"
+    pattern: re.Pattern,  # From `control_pattern`
+    has_image: bool = True,  # Whether tags in the user's turns are pictures
+    record=None,  # The record's id, for messages
 ) -> None:
     "Raise `DataError` for what the policy does not let pass."
     if control_tokens == "allow": return
     first = first_turn(source)
-    if source[first]["from"] == "gpt" and IMAGE_TOKEN in source[first]["value"]: raise DataError(f"the first turn is a greeting of 'gpt', which is dropped, and it holds an {IMAGE_TOKEN} tag; move the tag to the first question", record, first, "tags")
-    if control_tokens == "refuse": check_control_tokens(source, pattern, has_image, record)
-    elif source[0]["from"] == "system" and pattern.search(source[0]["value"]): raise DataError(f"the system turn spells {pattern.search(source[0]['value'])[0]!r}, which cannot be escaped there; remove it", record, 0, "control_tokens")
+    if source[first]["from"] == "gpt" and IMAGE_TOKEN in source[first]["value"]:
+        message = (
+            "the first turn is a greeting of 'gpt', which is dropped, and it holds an "
+            f"{IMAGE_TOKEN} tag; move the tag to the first question"
+        )
+        raise DataError(message, record, first, "tags")
+    if control_tokens == "refuse":
+        check_control_tokens(source, pattern, has_image, record)
+        return
+    found = pattern.search(source[0]["value"]) if source[0]["from"] == "system" else None
+    if found:
+        message = f"the system turn spells {found[0]!r}, which cannot be escaped there; remove it"
+        raise DataError(message, record, 0, "control_tokens")
 
 def literal_spans(
-    prompt:Rendered, # With its parts
-    pattern:re.Pattern, # From `control_pattern`
-) -> list[tuple[int,int]]: # (start, end) in the prompt's text
+    prompt: Rendered,  # With its parts
+    pattern: re.Pattern,  # From `control_pattern`
+) -> list[tuple[int, int]]:  # (start, end) in the prompt's text
     "Where messages spell control tokens."
-    return [match.span() for a,b in prompt.spans(Segment.USER) + prompt.spans(Segment.ANSWER) for match in pattern.finditer(prompt.text, a, b)]
+    return [
+        match.span()
+        for a, b in prompt.spans(Segment.USER) + prompt.spans(Segment.ANSWER)
+        for match in pattern.finditer(prompt.text, a, b)
+    ]
 
 # %% ../nbs/05_labels.ipynb #c015
 def mask_prompt(
-    input_ids:np.ndarray, # Ids, flat
-    segments:np.ndarray, # `Segment` of each, from `encode_prompts`
-) -> np.ndarray: # `labels`, as long as `input_ids`
+    input_ids: np.ndarray,  # Ids, flat
+    segments: np.ndarray,  # `Segment` of each, from `encode_prompts`
+) -> np.ndarray:  # `labels`, as long as `input_ids`
     "Keep the ids of answers and stop text, hide the rest behind `IGNORE_INDEX`."
-    if len(input_ids) != len(segments): raise ValueError(f"{len(input_ids)} input_ids but {len(segments)} segments")
-    return np.where((segments == Segment.ANSWER) | (segments == Segment.STOP), input_ids, IGNORE_INDEX)
+    if len(input_ids) != len(segments):
+        raise ValueError(f"{len(input_ids)} input_ids but {len(segments)} segments")
+    learned = (segments == Segment.ANSWER) | (segments == Segment.STOP)
+    return np.where(learned, input_ids, IGNORE_INDEX)
 
 # %% ../nbs/05_labels.ipynb #c018
 NEEDS_BOS = (SeparatorStyle.GEMMA, SeparatorStyle.LLAMA_2, SeparatorStyle.LLAMA_3)
 
 def check_tokenizer(
-    tokenizer, # A Hugging Face tokenizer
-    template:str, # A name in `conv_templates`, or "hf"
+    tokenizer,  # A Hugging Face tokenizer
+    template: str,  # A name in `conv_templates`, or "hf"
 ) -> None:
     "Raise `ConfigError` if the tokenizer cannot serve the template."
-    if not getattr(tokenizer, "is_fast", False): raise ConfigError("labels need to know how much text each token covers; use a fast tokenizer (load_tokenizer gives one)")
+    if not getattr(tokenizer, "is_fast", False):
+        raise ConfigError(
+            "labels need to know how much text each token covers; use a fast tokenizer "
+            "(load_tokenizer gives one)"
+        )
     if template == "hf":
-        if not getattr(tokenizer, "chat_template", None): raise ConfigError("template 'hf' uses the tokenizer's chat_template, and this tokenizer has none; choose a name from conv_templates")
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError(
+                "template 'hf' uses the tokenizer's chat_template, and this tokenizer has none; "
+                "choose a name from conv_templates"
+            )
         return
     check_traits(tokenizer_traits(tokenizer), template)
 
 @lru_cache(maxsize=16)
 def check_traits(
-    traits:TokenizerTraits, # Of the tokenizer
-    template:str, # A name in `conv_templates`
+    traits: TokenizerTraits,  # Of the tokenizer
+    template: str,  # A name in `conv_templates`
 ) -> None:
     "Raise `ConfigError` if what the template writes is not what the tokenizer knows."
-    if get_template(template).sep_style in NEEDS_BOS and not traits.n_bos: raise ConfigError(
-        f"template {template!r} needs a tokenizer that begins every text with BOS, and this one does not; set add_bos_token, or choose another template")
-    marks = {mark for text in template_markers(template) for mark in re.findall(r"(?<!<)<\|?\w+\|?>(?!>)|</s>", text)}
+    if get_template(template).sep_style in NEEDS_BOS and not traits.n_bos:
+        raise ConfigError(
+            f"template {template!r} needs a tokenizer that begins every text with BOS, and this "
+            "one does not; set add_bos_token, or choose another template"
+        )
+    marks = set()
+    for text in template_markers(template):
+        marks.update(re.findall(r"(?<!<)<\|?\w+\|?>(?!>)|</s>", text))
     missing = sorted(marks - set(traits.control))
-    if missing: raise ConfigError(f"template {template!r} needs the control tokens {missing}, which this tokenizer would spell as plain text; choose its own template")
+    if missing:
+        raise ConfigError(
+            f"template {template!r} needs the control tokens {missing}, which this tokenizer would "
+            "spell as plain text; choose its own template"
+        )
 
 def make_prompt(
-    source:list[dict], # One conversation's turns
-    tokenizer, # Its chat template serves "hf"
-    template:str, # A name in `conv_templates`, or "hf"
-    has_image:bool=True, # Whether `<image>` in the user's turns stands for a picture
-    add_generation_prompt:bool=False, # Open a turn for the model at the end
-    record=None, # The record's id, for messages
+    source: list[dict],  # One conversation's turns
+    tokenizer,  # Its chat template serves "hf"
+    template: str,  # A name in `conv_templates`, or "hf"
+    has_image: bool = True,  # Whether `<image>` in the user's turns stands for a picture
+    add_generation_prompt: bool = False,  # Open a turn for the model at the end
+    record=None,  # The record's id, for messages
 ) -> Rendered:
     "One conversation as a prompt."
     if template != "hf":
         if get_template(template).sep_style == SeparatorStyle.PLAIN and not has_image:
-            raise DataError(f"template {template!r} is for an image and its caption; this record "
-                            "has no image", record, kind="tags")
+            message = (
+                f"template {template!r} is for an image and its caption; this record has no image"
+            )
+            raise DataError(message, record, kind="tags")
         return render(fill_template(source, template, record), add_generation_prompt, has_image)
     check_turns(source, record)
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
-    try: return render_hf([(roles[turn["from"]], turn["value"]) for turn in drop_greeting(source, record)], tokenizer, add_generation_prompt, has_image)
+    turns = [(roles[turn["from"]], turn["value"]) for turn in drop_greeting(source, record)]
+    try: return render_hf(turns, tokenizer, add_generation_prompt, has_image)
     except DataError as e: raise e.at(record)
 
 def preprocess(
-    sources:list[list[dict]], # Conversations after `preprocess_multimodal`
-    tokenizer, # A fast Hugging Face tokenizer
-    template:str="gemma", # A name in `conv_templates`, or "hf" for the tokenizer's own
-    has_image:bool|list[bool]=True, # Whether `<image>` in the user's turns stands for a picture; one for all or one a source
-    control_tokens:str="refuse", # "refuse", "escape" or "allow": what to do with control tokens spelled in a message
-    records:list|None=None, # The records' ids, for messages
-    return_segments:bool=False, # Also say what each token is: `segments`, values of `Segment`
-) -> dict[str, list[torch.LongTensor]]: # `input_ids` and `labels`, each a list with one (seq_len,) tensor a source
+    sources: list[list[dict]],  # Conversations after `preprocess_multimodal`
+    tokenizer,  # A fast Hugging Face tokenizer
+    template: str = "gemma",  # A name in `conv_templates`, or "hf" for the tokenizer's own
+    # Whether `<image>` in the user's turns stands for a picture; one for all or one a source
+    has_image: bool | list[bool] = True,
+    # "refuse", "escape" or "allow": what to do with control tokens spelled in a message
+    control_tokens: str = "refuse",
+    records: list | None = None,  # The records' ids, for messages
+    return_segments: bool = False,  # Also say what each token is: `segments`, values of `Segment`
+    # `input_ids` and `labels`, each a list with one (seq_len,) tensor a source
+) -> dict[str, list[torch.LongTensor]]:
     "Render, tokenize and mask conversations, all in one call of the tokenizer."
-    if control_tokens not in ("refuse", "escape", "allow"): raise ConfigError(f"control_tokens must be 'refuse', 'escape' or 'allow', got {control_tokens!r}")
+    if control_tokens not in ("refuse", "escape", "allow"):
+        raise ConfigError(
+            f"control_tokens must be 'refuse', 'escape' or 'allow', got {control_tokens!r}"
+        )
     check_tokenizer(tokenizer, template)
-    pictured = has_image if isinstance(has_image, list) else [has_image]*len(sources)
-    records, pattern = records or [None]*len(sources), control_pattern(tokenizer, template)
-    prompts = [make_prompt(source, tokenizer, template, own, record=record) for source,own,record in zip(sources, pictured, records, strict=True)]
-    for source,own,record in zip(sources, pictured, records): check_policy(source, control_tokens, pattern, own, record)
-    literals = [literal_spans(prompt, pattern) for prompt in prompts] if control_tokens == "escape" else None
+    pictured = has_image if isinstance(has_image, list) else [has_image] * len(sources)
+    records, pattern = records or [None] * len(sources), control_pattern(tokenizer, template)
+    prompts = [
+        make_prompt(source, tokenizer, template, own, record=record)
+        for source, own, record in zip(sources, pictured, records, strict=True)
+    ]
+    for source, own, record in zip(sources, pictured, records):
+        check_policy(source, control_tokens, pattern, own, record)
+    escape = control_tokens == "escape"
+    literals = [literal_spans(prompt, pattern) for prompt in prompts] if escape else None
     encoded = encode_prompts(prompts, tokenizer, literals)
     apart = lambda flat: list(torch.from_numpy(flat).split(encoded.lengths.tolist()))
     input_ids, labels = apart(encoded.ids), apart(mask_prompt(encoded.ids, encoded.segments))
-    for record,prompt in zip(records, prompts):
-        if all(segment < Segment.ANSWER for _,segment in prompt.parts): warnings.warn(f"record {record!r}: nothing in it is learned; it has no answer")
-    return {"input_ids": input_ids, "labels": labels, **({"segments": apart(encoded.segments)} if return_segments else {})}
+    for record, prompt in zip(records, prompts):
+        if all(segment < Segment.ANSWER for _, segment in prompt.parts):
+            warnings.warn(f"record {record!r}: nothing in it is learned; it has no answer")
+    segments = {"segments": apart(encoded.segments)} if return_segments else {}
+    return {"input_ids": input_ids, "labels": labels, **segments}
 
 # %% ../nbs/05_labels.ipynb #c023
-COLORS = {"SYSTEM": "#6d4c41", "HEADER": "#616161", "USER": "#1565c0", "IMAGE": "#6a1b9a", "ANSWER": "#2e7d32", "STOP": "#c62828", "PAD": "#bdbdbd", "": "#616161"}
+COLORS = {
+    **{"SYSTEM": "#6d4c41", "HEADER": "#616161", "USER": "#1565c0", "IMAGE": "#6a1b9a"},
+    **{"ANSWER": "#2e7d32", "STOP": "#c62828", "PAD": "#bdbdbd", "": "#616161"},
+}
 
-def visible(text:str) -> str:
-    "The text with newlines as ⏎ and other unprintable characters spelled out; data must not send control codes to a terminal."
-    return "".join(c if c.isprintable() else "⏎" if c == "\n" else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+def visible(text: str) -> str:
+    """The text with newlines as ⏎ and other unprintable characters spelled out; data must not send
+    control codes to a terminal."""
+
+    def spelled(c):
+        if c.isprintable(): return c
+        return "⏎" if c == "\n" else c.encode("unicode_escape", "backslashreplace").decode()
+
+    return "".join(map(spelled, text))
 
 class LabelStrip:
     "A sample's tokens in order, by segment, the learned ones marked."
-    def __init__(self,
-        input_ids, # `input_ids`, shape (seq_len,), tensor or list
-        labels, # `labels`, as long as `input_ids`
-        tokenizer, # The one that made them
-        segments=None, # From `preprocess(..., return_segments=True)`; None: all in one line
-        title:str="", # Written above
+
+    def __init__(
+        self,
+        input_ids,  # `input_ids`, shape (seq_len,), tensor or list
+        labels,  # `labels`, as long as `input_ids`
+        tokenizer,  # The one that made them
+        segments=None,  # From `preprocess(..., return_segments=True)`; None: all in one line
+        title: str = "",  # Written above
     ):
         ids, marks = [[int(i) for i in x] for x in (input_ids, labels)]
-        if len(ids) != len(marks): raise ValueError(f"{len(ids)} input_ids but {len(marks)} labels")
-        if segments is not None and len(segments) != len(ids): raise ValueError(f"{len(ids)} input_ids but {len(segments)} segments")
-        self.ids, self.labels, self.title = ids, marks, title
-        self.tokens = [(IMAGE_TOKEN if i == IMAGE_TOKEN_INDEX else tokenizer.decode([i]), m != IGNORE_INDEX) for i,m in zip(ids, marks)]
-        self.names = ["" if segments is None else Segment(int(s)).name for s in (segments if segments is not None else ids)]
+        if len(ids) != len(marks):
+            raise ValueError(f"{len(ids)} input_ids but {len(marks)} labels")
+        if segments is not None and len(segments) != len(ids):
+            raise ValueError(f"{len(ids)} input_ids but {len(segments)} segments")
+        self.ids = ids
+        self.labels = marks
+        self.title = title
+        self.tokens = []  # (text, whether it is learned)
+        for i, mark in zip(ids, marks):
+            text = IMAGE_TOKEN if i == IMAGE_TOKEN_INDEX else tokenizer.decode([i])
+            self.tokens.append((text, mark != IGNORE_INDEX))
+        if segments is None: self.names = [""] * len(ids)
+        else: self.names = [Segment(int(s)).name for s in segments]
 
     @property
     def learned(self) -> list[str]:
         "Text of the learned tokens."
-        return [text for text,learned in self.tokens if learned]
+        return [text for text, learned in self.tokens if learned]
 
     @property
     def summary(self) -> str:
         "How many tokens are learned."
         return f"{len(self.learned)} of {len(self.tokens)} tokens learned"
 
-    def lines(self) -> list[tuple[str,list[int]]]: # (segment's name, numbers of its tokens)
+    def lines(self) -> list[tuple[str, list[int]]]:  # (segment's name, numbers of its tokens)
         "Runs of tokens of one segment, in order."
         found = []
-        for n,name in enumerate(self.names):
+        for n, name in enumerate(self.names):
             if found and found[-1][0] == name: found[-1][1].append(n)
             else: found.append((name, [n]))
         return found
 
-    def cell(self, n:int) -> str:
+    def cell(self, n: int) -> str:
         "A token as text, in brackets if it is learned."
         text, learned = self.tokens[n]
         return f"[{visible(text)}]" if learned else f"{visible(text)}|"
 
     def __repr__(self):
-        rows = [f"{name:7}{''.join(self.cell(n) for n in run)}" if name else "".join(self.cell(n) for n in run) for name,run in self.lines()]
-        return "\n".join([*([self.title] if self.title else []), *rows, f"{self.summary}, in [ ]"])
+        rows = [self.title] if self.title else []
+        for name, run in self.lines():
+            cells = "".join(self.cell(n) for n in run)
+            rows.append(f"{name:7}{cells}" if name else cells)
+        return "\n".join([*rows, f"{self.summary}, in [ ]"])
 
     def __rich__(self):
         out = Text(f"{self.title}\n" if self.title else "")
-        for name,run in self.lines():
+        for name, run in self.lines():
             out.append(f"{name:7}" if name else "", style="dim")
-            for n in run: out.append(self.cell(n), style=f"bold underline {COLORS[name]}" if self.tokens[n][1] else COLORS[name])
+            for n in run:
+                _, learned = self.tokens[n]
+                style = f"bold underline {COLORS[name]}" if learned else COLORS[name]
+                out.append(self.cell(n), style=style)
             out.append("\n")
         return out.append(f"{self.summary}, in [ ]")
 
-    def span(self, n:int, mark:bool=False) -> str:
+    def span(self, n: int, mark: bool = False) -> str:
         "A token as HTML."
-        text, learned = html.escape(visible(self.tokens[n][0])).replace(" ", "&nbsp;"), self.tokens[n][1]
-        style = f"color:#fff;background:{COLORS[self.names[n]] if self.names[n] else '#2e7d32'}" if learned else f"color:{COLORS[self.names[n]]};background:#8882"
-        frame = ";outline:2px solid #f9a825" if mark else ""
-        return f'<span style="{style}{frame};padding:1px 3px;margin:1px;border-radius:3px;display:inline-block;font-family:monospace">{f"<b><u>{text}</u></b>" if learned else text}</span> '
+        text, learned = self.tokens[n]
+        name = self.names[n]
+        text = html.escape(visible(text)).replace(" ", "&nbsp;")
+        style = f"color:{COLORS[name]};background:#8882"
+        if learned:
+            text = f"<b><u>{text}</u></b>"
+            style = f"color:#fff;background:{COLORS[name] if name else '#2e7d32'}"
+        if mark: style += ";outline:2px solid #f9a825"
+        style += ";padding:1px 3px;margin:1px;border-radius:3px"
+        style += ";display:inline-block;font-family:monospace"
+        return f'<span style="{style}">{text}</span> '
 
     def _repr_html_(self):
-        rows = "".join(f"<div><small><code>{f'{name:7}'.replace(' ', '&nbsp;') if name else ''}</code></small>{''.join(self.span(n) for n in run)}</div>" for name,run in self.lines())
+        rows = ""
+        for name, run in self.lines():
+            head = f"{name:7}".replace(" ", "&nbsp;") if name else ""
+            spans = "".join(self.span(n) for n in run)
+            rows += f"<div><small><code>{head}</code></small>{spans}</div>"
         title = f"<div><b>{html.escape(self.title)}</b></div>" if self.title else ""
-        return f"{title}{rows}<small><b><u>bold and underlined</u>: learned</b>, {self.summary}; the rest is -100</small>"
+        return (
+            f"{title}{rows}<small><b><u>bold and underlined</u>: learned</b>, {self.summary}; the "
+            "rest is -100</small>"
+        )
 
 class StripPair:
     "Two strips side by side, their first difference marked."
-    def __init__(self,
-        left:LabelStrip,
-        right:LabelStrip,
+
+    def __init__(
+        self,
+        left: LabelStrip,
+        right: LabelStrip,
     ):
         self.left, self.right = left, right
         pairs = zip_longest(zip(left.ids, left.labels), zip(right.ids, right.labels))
-        self.first_difference = next((n for n,(a,b) in enumerate(pairs) if a != b), None)   # number of a token; None if they are equal
+        # number of a token; None if they are equal
+        self.first_difference = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
 
-    def rows(self) -> list[tuple[str,str,str]]: # (mark, left, right), one a token
+    def rows(self) -> list[tuple[str, str, str]]:  # (mark, left, right), one a token
         "Tokens that stand in the same place."
-        n_rows = max(len(self.left.tokens), len(self.right.tokens))
-        cells = lambda strip: [f"{strip.names[n]:7}{strip.cell(n)}" if strip.names[n] else strip.cell(n) for n in range(len(strip.tokens))]
-        return [("->" if n == self.first_difference else "", a or "", b or "") for n,(a,b) in zip(range(n_rows), zip_longest(cells(self.left), cells(self.right)))]
+
+        def cells(strip):
+            named = [f"{name:7}" if name else "" for name in strip.names]
+            return [name + strip.cell(n) for n, name in enumerate(named)]
+
+        pairs = zip_longest(cells(self.left), cells(self.right), fillvalue="")
+        rows = [("", a, b) for a, b in pairs]
+        n = self.first_difference
+        if n is not None: rows[n] = ("->", *rows[n][1:])
+        return rows
 
     def __repr__(self):
         rows = [("", self.left.title or "left", self.right.title or "right"), *self.rows()]
-        width = max(len(a) for _,a,_ in rows)
-        where = "no difference" if self.first_difference is None else f"first difference: token {self.first_difference}"
-        return "\n".join([f"{mark:3}{a:{width}}  {b}".rstrip() for mark,a,b in rows] + [where])
+        width = max(len(a) for _, a, _ in rows)
+        where = f"first difference: token {self.first_difference}"
+        if self.first_difference is None: where = "no difference"
+        return "\n".join([f"{mark:3}{a:{width}}  {b}".rstrip() for mark, a, b in rows] + [where])
 
     def _repr_html_(self):
         def column(strip):
-            cells = "".join(f"<div>{strip.span(n, n == self.first_difference)}</div>" for n in range(len(strip.tokens)))
-            return f'<td style="vertical-align:top;text-align:left"><b>{html.escape(strip.title)}</b>{cells}<small>{strip.summary}</small></td>'
-        where = "no difference" if self.first_difference is None else f"first difference: token {self.first_difference}, framed"
-        return f"<table><tr>{column(self.left)}{column(self.right)}</tr></table><small>{where}</small>"
+            numbers = range(len(strip.tokens))
+            spans = [strip.span(n, n == self.first_difference) for n in numbers]
+            cells = "".join(f"<div>{span}</div>" for span in spans)
+            return (
+                '<td style="vertical-align:top;text-align:left">'
+                f"<b>{html.escape(strip.title)}</b>{cells}<small>{strip.summary}</small></td>"
+            )
+
+        where = f"first difference: token {self.first_difference}, framed"
+        if self.first_difference is None: where = "no difference"
+        return (
+            f"<table><tr>{column(self.left)}{column(self.right)}</tr></table><small>{where}</small>"
+        )
 
 # %% ../nbs/05_labels.ipynb #c041
 def generation_ids(
-    source:list[dict], # Turns up to and with a user's turn
-    tokenizer, # A fast Hugging Face tokenizer
-    template:str="gemma", # A name in `conv_templates`, or "hf"
-    has_image:bool=True, # Whether `<image>` in the user's turns stands for a picture
-    control_tokens:str="refuse", # As in `preprocess`
-) -> torch.LongTensor: # `input_ids`, shape (seq_len,), ending where the model's answer begins
+    source: list[dict],  # Turns up to and with a user's turn
+    tokenizer,  # A fast Hugging Face tokenizer
+    template: str = "gemma",  # A name in `conv_templates`, or "hf"
+    has_image: bool = True,  # Whether `<image>` in the user's turns stands for a picture
+    control_tokens: str = "refuse",  # As in `preprocess`
+) -> torch.LongTensor:  # `input_ids`, shape (seq_len,), ending where the model's answer begins
     "The ids a model is given before it answers."
     check_tokenizer(tokenizer, template)
     check_turns(source)
-    if source[-1]["from"] != "human": raise DataError("generation needs a question of 'human' at the end")
+    if source[-1]["from"] != "human":
+        raise DataError("generation needs a question of 'human' at the end")
     pattern = control_pattern(tokenizer, template)
     check_policy(source, control_tokens, pattern, has_image)
     prompt = open_prompt(source, tokenizer, template, has_image)
@@ -340,13 +491,17 @@ def generation_ids(
     return torch.from_numpy(encode_prompts([prompt], tokenizer, literals).ids)
 
 def open_prompt(
-    source:list[dict], # Turns up to and with a user's turn
-    tokenizer, # Its chat template serves "hf"
-    template:str, # A name in `conv_templates`, or "hf"
-    has_image:bool=True, # Whether `<image>` in the user's turns stands for a picture
+    source: list[dict],  # Turns up to and with a user's turn
+    tokenizer,  # Its chat template serves "hf"
+    template: str,  # A name in `conv_templates`, or "hf"
+    has_image: bool = True,  # Whether `<image>` in the user's turns stands for a picture
 ) -> Rendered:
-    "A conversation with a turn opened for the model; of a caption's question only the image tags are left."
+    """A conversation with a turn opened for the model; of a caption's question only the image tags
+    are left."""
     if template != "hf" and get_template(template).sep_style == SeparatorStyle.PLAIN:
-        prompt = make_prompt([*source, {"from": "gpt", "value": ""}], tokenizer, template, has_image)
-        return Rendered(prompt.text[:prompt.answers[0][0]], tuple(part for part in prompt.parts if part[1] < Segment.ANSWER))
+        turns = [*source, {"from": "gpt", "value": ""}]
+        prompt = make_prompt(turns, tokenizer, template, has_image)
+        begin = prompt.answers[0][0]
+        parts = tuple(part for part in prompt.parts if part[1] < Segment.ANSWER)
+        return Rendered(prompt.text[:begin], parts)
     return make_prompt(source, tokenizer, template, has_image, add_generation_prompt=True)

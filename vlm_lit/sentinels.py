@@ -15,47 +15,57 @@ from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
 import numpy as np, torch
-from .core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_TOKEN, ConfigError, DataError
+from .core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_TOKEN, ConfigError
+from .core import DataError
 from .templates import Rendered, Segment, user_parts
 from .tokenizer import control_tokens
 
 # %% ../nbs/04_sentinels.ipynb #c009
 def move_tag(
-    text:str, # What a user said
-    image_tags:str="keep", # "keep": several tags stay where they are; "mgm": they collapse into one at the front
+    text: str,  # What a user said
+    # "keep": several tags stay where they are; "mgm": they collapse into one at the front
+    image_tags: str = "keep",
 ) -> str:
     "The text with its image tag in front."
-    if IMAGE_TOKEN not in text or (image_tags == "keep" and text.count(IMAGE_TOKEN) > 1): return text
+    if IMAGE_TOKEN not in text or (image_tags == "keep" and text.count(IMAGE_TOKEN) > 1):
+        return text
     return f"{IMAGE_TOKEN}\n{text.replace(IMAGE_TOKEN, '').strip()}".strip()
 
 def preprocess_multimodal(
-    sources:list[list[dict]], # Conversations, each a list of `{"from", "value"}` turns
-    image_tags:str="keep", # As in `move_tag`
-    mm_use_im_start_end:bool=False, # Put `<im_start>` and `<im_end>` around each image
-    mmtag:bool=False, # Put `<Image>` and `</Image>` around each image, for the templates `v0_mmtag` and `v1_mmtag`
-) -> list[list[dict]]: # New lists; the input is left as it is
+    sources: list[list[dict]],  # Conversations, each a list of `{"from", "value"}` turns
+    image_tags: str = "keep",  # As in `move_tag`
+    mm_use_im_start_end: bool = False,  # Put `<im_start>` and `<im_end>` around each image
+    # Put `<Image>` and `</Image>` around each image, for the templates `v0_mmtag` and `v1_mmtag`
+    mmtag: bool = False,
+) -> list[list[dict]]:  # New lists; the input is left as it is
     "Move the image tag of each turn of the user to its front."
-    if image_tags not in ("keep", "mgm"): raise ConfigError(f"image_tags must be 'keep' or 'mgm', got {image_tags!r}")
+    if image_tags not in ("keep", "mgm"):
+        raise ConfigError(f"image_tags must be 'keep' or 'mgm', got {image_tags!r}")
     tag = IM_START_TOKEN + IMAGE_TOKEN + IM_END_TOKEN if mm_use_im_start_end else IMAGE_TOKEN
     if mmtag: tag = f"<Image>{tag}</Image>"
+
     def turn(sentence):
-        if IMAGE_TOKEN not in sentence["value"] or (sentence.get("from") == "gpt" and image_tags == "keep"): return sentence.copy()   # a tag in an answer is text
-        return {**sentence, "value": move_tag(sentence["value"], image_tags).replace(IMAGE_TOKEN, tag)}
+        text = sentence["value"]
+        # a tag in an answer is text
+        in_answer = sentence.get("from") == "gpt" and image_tags == "keep"
+        if IMAGE_TOKEN not in text or in_answer: return sentence.copy()
+        return {**sentence, "value": move_tag(text, image_tags).replace(IMAGE_TOKEN, tag)}
+
     moved = [[turn(sentence) for sentence in source] for source in sources]
     return moved
 
 # %% ../nbs/04_sentinels.ipynb #c019
 def drop_bos(
-    ids:list[int], # One chunk's ids
-    bos_token_id:int|None, # None for tokenizers that have no BOS
-) -> list[int]: # `ids`, at most one shorter
+    ids: list[int],  # One chunk's ids
+    bos_token_id: int | None,  # None for tokenizers that have no BOS
+) -> list[int]:  # `ids`, at most one shorter
     "`ids` without a leading BOS, if there is one."
     return ids[1:] if ids and bos_token_id is not None and ids[0] == bos_token_id else ids
 
 def insert_separator(
-    chunks:list[list], # What stands between the images, in order
-    separator, # What is put between two chunks
-) -> list: # One flat list
+    chunks: list[list],  # What stands between the images, in order
+    separator,  # What is put between two chunks
+) -> list:  # One flat list
     "The chunks in a row, with the separator in each gap."
     out = list(chunks[0])
     for chunk in chunks[1:]:
@@ -64,33 +74,37 @@ def insert_separator(
     return out
 
 # %% ../nbs/04_sentinels.ipynb #c024
-NO_SPACE = "\0"   # a character that merges with no other; after it, no tokenizer adds a space
+NO_SPACE = "\0"  # a character that merges with no other; after it, no tokenizer adds a space
 
 @dataclass(frozen=True, eq=False)
 class TokenizerTraits:
     "What a tokenizer writes unasked, and which of its tokens frame text."
-    bos: tuple[int, ...]      # ids before every text: none, or its BOS
+
+    bos: tuple[int, ...]  # ids before every text: none, or its BOS
     control: tuple[str, ...]  # texts of all control tokens, longest first
-    space: str                # where it adds a space: "never", "first" in a text, or "always"
-                              # (after control tokens, too)
+    space: str  # where it adds a space: "never", "first" in a text, or "always"
+    # (after control tokens, too)
 
     @property
     def n_bos(self) -> int:
         "How many ids it writes before every text."
         return len(self.bos)
 
-    def lead(self, before:str) -> str:
+    def lead(self, before: str) -> str:
         "What must be encoded before a piece, for it to be tokenized as it is after that text."
         after_control = before.endswith(self.control)
-        return "" if self.space == "never" or self.space == "always" and after_control else NO_SPACE
+        adds_none = self.space == "never" or self.space == "always" and after_control
+        return "" if adds_none else NO_SPACE
 
 @contextmanager
 def plain_settings(
-    backend, # A `tokenizers.Tokenizer`
-    literal:bool=False, # Whether control tokens are plain text
+    backend,  # A `tokenizers.Tokenizer`
+    literal: bool = False,  # Whether control tokens are plain text
 ):
     "Nothing padded or truncated inside; the backend's own settings are back afterwards."
-    padding, truncation, before = backend.padding, backend.truncation, backend.encode_special_tokens
+    padding = backend.padding
+    truncation = backend.truncation
+    before = backend.encode_special_tokens
     backend.no_padding()
     backend.no_truncation()
     backend.encode_special_tokens = literal
@@ -101,66 +115,79 @@ def plain_settings(
         if truncation: backend.enable_truncation(**truncation)
 
 def added_space(
-    backend, # A `tokenizers.Tokenizer`
-) -> str: # "never", "first" or "always"
+    backend,  # A `tokenizers.Tokenizer`
+) -> str:  # "never", "first" or "always"
     "Where a SentencePiece-like tokenizer puts a space that is not in the text."
     if "Prepend(" in repr(backend.normalizer): return "always"
     scheme = re.search(r'prepend_scheme="?(\w+)', repr(backend.pre_tokenizer))
     return {"always": "always", "first": "first"}.get(scheme[1].lower() if scheme else "", "never")
 
 def make_traits(
-    tokenizer, # A fast Hugging Face tokenizer
+    tokenizer,  # A fast Hugging Face tokenizer
 ) -> TokenizerTraits:
     "Look the tokenizer's traits up. Raises `ConfigError` for one that ends every text, too."
     backend = tokenizer.backend_tokenizer
     with plain_settings(backend): empty = backend.encode("").ids
     if empty not in ([], [tokenizer.bos_token_id]):
         tokens = tokenizer.convert_ids_to_tokens(empty)
-        raise ConfigError(f"this tokenizer writes {tokens} around every text; switch its end token "
-                          "off (add_eos_token=False)")
+        raise ConfigError(
+            f"this tokenizer writes {tokens} around every text; switch its end token "
+            "off (add_eos_token=False)"
+        )
     return TokenizerTraits(tuple(empty), tuple(control_tokens(tokenizer)), added_space(backend))
 
-TRAITS = weakref.WeakKeyDictionary()   # tokenizer -> (what they were looked up for, its traits)
+TRAITS = weakref.WeakKeyDictionary()  # tokenizer -> (what they were looked up for, its traits)
 
 def tokenizer_traits(
-    tokenizer, # A fast Hugging Face tokenizer
+    tokenizer,  # A fast Hugging Face tokenizer
 ) -> TokenizerTraits:
     "The tokenizer's traits, looked up again when tokens were added or named special."
     backend, found = tokenizer.backend_tokenizer, TRAITS.get(tokenizer, (None, None))
     sizes = backend.get_vocab_size(with_added_tokens=True), backend.num_special_tokens_to_add(False)
     made_for = (*sizes, *tokenizer.all_special_tokens)
-    if found[0] != made_for: found = TRAITS[tokenizer] = (made_for, make_traits(tokenizer))
+    if found[0] != made_for:
+        found = TRAITS[tokenizer] = (made_for, make_traits(tokenizer))
     return found[1]
 
 # %% ../nbs/04_sentinels.ipynb #c029
 def join_chunks(
-    prompt_chunks:list[list[int]], # Ids of each chunk, each with the BOS that the tokenizer writes
-    n_bos:int, # 1 if it writes one, else 0
-    image_token_index:int=IMAGE_TOKEN_INDEX, # Id that stands for one image
-) -> list[int]: # Exactly one `image_token_index` per image, BOS once
+    # Ids of each chunk, each with the BOS that the tokenizer writes
+    prompt_chunks: list[list[int]],
+    n_bos: int,  # 1 if it writes one, else 0
+    image_token_index: int = IMAGE_TOKEN_INDEX,  # Id that stands for one image
+) -> list[int]:  # Exactly one `image_token_index` per image, BOS once
     "The chunks in a row: later ones lose their BOS, each gap gets a sentinel."
-    input_ids = insert_separator([prompt_chunks[0], *(ids[n_bos:] for ids in prompt_chunks[1:])], image_token_index)
+    input_ids = insert_separator(
+        [prompt_chunks[0], *(ids[n_bos:] for ids in prompt_chunks[1:])], image_token_index
+    )
     return input_ids
 
 @dataclass(frozen=True)
 class Piece:
     "A stretch of a prompt without images, encoded in one go."
+
     text: str
-    parts: list[tuple[int, Segment]]   # where each part of the prompt begins in the text
-    place: tuple[int, int, int]        # prompt, chunk, and character of the prompt where it begins
-    lead: str|None = None              # what is encoded before it; None: it begins a chunk
-    literal: bool = False              # whether control tokens in it are plain text
+    parts: list[tuple[int, Segment]]  # where each part of the prompt begins in the text
+    place: tuple[int, int, int]  # prompt, chunk, and character of the prompt where it begins
+    lead: str | None = None  # what is encoded before it; None: it begins a chunk
+    literal: bool = False  # whether control tokens in it are plain text
 
 def chunk_pieces(
-    prompt:Rendered,
-    n:int, # Its number in the batch
-) -> list[Piece]: # One more than it has images
+    prompt: Rendered,
+    n: int,  # Its number in the batch
+) -> list[Piece]:  # One more than it has images
     "The texts between the images."
-    pieces, texts, parts, start, at = [], [], [], 0, 0
-    for text,segment in prompt.parts:
+    pieces = []
+    texts = []
+    parts = []
+    start = 0
+    at = 0
+    for text, segment in prompt.parts:
         if segment == Segment.IMAGE:
             pieces.append(Piece("".join(texts), parts, (n, len(pieces), start)))
-            texts, parts, start = [], [], at + len(text)
+            texts = []
+            parts = []
+            start = at + len(text)
         elif text:
             parts.append((at - start, segment))
             texts.append(text)
@@ -168,9 +195,9 @@ def chunk_pieces(
     return [*pieces, Piece("".join(texts), parts, (n, len(pieces), start))]
 
 def encode_pieces(
-    pieces:list[Piece],
-    tokenizer, # A fast Hugging Face tokenizer
-) -> list: # (piece, its `tokenizers.Encoding`), in any order
+    pieces: list[Piece],
+    tokenizer,  # A fast Hugging Face tokenizer
+) -> list:  # (piece, its `tokenizers.Encoding`), in any order
     "Encode pieces, equal beginnings of chunks once."
     backend, found = tokenizer.backend_tokenizer, []
     for literal in (False, True):
@@ -188,52 +215,54 @@ def encode_pieces(
 
 # %% ../nbs/04_sentinels.ipynb #c033
 def cut_piece(
-    piece:Piece,
-    edges:list[int], # Characters of its text at which it is cut
-    traits:TokenizerTraits,
-    literals=(), # (start, end) stretches of its text in which control tokens are plain text
+    piece: Piece,
+    edges: list[int],  # Characters of its text at which it is cut
+    traits: TokenizerTraits,
+    literals=(),  # (start, end) stretches of its text in which control tokens are plain text
 ) -> list[Piece]:
     "The stretches between the edges, each to be encoded as it is in the whole text."
     n, chunk, start = piece.place
     pieces, edges = [], [0, *edges, len(piece.text)]
-    for a,b in zip(edges, edges[1:]):
-        opened = [segment for at,segment in piece.parts if at <= a][-1]
-        parts = [(0, opened), *((at - a, segment) for at,segment in piece.parts if a < at < b)]
-        plain = any(end == a for _,end in literals)     # a control token there is text
+    for a, b in zip(edges, edges[1:]):
+        opened = [segment for at, segment in piece.parts if at <= a][-1]
+        parts = [(0, opened), *((at - a, segment) for at, segment in piece.parts if a < at < b)]
+        plain = any(end == a for _, end in literals)  # a control token there is text
         lead = piece.lead if a == 0 else traits.lead("" if plain else piece.text[:a])
         literal = piece.literal or (a, b) in literals
         pieces.append(Piece(piece.text[a:b], parts, (n, chunk, start + a), lead, literal))
     return pieces
 
 def cut_literals(
-    piece:Piece,
-    literals:list[tuple[int,int]], # (start, end) stretches of the prompt
-    traits:TokenizerTraits,
+    piece: Piece,
+    literals: list[tuple[int, int]],  # (start, end) stretches of the prompt
+    traits: TokenizerTraits,
 ) -> list[Piece]:
     "A chunk cut around the stretches in which control tokens are plain text."
     start = piece.place[2]
-    own = [(a - start, b - start) for a,b in literals if start <= a < start + len(piece.text)]
+    own = [(a - start, b - start) for a, b in literals if start <= a < start + len(piece.text)]
     edges = {edge for span in own for edge in span} - {0, len(piece.text)}
     return cut_piece(piece, sorted(edges), traits, own) if own else [piece]
 
 def place_parts(
-    piece:Piece,
-    encoding, # Of its lead and its text
+    piece: Piece,
+    encoding,  # Of its lead and its text
 ) -> tuple[list[int], list[int]]:
     "First token of each part, and the edges of answers that a token lies across."
-    shift, firsts, edges = len(piece.lead or ""), [], []
-    ends = [at for at,_ in piece.parts[1:]] + [len(piece.text)]
+    shift = len(piece.lead or "")
+    firsts = []
+    edges = []
+    ends = [at for at, _ in piece.parts[1:]] + [len(piece.text)]
     supervised = False
-    for (start,segment),end in zip(piece.parts, ends):
+    for (start, segment), end in zip(piece.parts, ends):
         covered = (encoding.char_to_token(at + shift) for at in range(start, end))
         first = next((token for token in covered if token is not None), None)
         if first is not None and start and encoding.token_to_chars(first)[0] < start + shift:
             if supervised != (segment >= Segment.ANSWER): edges.append(start)
-            first += 1                  # the token starts in the part before
+            first += 1  # the token starts in the part before
         firsts.append(first)
         supervised = segment >= Segment.ANSWER
     after = len(encoding.ids)
-    for k in reversed(range(len(firsts))):      # a part that nothing covers has no token
+    for k in reversed(range(len(firsts))):  # a part that nothing covers has no token
         after = firsts[k] = after if firsts[k] is None else firsts[k]
     return firsts, edges
 
@@ -241,77 +270,88 @@ def place_parts(
 @dataclass(frozen=True)
 class Encoded:
     "A batch of prompts as ids, flat, with the segment of each."
-    ids: np.ndarray       # int64; `IMAGE_TOKEN_INDEX` for each image
+
+    ids: np.ndarray  # int64; `IMAGE_TOKEN_INDEX` for each image
     segments: np.ndarray  # uint8, values of `Segment`
-    lengths: np.ndarray   # ids of each prompt
+    lengths: np.ndarray  # ids of each prompt
 
 def piece_tokens(
-    piece:Piece,
-    encoding, # Of its lead and its text
-    firsts:list[int], # From `place_parts`
-    n_bos:int, # How many ids the tokenizer writes before a text
-) -> tuple[list[int], list[Segment]]: # ids of the text, and the segment of each
+    piece: Piece,
+    encoding,  # Of its lead and its text
+    firsts: list[int],  # From `place_parts`
+    n_bos: int,  # How many ids the tokenizer writes before a text
+) -> tuple[list[int], list[Segment]]:  # ids of the text, and the segment of each
     "What a piece adds to its chunk: its tokens, without BOS and lead."
     ids = encoding.ids
     if piece.lead is None: begin = n_bos
     elif piece.lead: begin = firsts[0] if firsts else len(ids)
     else: begin = 0
     segments, ends = [], [*firsts[1:], len(ids)]
-    for (_,segment),end in zip(piece.parts, ends):
-        segments += [segment]*(end - begin - len(segments))
+    for (_, segment), end in zip(piece.parts, ends):
+        segments += [segment] * (end - begin - len(segments))
     return ids[begin:], segments
 
 def encode_prompts(
-    prompts:list[Rendered],
-    tokenizer, # A fast Hugging Face tokenizer
-    literals:list|None=None, # For each prompt (start, end) where control tokens are plain text
+    prompts: list[Rendered],
+    tokenizer,  # A fast Hugging Face tokenizer
+    # For each prompt (start, end) where control tokens are plain text
+    literals: list | None = None,
 ) -> Encoded:
     "Tokenize prompts, all in one call, and say of each token which segment it starts in."
     traits, found = tokenizer_traits(tokenizer), []
     pieces = []
-    for n,prompt in enumerate(prompts):
+    for n, prompt in enumerate(prompts):
         for piece in chunk_pieces(prompt, n):
             pieces += cut_literals(piece, literals[n], traits) if literals else [piece]
     while pieces:
         again = []
-        for piece,encoding in encode_pieces(pieces, tokenizer):
+        for piece, encoding in encode_pieces(pieces, tokenizer):
             firsts, edges = place_parts(piece, encoding)
             if edges: again += cut_piece(piece, edges, traits)
-            else: found.append((piece.place, *piece_tokens(piece, encoding, firsts, traits.n_bos)))
+            else:
+                found.append((piece.place, *piece_tokens(piece, encoding, firsts, traits.n_bos)))
         pieces = again
     chunks = [[] for _ in prompts]
-    for (n,chunk,_),ids,segments in sorted(found, key=itemgetter(0)):
-        if chunk == len(chunks[n]): chunks[n].append(([*traits.bos], [Segment.HEADER]*traits.n_bos))
+    for (n, chunk, _), ids, segments in sorted(found, key=itemgetter(0)):
+        if chunk == len(chunks[n]):
+            chunks[n].append(([*traits.bos], [Segment.HEADER] * traits.n_bos))
         chunks[n][chunk][0].extend(ids)
         chunks[n][chunk][1].extend(segments)
-    rows = [join_chunks([ids for ids,_ in own], traits.n_bos) for own in chunks]
+    rows = [join_chunks([ids for ids, _ in own], traits.n_bos) for own in chunks]
     kinds = []
-    for (_,first),*later in chunks:
-        kinds.append(insert_separator([first, *(s[traits.n_bos:] for _,s in later)], Segment.IMAGE))
+    for (_, first), *later in chunks:
+        own = [first, *(segments[traits.n_bos :] for _, segments in later)]
+        kinds.append(insert_separator(own, Segment.IMAGE))
     lengths = np.array([len(row) for row in rows], np.int64)
     flat = lambda lists, dtype: np.fromiter(chain.from_iterable(lists), dtype, lengths.sum())
     return Encoded(flat(rows, np.int64), flat(kinds, np.uint8), lengths)
 
 # %% ../nbs/04_sentinels.ipynb #c046
 def tokenizer_image_token(
-    prompt:str, # Text with zero or more `<image>`
-    tokenizer, # A fast Hugging Face tokenizer
-    image_token_index:int=IMAGE_TOKEN_INDEX, # Id that stands for one image
-    return_tensors:str|None=None, # "pt" for a LongTensor of shape (seq_len,), None for a list
-) -> torch.LongTensor|list[int]: # `input_ids`: exactly one `image_token_index` per image, BOS once
+    prompt: str,  # Text with zero or more `<image>`
+    tokenizer,  # A fast Hugging Face tokenizer
+    image_token_index: int = IMAGE_TOKEN_INDEX,  # Id that stands for one image
+    return_tensors: str | None = None,  # "pt" for a LongTensor of shape (seq_len,), None for a list
+    # `input_ids`: exactly one `image_token_index` per image, BOS once
+) -> torch.LongTensor | list[int]:
     "Ids of a prompt, with one sentinel in the place of each image."
-    if return_tensors not in (None, "pt"): raise ConfigError(f"return_tensors must be 'pt' or None, got {return_tensors!r}")
+    if return_tensors not in (None, "pt"):
+        raise ConfigError(f"return_tensors must be 'pt' or None, got {return_tensors!r}")
     encoded = encode_prompts([Rendered(prompt, tuple(user_parts(prompt)))], tokenizer)
     ids = [image_token_index if i == IMAGE_TOKEN_INDEX else i for i in encoded.ids.tolist()]
     return torch.tensor(ids, dtype=torch.long) if return_tensors == "pt" else ids
 
 # %% ../nbs/04_sentinels.ipynb #c058
 def check_image_count(
-    source:list[dict], # One conversation's turns
-    n_images:int, # Pictures that came with it
-    record=None, # The record's id, for the message
+    source: list[dict],  # One conversation's turns
+    n_images: int,  # Pictures that came with it
+    record=None,  # The record's id, for the message
 ) -> None:
     "Raise `DataError` unless the user's turns hold exactly one tag per picture."
     n_tags = sum(turn["value"].count(IMAGE_TOKEN) for turn in source if turn.get("from") != "gpt")
     if n_tags != n_images:
-        raise DataError(f"{n_tags} {IMAGE_TOKEN} tag(s) for {n_images} image(s); write one tag for each image", record=record, kind="tags")
+        raise DataError(
+            f"{n_tags} {IMAGE_TOKEN} tag(s) for {n_images} image(s); write one tag for each image",
+            record=record,
+            kind="tags",
+        )

@@ -19,6 +19,7 @@ from .core import IMAGE_TOKEN, ConfigError, DataError
 # %% ../nbs/03_templates.ipynb #c006
 class SeparatorStyle(Enum):
     "How the pieces of a conversation are put together; names and numbers as in MGM."
+
     SINGLE = 1
     TWO = 2
     MPT = 3
@@ -30,296 +31,465 @@ class SeparatorStyle(Enum):
 @dataclass
 class Conversation:
     "Turns, and the template that turns them into text."
-    system: str                    # text before the first turn
-    roles: tuple[str,str]          # how the user and the model are called
-    messages: list = field(default_factory=list)  # `[role, text]` pairs; text None means: the model is to speak now
-    offset: int = 0                # turns at the start that are examples, not part of the talk
-    sep_style: SeparatorStyle = SeparatorStyle.SINGLE
-    sep: str = "###"               # after a user's turn
-    sep2: str|None = None          # after a model's turn
-    version: str = "Unknown"       # name of the template
-    skip_next: bool = False        # used by LLaVA's chat server only
 
-    def append_message(self, role:str, message:str|None) -> None:
+    system: str  # text before the first turn
+    roles: tuple[str, str]  # how the user and the model are called
+    # `[role, text]` pairs; text None means: the model is to speak now
+    messages: list = field(default_factory=list)
+    offset: int = 0  # turns at the start that are examples, not part of the talk
+    sep_style: SeparatorStyle = SeparatorStyle.SINGLE
+    sep: str = "###"  # after a user's turn
+    sep2: str | None = None  # after a model's turn
+    version: str = "Unknown"  # name of the template
+    skip_next: bool = False  # used by LLaVA's chat server only
+
+    def append_message(self, role: str, message: str | None) -> None:
         "Add a turn; `None` opens one without filling it."
         self.messages.append([role, message])
 
     def copy(self) -> "Conversation":
         "The same template with its own list of messages."
-        return Conversation(self.system, self.roles, [[role, text] for role,text in self.messages], self.offset, self.sep_style, self.sep, self.sep2, self.version, self.skip_next)
+        messages = [[role, text] for role, text in self.messages]
+        frame = self.offset, self.sep_style, self.sep, self.sep2, self.version, self.skip_next
+        return Conversation(self.system, self.roles, messages, *frame)
 
     def get_prompt(self) -> str:
         "The text of the conversation."
         return render(self).text
 
 # %% ../nbs/03_templates.ipynb #c008
-CURIOUS = "A chat between a curious {} and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the {}'s questions."
-HELPFUL = ("You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
-           "and assist the user with a variety of tasks using natural language.")
-MMTAG = ("A chat between a curious user and an artificial intelligence assistant. The assistant is able to understand the visual content that the user provides, "
-         "and assist the user with a variety of tasks using natural language."
-         "The visual content will be provided with the following format: <Image>visual content</Image>.")
-LLAMA_2_SYSTEM = ("You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  Your answers should not include any harmful, "
-                  "unethical, racist, sexist, toxic, dangerous, or illegal content. Please ensure that your responses are socially unbiased and positive in nature.\n\n"
-                  "If a question does not make any sense, or is not factually coherent, explain why instead of answering something not correct. "
-                  "If you don't know the answer to a question, please don't share false information.")
-SYSTEM_OPENING = {SeparatorStyle.MPT: "<|im_start|>system\n", SeparatorStyle.LLAMA_3: "<|start_header_id|>system<|end_header_id|>\n\n"}
+CURIOUS = (
+    "A chat between a curious {} and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the {}'s questions."
+)
+HELPFUL = (
+    "You are a helpful language and vision assistant. You are able to understand the visual "
+    "content that the user provides, and assist the user with a variety of tasks using natural "
+    "language."
+)
+MMTAG = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant is "
+    "able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+    "The visual content will be provided with the following format: <Image>visual "
+    "content</Image>."
+)
+LLAMA_2_SYSTEM = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, "
+    "while being safe.  Your answers should not include any harmful, "
+    "unethical, racist, sexist, toxic, dangerous, or illegal content. Please ensure "
+    "that your responses are socially unbiased and positive in nature.\n\n"
+    "If a question does not make any sense, or is not factually coherent, explain "
+    "why instead of answering something not correct. "
+    "If you don't know the answer to a question, please don't share false information."
+)
+SYSTEM_OPENING = {
+    SeparatorStyle.MPT: "<|im_start|>system\n",
+    SeparatorStyle.LLAMA_3: "<|start_header_id|>system<|end_header_id|>\n\n",
+}
 
-def single(system:str, version:str="Unknown") -> Conversation:
+def single(system: str, version: str = "Unknown") -> Conversation:
     "A template of Vicuna v0's shape."
-    return Conversation(system=system, roles=("Human", "Assistant"), sep_style=SeparatorStyle.SINGLE, sep="###", version=version)
+    return Conversation(
+        system=system,
+        roles=("Human", "Assistant"),
+        sep_style=SeparatorStyle.SINGLE,
+        sep="###",
+        version=version,
+    )
 
-def two(system:str, version:str, sep2:str="</s>") -> Conversation:
+def two(system: str, version: str, sep2: str = "</s>") -> Conversation:
     "A template of Vicuna v1's shape."
-    return Conversation(system=system, roles=("USER", "ASSISTANT"), sep_style=SeparatorStyle.TWO, sep=" ", sep2=sep2, version=version)
+    return Conversation(
+        system=system,
+        roles=("USER", "ASSISTANT"),
+        sep_style=SeparatorStyle.TWO,
+        sep=" ",
+        sep2=sep2,
+        version=version,
+    )
 
-def llama_2(system:str) -> Conversation:
+def llama_2(system: str) -> Conversation:
     "A template of Llama 2's shape."
-    return Conversation(system=system, roles=("USER", "ASSISTANT"), sep_style=SeparatorStyle.LLAMA_2, sep="<s>", sep2="</s>", version="llama_v2")
+    return Conversation(
+        system=system,
+        roles=("USER", "ASSISTANT"),
+        sep_style=SeparatorStyle.LLAMA_2,
+        sep="<s>",
+        sep2="</s>",
+        version="llama_v2",
+    )
 
-def llama_3(speaker:str) -> Conversation:
+def llama_3(speaker: str) -> Conversation:
     "A template of Llama 3's shape; the model speaks under the header of that name."
     roles = tuple(f"<|start_header_id|>{name}<|end_header_id|>\n\n" for name in ("user", speaker))
-    return Conversation(system=SYSTEM_OPENING[SeparatorStyle.LLAMA_3] + HELPFUL, roles=roles, sep_style=SeparatorStyle.LLAMA_3, sep="<|eot_id|>", version="llama_v3")
+    return Conversation(
+        system=SYSTEM_OPENING[SeparatorStyle.LLAMA_3] + HELPFUL,
+        roles=roles,
+        sep_style=SeparatorStyle.LLAMA_3,
+        sep="<|eot_id|>",
+        version="llama_v3",
+    )
 
-def chatml(system:str) -> Conversation:
+def chatml(system: str) -> Conversation:
     "A template of ChatML's shape, as MPT uses it: without newlines between turns."
     roles = ("<|im_start|>user\n", "<|im_start|>assistant\n")
-    return Conversation(system=SYSTEM_OPENING[SeparatorStyle.MPT] + system, roles=roles, sep_style=SeparatorStyle.MPT, sep="<|im_end|>", version="mpt")
+    return Conversation(
+        system=SYSTEM_OPENING[SeparatorStyle.MPT] + system,
+        roles=roles,
+        sep_style=SeparatorStyle.MPT,
+        sep="<|im_end|>",
+        version="mpt",
+    )
 
 def plain() -> Conversation:
     "LLaVA's stage-1 template: no names, no markers."
     return Conversation(system="", roles=("", ""), sep_style=SeparatorStyle.PLAIN, sep="\n")
 
 conv_templates = {
-    "default": single(CURIOUS.format("human", "human")), "v0": single(CURIOUS.format("human", "human")), "llava_v0": single(CURIOUS.format("human", "human")),
+    "default": single(CURIOUS.format("human", "human")),
+    "v0": single(CURIOUS.format("human", "human")),
+    "llava_v0": single(CURIOUS.format("human", "human")),
     "v0_mmtag": single(MMTAG, "v0_mmtag"),
-    "v1": two(CURIOUS.format("user", "user"), "v1"), "vicuna_v1": two(CURIOUS.format("user", "user"), "v1"),
-    "imgsp_v1": two(CURIOUS.format("user", "user"), "imgsp_v1"), "phi_2": two(CURIOUS.format("user", "user"), "phi2", "<|endoftext|>"),
-    "llava_v1": two(CURIOUS.format("human", "human"), "v1"), "v1_mmtag": two(MMTAG, "v1_mmtag"),
-    "llama_2": llama_2(LLAMA_2_SYSTEM), "llava_llama_2": llama_2(HELPFUL), "mistral_instruct": llama_2(""),
-    "llama_3": llama_3("system"),                  # MGM's: the model speaks under a `system` header; its checkpoints were trained so
-    "llama_3_assistant": llama_3("assistant"),     # the same, corrected
-    "mpt": chatml("A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."),
-    "chatml_direct": chatml("Answer the questions."), "mistral_direct": chatml("Answer the questions."),
-    "gemma": Conversation(system="", roles=("user", "model"), sep_style=SeparatorStyle.GEMMA, sep="", sep2="<eos>", version="gemma"),
-    "plain": plain(), "v0_plain": plain(),
+    "v1": two(CURIOUS.format("user", "user"), "v1"),
+    "vicuna_v1": two(CURIOUS.format("user", "user"), "v1"),
+    "imgsp_v1": two(CURIOUS.format("user", "user"), "imgsp_v1"),
+    "phi_2": two(CURIOUS.format("user", "user"), "phi2", "<|endoftext|>"),
+    "llava_v1": two(CURIOUS.format("human", "human"), "v1"),
+    "v1_mmtag": two(MMTAG, "v1_mmtag"),
+    "llama_2": llama_2(LLAMA_2_SYSTEM),
+    "llava_llama_2": llama_2(HELPFUL),
+    "mistral_instruct": llama_2(""),
+    # MGM's: the model speaks under a `system` header; its checkpoints were trained so
+    "llama_3": llama_3("system"),
+    "llama_3_assistant": llama_3("assistant"),  # the same, corrected
+    "mpt": chatml(
+        "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful "
+        "and honest answers."
+    ),
+    "chatml_direct": chatml("Answer the questions."),
+    "mistral_direct": chatml("Answer the questions."),
+    "gemma": Conversation(
+        system="",
+        roles=("user", "model"),
+        sep_style=SeparatorStyle.GEMMA,
+        sep="",
+        sep2="<eos>",
+        version="gemma",
+    ),
+    "plain": plain(),
+    "v0_plain": plain(),
 }
 
 def get_template(
-    name:str, # A key of `conv_templates`
-) -> Conversation: # A copy, to be filled
-    "An empty conversation in the template of that name. Raises `ConfigError` listing the names there are."
-    if name not in conv_templates: raise ConfigError(f"unknown template {name!r}; there are: {', '.join(sorted(conv_templates))}, and 'hf' for the tokenizer's own")
+    name: str,  # A key of `conv_templates`
+) -> Conversation:  # A copy, to be filled
+    """An empty conversation in the template of that name. Raises `ConfigError` listing the names
+    there are."""
+    if name not in conv_templates:
+        names = ", ".join(sorted(conv_templates))
+        raise ConfigError(
+            f"unknown template {name!r}; there are: {names}, and 'hf' for the tokenizer's own"
+        )
     return conv_templates[name].copy()
 
 # %% ../nbs/03_templates.ipynb #c018
 @lru_cache(maxsize=256)
 def frame_texts(
-    style:SeparatorStyle,
-    sep:str, # Of the template
-    sep2:str|None, # Of the template
-    role:str, # Who speaks, as the template calls them
-    is_model:bool, # Whether the model speaks
-    is_first:bool, # Whether this is the first turn
-) -> tuple[str,str,str]: # opening, glue, closing
+    style: SeparatorStyle,
+    sep: str,  # Of the template
+    sep2: str | None,  # Of the template
+    role: str,  # Who speaks, as the template calls them
+    is_model: bool,  # Whether the model speaks
+    is_first: bool,  # Whether this is the first turn
+) -> tuple[str, str, str]:  # opening, glue, closing
     "What a template writes around a message."
     own = sep2 if is_model and sep2 is not None else sep
     match style:
-        case SeparatorStyle.SINGLE | SeparatorStyle.TWO: return f"{role}:", " ", own
-        case SeparatorStyle.MPT | SeparatorStyle.LLAMA_3: return role, "", sep
-        case SeparatorStyle.LLAMA_2: return ("", " ", f" {sep2}") if is_model else ("", f"{'' if is_first else sep}[INST] ", " [/INST]")
-        case SeparatorStyle.GEMMA: return f"<start_of_turn>{role}\n", "", f"<end_of_turn>\n{own}"
-        case SeparatorStyle.PLAIN: return "", "", own
+        case SeparatorStyle.SINGLE | SeparatorStyle.TWO:
+            return f"{role}:", " ", own
+        case SeparatorStyle.MPT | SeparatorStyle.LLAMA_3:
+            return role, "", sep
+        case SeparatorStyle.LLAMA_2 if is_model:
+            return "", " ", f" {sep2}"
+        case SeparatorStyle.LLAMA_2:
+            return "", f"{'' if is_first else sep}[INST] ", " [/INST]"
+        case SeparatorStyle.GEMMA:
+            return f"<start_of_turn>{role}\n", "", f"<end_of_turn>\n{own}"
+        case SeparatorStyle.PLAIN:
+            return "", "", own
 
 def turn_frame(
-    conv:Conversation, # The template
-    n:int, # Number of the turn; even ones are the user's
-    role:str, # Who speaks, as the template calls them
-) -> tuple[str,str,str]: # opening, glue, closing
+    conv: Conversation,  # The template
+    n: int,  # Number of the turn; even ones are the user's
+    role: str,  # Who speaks, as the template calls them
+) -> tuple[str, str, str]:  # opening, glue, closing
     "What stands around the message of a turn."
     return frame_texts(conv.sep_style, conv.sep, conv.sep2, role, n % 2 == 1, n == 0)
 
 # %% ../nbs/03_templates.ipynb #c022
 class Segment(IntEnum):
     "What a piece of a prompt is. Only the answer and its stop text are learned."
+
     SYSTEM = 0
-    HEADER = 1   # everything else that the template writes
+    HEADER = 1  # everything else that the template writes
     USER = 2
     IMAGE = 3
     ANSWER = 4
     STOP = 5
-    PAD = 6      # filling of a batch, never in a prompt
+    PAD = 6  # filling of a batch, never in a prompt
 
 @dataclass(frozen=True)
 class Rendered:
     "A prompt as parts in order, each with its segment."
+
     text: str
     parts: tuple  # (text, Segment) pairs; their texts joined are `text`
 
-    def spans(self,
-        *segments:Segment, # Which parts
-    ) -> list[tuple[int,int]]: # (start, end) in characters; neighbours are joined
+    def spans(
+        self,
+        *segments: Segment,  # Which parts
+    ) -> list[tuple[int, int]]:  # (start, end) in characters; neighbours are joined
         "Where parts of these segments stand."
         found, at = [], 0
-        for text,segment in self.parts:
+        for text, segment in self.parts:
             if segment in segments:
-                if found and found[-1][1] == at and segment != Segment.IMAGE: found[-1] = (found[-1][0], at + len(text))
+                if found and found[-1][1] == at and segment != Segment.IMAGE:
+                    found[-1] = (found[-1][0], at + len(text))
                 else: found.append((at, at + len(text)))
             at += len(text)
         return found
 
     @property
-    def answers(self) -> list[tuple[int,int]]:
+    def answers(self) -> list[tuple[int, int]]:
         "Every answer of the model with the stop text behind it: what is learned."
         return self.spans(Segment.ANSWER, Segment.STOP)
 
     @property
-    def images(self) -> list[tuple[int,int]]:
+    def images(self) -> list[tuple[int, int]]:
         "Every image tag that stands for a picture."
         return self.spans(Segment.IMAGE)
 
 # %% ../nbs/03_templates.ipynb #c024
 def user_parts(
-    message:str, # What the user said
-    has_image:bool=True, # Whether `<image>` stands for a picture
-) -> list[tuple[str,Segment]]:
+    message: str,  # What the user said
+    has_image: bool = True,  # Whether `<image>` stands for a picture
+) -> list[tuple[str, Segment]]:
     "A user's message, cut at its image tags."
-    if not has_image or IMAGE_TOKEN not in message: return [(message, Segment.USER)]
+    if not has_image or IMAGE_TOKEN not in message:
+        return [(message, Segment.USER)]
     first, *rest = message.split(IMAGE_TOKEN)
-    return [(first, Segment.USER)] + [part for text in rest for part in [(IMAGE_TOKEN, Segment.IMAGE), (text, Segment.USER)]]
+    parts = [(first, Segment.USER)]
+    for text in rest:
+        parts += [(IMAGE_TOKEN, Segment.IMAGE), (text, Segment.USER)]
+    return parts
 
 def system_parts(
-    conv:Conversation, # The template
-) -> list[tuple[str,Segment]]:
+    conv: Conversation,  # The template
+) -> list[tuple[str, Segment]]:
     "What the template writes before the first turn; Llama 2 writes it inside."
-    if conv.sep_style in (SeparatorStyle.LLAMA_2, SeparatorStyle.PLAIN) or not conv.system: return []
+    if conv.sep_style in (SeparatorStyle.LLAMA_2, SeparatorStyle.PLAIN) or not conv.system:
+        return []
     return [(conv.system + conv.sep, Segment.SYSTEM)]
 
 def message_parts(
-    conv:Conversation, # The template
-    n:int, # Number of the turn
-    role:str, # Who speaks
-    message:str|None, # None, and in most templates "", leaves the turn open
-    has_image:bool=True, # Whether `<image>` in a user's turn stands for a picture
-) -> list[tuple[str,Segment]]:
+    conv: Conversation,  # The template
+    n: int,  # Number of the turn
+    role: str,  # Who speaks
+    message: str | None,  # None, and in most templates "", leaves the turn open
+    has_image: bool = True,  # Whether `<image>` in a user's turn stands for a picture
+) -> list[tuple[str, Segment]]:
     "One turn, framed."
     opening, glue, closing = turn_frame(conv, n, role)
-    if message is None or (message == "" and conv.sep_style != SeparatorStyle.PLAIN): return [(opening, Segment.HEADER)]
-    if n % 2: return [(opening, Segment.HEADER), (glue + message, Segment.ANSWER), (closing, Segment.STOP)]
-    system = [(f"<<SYS>>\n{conv.system}\n<</SYS>>\n\n", Segment.SYSTEM)] if n == 0 and conv.system and conv.sep_style == SeparatorStyle.LLAMA_2 else []
-    return [(opening + glue, Segment.HEADER), *system, *user_parts(message, has_image), (closing, Segment.HEADER)]
+    if message is None or (message == "" and conv.sep_style != SeparatorStyle.PLAIN):
+        return [(opening, Segment.HEADER)]
+    if n % 2:
+        return [
+            (opening, Segment.HEADER),
+            (glue + message, Segment.ANSWER),
+            (closing, Segment.STOP),
+        ]
+    parts = [(opening + glue, Segment.HEADER)]
+    if n == 0 and conv.system and conv.sep_style == SeparatorStyle.LLAMA_2:
+        parts.append((f"<<SYS>>\n{conv.system}\n<</SYS>>\n\n", Segment.SYSTEM))
+    return [*parts, *user_parts(message, has_image), (closing, Segment.HEADER)]
 
 def joined(
-    parts:list[tuple[str,Segment]],
-) -> list[tuple[str,Segment]]: # None of them empty
+    parts: list[tuple[str, Segment]],
+) -> list[tuple[str, Segment]]:  # None of them empty
     "Neighbouring headers as one part."
     out = []
     for part in parts:
         if not part[0]: continue
-        if part[1] == Segment.HEADER and out and out[-1][1] == Segment.HEADER: out[-1] = (out[-1][0] + part[0], Segment.HEADER)
+        if part[1] == Segment.HEADER and out and out[-1][1] == Segment.HEADER:
+            out[-1] = (out[-1][0] + part[0], Segment.HEADER)
         else: out.append(part)
     return out
 
 def render(
-    conv:Conversation, # Template and turns
-    add_generation_prompt:bool=False, # Open a turn for the model at the end
-    has_image:bool=True, # Whether `<image>` in a user's turn stands for a picture
+    conv: Conversation,  # Template and turns
+    add_generation_prompt: bool = False,  # Open a turn for the model at the end
+    has_image: bool = True,  # Whether `<image>` in a user's turn stands for a picture
 ) -> Rendered:
     "The prompt of a conversation."
     turns = [*conv.messages, [conv.roles[1], None]] if add_generation_prompt else conv.messages
     parts = system_parts(conv)
-    for n,(role,message) in enumerate(turns): parts += message_parts(conv, n, role, message, has_image)
+    for n, (role, message) in enumerate(turns):
+        parts += message_parts(conv, n, role, message, has_image)
     parts = joined(parts)
-    text = "".join([text for text,_ in parts])
+    text = "".join([text for text, _ in parts])
     return Rendered(text, tuple(parts))
 
 # %% ../nbs/03_templates.ipynb #c040
 def caption_form(
-    conv:Conversation, # `plain` or `v0_plain`
-) -> Conversation: # The same with the separator behind the caption only
+    conv: Conversation,  # `plain` or `v0_plain`
+) -> Conversation:  # The same with the separator behind the caption only
     "The template as stage 1 trains it: picture, caption, newline."
     return replace(conv, sep="", sep2=conv.sep)
 
 def set_system(
-    conv:Conversation, # Changed in place
-    text:str, # What a `system` turn says
+    conv: Conversation,  # Changed in place
+    text: str,  # What a `system` turn says
 ) -> None:
-    "Put a record's own system text in the place of the template's. Raises `DataError` if the template has no such place."
-    if conv.sep_style in (SeparatorStyle.GEMMA, SeparatorStyle.PLAIN): raise DataError(f"template {conv.version if conv.version != 'Unknown' else 'plain'!r} has no place for a system turn; put its text into the first question", kind="roles")
+    """Put a record's own system text in the place of the template's. Raises `DataError` if the
+    template has no such place."""
+    if conv.sep_style in (SeparatorStyle.GEMMA, SeparatorStyle.PLAIN):
+        name = conv.version if conv.version != "Unknown" else "plain"
+        raise DataError(
+            f"template {name!r} has no place for a system turn; "
+            "put its text into the first question",
+            kind="roles",
+        )
     conv.system = SYSTEM_OPENING.get(conv.sep_style, "") + text
 
 # %% ../nbs/03_templates.ipynb #c047
-STAND_IN = "\ue000{}\ue001"    # characters of Unicode's private use area
-STRIPS = (str, str.strip, str.lstrip, str.rstrip, lambda s: s.strip("\n"), lambda s: s.lstrip("\n"), lambda s: s.rstrip("\n"))   # what templates do to a message
+STAND_IN = "\ue000{}\ue001"  # characters of Unicode's private use area
+# what templates do to a message
+STRIPS = (
+    *(str, str.strip, str.lstrip, str.rstrip),
+    *(lambda s: s.strip("\n"), lambda s: s.lstrip("\n"), lambda s: s.rstrip("\n")),
+)
 
 def apply_template(
-    turns:list[tuple[str,str]], # (role, text); roles are "system", "user", "assistant"
-    tokenizer, # With a `chat_template`
-    add_generation_prompt:bool=False, # Open a turn for the model at the end
+    turns: list[tuple[str, str]],  # (role, text); roles are "system", "user", "assistant"
+    tokenizer,  # With a `chat_template`
+    add_generation_prompt: bool = False,  # Open a turn for the model at the end
 ) -> str:
-    "The text that the tokenizer's own template makes. Raises `DataError` with the template's own complaint."
-    if not getattr(tokenizer, "chat_template", None): raise ConfigError("template 'hf' uses the tokenizer's chat_template, and this tokenizer has none; choose a name from conv_templates")
-    messages = [{"role": role, "content": text} for role,text in turns]
-    try: return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except TemplateSyntaxError as e: raise ConfigError(f"the tokenizer's chat template is not valid Jinja ({e})") from e
-    except (TypeError, KeyError, AttributeError, ValueError) as e: raise ConfigError(f"the tokenizer's chat template fails ({e.__class__.__name__}: {e})") from e
-    except TemplateError as e: raise DataError(f"the tokenizer's chat template refuses this conversation: {e}") from e
+    """The text that the tokenizer's own template makes. Raises `DataError` with the template's own
+    complaint."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise ConfigError(
+            "template 'hf' uses the tokenizer's chat_template, and this tokenizer has none; "
+            "choose a name from conv_templates"
+        )
+    messages = [{"role": role, "content": text} for role, text in turns]
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TemplateSyntaxError as e:
+        raise ConfigError(f"the tokenizer's chat template is not valid Jinja ({e})") from e
+    except (TypeError, KeyError, AttributeError, ValueError) as e:
+        raise ConfigError(
+            f"the tokenizer's chat template fails ({e.__class__.__name__}: {e})"
+        ) from e
+    except TemplateError as e:
+        raise DataError(f"the tokenizer's chat template refuses this conversation: {e}") from e
 
 def template_frame(
-    roles:tuple[str,...], # Of the turns
-    tokenizer, # With a `chat_template`
-    add_generation_prompt:bool=False, # Open a turn for the model at the end
-) -> tuple[list[str],list]: # texts around the messages, one more than there are; what is done to each message
+    roles: tuple[str, ...],  # Of the turns
+    tokenizer,  # With a `chat_template`
+    add_generation_prompt: bool = False,  # Open a turn for the model at the end
+    # texts around the messages, one more than there are; what is done to each message
+) -> tuple[list[str], list]:
     "What the template writes around messages."
     marks = [STAND_IN.format(n) for n in range(len(roles))]
-    text = apply_template([(role, f"\n {mark} \n") for role,mark in zip(roles, marks)], tokenizer, add_generation_prompt)
-    pieces, strips, at = [], [], 0
+    text = apply_template(
+        [(role, f"\n {mark} \n") for role, mark in zip(roles, marks)],
+        tokenizer,
+        add_generation_prompt,
+    )
+    pieces, strips = [], []
+    at = 0
     for mark in marks:
-        if text.count(mark) != 1: raise ConfigError(f"the tokenizer's chat template writes a message {text.count(mark)} times; it cannot be used for labels")
+        if text.count(mark) != 1:
+            raise ConfigError(
+                f"the tokenizer's chat template writes a message {text.count(mark)} times; it "
+                "cannot be used for labels"
+            )
         strip = next((s for s in STRIPS if s(f"\n {mark} \n") in text), None)
-        if strip is None: raise ConfigError("the tokenizer's chat template changes messages in a way that cannot be followed; it cannot be used for labels")
+        if strip is None:
+            raise ConfigError(
+                "the tokenizer's chat template changes messages in a way that cannot be followed; "
+                "it cannot be used for labels"
+            )
         begin = text.index(strip(f"\n {mark} \n"))
-        pieces, strips, at = [*pieces, text[at:begin]], [*strips, strip], begin + len(strip(f"\n {mark} \n"))
+        pieces.append(text[at:begin])
+        strips.append(strip)
+        at = begin + len(strip(f"\n {mark} \n"))
     return [*pieces, text[at:]], strips
 
 def stop_text(
-    tokenizer, # With a `chat_template`
-) -> str: # Such as "<end_of_turn>"
-    "What its template writes behind an answer, up to the first control token. Raises `ConfigError` if there is none."
+    tokenizer,  # With a `chat_template`
+) -> str:  # Such as "<end_of_turn>"
+    """What its template writes behind an answer, up to the first control token. Raises
+    `ConfigError` if there is none."""
     tail = template_frame(("user", "assistant"), tokenizer)[0][-1]
-    found = [tail.find(token) + len(token) for token in tokenizer.all_special_tokens + [t.content for t in tokenizer.added_tokens_decoder.values() if t.special] if token in tail]
-    if not found: raise ConfigError(f"the tokenizer's chat template writes no control token behind an answer (only {tail!r}); a model trained so would not stop")
-    return tail[:min(found)]
+    added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
+    tokens = tokenizer.all_special_tokens + added
+    found = [tail.find(token) + len(token) for token in tokens if token in tail]
+    if not found:
+        raise ConfigError(
+            "the tokenizer's chat template writes no control token behind an answer (only "
+            f"{tail!r}); a model trained so would not stop"
+        )
+    return tail[: min(found)]
 
 @lru_cache(maxsize=16)
 def hf_markers(
-    tokenizer, # With a `chat_template`
-    chat_template:str, # The same template, so that another one is looked at anew
-) -> tuple[str,...]: # Such as "ASSISTANT:"; none where a control token stands in every header
+    tokenizer,  # With a `chat_template`
+    chat_template: str,  # The same template, so that another one is looked at anew
+) -> tuple[str, ...]:  # Such as "ASSISTANT:"; none where a control token stands in every header
     "Headers of the tokenizer's own template that are ordinary text, and so could be typed."
-    pieces, stop = template_frame(("user", "assistant", "user", "assistant"), tokenizer)[0], stop_text(tokenizer)
-    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
+    pieces = template_frame(("user", "assistant", "user", "assistant"), tokenizer)[0]
+    stop = stop_text(tokenizer)
+    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+    special.update(tokenizer.all_special_tokens)
     headers = [pieces[1], pieces[2].removeprefix(stop), pieces[3]]
-    return tuple({header.strip() for header in headers if header.strip() and not any(token in header for token in special)})
+    typed = [h.strip() for h in headers if not any(token in h for token in special)]
+    return tuple({header for header in typed if header})
 
 def render_hf(
-    turns:list[tuple[str,str]], # (role, text); roles are "system", "user", "assistant"
-    tokenizer, # With a `chat_template`
-    add_generation_prompt:bool=False, # Open a turn for the model at the end
-    has_image:bool=True, # Whether `<image>` in a user's turn stands for a picture
-) -> Rendered: # Without the BOS that the tokenizer writes itself
+    turns: list[tuple[str, str]],  # (role, text); roles are "system", "user", "assistant"
+    tokenizer,  # With a `chat_template`
+    add_generation_prompt: bool = False,  # Open a turn for the model at the end
+    has_image: bool = True,  # Whether `<image>` in a user's turn stands for a picture
+) -> Rendered:  # Without the BOS that the tokenizer writes itself
     "The prompt that the tokenizer's own template makes, in parts."
     text, stop = apply_template(turns, tokenizer, add_generation_prompt), stop_text(tokenizer)
-    pieces, strips = template_frame(tuple(role for role,_ in turns), tokenizer, add_generation_prompt)
+    roles = tuple(role for role, _ in turns)
+    pieces, strips = template_frame(roles, tokenizer, add_generation_prompt)
     parts = [(pieces[0], Segment.HEADER)]
-    for (role,message),strip,piece in zip(turns, strips, pieces[1:]):
+    for (role, message), strip, piece in zip(turns, strips, pieces[1:]):
         message = strip(message)
-        if role == "assistant" and not piece.startswith(stop): raise ConfigError(f"the tokenizer's chat template ends some answers with {stop!r} and others with {piece[:len(stop)]!r}")
-        if role == "assistant" and message: parts += [(message, Segment.ANSWER), (stop, Segment.STOP), (piece[len(stop):], Segment.HEADER)]
-        elif role == "user": parts += [*user_parts(message, has_image), (piece, Segment.HEADER)]
+        if role == "assistant" and not piece.startswith(stop):
+            raise ConfigError(
+                f"the tokenizer's chat template ends some answers with {stop!r} and others with "
+                f"{piece[: len(stop)]!r}"
+            )
+        if role == "assistant" and message:
+            parts += [(message, Segment.ANSWER), (stop, Segment.STOP)]
+            parts.append((piece[len(stop) :], Segment.HEADER))
+        elif role == "user":
+            parts += [*user_parts(message, has_image), (piece, Segment.HEADER)]
         else: parts += [(message, Segment.SYSTEM), (piece, Segment.HEADER)]
-    if "".join(part for part,_ in parts) != text: raise DataError("the tokenizer's chat template changes the text of this conversation (it reads meaning into a message); choose a name from conv_templates for it")
+    if "".join(part for part, _ in parts) != text:
+        raise DataError(
+            "the tokenizer's chat template changes the text of this conversation (it reads meaning "
+            "into a message); choose a name from conv_templates for it"
+        )
     bos = tokenizer.bos_token
-    if bos and text.startswith(bos) and tokenizer("").input_ids: text, parts[0] = text[len(bos):], (parts[0][0][len(bos):], Segment.HEADER)
+    if bos and text.startswith(bos) and tokenizer("").input_ids:
+        text = text[len(bos) :]
+        parts[0] = parts[0][0][len(bos) :], Segment.HEADER
     return Rendered(text, tuple(part for part in parts if part[0]))

@@ -15,77 +15,118 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from .core import ConfigError
 
 # %% ../nbs/02_tokenizer.ipynb #c006
-def bundled_gemma() -> PreTrainedTokenizerFast: # Gemma 1's tokenizer, 256,000 words
+def bundled_gemma() -> PreTrainedTokenizerFast:  # Gemma 1's tokenizer, 256,000 words
     "The tokenizer that comes with the package; needs no network."
     packed = files("vlm_lit").joinpath("assets/gemma_tokenizer.json.xz").read_bytes()
-    with TemporaryDirectory() as folder:      # from a file it is parsed once; from an object transformers copies it, which takes three times as long
-        path = Path(folder)/"tokenizer.json"
+    # from a file it is parsed once; from an object transformers copies it, which takes three times
+    # as long
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
         path.write_bytes(lzma.decompress(packed))
-        return PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>")
+        return PreTrainedTokenizerFast(
+            tokenizer_file=str(path),
+            bos_token="<bos>",
+            eos_token="<eos>",
+            unk_token="<unk>",
+            pad_token="<pad>",
+        )
 
 # %% ../nbs/02_tokenizer.ipynb #c011
 def load_tokenizer(
-    name:str="gemma", # "gemma" for the one in the package, a folder, or a hub name
+    name: str = "gemma",  # "gemma" for the one in the package, a folder, or a hub name
 ) -> PreTrainedTokenizerFast:
     "A fast tokenizer by name. Raises `ConfigError` when there is none, or only a slow one."
     if str(name) == "gemma": return bundled_gemma()
     if any(mark in str(name) for mark in ("./", "~")) and not Path(name).expanduser().is_dir():
         raise ConfigError(f"tokenizer {str(name)!r}: no such folder")
-    try: tokenizer = AutoTokenizer.from_pretrained(Path(name).expanduser() if Path(name).expanduser().is_dir() else str(name), trust_remote_code=False)
-    except Exception as e:      # tokenizers raises plain Exception for a broken file
-        raise ConfigError(f"tokenizer {str(name)!r} cannot be loaded: give 'gemma' (bundled), a folder with tokenizer.json, or a hub name "
-                          f"that this machine can reach ({str(e).splitlines()[0]})") from e
-    if not tokenizer.is_fast: raise ConfigError(f"tokenizer {str(name)!r} is a slow one; labels need character offsets, which only fast tokenizers give")
+    folder = Path(name).expanduser()
+    source = folder if folder.is_dir() else str(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except Exception as e:  # tokenizers raises plain Exception for a broken file
+        raise ConfigError(
+            f"tokenizer {str(name)!r} cannot be loaded: give 'gemma' (bundled), a folder with "
+            f"tokenizer.json, or a hub name that this machine can reach ({str(e).splitlines()[0]})"
+        ) from e
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"tokenizer {str(name)!r} is a slow one; labels need character offsets, which only "
+            "fast tokenizers give"
+        )
     return tokenizer
 
 # %% ../nbs/02_tokenizer.ipynb #c017
 def special_tokens(
-    tokenizer, # A Hugging Face tokenizer
-) -> dict[str, tuple[str,int]|None]: # role -> (token, id), or None where the tokenizer has none
+    tokenizer,  # A Hugging Face tokenizer
+) -> dict[str, tuple[str, int] | None]:  # role -> (token, id), or None where the tokenizer has none
     "The tokenizer's beginning, end, unknown and padding token."
-    roles = {"bos": tokenizer.bos_token, "eos": tokenizer.eos_token, "unk": tokenizer.unk_token, "pad": tokenizer.pad_token}
-    return {role: None if token is None else (token, tokenizer.convert_tokens_to_ids(token)) for role,token in roles.items()}
+    roles = {
+        "bos": tokenizer.bos_token,
+        "eos": tokenizer.eos_token,
+        "unk": tokenizer.unk_token,
+        "pad": tokenizer.pad_token,
+    }
+
+    def with_id(token):
+        return None if token is None else (token, tokenizer.convert_tokens_to_ids(token))
+
+    return {role: with_id(token) for role, token in roles.items()}
 
 # %% ../nbs/02_tokenizer.ipynb #c021
 def control_tokens(
-    tokenizer, # A Hugging Face tokenizer
-) -> list[str]: # Longest first, so that a search finds the whole token
+    tokenizer,  # A Hugging Face tokenizer
+) -> list[str]:  # Longest first, so that a search finds the whole token
     "Every token of the vocabulary that frames text and is not text itself."
     added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     return sorted(added | set(tokenizer.all_special_tokens), key=lambda t: (-len(t), t))
 
 # %% ../nbs/02_tokenizer.ipynb #c028
 def adds_bos(
-    tokenizer, # A Hugging Face tokenizer
+    tokenizer,  # A Hugging Face tokenizer
 ) -> bool:
     "Whether the tokenizer begins every text with its BOS."
-    return tokenizer.bos_token_id is not None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("").input_ids[:1] == [bos]
 
 # %% ../nbs/02_tokenizer.ipynb #c034
 def resize_embeddings(
-    model, # A `PreTrainedModel`
-    size:int, # New number of rows, at least the old one
+    model,  # A `PreTrainedModel`
+    size: int,  # New number of rows, at least the old one
 ) -> None:
-    "Give the model's embeddings `size` rows; new rows are the mean of the old ones (Stanford Alpaca's choice)."
+    """Give the model's embeddings `size` rows; new rows are the mean of the old ones (Stanford
+    Alpaca's choice)."""
     old = model.get_input_embeddings().weight.shape[0]
     if size <= old: return
     model.resize_token_embeddings(size, mean_resizing=False)
-    tables = {id(t.weight): t.weight for t in (model.get_input_embeddings(), model.get_output_embeddings()) if t is not None}
-    for weight in tables.values(): weight.data[old:] = weight.data[:old].mean(0, keepdim=True)
+    both = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = {id(t.weight): t.weight for t in both if t is not None}
+    for weight in tables.values():
+        weight.data[old:] = weight.data[:old].mean(0, keepdim=True)
 
 def prepare_tokenizer(
-    tokenizer, # Changed in place
-    version:str="gemma", # Name of the template, as in MGM's `--version`
-    model=None, # Grows with the vocabulary when a word is added
-) -> dict[str,str]: # What changed: role -> token; empty when there was nothing to do
-    "Give the tokenizer the padding and unknown token that MGM's training gives it for this version."
+    tokenizer,  # Changed in place
+    version: str = "gemma",  # Name of the template, as in MGM's `--version`
+    model=None,  # Grows with the vocabulary when a word is added
+) -> dict[str, str]:  # What changed: role -> token; empty when there was nothing to do
+    """Give the tokenizer the padding and unknown token that MGM's training gives it for this
+    version."""
     before = special_tokens(tokenizer)
     if version == "v0":
-        if tokenizer.pad_token is None: tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        if tokenizer.pad_token is None:
+            tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     elif "gemma" not in version:
-        if tokenizer.unk_token is None and "llama_3" in version: tokenizer.unk_token = "<|reserved_special_token_0|>"
-        if tokenizer.unk_token is None: raise ConfigError(f"version {version!r} pads with the unknown token, and this tokenizer has none; set one first (version 'v0' adds a [PAD])")
+        if tokenizer.unk_token is None and "llama_3" in version:
+            tokenizer.unk_token = "<|reserved_special_token_0|>"
+        if tokenizer.unk_token is None:
+            raise ConfigError(
+                f"version {version!r} pads with the unknown token, and this tokenizer has none; "
+                "set one first (version 'v0' adds a [PAD])"
+            )
         tokenizer.pad_token = tokenizer.unk_token
-    if tokenizer.pad_token is None: raise ConfigError(f"version {version!r} expects a tokenizer with a padding token; set one first (version 'v0' adds a [PAD])")
+    if tokenizer.pad_token is None:
+        raise ConfigError(
+            f"version {version!r} expects a tokenizer with a padding token; set one first (version "
+            "'v0' adds a [PAD])"
+        )
     if model is not None: resize_embeddings(model, len(tokenizer))
-    return {role: now[0] for role,now in special_tokens(tokenizer).items() if now != before[role]}
+    return {role: now[0] for role, now in special_tokens(tokenizer).items() if now != before[role]}

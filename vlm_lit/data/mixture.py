@@ -16,14 +16,20 @@ from .samplers import mixture_draws
 # %% ../../nbs/08c_mixture.ipynb #c005
 class Mixture(Dataset):
     "Several data sets as one list of records, fetched by `(epoch, number)`."
-    def __init__(self,
-        datasets: list, # Each a `LazySupervisedDataset`
-        names: list[str] | None = None, # Of the sources; None: source 0, source 1, …
-        weight=None, repeat=None, max_samples=None, # For each source, as in `mixture_draws`
-        hflip_prob: float = 0.0, # Share of images flipped left to right
-        seed: int = 0, # Of the flips
+
+    def __init__(
+        self,
+        datasets: list,  # Each a `LazySupervisedDataset`
+        names: list[str] | None = None,  # Of the sources; None: source 0, source 1, …
+        weight=None,  # For each source, as in `mixture_draws`
+        repeat=None,  # For each source, as in `mixture_draws`
+        max_samples=None,  # For each source, as in `mixture_draws`
+        hflip_prob: float = 0.0,  # Share of images flipped left to right
+        seed: int = 0,  # Of the flips
     ):
-        self.datasets, self.hflip_prob, self.seed = list(datasets), hflip_prob, seed
+        self.datasets = list(datasets)
+        self.hflip_prob = hflip_prob
+        self.seed = seed
         self.names = list(names or (f"source {k}" for k in range(len(self.datasets))))
         sizes = [len(dataset) for dataset in self.datasets]
         self.draws = mixture_draws(sizes, weight, repeat, max_samples)
@@ -48,38 +54,42 @@ class Mixture(Dataset):
         return own if len(self.datasets) == 1 else f"{self.names[k]}: {own}"
 
     @cached_property
-    def kept(self) -> np.ndarray: # (n,) int64, rising
+    def kept(self) -> np.ndarray:  # (n,) int64, rising
         "Records that take part: all of them, or the fixed sample of `max_samples`."
         once = mixture_draws(self.draws.sizes, max_samples=self.draws.kept)
         return np.sort(once.order(self.seed, 0))
 
     @cached_property
-    def lengths(self) -> np.ndarray: # (n,) int64
+    def lengths(self) -> np.ndarray:  # (n,) int64
         "Lengths of all records, image tokens included. Tokenizes everything, once."
         return np.concatenate([dataset.lengths for dataset in self.datasets])
 
     @property
-    def has_image(self) -> np.ndarray: # (n,) bool
+    def has_image(self) -> np.ndarray:  # (n,) bool
         "Which records have an image."
         return np.concatenate([dataset.has_image for dataset in self.datasets])
 
     @cached_property
-    def keys(self) -> list: # For each record its source and images, or its own number
+    def keys(self) -> list:  # For each record its source and images, or its own number
         "What records about the same image have in common."
-        return [(k, *image_names(record)) if image_names(record) else (k, n)
-                for k, dataset in enumerate(self.datasets)
-                for n, record in enumerate(dataset.records)]
+        found = []
+        for k, dataset in enumerate(self.datasets):
+            for n, record in enumerate(dataset.records):
+                found.append((k, *(image_names(record) or [n])))
+        return found
 
     def __getitem__(self, pair): return self.__getitems__([pair])[0]
 
-    def __getitems__(self,
-        pairs: list[tuple[int, int]], # Epoch and number of each record
-    ) -> list[dict]: # Samples with `index`, `source_index` and `id`; without skipped ones
+    def __getitems__(
+        self,
+        pairs: list[tuple[int, int]],  # Epoch and number of each record
+    ) -> list[dict]:  # Samples with `index`, `source_index` and `id`; without skipped ones
         "What a DataLoader asks for."
         found, cache = {}, {}
         for k, dataset in enumerate(self.datasets):
             own = [n for _, i in pairs for at, n in [self.place(i)] if at == k]
-            if own: found[k] = {s["index"]: s for s in dataset.__getitems__(own)}
+            if own:
+                found[k] = {s["index"]: s for s in dataset.__getitems__(own)}
         out = []
         for epoch, i in pairs:
             k, n = self.place(i)
@@ -93,17 +103,19 @@ class Mixture(Dataset):
         keys = [key for key in ("image", "image_aux") if key in sample]
         if not self.hflip_prob or not keys: return sample
         names = image_names(self.record(sample["index"]))
-        flips = [zlib.crc32(f"{self.seed}:{epoch}:{name}".encode()) < self.hflip_prob*2**32
-                 for name in names]
+        hashes = [zlib.crc32(f"{self.seed}:{epoch}:{name}".encode()) for name in names]
+        flips = [number < self.hflip_prob * 2**32 for number in hashes]
         return {**sample, **{key: _flip(sample[key], flips, cache) for key in keys}}
 
 def _flip(images, flips, cache):
     "One image or several, some of them flipped; the same memory stays the same memory."
     several = isinstance(images, list) or len(flips) > 1
     if not any(flips): return images
+
     def one(image, flip):
         if not flip: return image
         return cache.setdefault(image.data_ptr(), (image, image.flip(-1)))[1]
+
     if not several: return one(images, flips[0])
     flipped = [one(image, flip) for image, flip in zip(images, flips)]
     return flipped if isinstance(images, list) else torch.stack(flipped)

@@ -16,14 +16,16 @@ from ..batches import pack_rows
 @dataclass(frozen=True)
 class Draws:
     "How often each source is drawn per epoch."
-    sizes: tuple        # records of each source
-    counts: tuple       # draws of each source per epoch
-    kept: tuple         # how many of its records take part, a fixed sample
 
-    def order(self,
-        seed: int, # Of the run
-        epoch: int, # Counted from 0
-    ) -> np.ndarray: # (sum of counts,) int64, numbers in the list of all records, not yet shuffled
+    sizes: tuple  # records of each source
+    counts: tuple  # draws of each source per epoch
+    kept: tuple  # how many of its records take part, a fixed sample
+
+    def order(
+        self,
+        seed: int,  # Of the run
+        epoch: int,  # Counted from 0
+    ) -> np.ndarray:  # (sum of counts,) int64, numbers in the list of all records, not yet shuffled
         "The records of an epoch, source by source."
         starts = np.cumsum((0, *self.sizes[:-1]))
         found = [start + self._source(k, seed, epoch) for k, start in enumerate(starts)]
@@ -36,40 +38,42 @@ class Draws:
         chosen = np.arange(self.sizes[k])
         if kept < self.sizes[k]:
             chosen = np.sort(np.random.default_rng([seed, k]).permutation(self.sizes[k])[:kept])
-        first, last = epoch*count//kept, ((epoch + 1)*count - 1)//kept
-        rounds = [np.random.default_rng([seed, k, n + 1]).permutation(kept)
-                  for n in range(first, last + 1)]
-        start = epoch*count - first*kept
-        return chosen[np.concatenate(rounds)[start:start + count]]
+        first, last = epoch * count // kept, ((epoch + 1) * count - 1) // kept
+        generators = [np.random.default_rng([seed, k, n + 1]) for n in range(first, last + 1)]
+        rounds = [rng.permutation(kept) for rng in generators]
+        start = epoch * count - first * kept
+        return chosen[np.concatenate(rounds)[start : start + count]]
 
 def mixture_draws(
-    sizes, # Records of each source
-    weight=None, # For each source its share of the draws, or None
-    repeat=None, # For each source how often its records are drawn per epoch, or None: once
-    max_samples=None, # For each source how many of its records take part, or None: all
+    sizes,  # Records of each source
+    weight=None,  # For each source its share of the draws, or None
+    repeat=None,  # For each source how often its records are drawn per epoch, or None: once
+    max_samples=None,  # For each source how many of its records take part, or None: all
 ) -> Draws:
     "What an epoch takes of each source. Raises `ConfigError`."
     n = len(sizes)
-    weight, repeat, max_samples = ([None]*n if v is None else list(v)
-                                   for v in (weight, repeat, max_samples))
+    given = weight, repeat, max_samples
+    weight, repeat, max_samples = ([None] * n if v is None else list(v) for v in given)
     _check_mixture(sizes, weight, repeat, max_samples)
     kept = [s if m is None else min(s, m) for s, m in zip(sizes, max_samples)]
-    counts = [round(k*(1 if r is None else r)) for k, r in zip(kept, repeat)]
+    counts = [round(k * (1 if r is None else r)) for k, r in zip(kept, repeat)]
     if any(w is not None for w in weight):
-        share = np.array(weight, dtype=float)/sum(weight)
-        counts = np.maximum(np.round(share*sum(kept)), share > 0).astype(int).tolist()
+        share = np.array(weight, dtype=float) / sum(weight)
+        counts = np.maximum(np.round(share * sum(kept)), share > 0).astype(int).tolist()
     return Draws(tuple(sizes), tuple(counts), tuple(kept))
 
 def _check_mixture(sizes, weight, repeat, max_samples):
     "Refuse what gives no order."
-    if not len(sizes) or not sum(sizes): raise ConfigError("no records to draw batches from")
+    if not len(sizes) or not sum(sizes):
+        raise ConfigError("no records to draw batches from")
     if any(w is not None for w in weight):
         if any(w is None for w in weight) or any(r is not None for r in repeat):
             raise ConfigError("give every source a weight and none a repeat, or no source a weight")
         if min(weight) < 0 or not sum(weight):
             raise ConfigError(f"weights must be 0 or more, and one above 0; got {weight}")
     bad = [v for v in [*repeat, *max_samples] if v is not None and v <= 0]
-    if bad: raise ConfigError(f"repeat and max_samples must be above 0, got {bad[0]}")
+    if bad:
+        raise ConfigError(f"repeat and max_samples must be above 0, got {bad[0]}")
 
 # %% ../../nbs/08a_samplers.ipynb #c015
 def _shuffled(order, rng):
@@ -78,10 +82,11 @@ def _shuffled(order, rng):
 
 def _grouped(order, rng, lengths, has_image, size, megabatch=50):
     "Steps of one modality and like length; what fills no step of its own shares the last ones."
-    order, steps, rest = rng.permutation(order), [], []
+    order = rng.permutation(order)
+    steps, rest = [], []
     for own in (order[has_image[order]], order[~has_image[order]]):
-        own, left = np.split(own, [len(own)//size*size])
-        block = np.arange(len(own))//(size*megabatch)
+        own, left = np.split(own, [len(own) // size * size])
+        block = np.arange(len(own)) // (size * megabatch)
         steps.append(own[np.lexsort((-lengths[own], block))].reshape(-1, size))
         rest.append(left)
     rest = rng.permutation(np.concatenate(rest))
@@ -99,9 +104,12 @@ def _packed(order, rng, lengths, max_length, window=1024):
 def _by_image(order, rng, keys, samples_per_image):
     "Up to so many records of one image, in random order."
     groups = {}
-    for i in rng.permutation(order).tolist(): groups.setdefault(keys[i], []).append(i)
-    units = [own[k:k + samples_per_image] for own in groups.values()
-             for k in range(0, len(own), samples_per_image)]
+    for i in rng.permutation(order).tolist():
+        groups.setdefault(keys[i], []).append(i)
+    units = []
+    for own in groups.values():
+        starts = range(0, len(own), samples_per_image)
+        units += [own[k : k + samples_per_image] for k in starts]
     return _joined([units[k] for k in rng.permutation(len(units))])
 
 def _joined(units):
@@ -112,84 +120,100 @@ def _joined(units):
 # %% ../../nbs/08a_samplers.ipynb #c017
 class GlobalBatchSampler(Sampler):
     "Micro-batches of `(epoch, record)` pairs; each `shares` of them in a row are one global batch."
-    def __init__(self,
-        draws: Draws, # Which records an epoch takes
-        size: int, # Units per global batch
-        shares: int = 1, # Micro-batches per global batch: processes times accumulated ones
-        batching: str = "shuffled", # Or "grouped", "packed", "by_image"
-        seed: int = 0, # Of the run
-        drop_last: bool = False, # Whether units that fill no step are dropped instead of filled up
-        lengths=None, # For grouped and packed: length of each record, image tokens included
-        has_image=None, # For grouped: whether each record has an image
-        keys=None, # For by_image: for each record what it shares with others
-        max_length: int | None = None, # For packed: length of a sequence
-        samples_per_image: int = 4, # For by_image
-        names=None, # How messages call a record; None: its number
+
+    def __init__(
+        self,
+        draws: Draws,  # Which records an epoch takes
+        size: int,  # Units per global batch
+        shares: int = 1,  # Micro-batches per global batch: processes times accumulated ones
+        batching: str = "shuffled",  # Or "grouped", "packed", "by_image"
+        seed: int = 0,  # Of the run
+        drop_last: bool = False,  # Whether units that fill no step are dropped instead of filled up
+        lengths=None,  # For grouped and packed: length of each record, image tokens included
+        has_image=None,  # For grouped: whether each record has an image
+        keys=None,  # For by_image: for each record what it shares with others
+        max_length: int | None = None,  # For packed: length of a sequence
+        samples_per_image: int = 4,  # For by_image
+        names=None,  # How messages call a record; None: its number
     ):
         if size < 1 or size % shares:
-            raise ConfigError(f"{size} units per step cannot be shared out to {shares} micro-batches")
-        self.draws, self.size, self.shares, self.batching = draws, size, shares, batching
-        self.seed, self.drop_last, self.max_length = seed, drop_last, max_length
+            raise ConfigError(
+                f"{size} units per step cannot be shared out to {shares} micro-batches"
+            )
+        self.draws = draws
+        self.size = size
+        self.shares = shares
+        self.batching = batching
+        self.seed = seed
+        self.drop_last = drop_last
+        self.max_length = max_length
         self.lengths = None if lengths is None else np.asarray(lengths)
         self.has_image = None if has_image is None else np.asarray(has_image, dtype=bool)
         self.keys, self.samples_per_image = keys, samples_per_image
         if batching == "packed": self._check_lengths(names)
         self.epoch, self._made = 0, {}
         n = len(self._units(0)[1])
-        self.steps = n//size if drop_last else -(-n//size)
+        self.steps = n // size if drop_last else -(-n // size)
         if not self.steps:
-            raise ConfigError(f"{n} samples are fewer than one step's {size}, and drop_last drops "
-                              "them; lower the batch size, or leave drop_last out")
+            raise ConfigError(
+                f"{n} samples are fewer than one step's {size}, and drop_last drops "
+                "them; lower the batch size, or leave drop_last out"
+            )
 
     def _check_lengths(self, names):
         "Refuse a record that fits no sequence."
         longest = int(self.lengths.argmax())
         if self.lengths[longest] > self.max_length:
-            raise DataError(f"{self.lengths[longest]} tokens, max_packed_length is "
-                            f"{self.max_length}; make sequences longer, or data.max_length shorter",
-                            longest if names is None else names(longest))
+            raise DataError(
+                f"{self.lengths[longest]} tokens, max_packed_length is "
+                f"{self.max_length}; make sequences longer, or data.max_length shorter",
+                longest if names is None else names(longest),
+            )
 
     def _units(self, epoch):
         "All units of an epoch: records, and where each unit ends."
         if epoch not in self._made:
             rng = np.random.default_rng([self.seed, epoch])
             order = self.draws.order(self.seed, epoch)
-            self._made = {epoch: {
+            make = {
                 "shuffled": lambda: _shuffled(order, rng),
                 "grouped": lambda: _grouped(order, rng, self.lengths, self.has_image, self.size),
                 "packed": lambda: _packed(order, rng, self.lengths, self.max_length),
                 "by_image": lambda: _by_image(order, rng, self.keys, self.samples_per_image),
-            }[self.batching]()}
+            }
+            self._made = {epoch: make[self.batching]()}
         return self._made[epoch]
 
-    def global_batch(self,
-        step: int, # Optimizer steps before this one, over all epochs
-    ) -> list[list[int]]: # For each unit its records
+    def global_batch(
+        self,
+        step: int,  # Optimizer steps before this one, over all epochs
+    ) -> list[list[int]]:  # For each unit its records
         "The units of a step, whoever computes them."
         epoch, n = divmod(step, self.steps)
         records, ends = self._units(epoch)
-        numbers = np.arange(n*self.size, (n + 1)*self.size) % len(ends)
-        return [records[ends[k - 1] if k else 0:ends[k]].tolist() for k in numbers]
+        numbers = np.arange(n * self.size, (n + 1) * self.size) % len(ends)
+        return [records[ends[k - 1] if k else 0 : ends[k]].tolist() for k in numbers]
 
     def micro_batches(self, step: int) -> list[list[tuple[int, int]]]:
         "A step's `(epoch, record)` pairs as they are shared out."
-        units, epoch = self.global_batch(step), step//self.steps
-        dealt = [units[k::self.shares] for k in range(self.shares)]
+        units, epoch = self.global_batch(step), step // self.steps
+        dealt = [units[k :: self.shares] for k in range(self.shares)]
         return [[(epoch, i) for unit in share for i in unit] for share in dealt]
 
     def set_epoch(self, epoch: int) -> None:
         "The epoch that the next pass yields."
         self.epoch = epoch
 
-    def __len__(self): return self.steps*self.shares
+    def __len__(self): return self.steps * self.shares
 
     def __iter__(self):
-        for n in range(self.steps): yield from self.micro_batches(self.epoch*self.steps + n)
+        for n in range(self.steps):
+            yield from self.micro_batches(self.epoch * self.steps + n)
 
 # %% ../../nbs/08a_samplers.ipynb #c024
 def padding_ratio(
-    batches, # For each batch the lengths of its sequences
-) -> float: # 0 to 1
+    batches,  # For each batch the lengths of its sequences
+) -> float:  # 0 to 1
     "The share of all positions of padded batches that is padding."
-    area = sum(max(lengths)*len(lengths) for lengths in batches)
-    return 1 - sum(map(sum, batches))/area if area else 0.0
+    area = sum(max(lengths) * len(lengths) for lengths in batches)
+    return 1 - sum(map(sum, batches)) / area if area else 0.0

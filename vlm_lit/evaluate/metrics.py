@@ -15,7 +15,8 @@ from rich.progress import track
 from ..core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from ..core import ConfigError, DataError, progress_console
 from ..files import write_rows
-from ..data.dataset import LazySupervisedDataset, bisect_failures
+from ..data.dataset import LazySupervisedDataset
+from ..text.encode import bisect_failures
 from ..data.records import Records
 from ..text.messages import image_names
 from ..generation import VLMProcessor, generate_ids

@@ -15,10 +15,14 @@ from transformers.utils import is_torch_tf32_available
 from ..core import ConfigError
 
 # %% ../../nbs/16_arguments.ipynb #c005
-PARTS = {"projector": "image_encoder.mm_projector", "mining": "image_encoder.mining",
-         "vision_tower": "image_encoder.vision_tower.",
-         "vision_tower_aux": "image_encoder.vision_tower_aux.", "language_model": "language_model.",
-         "all": ""}             # part of a VLM -> how the names of its parameters begin
+PARTS = {
+    "projector": "image_encoder.mm_projector",
+    "mining": "image_encoder.mining",
+    "vision_tower": "image_encoder.vision_tower.",
+    "vision_tower_aux": "image_encoder.vision_tower_aux.",
+    "language_model": "language_model.",
+    "all": "",
+}  # part of a VLM -> how the names of its parameters begin
 
 # %% ../../nbs/16_arguments.ipynb #c010
 def _arg(default, text, **kwargs):
@@ -30,31 +34,48 @@ def _arg(default, text, **kwargs):
 @dataclass
 class VLMTrainingArguments(TrainingArguments):
     "transformers' `TrainingArguments`, and what training a VLM adds. Raises `ConfigError`."
-    trainable_modules: list[str] = _arg(["projector", "mining"],
-        f"What trains: any of {', '.join(PARTS)}, or beginnings of parameter names.")
+
+    trainable_modules: list[str] = _arg(
+        ["projector", "mining"],
+        f"What trains: any of {', '.join(PARTS)}, or beginnings of parameter names.",
+    )
     reinit_modules: list[str] = _arg([], "What is reinitialized before step 1, named likewise.")
-    projector_lr: float | None = _arg(None,
-        "Learning rate of projector and mining; null: learning_rate.")
-    vision_tower_lr: float | None = _arg(None,
-        "Learning rate of both vision towers; null: learning_rate.")
-    language_model_lr: float | None = _arg(None,
-        "Learning rate of the language model or its adapter; null: learning_rate.")
-    global_batch_size: int | None = _arg(None,
+    projector_lr: float | None = _arg(
+        None, "Learning rate of projector and mining; null: learning_rate."
+    )
+    vision_tower_lr: float | None = _arg(
+        None, "Learning rate of both vision towers; null: learning_rate."
+    )
+    language_model_lr: float | None = _arg(
+        None, "Learning rate of the language model or its adapter; null: learning_rate."
+    )
+    global_batch_size: int | None = _arg(
+        None,
         "Samples (packed: sequences; by_image: images) per optimizer step over all processes; "
-        "sets gradient_accumulation_steps. null: per_device_train_batch_size decides.")
-    batching: Literal["shuffled", "grouped", "packed", "by_image"] = _arg("shuffled",
+        "sets gradient_accumulation_steps. null: per_device_train_batch_size decides.",
+    )
+    batching: Literal["shuffled", "grouped", "packed", "by_image"] = _arg(
+        "shuffled",
         "shuffled; grouped (by modality and length, as LLaVA); packed (several samples per "
-        "sequence); by_image (samples of one image share a batch and the image's features).")
+        "sequence); by_image (samples of one image share a batch and the image's features).",
+    )
     samples_per_image: int = _arg(4, "With by_image: most samples of one image in a batch.")
-    max_packed_length: int | None = _arg(None,
-        "With packed: tokens per sequence, image tokens included; null: data.max_length.")
-    hflip_prob: float = _arg(0.0,
-        "Share of images flipped left to right. Text, digits, left and right suffer from it.")
-    match_embedding_scale: bool | None = _arg(None,
-        "Scale a projector to the text embeddings before step 1; null: if it is new.")
-    on_bad_loss: Literal["stop", "skip"] = _arg("stop", "A step whose loss is not finite, or a spike: stop, or skip it.")
-    spike_factor: float | None = _arg(None,
-        "A loss above this multiple of the median of the last 100 steps is a spike; null: never.")
+    max_packed_length: int | None = _arg(
+        None, "With packed: tokens per sequence, image tokens included; null: data.max_length."
+    )
+    hflip_prob: float = _arg(
+        0.0, "Share of images flipped left to right. Text, digits, left and right suffer from it."
+    )
+    match_embedding_scale: bool | None = _arg(
+        None, "Scale a projector to the text embeddings before step 1; null: if it is new."
+    )
+    on_bad_loss: Literal["stop", "skip"] = _arg(
+        "stop", "A step whose loss is not finite, or a spike: stop, or skip it."
+    )
+    spike_factor: float | None = _arg(
+        None,
+        "A loss above this multiple of the median of the last 100 steps is a spike; null: never.",
+    )
     remove_unused_columns: bool = _arg(False, "Must stay off: the collator needs the images.")
     logging_nan_inf_filter: bool = _arg(False, "Off, so that a loss that is no number is seen.")
     logging_steps: float = _arg(10, "Steps per line of metrics.jsonl.")
@@ -65,13 +86,14 @@ class VLMTrainingArguments(TrainingArguments):
         self._check_choices()
         self._choose_device()
         super().__post_init__()
-        if getattr(self, "_n_gpu", 1) > 1: self._n_gpu = 1      # DataParallel splits images wrongly
+        if getattr(self, "_n_gpu", 1) > 1:
+            self._n_gpu = 1  # DataParallel splits images wrongly
         if self.global_batch_size is not None: self._set_accumulation()
 
     def _check_choices(self):
         "Refuse values that cannot work."
-        for name, allowed in [("batching", ("shuffled", "grouped", "packed", "by_image")),
-                              ("on_bad_loss", ("stop", "skip"))]:
+        batchings = ("shuffled", "grouped", "packed", "by_image")
+        for name, allowed in [("batching", batchings), ("on_bad_loss", ("stop", "skip"))]:
             value = getattr(self, name)
             if value not in allowed:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
@@ -82,13 +104,17 @@ class VLMTrainingArguments(TrainingArguments):
         if self.spike_factor is not None and self.spike_factor <= 1:
             raise ConfigError(f"spike_factor must be above 1, got {self.spike_factor}")
         if not self.trainable_modules:
-            raise ConfigError("trainable_modules is empty: nothing would train; "
-                              f"name some of {', '.join(PARTS)}")
+            parts = ", ".join(PARTS)
+            raise ConfigError(
+                f"trainable_modules is empty: nothing would train; name some of {parts}"
+            )
         if self.remove_unused_columns:
             raise ConfigError("remove_unused_columns must be false: it would drop the images")
         if not self.average_tokens_across_devices:
-            raise ConfigError("average_tokens_across_devices must be true: the loss is per "
-                              "supervised token of the global batch")
+            raise ConfigError(
+                "average_tokens_across_devices must be true: the loss is per "
+                "supervised token of the global batch"
+            )
 
     def _choose_device(self):
         "Without an accelerator: the CPU, and gloo between processes. bfloat16 where a GPU has it."
@@ -96,23 +122,24 @@ class VLMTrainingArguments(TrainingArguments):
         if self.use_cpu and "RANK" in os.environ and self.ddp_backend is None:
             self.ddp_backend = "gloo"
         if self.bf16 is None:
-            self.bf16 = (not self.use_cpu and not self.fp16 and torch.cuda.is_available()
-                         and torch.cuda.is_bf16_supported(including_emulation=False))
+            on_gpu = not self.use_cpu and not self.fp16 and torch.cuda.is_available()
+            self.bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
         if self.tf32 is None and self.bf16 and not self.use_cpu and is_torch_tf32_available():
-            self.tf32 = True            # for what stays float32, as mining's products
+            self.tf32 = True  # for what stays float32, as mining's products
 
     def _set_accumulation(self):
         "Micro-batches per step from the global batch size."
-        per_step = self.per_device_train_batch_size*self.world_size
+        per_step = self.per_device_train_batch_size * self.world_size
         if self.global_batch_size < 1 or self.global_batch_size % per_step:
             raise ConfigError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of "
                 f"per_device_train_batch_size {self.per_device_train_batch_size} times "
-                f"{self.world_size} process(es); lower per_device_train_batch_size")
-        self.gradient_accumulation_steps = self.global_batch_size//per_step
+                f"{self.world_size} process(es); lower per_device_train_batch_size"
+            )
+        self.gradient_accumulation_steps = self.global_batch_size // per_step
 
     @property
     def units_per_step(self) -> int:
         "Samples, packed sequences or images per optimizer step, over all processes."
-        return (self.per_device_train_batch_size*max(self.world_size, 1)
-                * self.gradient_accumulation_steps)
+        micro_batches = max(self.world_size, 1) * self.gradient_accumulation_steps
+        return self.per_device_train_batch_size * micro_batches

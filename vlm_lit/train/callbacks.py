@@ -20,33 +20,45 @@ from ..files import write_rows
 # %% ../../nbs/16b_callbacks.ipynb #c005
 class Meter:
     "What a training line says besides loss, rate and gradient norm: speed, waiting, sources."
-    def __init__(self,
-        sources: list[str], # Names of the sources of the data
-        flops=None, # Called with a `BatchInfo`: floating-point operations of its step; None: unknown
-        peak: float | None = None, # Floating-point operations per second of a device; None: unknown
-        world_size: int = 1, # Processes
+
+    def __init__(
+        self,
+        sources: list[str],  # Names of the sources of the data
+        # Called with a `BatchInfo`: floating-point operations of its step; None: unknown
+        flops=None,
+        # Floating-point operations per second of a device; None: unknown
+        peak: float | None = None,
+        world_size: int = 1,  # Processes
     ):
-        self.sources, self.flops, self.peak, self.world_size = sources, flops, peak, world_size
+        self.sources = sources
+        self.flops = flops
+        self.peak = peak
+        self.world_size = world_size
         self.started, self.sums = None, None
-        self.step_losses, self.step_loss, self.step_infos = [], 0.0, []
+        self.step_losses = []
+        self.step_loss = 0.0
+        self.step_infos = []
         self.reset()
 
     def reset(self):
         "Start a new line."
         self.seconds = self.waited = self.work = 0.0
         self.samples = self.tokens = 0
-        self.draws = [0]*len(self.sources)
+        self.draws = [0] * len(self.sources)
         if self.sums is not None: self.sums.zero_()
         self.step_losses = []
 
     def start(self):
         "A step begins, before its batch is fetched."
         self.stop()
-        self.started, self.step_loss, self.step_infos = time.perf_counter(), 0.0, []
+        self.started = time.perf_counter()
+        self.step_loss = 0.0
+        self.step_infos = []
 
     def stop(self):
         "Stop the clock, for evaluation and saving."
-        if self.started is not None: self.seconds += time.perf_counter() - self.started
+        if self.started is not None:
+            self.seconds += time.perf_counter() - self.started
         self.started = None
 
     def timed(self, iterator):
@@ -71,31 +83,38 @@ class Meter:
     def add_losses(self, info, token_losses):
         "Sum the losses of supervised tokens by source, on the device, without waiting for it."
         if self.sums is None:
-            self.sums = torch.zeros(2, len(self.sources), dtype=torch.float64,
-                                    device=token_losses.device)
+            shape, device = (2, len(self.sources)), token_losses.device
+            self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
         n = sum(info.n_supervised)
-        if n != len(token_losses): return             # a loss that does not see each token
+        if n != len(token_losses):
+            return  # a loss that does not see each token
         which = torch.repeat_interleave(torch.tensor(info.sources), torch.tensor(info.n_supervised))
         which = which.to(token_losses.device, non_blocking=True)
         self.sums[0].index_add_(0, which, token_losses.double())
         self.sums[1].index_add_(0, which, torch.ones_like(token_losses, dtype=torch.float64))
 
-    def row(self,
-        reduce=lambda tensor: tensor, # Sum of a tensor over all processes
+    def row(
+        self,
+        reduce=lambda tensor: tensor,  # Sum of a tensor over all processes
     ) -> dict[str, float]:
         "The values of a line; starts a new one."
         if self.started is not None:
             self.stop()
             self.started = time.perf_counter()
         seconds = max(self.seconds, 1e-9)
-        counts = reduce(torch.tensor([self.samples, self.tokens, self.work, *self.draws],
-                                     dtype=torch.float64)).tolist()
-        row = {"seconds": seconds, "samples": int(counts[0]), "supervised_tokens": int(counts[1]),
-               "samples_per_second": counts[0]/seconds,
-               "supervised_tokens_per_second": counts[1]/seconds,
-               "data_wait": self.waited/seconds, "peak_memory_gib": peak_memory_gib()}
+        counts = [self.samples, self.tokens, self.work, *self.draws]
+        counts = reduce(torch.tensor(counts, dtype=torch.float64)).tolist()
+        row = {
+            "seconds": seconds,
+            "samples": int(counts[0]),
+            "supervised_tokens": int(counts[1]),
+            "samples_per_second": counts[0] / seconds,
+            "supervised_tokens_per_second": counts[1] / seconds,
+            "data_wait": self.waited / seconds,
+            "peak_memory_gib": peak_memory_gib(),
+        }
         if self.peak and self.flops is not None:
-            row["mfu"] = counts[2]/seconds/self.peak/self.world_size
+            row["mfu"] = counts[2] / seconds / self.peak / self.world_size
         row |= self._by_source(counts[3:], reduce)
         self.reset()
         return row
@@ -108,19 +127,21 @@ class Meter:
         losses, tokens = reduce(self.sums.cpu()).tolist()
         for name, loss, n in zip(self.sources, losses, tokens):
             row[f"supervised_tokens/{name}"] = int(n)
-            if n: row[f"loss/{name}"] = loss/n
+            if n: row[f"loss/{name}"] = loss / n
         return row
 
 def peak_memory_gib() -> float:
     "Most memory held so far: of the GPU, or of this process."
-    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()/2**30
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
     import resource, sys
+
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used/(2**30 if sys.platform == "darwin" else 2**20)
+    return used / (2**30 if sys.platform == "darwin" else 2**20)
 
 # %% ../../nbs/16b_callbacks.ipynb #c011
 def read_metrics(
-    path: str | Path, # metrics.jsonl
+    path: str | Path,  # metrics.jsonl
 ) -> list[dict]:
     "All whole lines; a crash may have cut the last one."
     rows, path = [], Path(path)
@@ -131,8 +152,10 @@ def read_metrics(
 
 class MetricsFile(TrainerCallback):
     "Writes metrics.jsonl, and logs before every save, so that no step's loss is lost."
-    def __init__(self,
-        path: Path, # metrics.jsonl
+
+    def __init__(
+        self,
+        path: Path,  # metrics.jsonl
         meter: Meter,
     ):
         self.path, self.meter = Path(path), meter
@@ -144,7 +167,8 @@ class MetricsFile(TrainerCallback):
         write_rows(self.path, rows)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if control.should_save or control.should_evaluate: control.should_log = True
+        if control.should_save or control.should_evaluate:
+            control.should_log = True
         return control
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -152,7 +176,8 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero or "train_runtime" in logs: return
         row = {"step": state.global_step, **logs}
         if "loss" in logs: row["losses"] = self.meter.logged_losses
-        with open(self.path, "a", encoding="utf-8") as file: print(json.dumps(row), file=file)
+        with open(self.path, "a", encoding="utf-8") as file:
+            print(json.dumps(row), file=file)
 
 # %% ../../nbs/16b_callbacks.ipynb #c013
 class BadLoss(ConfigError):
@@ -160,25 +185,31 @@ class BadLoss(ConfigError):
 
 class LossGuard(TrainerCallback):
     "Looks at loss and gradients before the optimizer does. Raises `BadLoss`, or skips the step."
-    def __init__(self,
-        trainer, # `VLMTrainer`, for its step loss, records and checkpoint
-        path: Path, # bad_steps.jsonl
+
+    def __init__(
+        self,
+        trainer,  # `VLMTrainer`, for its step loss, records and checkpoint
+        path: Path,  # bad_steps.jsonl
     ):
-        self.trainer, self.path, self.recent = trainer, Path(path), deque(maxlen=100)
+        self.trainer = trainer
+        self.path = Path(path)
+        self.recent = deque(maxlen=100)
 
     def reason(self, loss, gradient, args) -> str | None:
         "What is wrong with a step; None: nothing."
         if not math.isfinite(loss): return f"the loss is {loss}"
-        if not math.isfinite(gradient): return f"the gradient's norm is {gradient}"
+        if not math.isfinite(gradient):
+            return f"the gradient's norm is {gradient}"
         enough = args.spike_factor is not None and len(self.recent) >= 10
-        if enough and loss > args.spike_factor*(usual := statistics.median(self.recent)):
+        if enough and loss > args.spike_factor * (usual := statistics.median(self.recent)):
             return f"the loss is {loss:.4g}, the median of the last steps {usual:.4g}"
         return None
 
     def on_train_begin(self, args, state, control, **kwargs):
         "Take up the losses before the checkpoint; forget bad steps after it."
         bad = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
-        if self.path.exists() and state.is_world_process_zero: write_rows(self.path, bad)
+        if self.path.exists() and state.is_world_process_zero:
+            write_rows(self.path, bad)
         skipped = {row["step"] for row in bad}
         for row in read_metrics(self.path.with_name("metrics.jsonl")):
             losses = row.get("losses", ())
@@ -198,10 +229,13 @@ class LossGuard(TrainerCallback):
         if state.is_world_process_zero: self._write(step, why, names)
         if args.on_bad_loss == "stop":
             self.trainer.save_before_bad_step()
-            raise BadLoss(f"step {step}: {why}. Records: {_some(names)} (all of them in "
-                          f"{self.path.name}). Nothing was changed by this step; look at it with: "
-                          f"vlm-lit replay {self.path.parent} --step {step}")
-        for p in model.parameters(): p.grad = None          # the optimizer leaves such a weight alone
+            raise BadLoss(
+                f"step {step}: {why}. Records: {_some(names)} (all of them in "
+                f"{self.path.name}). Nothing was changed by this step; look at it with: "
+                f"vlm-lit replay {self.path.parent} --step {step}"
+            )
+        for p in model.parameters():
+            p.grad = None  # the optimizer leaves such a weight alone
 
     def _write(self, step, why, names):
         "Note a bad step."
@@ -210,14 +244,17 @@ class LossGuard(TrainerCallback):
 
 def _some(names, n=5):
     "A few names."
-    return ", ".join(map(str, names[:n])) + (f" and {len(names) - n} more" if len(names) > n else "")
+    more = f" and {len(names) - n} more" if len(names) > n else ""
+    return ", ".join(map(str, names[:n])) + more
 
 # %% ../../nbs/16b_callbacks.ipynb #c016
 class Interrupted(Exception):
     "A run was asked to stop; its checkpoint is on disk."
-    def __init__(self,
-        number: int, # Of the signal
-        step: int, # Optimizer steps that were taken
+
+    def __init__(
+        self,
+        number: int,  # Of the signal
+        step: int,  # Optimizer steps that were taken
     ):
         self.number, self.step = number, step
         after = f"after step {step}; the checkpoint is saved" if step else "before step 1"
@@ -225,11 +262,17 @@ class Interrupted(Exception):
 
 class StopOnSignal(TrainerCallback):
     "Ends a run after the current step when a signal asks for it."
-    def __init__(self,
-        say=lambda text: progress_console().print(text, highlight=False), # Tells the user
-        agree=lambda number: number, # Of the signals of all processes the one that counts
+
+    def __init__(
+        self,
+        say=lambda text: progress_console().print(text, highlight=False),  # Tells the user
+        agree=lambda number: number,  # Of the signals of all processes the one that counts
     ):
-        self.say, self.agree, self.received, self.number, self.before = say, agree, 0, 0, {}
+        self.say = say
+        self.agree = agree
+        self.received = 0
+        self.number = 0
+        self.before = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
         if threading.current_thread() is not threading.main_thread(): return
@@ -250,40 +293,59 @@ class StopOnSignal(TrainerCallback):
 
     def restore(self):
         "Put the former handlers back."
-        for number, handler in self.before.items(): signal.signal(number, handler)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
         self.before = {}
 
 # %% ../../nbs/16b_callbacks.ipynb #c019
 class ConsoleProgress(TrainerCallback):
     "A live bar in a terminal, a line every few seconds elsewhere."
-    def __init__(self,
-        console: Console | None = None, # Where to write; None: standard error
-        every: float = 10.0, # Seconds between lines where there is no terminal
+
+    def __init__(
+        self,
+        console: Console | None = None,  # Where to write; None: standard error
+        every: float = 10.0,  # Seconds between lines where there is no terminal
     ):
-        self.console, self.every, self.last = console or progress_console(), every, 0.0
-        self.bar, self.shown, self.hinted = None, {}, False
+        self.console = console or progress_console()
+        self.every = every
+        self.last = 0.0
+        self.bar = None
+        self.shown = {}
+        self.hinted = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if not state.is_world_process_zero or not self.console.is_terminal: return
-        columns = [TextColumn("training"), BarColumn(bar_width=24),
-                   TextColumn("{task.completed}/{task.total}  {task.fields[text]}"),
-                   TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
+        if not state.is_world_process_zero or not self.console.is_terminal:
+            return
+        columns = [
+            TextColumn("training"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}  {task.fields[text]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        ]
         self.bar = Progress(*columns, console=self.console, refresh_per_second=4)
-        self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step, text="")
+        steps = dict(total=state.max_steps, completed=state.global_step)
+        self.task = self.bar.add_task("", **steps, text="")
         self.bar.start()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero: return
-        if "loss" in logs or any(key.endswith("_loss") for key in logs): self.shown |= logs
+        if "loss" in logs or any(key.endswith("_loss") for key in logs):
+            self.shown |= logs
         if "eval_loss" in logs: self._print(state, format_row(logs))
         self._hint(args, state, logs)
 
     def _hint(self, args, state, logs):
         "Once: what to do when steps wait for their data."
-        if self.hinted or state.global_step < 20 or logs.get("data_wait", 0) < .3: return
+        if self.hinted or state.global_step < 20 or logs.get("data_wait", 0) < 0.3:
+            return
         self.hinted, now = True, args.dataloader_num_workers
-        self._print(state, f"{logs['data_wait']:.0%} of the time goes to waiting for data; "
-                    f"training.dataloader_num_workers is {now}, try {max(2*now, 2)}")
+        text = (
+            f"{logs['data_wait']:.0%} of the time goes to waiting for data; "
+            f"training.dataloader_num_workers is {now}, try {max(2 * now, 2)}"
+        )
+        self._print(state, text)
 
     def on_step_end(self, args, state, control, **kwargs):
         if not state.is_world_process_zero: return
@@ -295,8 +357,8 @@ class ConsoleProgress(TrainerCallback):
     def _print(self, state, text):
         "A line."
         self.last = time.monotonic()
-        self.console.print(f"step {state.global_step}/{state.max_steps}  {text}",
-                           highlight=False, soft_wrap=True)
+        line = f"step {state.global_step}/{state.max_steps}  {text}"
+        self.console.print(line, highlight=False, soft_wrap=True)
 
     def on_train_end(self, args, state, control, **kwargs): self.close()
 
@@ -304,13 +366,21 @@ class ConsoleProgress(TrainerCallback):
         "Take the bar away."
         if self.bar is not None: self.bar.stop()
 
-SHOWN = {"loss": "loss {:.4f}", "eval_loss": "eval loss {:.4f}", "eval_exact": "exact {:.1%}",
-         "learning_rate": "lr {:.1e}", "grad_norm": "grad {:.2f}",
-         "samples_per_second": "{:.1f} samples/s", "supervised_tokens_per_second": "{:.0f} tokens/s",
-         "data_wait": "waiting {:.0%}", "peak_memory_gib": "{:.1f} GiB", "mfu": "MFU {:.1%}"}
+SHOWN = {
+    "loss": "loss {:.4f}",
+    "eval_loss": "eval loss {:.4f}",
+    "eval_exact": "exact {:.1%}",
+    "learning_rate": "lr {:.1e}",
+    "grad_norm": "grad {:.2f}",
+    "samples_per_second": "{:.1f} samples/s",
+    "supervised_tokens_per_second": "{:.0f} tokens/s",
+    "data_wait": "waiting {:.0%}",
+    "peak_memory_gib": "{:.1f} GiB",
+    "mfu": "MFU {:.1%}",
+}
 
 def format_row(
-    row: dict, # Values of a line
+    row: dict,  # Values of a line
 ) -> str:
     "The values that a person looks at."
     return "  ".join(form.format(row[name]) for name, form in SHOWN.items() if name in row)

@@ -16,7 +16,8 @@ from ..tokenizer import load_tokenizer
 from ..templates import SeparatorStyle, caption_form, get_template, stop_text, turn_frame
 from ..sentinels import preprocess_multimodal, tokenizer_traits
 from ..labels import generation_ids, make_prompt, preprocess, visible
-from ..data.dataset import TooLong, bisect_failures, encode_records
+from ..data.dataset import TooLong
+from ..text.encode import bisect_failures, encode_records
 from ..batches import expanded_length
 from ..audit import ERRORS
 

@@ -22,42 +22,44 @@ def backward_products(
     "How many times each operation is repeated in the backward pass."
     out = []
     for flops, has_weight in ops:
-        out.append((flops, trains + below if has_weight else 2*below))
+        out.append((flops, trains + below if has_weight else 2 * below))
         below = below or trains and has_weight
     return out
 
 # %% ../../nbs/15a_flops.ipynb #c010
 def vit_ops(config, depth: int) -> list[tuple[int, bool]]:
     "Operations of the first `depth` layers of CLIP or SigLIP for one image."
-    width, patches = config.hidden_size, (config.image_size//config.patch_size)**2
+    width, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
     n = patches + (config.model_type == "clip_vision_model")
-    linear = 4*width**2 + 2*width*config.intermediate_size
-    stem = 2*patches*3*config.patch_size**2*width
-    return [(stem, True), (2*n*depth*linear, True), (4*n*n*depth*width, False)]
+    linear = 4 * width**2 + 2 * width * config.intermediate_size
+    stem = 2 * patches * 3 * config.patch_size**2 * width
+    return [(stem, True), (2 * n * depth * linear, True), (4 * n * n * depth * width, False)]
 
 def convnext_ops(config, depth: int, side: int) -> list[tuple[int, bool]]:
     "Operations of the first `depth` stages for one image of `side` pixels."
-    widths, side = config.hidden_sizes, side//config.patch_size
-    ops = [(2*side**2*3*config.patch_size**2*widths[0], True)]
+    widths, side = config.hidden_sizes, side // config.patch_size
+    ops = [(2 * side**2 * 3 * config.patch_size**2 * widths[0], True)]
     for n in range(depth):
-        if n: ops.append((2*(side >> n)**2*4*widths[n - 1]*widths[n], True))
-        block = 49*widths[n] + 8*widths[n]**2
-        ops.append((2*(side >> n)**2*config.depths[n]*block, True))
+        if n:
+            ops.append((2 * (side >> n) ** 2 * 4 * widths[n - 1] * widths[n], True))
+        block = 49 * widths[n] + 8 * widths[n] ** 2
+        ops.append((2 * (side >> n) ** 2 * config.depths[n] * block, True))
     return ops
 
 def efficientnet_ops(config, depth: int, side: int) -> list[tuple[int, bool]]:
     "Operations of the first `depth` stages for one image of `side` pixels."
-    side, width, stage = -(-side//2), config.stem_size, 1
-    ops = [(2*side**2*27*width, True)]
+    side = -(-side // 2)
+    width, stage = config.stem_size, 1
+    ops = [(2 * side**2 * 27 * width, True)]
     groups = zip(config.widths, config.repeats, config.kernels, config.strides)
     for n, (out, repeats, kernel, stride) in enumerate(groups):
         stage += stride == 2
         if stage > depth: break
         for k in range(repeats):
-            inside = width*config.expansion if n else width
-            ops += [(2*side**2*width*inside, True)]*(n > 0)
-            side = side if k else -(-side//stride)
-            ops += [(2*side**2*inside*kernel**2, True), (2*side**2*inside*out, True)]
+            inside = width * config.expansion if n else width
+            ops += [(2 * side**2 * width * inside, True)] * (n > 0)
+            side = side if k else -(-side // stride)
+            ops += [(2 * side**2 * inside * kernel**2, True), (2 * side**2 * inside * out, True)]
             width = out
     return ops
 
@@ -71,12 +73,19 @@ def tower_ops(config, select_layer: int, side: int) -> list[tuple[int, bool]]:
 # %% ../../nbs/15a_flops.ipynb #c012
 def mining_products(config, trains: bool, low: bool, high: bool) -> list[tuple[int, int]]:
     "Operations of mining for one image; `low`, `high`: whether the towers below it train."
-    queries, width, channels = config.num_patches, config.vision_size, config.vision_size_aux
-    window = (config.grid_aux//(config.grid*config.image_grid))**2
+    queries = config.num_patches
+    width = config.vision_size
+    channels = config.vision_size_aux
+    window = (config.grid_aux // (config.grid * config.image_grid)) ** 2
     keys, attention = low or trains, low or trains or high
-    linear, look = 2*queries*width*channels, 2*queries*window*channels
-    return [(2*queries*width**2, trains + low), (linear, trains + keys),
-            (look, keys + high), (look, attention + high), (linear, trains + attention)]
+    linear, look = 2 * queries * width * channels, 2 * queries * window * channels
+    return [
+        (2 * queries * width**2, trains + low),
+        (linear, trains + keys),
+        (look, keys + high),
+        (look, attention + high),
+        (linear, trains + attention),
+    ]
 
 # %% ../../nbs/15a_flops.ipynb #c014
 UNGATED = ("gpt_neox", "phi", "starcoder2")
@@ -84,38 +93,44 @@ UNGATED = ("gpt_neox", "phi", "starcoder2")
 def causal_pairs(lengths: list[int], window: int | None = None) -> int:
     "Query-key pairs that are not masked, if a query sees `window` tokens including itself."
     seen = [min(n, window or n) for n in lengths]
-    return sum(w*(w + 1)//2 + (n - w)*w for n, w in zip(lengths, seen))
+    return sum(w * (w + 1) // 2 + (n - w) * w for n, w in zip(lengths, seen))
 
 def decoder_ops(config, lengths: list[int]) -> list[tuple[int, bool]]:
     "Operations of the decoder layers. Raises `ConfigError` for a layout that is not known."
     for key in ("intermediate_size", "num_attention_heads"):
-        if not hasattr(config, key): raise ConfigError(f"FLOPs: a {config.model_type} has no {key}")
-    width, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or width//heads
+        if not hasattr(config, key):
+            raise ConfigError(f"FLOPs: a {config.model_type} has no {key}")
+    width = config.hidden_size
+    layers = config.num_hidden_layers
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or width // heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     matrices = 2 if config.model_type in UNGATED else 3
     experts = config.num_experts_per_tok if hasattr(config, "num_local_experts") else 1
-    linear = 2*(heads + groups)*head_dim*width + matrices*experts*width*config.intermediate_size
+    linear = 2 * (heads + groups) * head_dim * width
+    linear += matrices * experts * width * config.intermediate_size
     window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]*layers
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
     sliding = kinds.count("sliding_attention")
-    pairs = sliding*causal_pairs(lengths, window) + (layers - sliding)*causal_pairs(lengths)
-    return [(2*sum(lengths)*layers*linear, True), (4*heads*head_dim*pairs, False)]
+    pairs = sliding * causal_pairs(lengths, window) + (layers - sliding) * causal_pairs(lengths)
+    return [(2 * sum(lengths) * layers * linear, True), (4 * heads * head_dim * pairs, False)]
 
 # %% ../../nbs/15a_flops.ipynb #c017
 def projector_ops(config) -> list[tuple[int, bool]]:
     "Operations of the projector for one image."
-    kind, width, out = config.projector_type, config.vision_size, config.text_config.hidden_size
+    kind = config.projector_type
+    width = config.vision_size
+    out = config.text_config.hidden_size
     if kind == "identity": return []
     layers = 1 if kind == "linear" else int(kind[3:].split("x")[0])
-    return [(2*config.num_patches*n*out, True) for n in [width] + [out]*(layers - 1)]
+    return [(2 * config.num_patches * n * out, True) for n in [width] + [out] * (layers - 1)]
 
 def image_products(config, trainable: set[str]) -> dict[str, list[tuple[int, int]]]:
     "Operations for one image by part."
     low, high, mining, projector = (part in trainable for part in PARTS[:4])
     tower = tower_ops(config.vision_config, config.select_layer, config.image_size)
     crops = config.image_grid**2 + config.image_global
-    parts = {"vision_tower": [(crops*f, n) for f, n in backward_products(tower, low, False)]}
+    parts = {"vision_tower": [(crops * f, n) for f, n in backward_products(tower, low, False)]}
     if config.vision_aux_config:
         tower = tower_ops(config.vision_aux_config, max(config.aux_stages), config.image_size_aux)
         parts["vision_tower_aux"] = backward_products(tower, high, False)
@@ -135,15 +150,20 @@ def flops_table(
     "FLOPs of a training step by part. Raises `ConfigError` for a part that does not exist."
     config, trainable = getattr(config, "config", config), set(trainable)
     wrong = sorted(trainable - {*PARTS, "lora"})
-    if wrong: raise ConfigError(f"trainable: no part {wrong[0]!r}; parts: {', '.join(PARTS)}, lora")
-    if not config.vision_aux_config: trainable -= {"vision_tower_aux", "mining"}
+    if wrong:
+        raise ConfigError(f"trainable: no part {wrong[0]!r}; parts: {', '.join(PARTS)}, lora")
+    if not config.vision_aux_config:
+        trainable -= {"vision_tower_aux", "mining"}
     language, below = "language_model" in trainable, bool(trainable)
     text, per_image = config.text_config, image_products(config, trainable)
-    head = [(2*n_supervised*text.hidden_size*text.vocab_size, True)]
-    parts = {part: [(n_images*f, n) for f, n in ops] for part, ops in per_image.items()}
+    head = [(2 * n_supervised * text.hidden_size * text.vocab_size, True)]
+    parts = {part: [(n_images * f, n) for f, n in ops] for part, ops in per_image.items()}
     parts["decoder"] = backward_products(decoder_ops(text, lengths), language, below)
     parts["head"] = backward_products(head, language, below)
-    return {part: (sum(f for f, _ in ops), sum(f*n for f, n in ops)) for part, ops in parts.items()}
+    table = {}
+    for part, ops in parts.items():
+        table[part] = sum(f for f, _ in ops), sum(f * n for f, n in ops)
+    return table
 
 def training_flops(
     config,  # `VLMConfig`, or a model that has one
@@ -195,4 +215,4 @@ def peak_flops(
     words = device_name.replace("-", " ").split()
     if "Laptop" in words: return None
     fits = lambda name: set(name.split()) <= set(words)
-    return next((1e12*peak for name, peak in PEAK_TFLOPS.items() if fits(name)), None)
+    return next((1e12 * peak for name, peak in PEAK_TFLOPS.items() if fits(name)), None)

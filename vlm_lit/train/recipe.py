@@ -26,17 +26,20 @@ from ..files import write_text
 # %% ../../nbs/16a_recipe.ipynb #c008
 class _Loader(yaml.SafeLoader):
     "YAML in which 1e-3 is a number and a key given twice is an error."
+
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
             if str(key.value) in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is given twice",
-                                           problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark
+                )
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 class _Dumper(yaml.SafeDumper):
     "Writes what `_Loader` reads."
+
     def ignore_aliases(self, data): return True
 
     def represent_str(self, text):
@@ -47,8 +50,11 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(str, _Dumper.represent_str)
 
 for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver("tag:yaml.org,2002:float",
-        re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
 
 # %% ../../nbs/16a_recipe.ipynb #c009
 def _parse_yaml(text: str, name: str):
@@ -59,24 +65,30 @@ def _parse_yaml(text: str, name: str):
         line = f"line {mark.line + 1}: " if mark else ""
         raise ConfigError(f"{name}: {line}{getattr(e, 'problem', None) or e}") from e
 
-_DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")      # of records, not of recipes
+_DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".arrow")  # of records, not of recipes
 
 def _read_file(path: str | Path) -> dict:
     "A recipe's mapping. Raises `ConfigError` for what cannot be read or is no mapping."
     if Path(path).suffix in _DATA_SUFFIXES:
-        raise ConfigError(f"{path}: a recipe is a .yaml file; for training on records give them "
-                          f"with --preset NAME --data {path}")
+        raise ConfigError(
+            f"{path}: a recipe is a .yaml file; for training on records give them "
+            f"with --preset NAME --data {path}"
+        )
     try: text = Path(path).expanduser().read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such recipe; recipes/own-data.yaml is one to copy, and "
-                          "--preset NAME --data FILE needs none") from None
+        raise ConfigError(
+            f"{path}: no such recipe; recipes/own-data.yaml is one to copy, and "
+            "--preset NAME --data FILE needs none"
+        ) from None
     except (OSError, UnicodeDecodeError) as e:
         reason = getattr(e, "strerror", None) or "not UTF-8 text"
         raise ConfigError(f"{path}: cannot read this recipe: {reason}") from e
     config = _parse_yaml(text, str(path))
     if not isinstance(config, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping with the sections model, data, "
-                          f"training and lora; got {_short(config)}")
+        raise ConfigError(
+            f"{path}: a recipe is a mapping with the sections model, data, "
+            f"training and lora; got {_short(config)}"
+        )
     return config
 
 def _short(value) -> str:
@@ -91,21 +103,25 @@ _Count = Annotated[int, Field(ge=1)]
 @dataclass(config=_STRICT)
 class SourceRecipe:
     "One data file, alone or in a mixture."
-    path: str                          # JSON, JSONL, Parquet or a saved data set
-    image_folder: str | None = None    # Where relative image names start
-    name: str | None = None            # In metrics; None: the file's name
+
+    path: str  # JSON, JSONL, Parquet or a saved data set
+    image_folder: str | None = None  # Where relative image names start
+    name: str | None = None  # In metrics; None: the file's name
     weight: Annotated[float, Field(ge=0)] | None = None  # Share of the draws; all sources or none
     repeat: Annotated[float, Field(gt=0)] | None = None  # Draws of each record per epoch; None: 1
     max_samples: _Count | None = None  # Only that many records, drawn with the run's seed
 
     def __post_init__(self):
         if self.weight is not None and self.repeat is not None:
-            raise ValueError("weight and repeat exclude each other: a weight is a share of all "
-                             "draws, repeat a number per record; give one")
+            raise ValueError(
+                "weight and repeat exclude each other: a weight is a share of all "
+                "draws, repeat a number per record; give one"
+            )
 
 @dataclass(config=_STRICT)
 class BadSamples:
     "How much of the data may be unreadable before the run stops."
+
     max_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01
 
 def _all_or_none(sources: list[SourceRecipe]) -> list[SourceRecipe]:
@@ -116,21 +132,23 @@ def _all_or_none(sources: list[SourceRecipe]) -> list[SourceRecipe]:
 @dataclass(config=_STRICT, kw_only=True)
 class DataRecipe:
     "Data of a run, and how it becomes tokens."
-    template: str | None = None              # None: the model's own
-    max_length: _Count | None = 2048         # Tokens, image tokens included; None: no limit
+
+    template: str | None = None  # None: the model's own
+    max_length: _Count | None = 2048  # Tokens, image tokens included; None: no limit
     overlength: Literal["error", "skip", "truncate"] = "truncate"
     control_tokens: Literal["refuse", "escape", "allow"] = "refuse"
     image_tags: Literal["keep", "mgm"] = "keep"
-    blank_images: bool = False               # Black images: what a model answers blindly
+    blank_images: bool = False  # Black images: what a model answers blindly
     bad_samples: BadSamples = field(default_factory=BadSamples)
     train: Annotated[list[SourceRecipe], Field(min_length=1), AfterValidator(_all_or_none)]
     eval: list[SourceRecipe] = field(default_factory=list)
-    eval_samples: Annotated[int, Field(ge=0)] = 256   # Generated answers per evaluation
+    eval_samples: Annotated[int, Field(ge=0)] = 256  # Generated answers per evaluation
     check_samples: Annotated[int, Field(ge=0)] = 512  # Records opened before step 1
 
 @dataclass(config=_STRICT)
 class LoraRecipe:
     "A low-rank adapter (peft) on the language model."
+
     r: _Count = 16
     alpha: Annotated[float, Field(gt=0)] = 32.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
@@ -140,6 +158,7 @@ class LoraRecipe:
 @dataclass(config=_STRICT)
 class Recipe:
     "A training run: which model, which data, which arguments."
+
     model: dict[str, Any]
     data: DataRecipe
     training: dict[str, Any] = field(default_factory=dict)  # What differs from the defaults
@@ -154,7 +173,7 @@ def _merge(config: dict, new: dict, origin: str, origins: dict) -> None:
             config[section] = {**(earlier if isinstance(earlier, dict) else {}), **values}
             origins.setdefault((section,), origin)
             origins.update({(section, str(key)): origin for key in values})
-        elif values is not None or section == "lora":       # an empty section says nothing
+        elif values is not None or section == "lora":  # an empty section says nothing
             config[section], origins[section,] = values, origin
 
 def _pairs(overrides) -> list[tuple[str, str]]:
@@ -163,8 +182,10 @@ def _pairs(overrides) -> list[tuple[str, str]]:
     while rest:
         flag, equals, text = rest.pop(0).partition("=")
         if not re.match(r"--\w", flag):
-            raise ConfigError(f"cannot read {flag!r}: write --section.key value, "
-                              "for example --training.learning_rate 2e-3")
+            raise ConfigError(
+                f"cannot read {flag!r}: write --section.key value, "
+                "for example --training.learning_rate 2e-3"
+            )
         if not equals and (not rest or rest[0].startswith("--")):
             raise ConfigError(f"{flag} has no value")
         pairs.append((flag, text if equals else rest.pop(0)))
@@ -172,12 +193,15 @@ def _pairs(overrides) -> list[tuple[str, str]]:
 
 def _override(config: dict, flag: str, text: str, origins: dict) -> None:
     "Set one value inside the mapping; a number selects an entry of a list."
-    node, path, keys = config, (), flag[2:].split(".")
+    node = config
+    path = ()
+    keys = flag[2:].split(".")
     for key in keys:
-        if isinstance(node, list) and key.isdigit() and int(key) < len(node): key = int(key)
+        if isinstance(node, list) and key.isdigit() and int(key) < len(node):
+            key = int(key)
         elif not isinstance(node, dict):
             raise ConfigError(f"{flag}: there is no {key!r} in {_dotted(path)}")
-        path += key,
+        path += (key,)
         if len(path) == len(keys): break
         if isinstance(node, dict) and node.get(key) is None: node[key] = {}
         node = node[key]
@@ -194,11 +218,19 @@ def _refuse(path: tuple, text: str, origins: dict):
     prefixes = (path[:n] for n in range(len(path), -1, -1))
     raise ConfigError(f"{next((origins[p] for p in prefixes if p in origins), 'recipe')}: {text}")
 
-_KEYS = {"": Recipe, "data": DataRecipe, "train": SourceRecipe, "eval": SourceRecipe,
-         "bad_samples": BadSamples, "lora": LoraRecipe}      # section -> what it may hold
+_KEYS = {
+    "": Recipe,
+    "data": DataRecipe,
+    "train": SourceRecipe,
+    "eval": SourceRecipe,
+    "bad_samples": BadSamples,
+    "lora": LoraRecipe,
+}  # section -> what it may hold
 _EXTRA = ("extra_forbidden", "unexpected_keyword_argument")
-_NOISE = re.compile(r"Input should be (a valid |an? )?|List should have | after validation.*"
-                    r"|, got .*| or an instance of .*")
+_NOISE = re.compile(
+    r"Input should be (a valid |an? )?|List should have | after validation.*"
+    r"|, got .*| or an instance of .*"
+)
 _WORDS = {"array": "list", "object": "mapping", "dictionary": "mapping"}  # JSON's -> YAML's
 
 def _locate(loc: tuple, values) -> tuple[tuple, Any]:
@@ -222,25 +254,30 @@ def _explain(errors: list, values, at: tuple, names, origins: dict):
         _refuse(at + path, f"unknown key {name!r}; {hint}", origins)
     if first["type"] == "missing":
         _refuse(path, f"{_dotted(at + first['loc'])!r} is missing", origins)
-    if first["type"] == "value_error": _refuse(path, f"{name}: {first['ctx']['error']}", origins)
+    if first["type"] == "value_error":
+        _refuse(path, f"{name}: {first['ctx']['error']}", origins)
     wanted = (_NOISE.sub("", e["msg"]) for e in errors if _locate(e["loc"], values)[0] == path)
     text = " or ".join(dict.fromkeys(_WORDS.get(words, words) for words in wanted))
     near = nearest(value, re.findall("'([^']+)'", text))
-    if near: _refuse(at + path, f"{name}: unknown {value!r}; did you mean {near!r}?", origins)
+    if near:
+        _refuse(at + path, f"{name}: unknown {value!r}; did you mean {near!r}?", origins)
     _refuse(at + path, f"{name}: expected {text}, got {_short(value)}", origins)
 
 def _validate(kind, values, origins: dict, at: tuple = (), names=None):
     "Values as an instance of a dataclass or model. Raises `ConfigError`."
-    try: return TypeAdapter(kind).validate_json(json.dumps(values, default=str))
-    except ValidationError as e: _explain(e.errors(), values, at, names, origins)
+    try:
+        return TypeAdapter(kind).validate_json(json.dumps(values, default=str))
+    except ValidationError as e:
+        _explain(e.errors(), values, at, names, origins)
 
 # %% ../../nbs/16a_recipe.ipynb #c020
 @cache
 def _presets() -> dict[str, dict]:
     "The presets of the package by name."
     found = files("vlm_lit").joinpath("assets/presets").iterdir()
-    return {p.name.removesuffix(".json"): json.loads(p.read_text(encoding="utf-8"))
-            for p in sorted(found, key=lambda p: p.name) if p.name.endswith(".json")}
+    paths = sorted((p for p in found if p.name.endswith(".json")), key=lambda p: p.name)
+    texts = {p.name.removesuffix(".json"): p.read_text(encoding="utf-8") for p in paths}
+    return {name: json.loads(text) for name, text in texts.items()}
 
 def _check_model(model: dict, origins: dict) -> None:
     "Refuse unknown keys and presets, and a section that names no model or two."
@@ -253,15 +290,21 @@ def _check_model(model: dict, origins: dict) -> None:
         what = "names neither preset nor from" if preset is None else "names both preset and from"
         text = f"model {what}; give one, as in model: {{preset: smol}}"
         _refuse(("model", "from"), text, origins)
-    if preset is None or preset in _presets() or Path(preset).expanduser().is_file(): return
+    if preset is None or preset in _presets() or Path(preset).expanduser().is_file():
+        return
     near, names = nearest(preset, _presets()), ", ".join(_presets())
     hint = f"did you mean {near!r}? " if near else ""
-    _refuse(("model", "preset"), f"unknown preset {preset!r}; {hint}there are {names}, or the path "
-            "of a .json file", origins)
+    _refuse(
+        ("model", "preset"),
+        f"unknown preset {preset!r}; {hint}there are {names}, or the path of a .json file",
+        origins,
+    )
 
 # %% ../../nbs/16a_recipe.ipynb #c022
-SET_ELSEWHERE = ("output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict",
-                 "local_rank", "parallelism_config", "hub_token")
+SET_ELSEWHERE = (
+    *("output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict"),
+    *("local_rank", "parallelism_config", "hub_token"),
+)
 
 def _choices(hint):
     "The enum of `SomeEnum | str`, so that its values are checked; else the hint as it is."
@@ -272,6 +315,7 @@ def _choices(hint):
 def _training_fields() -> dict[str, tuple]:
     "Name -> type and default of every training argument that a recipe may set."
     from vlm_lit.train.arguments import VLMTrainingArguments
+
     hints, found = typing.get_type_hints(VLMTrainingArguments), {}
     for f in fields(VLMTrainingArguments):
         if not f.init or f.name in SET_ELSEWHERE: continue
@@ -291,7 +335,8 @@ def _check_training(training: dict, origins: dict) -> dict:
             text = f"training.{key} comes from the command, the launcher or a login; remove it"
             _refuse(("training", key), text, origins)
         is_choice = key in known and isinstance(known[key][0], type(Enum))
-        if value is False and is_choice: training[key] = "no"     # YAML reads a plain `no` as false
+        if value is False and is_choice:
+            training[key] = "no"  # YAML reads a plain `no` as false
     schema = create_model("Training", __config__=_STRICT, **known)
     _validate(schema, training, origins, ("training",), list(known))
     for key, value in training.items():
@@ -303,8 +348,8 @@ def _check_training(training: dict, origins: dict) -> dict:
 
 # %% ../../nbs/16a_recipe.ipynb #c023
 def load_recipe(
-    *paths: str | Path,             # YAML files; later ones win
-    overrides: list[str] = (),      # As on a command line: `["--training.learning_rate", "2e-3"]`
+    *paths: str | Path,  # YAML files; later ones win
+    overrides: list[str] = (),  # As on a command line: `["--training.learning_rate", "2e-3"]`
 ) -> Recipe:
     "A checked recipe. Raises `ConfigError` naming file, key, what was expected and what was found."
     config, origins = {}, {(): str(paths[-1])} if paths else {}
@@ -330,9 +375,11 @@ def format_recipe(
     training, lora = sections.pop("training", {}), {"lora": sections.pop("lora", None)}
     defaults = {k: v for k, v in training_defaults().items() if all and k not in training}
     versions = f"vlm_lit {__version__} and transformers {version('transformers')}"
-    return "".join(["# Relative paths start in the folder where the command runs.\n",
-        _dump(sections), "training:\n" if training or defaults else "", _dump(training, "  "),
-        f"  # defaults of {versions}\n" if defaults else "", _dump(defaults, "  "), _dump(lora)])
+    text = "# Relative paths start in the folder where the command runs.\n" + _dump(sections)
+    if training or defaults: text += "training:\n" + _dump(training, "  ")
+    if defaults:
+        text += f"  # defaults of {versions}\n" + _dump(defaults, "  ")
+    return text + _dump(lora)
 
 def save_recipe(
     recipe: Recipe,
@@ -352,7 +399,8 @@ MAY_DIFFER_ON_RESUME = (  # neither data nor updates depend on these, beyond rou
     "training.save_*", "training.eval_*", "training.per_device_eval_batch_size",
     "training.batch_eval_metrics", "training.prediction_loss_only", "training.hub_*",
     "training.push_to_hub", "training.ddp_*", "training.gradient_checkpointing*",
-    "training.enable_jit_checkpoint", "training.on_bad_loss", "training.spike_factor")
+    "training.enable_jit_checkpoint", "training.on_bad_loss", "training.spike_factor",
+)  # fmt: skip
 
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "global_batch_size")
 
@@ -360,7 +408,7 @@ def _complete(recipe: Recipe, world_size: int) -> dict:
     "All settings as plain values, with one global batch size in place of its factors."
     training = {**training_defaults(), **recipe.training}
     per_device, accumulated, given = (training.pop(key) for key in _BATCH)
-    training["global_batch_size"] = given or per_device*accumulated*world_size
+    training["global_batch_size"] = given or per_device * accumulated * world_size
     return {**asdict(recipe), "training": training}
 
 def _differences(a, b, path: tuple = ()):
@@ -369,7 +417,8 @@ def _differences(a, b, path: tuple = ()):
         for key in {**a, **b}:
             yield from _differences(a.get(key, ...), b.get(key, ...), (*path, key))
     elif isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        for n, pair in enumerate(zip(a, b)): yield from _differences(*pair, (*path, n))
+        for n, pair in enumerate(zip(a, b)):
+            yield from _differences(*pair, (*path, n))
     elif a != b: yield path, a, b
 
 def recipe_differences(
@@ -381,5 +430,8 @@ def recipe_differences(
     "What makes two recipes different runs."
     pairs = zip((a, b), world_sizes)
     found = [(_dotted(path), x, y) for path, x, y in _differences(*(_complete(*p) for p in pairs))]
-    return [f"{name} is {_short(x)}, not {_short(y)}" for name, x, y in found
-            if not any(fnmatch(name, pattern) for pattern in ignore)]
+    return [
+        f"{name} is {_short(x)}, not {_short(y)}"
+        for name, x, y in found
+        if not any(fnmatch(name, pattern) for pattern in ignore)
+    ]

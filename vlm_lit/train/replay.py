@@ -17,9 +17,10 @@ from transformers import Trainer, TrainerCallback
 from ..core import IGNORE_INDEX, ConfigError
 from ..breakpoints import Breakpoint, check_expression
 from ..labels import LabelStrip, visible
-from ..data.dataset import LazySupervisedDataset, encode_records
+from ..data.dataset import LazySupervisedDataset
+from ..text.encode import encode_records
 from ..batches import DataCollatorForSupervisedDataset, flat_images
-from ..generation import pad_id
+from ..text.encode import pad_id
 from ..model import VLM
 from .arguments import PARTS
 from .callbacks import read_metrics

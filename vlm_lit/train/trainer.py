@@ -23,7 +23,7 @@ from ..batches import DataCollatorForSupervisedDataset
 from ..breakpoints import same_randomness
 from ..data.mixture import Mixture
 from ..data.samplers import GlobalBatchSampler
-from ..generation import pad_id
+from ..text.encode import pad_id
 from ..model import compile_layers
 from ..weights.presets import seeded
 from ..weights.pretrained import load_trainable, save_trainable, write_base
