@@ -172,16 +172,14 @@ def make_dataset(chosen, folder):
     from vlm_lit.tokenizer import load_tokenizer
     size, config = train_step.SIZES[chosen.size], train_step.make_config(chosen.size, False)
     records = json.loads((folder/"train.json").read_text())
-    return LazySupervisedDataset(
-        records, load_tokenizer("gemma"), folder/"images", uint8=True, image_size=size["side"],
-        image_size_aux=size["side_aux"], rows_per_image=config.num_patches)
+    return LazySupervisedDataset(records, VLMProcessor(load_tokenizer("gemma"), image_size=size["side"], image_size_aux=size["side_aux"], num_image_tokens=config.num_patches), folder/"images", uint8=True)
 
 def make_loader(args, chosen, folder):
     "Batches from files, as a training run makes them."
     from torch.utils.data import DataLoader
     from vlm_lit.batches import DataCollatorForSupervisedDataset
     data = make_dataset(chosen, folder)
-    collate = DataCollatorForSupervisedDataset(0, image_rows=data.rows_per_image)
+    collate = DataCollatorForSupervisedDataset(0, image_rows=data.num_image_tokens)
     return DataLoader(data, chosen.micro_batch, shuffle=True, drop_last=True, collate_fn=collate,
                       num_workers=args.workers, pin_memory=chosen.device == "cuda")
 

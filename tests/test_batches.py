@@ -2,22 +2,25 @@
 import bisect
 from dataclasses import dataclass
 import numpy as np, torch
-from torch.nn.utils.rnn import pad_sequence
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
+from vlm_lit.padding import count_images, pad_samples, stack_images
+from vlm_lit.sentinels import num_tokens_with_images
 import json, tempfile
 from pathlib import Path
 from collections import Counter
 import matplotlib.pyplot as plt
 from fastcore.test import test_eq, test_close, expect_fail
 from vlm_lit.core import peek
+from vlm_lit.padding import flat_images
 from vlm_lit.data.dataset import LazySupervisedDataset
+from vlm_lit.processor import VLMProcessor
 from vlm_lit.images import finish_images, grid_crops, make_square, rows_per_image, sample_image
 from vlm_lit.images import to_bytes
 from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.batches import *
 
 def setup_module():
-    global collate, ds, folder, options, record, records, tok
+    global collate, ds, folder, processor, record, records, tok
     tok = load_tokenizer("gemma")
     folder = Path(tempfile.mkdtemp())
     sample_image().save(folder / "a.png")
@@ -31,8 +34,9 @@ def setup_module():
         record(2, ["b.png", "a.png"], "<image> or <image>?", "the second"),
         record(3, "a.png", "<image>\nwhat colour?", "black"),
     ]
-    options = dict(image_folder=folder, image_size_aux=64, image_size=32)
-    ds = LazySupervisedDataset(records, tok, **options).cache_in_memory()
+    processor = VLMProcessor(tok, image_size=32, image_size_aux=64)
+    ds = LazySupervisedDataset(records, processor, folder).cache_in_memory()
+    ds = [{k: v for k, v in s.items() if k != "index"} for s in ds.__getitems__(range(4))]
     collate = DataCollatorForSupervisedDataset(tok.pad_token_id)
 
 def test_packing_keeps_all_and_overfills_none():
@@ -50,7 +54,7 @@ def test_packing_keeps_all_and_overfills_none():
         some = sorted(rng.choice(len(rows), (len(rows) + 1) // 2, replace=False))
         again = pack_rows(lengths[[i for r in some for i in rows[r]]], most)
         test_eq(sorted(len(row) for row in again), sorted(len(rows[r]) for r in some))
-    test_eq(expanded_length(torch.tensor([2, -200, 5, -200]), 576), 2 + 2 * 576)
+    test_eq(num_tokens_with_images(torch.tensor([2, -200, 5, -200]), 576), 2 + 2 * 576)
     message = "record 'long': the sample takes 11 positions, more than max_length 10"
     with expect_fail(DataError, contains=message):
         pack_rows([3, 11], 10, ["short", "long"])
@@ -81,7 +85,7 @@ def test_collator_counts_what_the_model_would_have_to_wait_for():
     print("ids", tuple(batch["input_ids"].shape), "-> positions", batch["spliced_len"])
     test_eq((type(batch["spliced_len"]), batch["spliced_len"]), (int, len(ds[2]["input_ids"]) + 2 * 15))
     rows = zip(batch["input_ids"], batch["attention_mask"])
-    test_eq(batch["spliced_len"], max(expanded_length(row[mask], 16) for row, mask in rows))
+    test_eq(batch["spliced_len"], max(num_tokens_with_images(row[mask], 16) for row, mask in rows))
     # text only: nothing grows
     text_only = DataCollatorForSupervisedDataset(0, image_rows=16)([ds[1]])
     test_eq(text_only["spliced_len"], len(ds[1]["input_ids"]))
@@ -96,7 +100,7 @@ def test_bytes_and_crops_are_stacked():
         "labels": torch.tensor([-100, -100, -100, 5]),
     }
     picture = [to_bytes(make_square(sample_image(40 + n, 30), 64)) for n in range(3)]
-    one = {**text, "image_aux": picture[0]}
+    one = {**text, "image_aux": picture[0], "image_keys": ["a"]}
     as_bytes = collate([one, {**pair, "image_aux": torch.stack(picture[1:])}])
     peek(**as_bytes)
     test_eq(sorted(as_bytes), ["attention_mask", "images_aux", "input_ids", "labels"])
@@ -111,9 +115,9 @@ def test_bytes_and_crops_are_stacked():
     assert torch.equal(crops["images"], done["images"])
     # bytes too are kept once
     test_eq(collate([one, one])["image_index"].tolist(), [0, 0])
-    listed = collate([one, {**pair, "image_aux": [picture[1], picture[0]]}])
+    listed = collate([one, {**pair, "image_aux": [picture[1], picture[0]], "image_keys": ["b", "a"]}])
     test_eq(tuple(listed["images_aux"].shape), (2, 3, 64, 64))
-    test_eq(listed["image_index"].tolist(), [0, 1, 0])  # a list keeps each picture's memory
+    test_eq(listed["image_index"].tolist(), [0, 1, 0])  # an image is known by its key
     with expect_fail(DataError, contains="of one kind and size"):
         collate([one, {**text, "image_aux": done["images_aux"][0]}])
     with expect_fail(DataError, contains="of one kind and size"):
@@ -125,7 +129,7 @@ def test_packed_batch_holds_every_sample_whole():
     image_rows = rows_per_image(32, 8)
     packs = DataCollatorForSupervisedDataset(tok.pad_token_id, max_length=84, image_rows=image_rows)
     batch = packs([ds[i] for i in range(4)])
-    lengths = [expanded_length(ds[i]["input_ids"], 16) for i in range(4)]
+    lengths = [num_tokens_with_images(ds[i]["input_ids"], 16) for i in range(4)]
     test_eq(len(batch["input_ids"]), len(pack_rows(lengths, 84)))
     test_eq(batch["attention_mask"], batch["sample_ids"] > 0)
     found = []
@@ -142,7 +146,7 @@ def test_packed_batch_holds_every_sample_whole():
     n_supervised = [int((ds[i]["labels"][1:] != IGNORE_INDEX).sum()) for i in range(4)]
     test_eq(int((batch["labels"] != IGNORE_INDEX).sum()), sum(n_supervised))
     rows = zip(batch["input_ids"], batch["attention_mask"])
-    test_eq(batch["spliced_len"], max(expanded_length(row[mask], 16) for row, mask in rows))
+    test_eq(batch["spliced_len"], max(num_tokens_with_images(row[mask], 16) for row, mask in rows))
     assert max(lengths) < batch["spliced_len"] <= 84  # of a row, not of a sample
     with expect_fail(DataError, contains="record 0: the sample takes"):
         DataCollatorForSupervisedDataset(0, 30, 16)([ds[2]])

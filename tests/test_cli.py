@@ -16,7 +16,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
-from vlm_lit.generation import VLMProcessor
+from vlm_lit.processor import VLMProcessor
 from vlm_lit.images import sample_image
 from vlm_lit.model import VLMConfig
 from vlm_lit.weights.presets import make_model, save_model

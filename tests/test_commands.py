@@ -27,7 +27,7 @@ def test_errors_are_one_line_and_bugs_keep_their_traceback():
 def test_image_tokens_of_presets_without_their_weights():
     for name, count in [(None, 576), ("tiny", 16), ("smol", 16), ("mgm-2b", 576), ("llava-7b", 576)]:
         processor, tokens = load_preparation(name, "gemma", "gemma")
-        print(f"{name}: {tokens} tokens per image, {processor.image_size} pixels")
+        print(f"{name}: {tokens} tokens per image, {processor.image_processor.image_size} pixels")
         assert tokens == count
 
 def test_image_files_of_a_folder():

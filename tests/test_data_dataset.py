@@ -4,12 +4,11 @@ from pathlib import Path
 import numpy as np, torch
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from vlm_lit.text.messages import image_names
-from vlm_lit.sentinels import check_image_count, preprocess_multimodal
-from vlm_lit.labels import check_tokenizer, check_turns, preprocess
-from vlm_lit.images import grid_crops, make_square, normalise, rows_per_image as count_rows, to_bytes
+from vlm_lit.sentinels import num_tokens_with_images
+from vlm_lit.text.encode import bisect_failures, encode_records
+from vlm_lit.processor import VLMProcessor
 from vlm_lit.data.records import Records
 import tempfile
 import signal, subprocess, sys, threading, time
@@ -36,7 +35,7 @@ def setup_module():
     rounds = {"id": "r", "image": ["photo.png", "gone.png"], "conversations": [
         {"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a drawing"}, {"from": "human", "value": "of what?"}, {"from": "gpt", "value": "a house"},
         {"from": "human", "value": "<image>\nand this?"}, {"from": "gpt", "value": "a tree"}]}
-    def limited(records, **kwargs): return LazySupervisedDataset(records, tok, image_folder=folder, image_size_aux=64, image_size=56, **kwargs)
+    def limited(records, **kwargs): return LazySupervisedDataset(records, VLMProcessor(tok, image_size_aux=64, image_size=56), folder, **kwargs)
     (folder/"cut.png").write_bytes((folder/"photo.png").read_bytes()[:900])
     good = [{**seed, "id": n} for n in range(56)]
     bad_ones = [{**seed, "id": "missing", "image": "gone.png"}, {**seed, "id": "truncated", "image": "cut.png"},
@@ -53,11 +52,13 @@ def setup_module():
     SCRIPT = [
         'import sys, torch',
         'from vlm_lit.data.dataset import LazySupervisedDataset',
+        'from vlm_lit.processor import VLMProcessor',
         'from vlm_lit.tokenizer import load_tokenizer',
         'def same(samples): return samples',
         'if __name__ == "__main__":',
         '    torch.set_num_threads(1)',
-        '    ds = LazySupervisedDataset(sys.argv[1], load_tokenizer("gemma"), image_size_aux=64, image_size=56, skip_bad=.5, bad_samples=sys.argv[2])',
+        '    processor = VLMProcessor(load_tokenizer("gemma"), image_size=56, image_size_aux=64)',
+        '    ds = LazySupervisedDataset(sys.argv[1], processor, skip_bad=.5, bad_samples=sys.argv[2])',
         '    spawned = torch.utils.data.DataLoader(ds, batch_size=10, num_workers=1, collate_fn=same, multiprocessing_context="spawn")',
         '    print(sum(map(len, spawned)), *ds.bad.totals, flush=True)',
         '    loader = torch.utils.data.DataLoader(ds, batch_size=10, num_workers=2, collate_fn=same, multiprocessing_context="fork")',
@@ -96,20 +97,20 @@ def test_the_share_of_bad_samples_is_bounded():
     with expect_fail(ConfigError, contains="no folder"): BadSamples(place.parent/"gone"/"x.jsonl", .1, 9)
 
 def test_item_of_the_seed():
-    item = LazySupervisedDataset([seed], tok, image_folder=folder)[0]
+    item = LazySupervisedDataset([seed], VLMProcessor(tok), folder)[0]
     test_eq({k: tuple(v.shape) for k,v in item.items()}, {"input_ids": (25,), "labels": (25,), "image": (3, 336, 336), "image_aux": (3, 768, 768)})
     test_eq(item["input_ids"].tolist(), [2, 106, 1645, 108, -200, 108, 1841, 603, 575, 573, 2686, 235336, 107, 108, 106, 2516, 108, 1175, 3741, 9488, 45189, 2656, 107, 108, 1])
     test_eq(item["labels"].tolist(), [-100]*17 + [1175, 3741, 9488, 45189, 2656, 107, 108, 1])
 
 def test_large_image_comes_first():
     with Breakpoint(LazySupervisedDataset.__getitem__, at="data = self.texts([i])[0]", watch=["image_aux[0]"]) as bp:
-        LazySupervisedDataset([seed], tok, image_folder=folder)[0]
+        LazySupervisedDataset([seed], VLMProcessor(tok), folder)[0]
     print(bp)
     test_eq(tuple(bp["image_aux[0]"].shape), (3, 768, 768))
     with expect_fail(LookupError): bp["image"]                      # not there yet
 
 def test_text_only_and_several_images():
-    ds = LazySupervisedDataset([plain, two], tok, image_folder=folder, image_size_aux=64, image_size=32)
+    ds = LazySupervisedDataset([plain, two], VLMProcessor(tok, image_size=32, image_size_aux=64), folder)
     test_eq(sorted(ds[0]), ["input_ids", "labels"])
     test_eq((tuple(ds[1]["image"].shape), tuple(ds[1]["image_aux"].shape)), ((2, 3, 32, 32), (2, 3, 64, 64)))
     test_eq((ds[1]["input_ids"] == -200).sum().item(), 2)
@@ -124,7 +125,7 @@ def test_broken_records_say_which_and_why():
               {"id": "e", "image": "../photo.png", "conversations": turns("<image>\nq", "a")},
               {"id": "f", "conversations": turns("q<end_of_turn>", "a")},
               {"id": "g", "conversations": [{"from": "human", "value": "q"}, {"from": "human", "value": "q"}]}]
-    ds = LazySupervisedDataset(broken, tok, image_folder=folder, image_size_aux=64, image_size=32)
+    ds = LazySupervisedDataset(broken, VLMProcessor(tok, image_size=32, image_size_aux=64), folder)
     messages = []
     for i in range(len(ds)):
         try: ds[i]
@@ -135,7 +136,7 @@ def test_broken_records_say_which_and_why():
                                         "turn 0: the text spells the control token '<end_of_turn>'", "turn 1: two turns of 'human' in a row"]): assert words in message
 
 def test_cached_items_equal_lazy_ones():
-    def small(): return LazySupervisedDataset([plain, two, {**two, "id": 3}], tok, image_folder=folder, image_size_aux=64, image_size=32)
+    def small(): return LazySupervisedDataset([plain, two, {**two, "id": 3}], VLMProcessor(tok, image_size=32, image_size_aux=64), folder)
     lazy, loaded = small(), small().cache_in_memory()
     for i in range(3):
         test_eq(sorted(lazy[i]), sorted(loaded[i]))
@@ -143,15 +144,15 @@ def test_cached_items_equal_lazy_ones():
     assert loaded[1]["image"] is loaded[2]["image"]                # one picture, two records
 
 def test_blind_dataset_shows_black_pictures():
-    blind = LazySupervisedDataset([seed], tok, image_folder=folder, image_size_aux=64, image_size=32, blank_images=True)[0]
+    blind = LazySupervisedDataset([seed], VLMProcessor(tok, image_size=32, image_size_aux=64), folder, blank_images=True)[0]
     assert len(blind["image_aux"].unique()) == 3 and blind["input_ids"].shape == (25,)
 
 def test_folder_and_template_are_checked_at_once():
     from vlm_lit.core import ConfigError
-    with expect_fail(ConfigError, contains="no image folder"): LazySupervisedDataset([seed], tok, image_folder=folder/"nowhere")
-    with expect_fail(ConfigError, contains="unknown template 'gema'"): LazySupervisedDataset([seed], tok, image_folder=folder, template="gema")
+    with expect_fail(ConfigError, contains="no image folder"): LazySupervisedDataset([seed], VLMProcessor(tok), folder/"nowhere")
+    with expect_fail(ConfigError, contains="unknown template 'gema'"): LazySupervisedDataset([seed], VLMProcessor(tok, template="gema"), folder)
     (folder/"data.json").write_text(json.dumps([seed]))
-    test_eq(LazySupervisedDataset(folder/"data.json", tok).texts([0])[0]["input_ids"].shape, (25,))   # images beside the data file
+    test_eq(LazySupervisedDataset(folder/"data.json", VLMProcessor(tok)).texts([0])[0]["input_ids"].shape, (25,))   # images beside the data file
 
 def test_a_limit_is_kept_before_images_are_opened():
     whole = limited([rounds])
@@ -175,20 +176,21 @@ def test_limits_that_cannot_be_are_refused():
 
 def test_hd_crops_come_out_of_the_dataset():
     small = dict(image_size_aux=96, image_size=42)
-    flat, hd, both = [LazySupervisedDataset([seed, two], tok, folder, **small, **more) for more in ({}, dict(image_grid=2), dict(image_grid=2, image_global=True))]
-    print(tuple(flat[0]["image"].shape), tuple(hd[0]["image"].shape), tuple(both[1]["image"].shape), both.rows_per_image)
-    with expect_fail(ConfigError, contains="max_length needs rows_per_image"): LazySupervisedDataset([seed], tok, folder, image_size=30, max_length=99)
-    for name in ("control_tokens", "image_tags", "aspect"):
-        with expect_fail(ConfigError, contains=f"{name} must be one of"): LazySupervisedDataset([seed], tok, folder, **{name: "foo"})
+    several = ({}, dict(image_grid=2), dict(image_grid=2, image_global=True))
+    flat, hd, both = [LazySupervisedDataset([seed, two], VLMProcessor(tok, **small, **more), folder) for more in several]
+    print(tuple(flat[0]["image"].shape), tuple(hd[0]["image"].shape), tuple(both[1]["image"].shape), both.num_image_tokens)
+    with expect_fail(ConfigError, contains="max_length needs num_image_tokens"): LazySupervisedDataset([seed], VLMProcessor(tok, image_size=30), folder, max_length=99)
+    with expect_fail(ConfigError, contains="image_tags must be one of"):
+        LazySupervisedDataset([seed], VLMProcessor(tok), folder, image_tags="foo")
     test_eq([tuple(d[0]["image"].shape) for d in (flat, hd, both)], [(3, 42, 42), (4, 3, 42, 42), (5, 3, 42, 42)])
-    test_eq((tuple(both[1]["image"].shape), flat.rows_per_image, both.rows_per_image), ((2, 5, 3, 42, 42), 9, 45))
+    test_eq((tuple(both[1]["image"].shape), flat.num_image_tokens, both.num_image_tokens), ((2, 5, 3, 42, 42), 9, 45))
 
 def test_bytes_become_the_float_picture():
     a, b = limited([seed, two]), limited([seed, two], uint8=True)
     peek(**b[0])
     for i in range(2):
         test_eq((sorted(b[i]), b[i]["image_aux"].dtype), (["image_aux", "input_ids", "labels"], torch.uint8))
-        assert torch.equal(normalise(b[i]["image_aux"]), a[i]["image_aux"])
+        assert torch.equal(b.processor.image_processor.normalize_square(b[i]["image_aux"]), a[i]["image_aux"])
 
 def test_bad_samples_are_noted_left_out_and_bounded():
     import warnings
@@ -215,7 +217,7 @@ def test_lengths_and_memory_know_the_bad_samples():
     lazy = ds.__getitems__(range(6))
     kept = limited([*bad_ones, rounds, seed], max_length=50, overlength="skip", skip_bad=.9, bad_samples=file).cache_in_memory().__getitems__(range(6))
     test_eq((len(lazy), len(kept)), (1, 1))
-    assert all(torch.equal(lazy[0][key], kept[0][key]) for key in lazy[0] if key != "index")
+    assert all(torch.equal(lazy[0][key], kept[0][key]) for key in lazy[0] if key not in ("index", "image_keys"))
     with expect_fail(DataError, contains="no image 'gone.png'"): limited([seed, bad_ones[0]]).cache_in_memory()
 
 def test_skipping_has_limits_of_its_own():

@@ -8,12 +8,13 @@ from vlm_lit.data.samplers import mixture_draws
 import tempfile
 from pathlib import Path
 from vlm_lit.data.dataset import LazySupervisedDataset
+from vlm_lit.processor import VLMProcessor
 from vlm_lit.images import sample_image
 from vlm_lit.tokenizer import load_tokenizer
 from vlm_lit.data.mixture import *
 
 def setup_module():
-    global captions, folder, make, mixture, options, questions, tok, turns
+    global captions, folder, make, mixture, processor, questions, tok, turns
     folder = Path(tempfile.mkdtemp())
     sample_image().save(folder / "a.png")
     sample_image(120, 90).save(folder / "b.png")
@@ -26,8 +27,8 @@ def setup_module():
         {"id": "q2", "conversations": turns("Hello", "Hi", tag="")},
     ]
     tok = load_tokenizer("gemma")
-    options = dict(image_size=56, image_size_aux=112, uint8=True)
-    make = lambda data: LazySupervisedDataset(data, tok, folder, **options)
+    processor = VLMProcessor(tok, image_size=56, image_size_aux=112)
+    make = lambda data: LazySupervisedDataset(data, processor, folder, uint8=True)
     mixture = Mixture([make(captions), make(questions)], ["captions", "questions"], weight=[1, 3])
 
 def test_flips_follow_seed_epoch_and_image():

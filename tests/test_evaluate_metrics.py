@@ -11,7 +11,8 @@ from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.text.encode import bisect_failures
 from vlm_lit.data.records import Records
 from vlm_lit.text.messages import image_names
-from vlm_lit.generation import VLMProcessor, generate_ids
+from vlm_lit.processor import VLMProcessor
+from vlm_lit.generation import generate_ids
 import json, os
 import lzma, tempfile
 from fastcore.test import test_eq, test_close, expect_fail
@@ -71,7 +72,7 @@ def setup_module():
         return VLM(VLMConfig(text, vision, aux, image_size=32, image_size_aux=64, select_layer=-1)).eval()
     def processor_of(tokenizer, template="gemma"):
         "A processor for that model."
-        return VLMProcessor(tokenizer, template, image_size=32, image_size_aux=64, image_mean=[.5]*3, image_std=[.5]*3)
+        return VLMProcessor(tokenizer, template=template, image_size=32, image_size_aux=64, image_mean=[.5]*3, image_std=[.5]*3)
     MINE = "def score(prediction, answer, record):\n    return abs(len(prediction) - len(answer))\n"
     (folder/"my.py").write_text(MINE)
     records = dot_records()
@@ -145,7 +146,7 @@ def test_prompts_end_where_their_answers_begin():
     qwen.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     talk = [r for r in records if r["id"] in ("talk-2dark.png", "two")]
     for tokenizer,template,end in [(tok, "gemma", "<start_of_turn>model\n"), (llama, "v1", "ASSISTANT:"), (qwen, "hf", "<|im_start|>assistant\n")]:
-        ds = processor_of(tokenizer, template).dataset(talk, folder)
+        ds = LazySupervisedDataset(talk, processor_of(tokenizer, template), folder, uint8=True)
         for n,r in enumerate(talk):
             sample, turns = ds[n], _turns(r)
             prompts = _prompts(sample)
@@ -182,7 +183,7 @@ def test_oracle_is_always_right():
     llama = golden_tokenizer("sentencepiece_like", "<s>", "</s>", "<unk>")
     for tokenizer,template in [(tok, "gemma"), (llama, "v1")]:
         for cached in (False, True):
-            ds = processor_of(tokenizer, template).dataset(records, folder)
+            ds = LazySupervisedDataset(records, processor_of(tokenizer, template), folder, uint8=True)
             if cached: ds.cache_in_memory()
             for batch_size,indices in [(7, None), (64, None), (3, [19, 18, 2, 0])]:
                 oracle = Oracle(ds)
@@ -201,7 +202,7 @@ def test_predictions_do_not_depend_on_their_own_answers():
         def turn(t): return {**t, "value": text if t["from"] == "gpt" else t["value"]}
         def turns(r): return [turn(t) for t in r["conversations"]]
         changed = [{**r, "conversations": turns(r)} for r in records]
-        return predict(model, processor.dataset(changed, folder), max_new_tokens=4)[0]
+        return predict(model, LazySupervisedDataset(changed, processor, folder, uint8=True), max_new_tokens=4)[0]
 
     model = small_model(len(tok)).train()
     one, other = answered("yes"), answered("three dots")
@@ -213,18 +214,18 @@ def test_predictions_do_not_depend_on_their_own_answers():
 def test_records_that_cannot_be_used_are_named():
     bad = [record("gone", "gone.png", "<image>\nq", "a"), record("open", None, "q", "a", "and now?"), record("forged", None, "q<end_of_turn>", "a"), {"id": "empty"},
            record("taken", None, "q", "a", type="all"), *records[:3]]
-    ds = processor.dataset(bad, folder)
+    ds = LazySupervisedDataset(bad, processor, folder, uint8=True)
     rows, skipped = predict(small_model(len(tok)), ds, strict=False, max_new_tokens=2)
     for row in skipped: print(row["id"], "|", row["reason"][:90].replace(str(folder), "images"))
     test_eq(([row["id"] for row in skipped], len(rows)), (["open", "empty", "taken", "gone", "forged"], 5))
     for n,message in enumerate(["no image 'gone.png'", "record 'open', turn 2: a question without an answer", "the text spells the control token", "record 'empty': no 'conversations'", "the type 'all' is taken"]):
         with expect_fail(DataError, contains=message): predict(small_model(len(tok)), ds, indices=[n])
-    short = processor.dataset(records[:3], folder, max_length=40, overlength="truncate", rows_per_image=16)
+    short = LazySupervisedDataset(records[:3], VLMProcessor(tok, image_size=32, image_size_aux=64, num_image_tokens=16), folder, max_length=40, overlength="truncate", uint8=True)
     _, skipped = predict(small_model(len(tok)), short, strict=False, max_new_tokens=2)
     test_eq([row["reason"] for row in skipped], ["record 'talk-1dark.png': 1 of 3 answers are left after truncation; evaluate without max_length"])
 
 def test_scores_by_type_and_baselines():
-    ds = processor.dataset(records, folder)
+    ds = LazySupervisedDataset(records, processor, folder, uint8=True)
     metrics = ("exact", f"{folder}/my.py:score")
     result = evaluate(Oracle(ds), None, ds, metrics=metrics, train_data=ds, out=folder/"predictions.jsonl")
     groups = ("all", "count", "yes_no")
@@ -243,7 +244,7 @@ def test_data_in_any_form_gives_the_same_result():
     (folder/"data.json").write_text(json.dumps(records))
     model = small_model(len(tok))
     found = [evaluate(model, processor, data, max_new_tokens=3, **more) for data,more in
-             [(records, dict(image_folder=folder)), (folder/"data.json", {}), (str(folder/"data.json"), dict(image_folder=folder, batch_size=5)), (processor.dataset(records, folder), {})]]
+             [(records, dict(image_folder=folder)), (folder/"data.json", {}), (str(folder/"data.json"), dict(image_folder=folder, batch_size=5)), (LazySupervisedDataset(records, processor, folder, uint8=True), {})]]
     assert all(other == found[0] for other in found[1:])
     part = evaluate(model, processor, folder/"data.json", indices=fixed_sample(len(records), 5), max_new_tokens=3)
     test_eq(part["predictions"], [row for row in found[0]["predictions"] if row["index"] in fixed_sample(len(records), 5)])
@@ -253,7 +254,7 @@ def test_data_in_any_form_gives_the_same_result():
     assert same[0] == 1
 
 def test_evaluations_that_cannot_be_are_refused():
-    ds = processor.dataset(records[:2], folder)
+    ds = LazySupervisedDataset(records[:2], processor, folder, uint8=True)
     for message,more in [("image_folder and blank_images belong to the dataset", dict(blank_images=True)), ("image_folder and blank_images", dict(image_folder=folder)),
                          ("no folder for", dict(out=folder/"gone"/"x.jsonl")), ("unknown metric 'bleu'", dict(metrics="bleu"))]:
         with expect_fail(ConfigError, contains=message): evaluate(None, processor, ds, **more)

@@ -2,19 +2,12 @@
 from pathlib import Path
 from queue import Queue
 from threading import Thread
-import torch
-from PIL import Image
-from transformers import AutoProcessor, BatchFeature, ProcessorMixin
+from transformers import AutoImageProcessor, AutoProcessor
 from transformers.generation import BaseStreamer
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from vlm_lit.core import IMAGE_TOKEN, ConfigError, DataError
-from vlm_lit.templates import Segment
-from vlm_lit.sentinels import check_image_count, preprocess_multimodal
-from vlm_lit.labels import check_tokenizer, check_turns, generation_ids, preprocess
-from vlm_lit.images import make_square, on_white, open_image, to_bytes, turn_upright
-from vlm_lit.data.dataset import LazySupervisedDataset
-from vlm_lit.text.encode import encode_records
-from vlm_lit.text.messages import check_path, image_names, read_record
+from vlm_lit.core import DataError
+from vlm_lit.text.encode import cut_at_stop, pad_id, stop_ids
+from vlm_lit.image_processor import VLMImageProcessor
+from vlm_lit.processor import VLMProcessor, as_list, insert_image_tokens
 from vlm_lit.batches import DataCollatorForSupervisedDataset
 from vlm_lit.model import VLM, VLMConfig
 from vlm_lit.core import IMAGE_TOKEN_INDEX
@@ -27,6 +20,8 @@ from vlm_lit.core import IGNORE_INDEX, DataError, peek
 from vlm_lit.images import sample_image
 from vlm_lit.model import VLM, VLMConfig, pad_left
 from vlm_lit.tokenizer import load_tokenizer
+import torch
+from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.generation import *
 
 def setup_module():
@@ -53,7 +48,7 @@ def setup_module():
     photo, other = sample_image(90, 60), sample_image(40, 70)
     model = small_model(tok, "gemma")
     processor = VLMProcessor.for_model(model.config, tok)
-    processor.set_stops(model)
+    processor.set_generation_config(model)
     QUESTIONS = ["what is it?", "which of them is the blue one, and why?", "hello", "what?"]
     PICTURES = [photo, [photo, other], None, other]
     def plain_greedy(model, inputs, n, stops):
@@ -66,74 +61,14 @@ def setup_module():
             embeds = torch.cat([embeds, model.embed(torch.tensor([written[-1:]]))], 1)
         return written
 
-def test_conversations_of_any_form_are_read_alike():
-    ways = ["what is it?", [{"from": "human", "value": "<image>\nwhat is it?"}], [{"role": "user", "content": [{"type": "image", "image": photo}, {"type": "text", "text": "\nwhat is it?"}]}],
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nwhat is it?"}]}]]
-    for n,way in enumerate(ways):
-        record, pictures = read_conversation(way, [] if n == 2 else [photo])
-        test_eq(record["conversations"], [{"from": "human", "value": "<image>\nwhat is it?"}])
-        assert pictures == [photo]
-    test_eq(read_conversation("compare", [photo, other])[0]["conversations"][0]["value"], "<image>\n<image>\ncompare")
-    test_eq(read_conversation("hello", [])[0]["conversations"][0]["value"], "hello")
-    talk = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "what?"}]
-    test_eq([t["value"] for t in read_conversation(talk, [photo])[0]["conversations"]], ["be brief", "<image>\nhi", "yes?", "what?"])
-
-def test_pictures_are_given_to_conversations():
-    test_eq(split_images(None, 3), [[], [], []])
-    assert split_images(photo, 2) == [[photo], [photo]] and split_images([photo, None], 2) == [[photo], []] and split_images([[photo, other], other], 2) == [[photo, other], [other]]
-    assert split_images(photo, 1) == split_images([photo], 1) == split_images([[photo]], 1) == [[photo]] and split_images([photo, other], 1) == [[photo, other]]
-    pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    test_eq([len(own) for own in split_images(pixels, 1)], [2])
-    test_eq([len(own) for own in split_images(pixels, 2)], [1, 1])
-    test_eq((split_conversations("a"), split_conversations(["a", "b"]), split_conversations([{"from": "human", "value": "a"}])), (["a"], ["a", "b"], [[{"from": "human", "value": "a"}]]))
-    with expect_fail(DataError, contains="2 conversations and a list of 3 images"): split_images([photo]*3, 2)
-    for wrong in ([], None, 7):
-        with expect_fail(DataError, contains="a question or a list of turns"): split_conversations(wrong)
-
-def test_paths_in_messages_need_a_folder():
-    ask = lambda **part: [{"role": "user", "content": [{"type": "image", **part}, {"type": "text", "text": "what?"}]}]
-    with expect_fail(DataError, contains="record 'q', turn 0: the message names the picture 'a.png' by its path; pass image_folder"): read_conversation(ask(image="a.png"), [], "q")
-    test_eq(read_conversation(ask(path="a.png"), [], image_folder=".")[1], ["a.png"])
-    with expect_fail(DataError, contains="an address, not a path"): read_conversation(ask(url="https://example.org/a.png"), [], image_folder=".")
-    with expect_fail(DataError, contains="some pictures stand in the messages and some do not"): read_conversation(ask(image=photo), [other])
-    with expect_fail(DataError, contains="hold 1 image(s), and 'image' names 2"): read_conversation(ask(), [photo, other])
-
-def test_processor_pads_and_keeps_equal_pictures_once():
-    inputs = processor(["what is it?", "which one is blue?", "hello"], [photo, [photo, other], None])
-    test_eq((inputs["input_ids"] == IMAGE_TOKEN_INDEX).sum(1).tolist(), [1, 2, 0])
-    test_eq((inputs["images_aux"].dtype, tuple(inputs["images_aux"].shape), inputs["image_index"].tolist()), (torch.uint8, (2, 3, 64, 64), [0, 0, 1]))
-    for n,question in enumerate(["what is it?", "<image>\n<image>\nwhich one is blue?", "hello"]):
-        alone = processor(question, [photo, [photo, other], None][n])
-        test_eq(inputs["input_ids"][n][inputs["attention_mask"][n]].tolist(), alone["input_ids"][0].tolist())
-    test_eq(sorted(processor("hello")), ["attention_mask", "input_ids"])
-    test_eq(processor(["a", "b"], photo)["image_index"].tolist(), [0, 0])                        # one picture, shown to all
-    shape = tuple(model.generate(**inputs, max_new_tokens=4).shape)
-    assert shape[0] == 3 and 1 <= shape[1] <= 4
-
-def test_processor_takes_what_the_model_holds_and_cuts_at_stops():
-    config = VLMConfig(model.config.text_config.to_dict(), model.config.vision_config.to_dict(), image_size=32, image_size_aux=48, image_grid=2, image_global=True, image_mean=(.1, .2, .3), image_std=(.4, .5, .6))
-    own = VLMProcessor.for_model(config, tok, aspect="pad")
-    kept = own.to_dict()
-    test_eq({key: kept[key] for key in ("image_size", "image_size_aux", "image_grid", "image_global", "image_mean", "image_std", "aspect", "template", "control_tokens")},
-            {"image_size": 32, "image_size_aux": 48, "image_grid": 2, "image_global": True, "image_mean": [.1, .2, .3], "image_std": [.4, .5, .6], "aspect": "pad", "template": "gemma", "control_tokens": "refuse"})
-    test_eq(tuple(own("a", photo)["images_aux"].shape), (1, 3, 48, 48))
-    written = tok("blue<end_of_turn>\nred", add_special_tokens=False).input_ids
-    test_eq((own.decode(written), own.batch_decode(torch.tensor([written, written]))), ("blue", ["blue"]*2))
-    test_eq(VLMProcessor(tok, "plain").decode(tok("blue\nred").input_ids), "blue")
-    test_eq((own.decode([107, 0]), own.batch_decode([[], [1, 5]])), ("", ["", ""]))                # an answer that ends at once
-    bare = golden_tokenizer("chatml_no_bos", None, "<|im_end|>", "<|endoftext|>")
-    test_eq(VLMProcessor(bare, "hf", chat_template=qwen.chat_template)("a")["input_ids"].tolist(), VLMProcessor(qwen, "hf")("a")["input_ids"].tolist())
-
 def test_processor_and_dataset_agree():
     folder = Path(tempfile.mkdtemp())
     photo.save(folder/"a.png"); other.save(folder/"b.png")
     question = [{"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "a box"}, {"from": "human", "value": "and <image> <image>?"}, {"from": "gpt", "value": "not"}]
     record = {"id": "r", "image": ["a.png", "b.png", "a.png"], "conversations": question}
     for tokenizer,template,aspect in [(tok, "gemma", "pad"), (llama, "v1", "square"), (llama, "v1_mmtag", "square"), (qwen, "hf", "pad")]:
-        ds = LazySupervisedDataset([record], tokenizer, image_folder=folder, template=template, image_size_aux=64, image_size=32, aspect=aspect, uint8=True)
-        own = VLMProcessor(tokenizer, template, image_size=32, image_size_aux=64, aspect=aspect)
-        made = own.dataset([record], folder)[0]
-        for key,value in ds[0].items(): assert all(torch.equal(a, b) for a,b in zip(made[key], value, strict=True)), key      # as `dataset` makes it
+        own = VLMProcessor(tokenizer, template=template, image_size=32, image_size_aux=64, aspect=aspect)
+        ds = LazySupervisedDataset([record], own, folder, uint8=True)
         got = own(question, [folder/"a.png", folder/"b.png", folder/"a.png"])
         test_eq(got["input_ids"][0], ds[0]["input_ids"]); test_eq(got["labels"][0], ds[0]["labels"])
         test_eq(got["images_aux"][got["image_index"]], ds[0]["image_aux"])
@@ -143,28 +78,12 @@ def test_processor_and_dataset_agree():
         inside = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "text", "text": "\nWhat is it?"}]}, *question[1:2]]
         test_eq(own(inside, image_folder=folder)["input_ids"][0].tolist(), own(question[:2], photo)["input_ids"][0].tolist())
 
-def test_processor_names_what_disagrees():
-    ask = lambda text: [{"from": "human", "value": text}]
-    with expect_fail(DataError, contains="record 1: 2 <image> tag(s) for 1 image(s)"): processor(["a", ask("<image> <image>")], [None, photo])
-    with expect_fail(DataError, contains="record 0: 1 <image> tag(s) for 2 image(s)"): processor("<image> which?", [photo, other])
-    with expect_fail(DataError, contains="record 0: 1 <image> tag(s) for 0 image(s)"): processor("<image> which?")
-    with expect_fail(DataError, contains="record 1: a picture must be"): processor(["a", "b"], [photo, 7])
-    with expect_fail(DataError, contains="record 0, turn 0: the text spells the control token"): processor("x<end_of_turn>", photo)
-    with expect_fail(DataError, contains="record 1: the conversation ends in an answer"): processor(["a", [*ask("a"), {"from": "gpt", "value": "b"}]])
-    with expect_fail(DataError, contains="labels need an answer"): processor("a", labels=True)
-    with expect_fail(DataError, contains="record 0: no turns"): processor([[], "a"])
-    with expect_fail(ConfigError, contains="must be 'pt'"): processor("a", return_tensors="np")
-    with expect_fail(ConfigError, contains="control_tokens must be one of"): VLMProcessor(llama, "v1", control_tokens="ignore")
-    with expect_fail(ConfigError, contains="unknown template 'v9'"): VLMProcessor(llama, "v9")
-    with expect_fail(ConfigError, contains="this tokenizer has none"): VLMProcessor(tok, "hf")
-    assert llama.eos_token_id not in VLMProcessor(llama, "v1", control_tokens="escape")("x</s>")["input_ids"]
-
 def test_model_and_processor_come_back_from_one_folder():
     for tokenizer,template in [(llama, "v1"), (qwen, "hf")]:
         folder = Path(tempfile.mkdtemp())
         saved = small_model(tokenizer)
         own = VLMProcessor.for_model(saved.config, tokenizer, template, aspect="pad")
-        own.set_stops(saved)
+        own.set_generation_config(saved)
         saved.save_pretrained(folder); own.save_pretrained(folder)
         print(sorted(p.name for p in folder.iterdir()))
         assert {p.suffix for p in folder.iterdir()} <= {".json", ".safetensors", ".jinja", ".md"}
@@ -173,7 +92,7 @@ def test_model_and_processor_come_back_from_one_folder():
         inputs = again(["what is it?", "and that?"], [photo, other], return_tensors="pt")
         texts = again.batch_decode(loaded.generate(**inputs, max_new_tokens=20))
 
-        test_eq((type(loaded).__name__, type(again).__name__, again.template, again.aspect, again.image_mean), ("VLM", "VLMProcessor", template, "pad", own.image_mean))
+        test_eq((type(loaded).__name__, type(again).__name__, again.template, again.image_processor.to_dict()), ("VLM", "VLMProcessor", template, own.image_processor.to_dict()))
         test_eq({k: v.tolist() for k,v in inputs.items()}, {k: v.tolist() for k,v in own(["what is it?", "and that?"], [photo, other]).items()})
         test_eq(loaded.generate(**inputs, max_new_tokens=20).tolist(), saved.generate(**inputs, max_new_tokens=20).tolist())
         test_eq((loaded.generation_config.eos_token_id, len(texts)), (stop_ids(tokenizer, template), 2))
@@ -243,7 +162,7 @@ def test_answers_come_in_order_and_in_batches():
     answers = answer_batch(model, processor, "what is it?", paths, batch_size=1, max_new_tokens=5)
     test_eq(next(answers), want[0])                                    # what was before it has been answered
     with expect_fail(DataError, contains="b.png': "): next(answers)
-    with expect_fail(DataError, contains="record 2: a picture must be"): list(answer_batch(model, processor, "?", [photo, photo, 7], 2))
+    with expect_fail(DataError, contains="record 2: an image must be"): list(answer_batch(model, processor, "?", [photo, photo, 7], 2))
     with expect_fail(DataError, contains="1 questions for 2 entries"): list(answer_batch(model, processor, ["?"], [photo]*2))
 
 def test_chat_remembers():
@@ -271,7 +190,7 @@ def test_streamed_answers_are_the_answers():
     next(broken_off); broken_off.close()
     test_eq(streamed.turns, before)
     with expect_fail(ValueError, contains="beam"): list(Chat(model, processor, num_beams=2).stream("hello"))     # transformers' own words
-    newline = VLMProcessor(tok, "plain", 32, 64)                             # a stop token that is text is not shown
+    newline = VLMProcessor(tok, template="plain", image_size=32, image_size_aux=64)                             # a stop token that is text is not shown
     letters = Queue()
     for ids in ([], *[[i] for i in tok("blue 🐋 one\nred").input_ids]): letters.put(ids)
     letters.put(None)

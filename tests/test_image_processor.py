@@ -5,7 +5,7 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from vlm_lit.core import ConfigError
-from vlm_lit.images import finish_images, grid_crops, make_square, normalise, read_image, rows_per_image, to_bytes
+from vlm_lit.images import grid_crops, make_square, normalise, read_image, rows_per_image, to_bytes
 import json, tempfile
 from pathlib import Path
 from fastcore.test import test_eq, test_close, expect_fail

@@ -2,6 +2,7 @@
 import json, tempfile
 from pathlib import Path
 from fastcore.test import test_eq
+from vlm_lit.processor import VLMProcessor
 
 def setup_module():
     global results, root
@@ -19,7 +20,7 @@ def test_ten_lines_of_the_readme():
     record = {"id": "seed", "image": "photo.png", "conversations": [
         {"from": "human", "value": "What is in the photo?\n<image>"},
         {"from": "gpt", "value": "the box chain purse black"}]}
-    ds = LazySupervisedDataset([record], load_tokenizer("gemma"), image_folder=folder)
+    ds = LazySupervisedDataset([record], VLMProcessor(load_tokenizer("gemma")), folder)
     with Breakpoint(preprocess, at='return {"input_ids"', watch=["labels[0]"]) as bp: item = ds[0]
     test_eq(bp["labels[0]"].tolist(), [-100]*17 + [1175, 3741, 9488, 45189, 2656, 107, 108, 1])
 

@@ -14,7 +14,8 @@ from vlm_lit.vision import PATCH_TOWERS, STAGE_TOWERS, ImageEncoder, last_linear
 from vlm_lit.vision import PatchInfoMining
 import re, tempfile, warnings
 from fastcore.test import test_eq, test_close, expect_fail
-from vlm_lit.batches import DataCollatorForSupervisedDataset, expanded_length, join_samples, pad_samples
+from vlm_lit.batches import DataCollatorForSupervisedDataset, expanded_length, join_samples
+from vlm_lit.padding import pad_samples
 from vlm_lit.breakpoints import Breakpoint
 from vlm_lit.core import peek
 from vlm_lit.images import make_square, prepare_image, sample_image, to_bytes

@@ -120,7 +120,7 @@ def seed(tmp_path_factory):
     values = json.loads((ROOT/"tests/worked_example.json").read_text(encoding="utf-8"))
     folder = tmp_path_factory.mktemp("images")
     sample_image().save(folder/"photo.png")
-    return values, LazySupervisedDataset([{**values["record"], "id": "seed", "image": "photo.png"}], load_tokenizer("gemma"), image_folder=folder)
+    return values, LazySupervisedDataset([{**values["record"], "id": "seed", "image": "photo.png"}], VLMProcessor(load_tokenizer("gemma")), folder)
 
 def test_every_value_of_the_worked_example(seed):
     values, ds = seed

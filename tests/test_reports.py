@@ -21,6 +21,7 @@ from vlm_lit.core import DataError
 from vlm_lit.images import sample_image
 from vlm_lit.audit import AuditSettings, audit
 from vlm_lit.tokenizer import load_tokenizer
+from vlm_lit.processor import VLMProcessor
 from vlm_lit.reports import *
 
 def setup_module():
@@ -35,7 +36,7 @@ def setup_module():
     folder = Path(tempfile.mkdtemp())
     sample_image().save(folder/"photo.png")
     seed = {"id": "seed", "image": "photo.png", "conversations": [{"from": "human", "value": "What is in the photo?\n<image>"}, {"from": "gpt", "value": "the box chain purse black"}]}
-    ds = LazySupervisedDataset([seed], tok, image_folder=folder)
+    ds = LazySupervisedDataset([seed], VLMProcessor(tok), folder)
     def made_up(n):
         "Lines as a run writes them, values made up."
         rows = []
@@ -66,7 +67,7 @@ def test_walk_passes_every_stop_once_and_changes_nothing():
     test_eq(len(by_title["preprocess: the conversation with its messages"]["conv"].messages), 2)
     plain = ds[0]
     assert all(torch.equal(plain[k], item[k]) for k in plain)     # stopped or not, the same item
-    text_only = LazySupervisedDataset([{"id": 1, "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}], tok, image_folder=folder)
+    text_only = LazySupervisedDataset([{"id": 1, "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}], VLMProcessor(tok), folder)
     assert all(len(bp.hits) == 1 for _,bp in walk_record(text_only, 0)[0])
 
 def test_walk_text_holds_the_values_of_the_seed():
@@ -77,7 +78,7 @@ def test_walk_text_holds_the_values_of_the_seed():
 
 def test_walk_of_a_broken_record_raises_its_error():
     import sys
-    broken = LazySupervisedDataset([{**seed, "image": "gone.png"}], tok, image_folder=folder)
+    broken = LazySupervisedDataset([{**seed, "image": "gone.png"}], VLMProcessor(tok), folder)
     before = sys.gettrace()
     with expect_fail(DataError, contains="record 'seed': no image 'gone.png'"): walk_record(broken, 0)
     assert sys.gettrace() is before

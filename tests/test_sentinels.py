@@ -278,3 +278,9 @@ def test_tags_and_pictures_must_be_equally_many():
         check_image_count(source, 2, record=7)
     with expect_fail(DataError, contains="1 <image> tag(s) for 0"):
         check_image_count(source, 0)
+
+def test_an_image_counts_as_all_its_tokens():
+    ids = torch.tensor([2, IMAGE_TOKEN_INDEX, 108, IMAGE_TOKEN_INDEX, 5])
+    print(len(ids), "->", num_tokens_with_images(ids, 576))
+    assert num_tokens_with_images(ids, 576) == 3 + 2 * 576
+    assert num_tokens_with_images(ids, 1) == 5

@@ -11,15 +11,16 @@ from vlm_lit.sentinels import preprocess_multimodal, tokenizer_traits
 from vlm_lit.labels import generation_ids, make_prompt, preprocess, visible
 from vlm_lit.data.dataset import TooLong
 from vlm_lit.text.encode import bisect_failures, encode_records
-from vlm_lit.batches import expanded_length
+from vlm_lit.sentinels import num_tokens_with_images
 from vlm_lit.audit import ERRORS
 import json, tempfile
 from pathlib import Path
 import pytest
 from vlm_lit import labels
 from vlm_lit.data.mixture import Mixture
-from vlm_lit.generation import VLMProcessor
+from vlm_lit.processor import VLMProcessor
 from vlm_lit.images import sample_image
+from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.train.doctor import *
 
 def setup_module():
@@ -36,7 +37,7 @@ def setup_module():
             {"from": "human", "value": tags[kind(k)] + "What is it?"},
             {"from": "gpt", "value": "a box "*(k % 7 + 1)}]} for k in range(n)]
     folder = Path(tempfile.mkdtemp())
-    processor = VLMProcessor(tok, "gemma", image_size=28, image_size_aux=28)
+    processor = VLMProcessor(tok, template="gemma", image_size=28, image_size_aux=28)
     records = make_records(folder)
 
 def test_known_answers_are_right_for_every_template_the_tokenizer_serves():
@@ -47,7 +48,7 @@ def test_known_answers_are_right_for_every_template_the_tokenizer_serves():
     for template in conv_templates:
         try: check_tokenizer(tok, template)
         except ConfigError: continue
-        assert known_answers(VLMProcessor(tok, template)) == [], template
+        assert known_answers(VLMProcessor(tok, template=template)) == [], template
         tested.append(template)
     assert {"gemma", "plain", "default"} <= set(tested)
 
@@ -58,13 +59,13 @@ def test_known_answers_follow_a_chat_template():
     "{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}")
     wrong = template.replace("<start_of_turn>assistant", "<start_of_turn>model")
     try:
-        assert known_answers(VLMProcessor(tok, "hf", chat_template=template)) == []
-        found = known_answers(VLMProcessor(tok, "hf", chat_template=wrong))
+        assert known_answers(VLMProcessor(tok, template="hf", chat_template=template)) == []
+        found = known_answers(VLMProcessor(tok, template="hf", chat_template=wrong))
         assert any("before a generated answer differ" in line for line in found)
     finally: tok.chat_template = before
 
 def test_known_answers_see_every_kind_of_wrong_mask():
-    right, processor = labels.mask_prompt, VLMProcessor(tok, "gemma")
+    right, processor = labels.mask_prompt, VLMProcessor(tok, template="gemma")
     def found_with(change):
         labels.mask_prompt = lambda ids, segments: change(right(ids, segments), ids)
         try: return known_answers(processor)
@@ -91,12 +92,12 @@ def test_known_answers_see_a_second_bos():
                 own[key] = torch.cat([own[key][:5], torch.tensor([more]), own[key][5:]])
         return out
     doctor.encode_records = twice
-    try: found = doctor.known_answers(VLMProcessor(tok, "gemma"))
+    try: found = doctor.known_answers(VLMProcessor(tok, template="gemma"))
     finally: doctor.encode_records = encode
     assert any("2 BOS tokens, expected 1" in line for line in found)
 
 def test_every_source_is_sampled_alike():
-    mixture = Mixture([processor.dataset(records, folder), processor.dataset(records[1:9], folder)])
+    mixture = Mixture([LazySupervisedDataset(records, processor, folder, uint8=True), LazySupervisedDataset(records[1:9], processor, folder, uint8=True)])
     from vlm_lit.train.doctor import _sample
     chosen = _sample(mixture, 20, 0)
     assert sum(i >= 40 for i in chosen) == 8 and len(chosen) == len(set(chosen)) == 20
@@ -104,12 +105,12 @@ def test_every_source_is_sampled_alike():
     assert _sample(mixture, 1000, 0) == list(range(48)) and len(_sample(mixture, 3, 0)) == 3
 
 def test_check_counts_what_is_there_and_names_what_is_wrong():
-    data = Mixture([processor.dataset(records, folder)])
+    data = Mixture([LazySupervisedDataset(records, processor, folder, uint8=True)])
     found = check_samples(data, 40, 0.05, name="train")
     assert (found["records"], found["one_image"], found["several_images"], found["text_only"]) == (40, 20, 10, 10)
     assert found["counts"] == {"image_missing": 2} and found["checked"] == 40
     assert found["images"] == 18 + 2*10
-    lengths = [expanded_length(t["input_ids"], 4) for i, t in enumerate(data.datasets[0].texts(range(40))) if i % 20]
+    lengths = [num_tokens_with_images(t["input_ids"], 4) for i, t in enumerate(data.datasets[0].texts(range(40))) if i % 20]
     assert (found["tokens"]["min"], found["tokens"]["max"]) == (min(lengths), max(lengths))
     supervised = sum(int((t["labels"] != -100).sum()) for i, t in enumerate(data.datasets[0].texts(range(40))) if i % 20)
     assert found["supervised_tokens"] == supervised
@@ -120,7 +121,7 @@ def test_check_counts_what_is_there_and_names_what_is_wrong():
     with pytest.raises(DataError, match=r"record 'r0'.*2 of 40 .*image_missing 2") as caught: check_samples(data, 40)
     assert caught.value.kind == "image_missing"
     assert check_samples(data, 40, strict=False)["counts"] == {"image_missing": 2}
-    blank = Mixture([processor.dataset(records, folder, blank_images=True)])
+    blank = Mixture([LazySupervisedDataset(records, processor, folder, blank_images=True, uint8=True)])
     assert check_samples(blank, 40)["images"] == 0
 
 def test_check_names_kinds_as_the_audit_does():
@@ -131,20 +132,20 @@ def test_check_names_kinds_as_the_audit_does():
            {**records[1], "id": "open", "conversations": records[1]["conversations"][:1]},
            {**records[1], "id": "gone", "image": "gone.png"},
            {"id": "none"}]
-    found = check_samples(Mixture([processor.dataset(bad, folder)]), 10, strict=False)
+    found = check_samples(Mixture([LazySupervisedDataset(bad, processor, folder, uint8=True)]), 10, strict=False)
     want = ["tags", "roles", "control_tokens", "nothing_learned", "image_missing"]
     assert [row["kind"] for row in found["problems"]][:5] == want
     assert len(found["problems"]) == 6
 
 def test_overlength_is_an_error_where_the_settings_say_so():
-    short = Mixture([processor.dataset(records, folder, max_length=24)])
+    short = Mixture([LazySupervisedDataset(records, processor, folder, max_length=24, uint8=True)])
     with pytest.raises(DataError, match="overlength is 'error'.*over_length") as caught: check_samples(short, 40, 0.9)
-    skip = Mixture([processor.dataset(records, folder, max_length=24, overlength="skip")])
-    lengths = [expanded_length(text["input_ids"], 4) for text in short.datasets[0].tokenize(range(40))]
+    skip = Mixture([LazySupervisedDataset(records, processor, folder, max_length=24, overlength="skip", uint8=True)])
+    lengths = [num_tokens_with_images(text["input_ids"], 4) for text in short.datasets[0].tokenize(range(40))]
     found = check_samples(skip, 40, 0.1)
     assert found["skipped"] == sum(n > 24 for n in lengths) > 1 and set(found["counts"]) <= {"image_missing"}
     assert f"{found['skipped']} too long, skipped" in format_check(found)
-    truncate = Mixture([processor.dataset(records, folder, max_length=24, overlength="truncate")])
+    truncate = Mixture([LazySupervisedDataset(records, processor, folder, max_length=24, overlength="truncate", uint8=True)])
     assert check_samples(truncate, 40, 0.9)["tokens"]["max"] <= 24
 
 def test_environment_names_versions_and_no_place():

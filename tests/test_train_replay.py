@@ -12,7 +12,8 @@ from vlm_lit.breakpoints import Breakpoint, check_expression
 from vlm_lit.labels import LabelStrip, visible
 from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.text.encode import encode_records
-from vlm_lit.batches import DataCollatorForSupervisedDataset, flat_images
+from vlm_lit.batches import DataCollatorForSupervisedDataset
+from vlm_lit.padding import flat_images
 from vlm_lit.text.encode import pad_id
 from vlm_lit.model import VLM
 from vlm_lit.train.arguments import PARTS
@@ -103,7 +104,7 @@ def setup_module():
 def test_worst_records_are_those_with_the_highest_mean_loss():
     model, processor = open_model(place/"runs/first", "cpu")
     found = worst_records(model, processor, place/"train.json", 24, place/"images", batch_size=5)
-    dataset = processor.dataset(place/"train.json", place/"images")
+    dataset = LazySupervisedDataset(place/"train.json", processor, place/"images", uint8=True)
     means = [own.loss for own in found]
     assert len(found) == 24 and means == sorted(means, reverse=True) and found[0].name == "one-7"
     collate = DataCollatorForSupervisedDataset(0, None, model.config.num_patches)

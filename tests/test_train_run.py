@@ -11,7 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from vlm_lit.core import ConfigError, DataError, progress_console
 from vlm_lit.data.mixture import Mixture
 from vlm_lit.evaluate.metrics import evaluate, fixed_sample
-from vlm_lit.generation import VLMProcessor
+from vlm_lit.processor import VLMProcessor
 from vlm_lit.model import VLM, calibrate_projector
 from vlm_lit.files import read_json, write_json
 from vlm_lit.weights.presets import save_model, save_projector, seeded
@@ -21,6 +21,7 @@ from vlm_lit.train.callbacks import ConsoleProgress, Interrupted, LossGuard, Met
 from vlm_lit.train.doctor import check_samples, environment_info, format_check, known_answers
 from vlm_lit.train.recipe import Recipe, load_recipe, recipe_differences, save_recipe
 from vlm_lit.train.trainer import VLMTrainer, reinit_modules, write_error
+from vlm_lit.data.dataset import LazySupervisedDataset
 import os
 import tempfile
 import pytest

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast
 from vlm_lit.breakpoints import Breakpoint
 from vlm_lit.data.dataset import LazySupervisedDataset
-from vlm_lit.generation import VLMProcessor
+from vlm_lit.processor import VLMProcessor
 from vlm_lit.images import sample_image
 from vlm_lit.model import VLM, VLMConfig
 from vlm_lit.tokenizer import load_tokenizer
@@ -83,8 +83,7 @@ def setup_module():
     config = small_config(tok)
     processor = VLMProcessor.for_model(config, tok, "gemma")
     records = make_data(folder)
-    dataset = processor.dataset(records, folder)
-    dataset.rows_per_image = config.num_patches
+    dataset = LazySupervisedDataset(records, processor, folder, uint8=True)
     def new_model(seed=0): return make_model(config, seed)
     def arguments(**changes):
         "Eight steps of 16 samples."
@@ -104,14 +103,14 @@ def setup_module():
         parts = [textwrap.dedent(inspect.getsource(f)) for f in (small_tokenizer, small_config, make_data, arguments)]
         imports = ["import json, sys, tempfile", "from pathlib import Path", "import torch",
             "from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors",
-            "from transformers import PreTrainedTokenizerFast", "from vlm_lit.generation import VLMProcessor",
+            "from transformers import PreTrainedTokenizerFast", "from vlm_lit.processor import VLMProcessor",
             "from vlm_lit.images import sample_image", "from vlm_lit.model import VLMConfig",
             "from vlm_lit.weights.presets import make_model",
             "from vlm_lit.train.trainer import VLMTrainer; from vlm_lit.train.arguments import VLMTrainingArguments", "torch.set_num_threads(1)"]
         body = f"""
 folder = Path(tempfile.mkdtemp()); tok = small_tokenizer(folder); config = small_config(tok)
 processor = VLMProcessor.for_model(config, tok, "gemma")
-dataset = processor.dataset(make_data(folder), folder); dataset.rows_per_image = config.num_patches
+dataset = processor.dataset(make_data(folder), folder)
 for resume in (None, {str(resume)!r}):
     args = arguments(save_strategy="no", **{changes!r})
     assert args.world_size == 2
@@ -243,7 +242,7 @@ def test_two_processes_agree_and_resume_what_one_began():
     assert max(abs(a - b) for a, b in zip(whole, resumed)) < 1e-6 and len(resumed) == 8
 
 def test_evaluation_weighs_by_tokens():
-    two = Mixture([dataset, processor.dataset(records[:5], folder)], ["a", "b"])
+    two = Mixture([dataset, LazySupervisedDataset(records[:5], processor, folder, uint8=True)], ["a", "b"])
     trainer = VLMTrainer(new_model(), arguments(per_device_eval_batch_size=7), dataset, two, processor=processor)
     metrics = trainer.evaluate()
     model, losses = trainer.model.eval(), []
@@ -264,7 +263,7 @@ def test_rates_and_decay_by_part():
     assert not any(id(p) in decayed for name, p in trainer.model.named_parameters() if name.endswith("bias"))
 
 def test_losses_by_source_add_up():
-    two = Mixture([dataset, processor.dataset(records[:9], folder)], ["a", "b"], weight=[1, 1])
+    two = Mixture([dataset, LazySupervisedDataset(records[:9], processor, folder, uint8=True)], ["a", "b"], weight=[1, 1])
     _, trainer = by_trainer(new_model(), arguments(max_steps=3), two)
     for row in trainer.state.log_history:
         if "loss" not in row: continue
@@ -276,8 +275,7 @@ def test_losses_by_source_add_up():
 def test_a_step_of_skipped_samples_moves_nothing():
     gone = [{**record, "image": "gone.png"} if isinstance(record.get("image"), str) else
             {"id": record["id"], "image": "gone.png", "conversations": records[0]["conversations"]} for record in records]
-    bad = processor.dataset(gone, folder, skip_bad=0.999, bad_samples=folder/"bad.jsonl")
-    bad.rows_per_image = config.num_patches
+    bad = LazySupervisedDataset(gone, processor, folder, skip_bad=0.999, bad_samples=folder/"bad.jsonl", uint8=True)
     model = new_model()
     before = model.image_encoder.mm_projector[0].weight.clone()
     losses, _ = by_trainer(model, arguments(max_steps=1, weight_decay=0.0), bad)

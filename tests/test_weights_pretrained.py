@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from vlm_lit.core import ConfigError
-from vlm_lit.generation import VLMProcessor
+from vlm_lit.processor import VLMProcessor
 from vlm_lit.model import VLM
 from vlm_lit.files import read_json, write_json
 from vlm_lit.weights.presets import LOAD_ERRORS, PRESET_FIELDS, build_model, cast, load_model, load_preset_tokenizer, load_projector, preset_names, preset_settings, quiet, read_state, save_projector, some, weights_of
@@ -175,7 +175,7 @@ def test_stages_start_from_runs():
     with workshop():
         want = make_run(Path("runs/one"))
         model, processor = resolve_model({"from": "one", "template": "plain", "image_mean": [.4, .4, .4]})
-        test_eq((processor.template, processor.image_mean, model.config.image_mean), ("plain", [.4]*3, [.4]*3))
+        test_eq((processor.template, processor.image_processor.image_mean, model.config.image_mean), ("plain", [.4]*3, [.4]*3))
         test_eq(model.generation_config.eos_token_id, processor.generation_settings()["eos_token_id"])
         half, _ = resolve_model({"from": "one"}, dtype=torch.bfloat16)
         test_eq((half.language_model.dtype, half.image_encoder.mm_projector[0].weight.dtype), (torch.bfloat16, torch.float32))

@@ -55,11 +55,13 @@ def walk(
 ):
     "Stop at every step of the data path and show the values."
     with user_errors(), TemporaryDirectory() as folder:
+        from vlm_lit.data.dataset import LazySupervisedDataset
         from vlm_lit.reports import walk_lines
         if data is None: data, image_folder = [example_record(Path(folder))], Path(folder)
         processor, _ = load_preparation(preset, tokenizer, template)
-        dataset = processor.dataset(data, image_folder, aspect=aspect or processor.aspect,
-                                    control_tokens=control_tokens, uint8=False)
+        processor.control_tokens = control_tokens
+        if aspect is not None: processor.image_processor.aspect = aspect
+        dataset = LazySupervisedDataset(data, processor, image_folder)
         if not 0 <= index < len(dataset):
             raise ConfigError(f"--index {index}: the data has {len(dataset)} record(s), from 0 on")
         typer.echo("\n".join(walk_lines(dataset, index)))

@@ -71,17 +71,17 @@ def load_preparation(
     template: str | None = None, # Likewise
 ): # `VLMProcessor`, image tokens per image
     "How data is prepared for a preset or a model folder; no weights are loaded."
-    from vlm_lit.generation import VLMProcessor
+    from vlm_lit.processor import VLMProcessor
     from vlm_lit.model import VLMConfig
     from vlm_lit.tokenizer import load_tokenizer
     from vlm_lit.weights.presets import SETTINGS, load_preset, load_preset_tokenizer
     from vlm_lit.weights.pretrained import find_model
     if preset is None:
-        return VLMProcessor(load_tokenizer(tokenizer or "gemma"), template or "gemma"), 576
+        return VLMProcessor(load_tokenizer(tokenizer or "gemma"), template=template or "gemma"), 576
     if names_folder(preset):
         folder = find_model(preset)
         config, own = VLMConfig.from_pretrained(folder), VLMProcessor.from_pretrained(folder)
-        words, aspect, template = own.tokenizer, own.aspect, template or own.template
+        words, aspect, template = own.tokenizer, own.image_processor.aspect, template or own.template
         if tokenizer is not None: words = load_tokenizer(tokenizer)
     else:
         own = load_preset(preset)
@@ -287,7 +287,7 @@ def export_folder(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{str(out)!r} is there already; choose another --out")
     found, processor = _load(folder)
-    processor.set_stops(found)
+    processor.set_generation_config(found)
     if dtype is not None: cast(found, getattr(torch, dtype))
     export_model(found, out, to)
     if to == "hf": processor.save_pretrained(out)

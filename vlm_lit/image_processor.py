@@ -12,7 +12,7 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from .core import ConfigError
-from .images import finish_images, grid_crops, make_square, normalise, read_image, rows_per_image, to_bytes
+from .images import grid_crops, make_square, normalise, read_image, rows_per_image, to_bytes
 
 # %% ../nbs/06a_image_processor.ipynb #c005
 class VLMImageProcessor(BaseImageProcessor):

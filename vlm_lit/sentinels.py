@@ -6,7 +6,7 @@
 __all__ = ['NO_SPACE', 'TRAITS', 'move_tag', 'preprocess_multimodal', 'drop_bos', 'insert_separator', 'TokenizerTraits',
            'plain_settings', 'added_space', 'make_traits', 'tokenizer_traits', 'join_chunks', 'Piece', 'chunk_pieces',
            'encode_pieces', 'cut_piece', 'cut_literals', 'place_parts', 'Encoded', 'piece_tokens', 'encode_prompts',
-           'tokenizer_image_token', 'check_image_count']
+           'tokenizer_image_token', 'check_image_count', 'num_tokens_with_images']
 
 # %% ../nbs/04_sentinels.ipynb #c002
 import re, weakref
@@ -355,3 +355,12 @@ def check_image_count(
             record=record,
             kind="tags",
         )
+
+# %% ../nbs/04_sentinels.ipynb #c061
+def num_tokens_with_images(
+    input_ids: torch.LongTensor,  # shape (seq_len,)
+    num_image_tokens: int,  # Image tokens that take the place of one image
+) -> int:
+    "Length of a sample once its images are in their places."
+    n_images = int((input_ids == IMAGE_TOKEN_INDEX).sum())
+    return len(input_ids) + n_images * (num_image_tokens - 1)

@@ -105,17 +105,25 @@ class Mixture(Dataset):
         names = image_names(self.record(sample["index"]))
         hashes = [zlib.crc32(f"{self.seed}:{epoch}:{name}".encode()) for name in names]
         flips = [number < self.hflip_prob * 2**32 for number in hashes]
-        return {**sample, **{key: _flip(sample[key], flips, cache) for key in keys}}
+        names = [f"flipped {name}" if flip else name for name, flip in zip(sample["image_keys"], flips)]
+        images = {key: _flip(sample[key], flips, [(key, n) for n in names], cache) for key in keys}
+        return {**sample, **images, "image_keys": names}
 
-def _flip(images, flips, cache):
-    "One image or several, some of them flipped; the same memory stays the same memory."
+def _flip(
+    images,  # One image, several as a tensor or a list
+    flips,  # For each whether it is flipped
+    names,  # Of each, after the flip
+    cache,  # Name -> flipped image
+):
+    "One image or several, some of them flipped; one of the same name is flipped once."
     several = isinstance(images, list) or len(flips) > 1
     if not any(flips): return images
 
-    def one(image, flip):
+    def one(image, flip, name):
         if not flip: return image
-        return cache.setdefault(image.data_ptr(), (image, image.flip(-1)))[1]
+        if name not in cache: cache[name] = image.flip(-1)
+        return cache[name]
 
-    if not several: return one(images, flips[0])
-    flipped = [one(image, flip) for image, flip in zip(images, flips)]
+    if not several: return one(images, flips[0], names[0])
+    flipped = [one(*parts) for parts in zip(images, flips, names)]
     return flipped if isinstance(images, list) else torch.stack(flipped)

@@ -19,7 +19,8 @@ from ..data.dataset import LazySupervisedDataset
 from ..text.encode import bisect_failures
 from ..data.records import Records
 from ..text.messages import image_names
-from ..generation import VLMProcessor, generate_ids
+from ..processor import VLMProcessor
+from ..generation import generate_ids
 
 # %% ../../nbs/13_evaluation.ipynb #c008
 def normalize_answer(
@@ -280,7 +281,7 @@ def evaluate(
     if out is not None and not Path(out).absolute().parent.is_dir():
         raise ConfigError(f"no folder for {str(out)!r}; make it first")
     if not isinstance(data, LazySupervisedDataset):
-        data = processor.dataset(data, image_folder, blank_images=blank_images)
+        data = LazySupervisedDataset(data, processor, image_folder, blank_images=blank_images, uint8=True)
     elif image_folder is not None or blank_images:
         raise ConfigError("image_folder and blank_images belong to the dataset; give them to it")
     skipped = []

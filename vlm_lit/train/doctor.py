@@ -18,7 +18,7 @@ from ..sentinels import preprocess_multimodal, tokenizer_traits
 from ..labels import generation_ids, make_prompt, preprocess, visible
 from ..data.dataset import TooLong
 from ..text.encode import bisect_failures, encode_records
-from ..batches import expanded_length
+from ..sentinels import num_tokens_with_images
 from ..audit import ERRORS
 
 # %% ../../nbs/18_doctor.ipynb #c005
@@ -191,7 +191,7 @@ def check_samples(
                     errors.append((mixture.name(int(mixture.starts[k]) + i), dataset, text))
                     continue
                 n_images = int((text["input_ids"] == IMAGE_TOKEN_INDEX).sum())
-                lengths.append(expanded_length(text["input_ids"], dataset.rows_per_image or 1))
+                lengths.append(num_tokens_with_images(text["input_ids"], dataset.num_image_tokens or 1))
                 supervised += int((text["labels"][1:] != IGNORE_INDEX).sum())
                 found["images"] += 0 if dataset.blank_images else n_images
     found |= {"checked": len(chosen), "supervised_tokens": supervised, "tokens":

@@ -19,7 +19,8 @@ from ..breakpoints import Breakpoint, check_expression
 from ..labels import LabelStrip, visible
 from ..data.dataset import LazySupervisedDataset
 from ..text.encode import encode_records
-from ..batches import DataCollatorForSupervisedDataset, flat_images
+from ..batches import DataCollatorForSupervisedDataset
+from ..padding import flat_images
 from ..text.encode import pad_id
 from ..model import VLM
 from .arguments import PARTS
@@ -121,7 +122,7 @@ def worst_records(
     "The records that a model predicts worst: where labels are wrong, they show."
     if n < 1 or batch_size < 1: raise ConfigError("n and batch_size must be at least 1")
     dataset = data
-    if not isinstance(data, LazySupervisedDataset): dataset = processor.dataset(data, image_folder)
+    if not isinstance(data, LazySupervisedDataset): dataset = LazySupervisedDataset(data, processor, image_folder, uint8=True)
     collate = DataCollatorForSupervisedDataset(pad_id(dataset.tokenizer), None,
                                                model.config.num_patches)
     worst, was_training = [], model.training

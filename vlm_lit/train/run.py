@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..core import ConfigError, DataError, progress_console
 from ..data.mixture import Mixture
 from ..evaluate.metrics import evaluate, fixed_sample
-from ..generation import VLMProcessor
+from ..processor import VLMProcessor
 from ..model import VLM, calibrate_projector
 from ..files import read_json, write_json
 from ..weights.presets import save_model, save_projector, seeded
@@ -29,13 +29,13 @@ from .callbacks import (
 from .doctor import check_samples, environment_info, format_check, known_answers
 from .recipe import Recipe, load_recipe, recipe_differences, save_recipe
 from .trainer import VLMTrainer, reinit_modules, write_error
+from ..data.dataset import LazySupervisedDataset
 
 # %% ../../nbs/19_run.ipynb #c005
 def build_sources(
     recipe: Recipe,
     sources: list, # `recipe.data.train` or `.eval`
     processor: VLMProcessor,
-    num_image_tokens: int, # Tokens per image of the model
     folder: Path | None = None, # Gets bad_samples.jsonl; None: a bad sample raises
     seed: int = 0, # Of flips
     hflip_prob: float = 0.0,
@@ -43,14 +43,15 @@ def build_sources(
     "The sources of a recipe as one list of records."
     data = recipe.data
     settings = dict(max_length=data.max_length, overlength=data.overlength,
-                    image_tags=data.image_tags, blank_images=data.blank_images,
-                    control_tokens=data.control_tokens, rows_per_image=num_image_tokens)
+                    image_tags=data.image_tags, blank_images=data.blank_images, uint8=True)
     if folder is not None and (data.bad_samples.max_fraction or data.overlength == "skip"):
         settings |= dict(skip_bad=min(data.bad_samples.max_fraction or 1e-9, 0.999),
                          bad_samples=folder/"bad_samples.jsonl")
     found = []
     for source in sources:
-        try: found.append(processor.dataset(source.path, source.image_folder, **settings))
+        try:
+            own = LazySupervisedDataset(source.path, processor, source.image_folder, **settings)
+            found.append(own)
         except (ConfigError, DataError) as error:
             raise type(error)(f"data source {source.path}: {error}") from error
     return Mixture(found, _source_names(sources), [s.weight for s in sources],
@@ -101,8 +102,9 @@ def prepare_run(
     if lora is not None:
         with seeded(args.seed): add_lora(model, lora)
     reinit_modules(model, args.reinit_modules, args.seed)
-    build = lambda sources, flips: build_sources(recipe, sources, processor, model.config.num_patches,
-                                                 notes or folder, args.seed, flips)
+    processor.control_tokens = recipe.data.control_tokens
+    build = lambda sources, flips: build_sources(recipe, sources, processor, notes or folder,
+                                                 args.seed, flips)
     train = build(recipe.data.train, args.hflip_prob)
     if any(s.weight is not None or s.repeat is not None for s in recipe.data.eval):
         raise ConfigError("data.eval: weight and repeat are for training; use max_samples")
@@ -316,7 +318,7 @@ def _finish(prepared, folder) -> dict:
     if prepared.eval is not None: result["validation"] = _validate(prepared, folder)
     if has_lora(model): merge_lora(model)
     model.to("cpu").float() if trainer.args.bf16 else model.to("cpu")
-    prepared.processor.set_stops(model)
+    prepared.processor.set_generation_config(model)
     part = folder/".model"
     for rest in (part, folder/".saving"): shutil.rmtree(rest, ignore_errors=True)
     save_model(model, part)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from ..core import ConfigError
-from ..generation import VLMProcessor
+from ..processor import VLMProcessor
 from ..model import VLM
 from ..files import read_json, write_json
 from vlm_lit.weights.presets import (
@@ -57,7 +57,7 @@ def resolve_model(
     if base is None: model, processor = _from_preset(preset, changes, seed, dtype)
     else: model, processor = _from_folder(base, changes, dtype)
     if projector is not None: load_projector(model, projector)
-    processor.set_stops(model)
+    processor.set_generation_config(model)
     return model.eval(), processor
 
 def _from_preset(preset, changes, seed, dtype):
@@ -84,7 +84,7 @@ def _from_folder(name, changes, dtype):
         if part is not None: cast(part, dtype)
     return model, VLMProcessor.for_model(
         config, old.tokenizer, own("template", old.template), control_tokens=old.control_tokens,
-        aspect=own("image_aspect_ratio", old.aspect), chat_template=own("chat_template"))
+        aspect=own("image_aspect_ratio", old.image_processor.aspect), chat_template=own("chat_template"))
 
 # %% ../../nbs/12a_pretrained.ipynb #c012
 _LORA = {"r": 16, "alpha": 32, "dropout": .05, "target_modules": None, "bias": "none"}
@@ -271,7 +271,7 @@ def open_model(
     model, processor = _load(find_model(name))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     cast(model, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    processor.set_stops(model)
+    processor.set_generation_config(model)
     return model.to(device).eval(), processor
 
 def _load(folder):
