@@ -8,7 +8,10 @@ from vlm_lit.core import ConfigError
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.model import VLM
 from vlm_lit.files import read_json, write_json
-from vlm_lit.weights.presets import LOAD_ERRORS, PRESET_FIELDS, build_model, cast, load_model, load_preset_tokenizer, load_projector, preset_names, preset_settings, quiet, read_state, save_projector, some, weights_of
+from vlm_lit.weights.presets import LOAD_ERRORS, PRESET_FIELDS, build_model, cast, load_model
+from vlm_lit.weights.presets import load_preset_tokenizer, load_projector, preset_names
+from vlm_lit.weights.presets import preset_settings, quiet, read_state, save_projector, some
+from vlm_lit.weights.presets import weights_of
 import os, shutil, tempfile, warnings
 from contextlib import contextmanager
 from fastcore.test import test_eq, test_close, expect_fail
@@ -25,11 +28,15 @@ def setup_module():
         "Gemma's control tokens, and what a few sentences need: a vocabulary of about 300."
         control = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
         backend = Tokenizer(models.BPE(unk_token="<unk>"))
-        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=control, initial_alphabet=alphabet, show_progress=False)
-        backend.train_from_iterator(["user\nwhat color is the shape? model\na blue circle"]*3, trainer)
-        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+        options = dict(special_tokens=control, initial_alphabet=alphabet, show_progress=False)
+        trainer = trainers.BpeTrainer(vocab_size=300, **options)
+        text = "user\nwhat color is the shape? model\na blue circle"
+        backend.train_from_iterator([text] * 3, trainer)
+        bos = [("<bos>", 2)]
+        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=bos)
         names = dict(bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>")
         return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     def empty_folder():
@@ -49,41 +56,52 @@ def setup_module():
     def shake(model, *parts, seed=1):
         "What training does, in one line: move the weights of some parts."
         torch.manual_seed(seed)
-        for name,p in model.named_parameters():
+        for name, p in model.named_parameters():
             p.requires_grad_(name.startswith(parts))
-            if p.requires_grad: p.data += .05*torch.randn_like(p)
+            if p.requires_grad: p.data += 0.05 * torch.randn_like(p)
     def make_run(folder, lora=None, seed=5):
         "What a finished run leaves, and two more copies; its logits."
-        (folder/"checkpoint-20").mkdir(parents=True)
+        (folder / "checkpoint-20").mkdir(parents=True)
         model, processor = resolve_model(TINY, seed)
         shake(model, "image_encoder.mining", "image_encoder.mm_projector")
         if lora:
             add_lora(model, lora)
-            for n,p in model.named_parameters(): p.data += .02*torch.randn_like(p)*(".lora_" in n)
+            for n, p in model.named_parameters():
+                p.data += 0.02 * torch.randn_like(p) * (".lora_" in n)
         want = logits(model, processor)
-        save_trainable(model, folder/"checkpoint-20")
-        write_base(folder/"checkpoint-20", TINY, seed, lora)
-        model.config.save_pretrained(folder/"checkpoint-20")
+        save_trainable(model, folder / "checkpoint-20")
+        write_base(folder / "checkpoint-20", TINY, seed, lora)
+        model.config.save_pretrained(folder / "checkpoint-20")
         if lora: merge_lora(model)
-        save_model(model, folder/"model")
-        export_model(model, folder/"export")
-        with quiet(): model.save_pretrained(folder/"plain")
-        for name in ("checkpoint-20", "model", "export", "plain"): processor.save_pretrained(folder/name)
-        (folder/"recipe.yaml").write_text("model: {preset: tiny, tokenizer: tokenizer}\n")
+        save_model(model, folder / "model")
+        export_model(model, folder / "export")
+        with quiet(): model.save_pretrained(folder / "plain")
+        for name in ("checkpoint-20", "model", "export", "plain"):
+            processor.save_pretrained(folder / name)
+        (folder / "recipe.yaml").write_text("model: {preset: tiny, tokenizer: tokenizer}\n")
         return want
 
 def test_sections_of_recipes_are_checked():
     with workshop():
         model, processor = resolve_model({**TINY, "template": "plain"}, seed=3)
-        test_eq((processor.template, model.config.parts["template"], model.config.vocab_size), ("plain", "plain", len(processor.tokenizer)))
+        test_eq((processor.template, model.config.parts["template"]), ("plain", "plain"))
+        test_eq(model.config.vocab_size, len(processor.tokenizer))
         test_eq({p.dtype for p in model.parameters()}, {torch.float32})
-        assert torch.equal(logits(model, processor), logits(*resolve_model({**TINY, "template": "plain"}, seed=3)))
-        for section,words in [({"presets": "tiny"}, "unknown key 'presets'; did you mean 'preset'"), ({}, "name either `preset` or `from`"),
-                              ({"preset": "tiny", "from": "x"}, "name either"), ("tiny", "must be keys and values"),
-                              ({"preset": "huge"}, "unknown preset 'huge'"), ({"preset": "tiny"}, "from scratch brings no tokenizer"),
-                              ({"from": "x", "image_size": 64}, "image_size is decided by 'x'"), ({**TINY, "template": "v9"}, "unknown template"),
-                              ({**TINY, "tokenizer": "./gone"}, "'./gone'"), ({**TINY, "projector": "gone.bin"}, "cannot read weights from gone.bin"),
-                              ({**TINY, "image_aspect_ratio": "wide"}, "must be 'square' or 'pad'")]:
+        again = resolve_model({**TINY, "template": "plain"}, seed=3)
+        assert torch.equal(logits(model, processor), logits(*again))
+        for section, words in [
+            ({"presets": "tiny"}, "unknown key 'presets'; did you mean 'preset'"),
+            ({}, "name either `preset` or `from`"),
+            ({"preset": "tiny", "from": "x"}, "name either"),
+            ("tiny", "must be keys and values"),
+            ({"preset": "huge"}, "unknown preset 'huge'"),
+            ({"preset": "tiny"}, "from scratch brings no tokenizer"),
+            ({"from": "x", "image_size": 64}, "image_size is decided by 'x'"),
+            ({**TINY, "template": "v9"}, "unknown template"),
+            ({**TINY, "tokenizer": "./gone"}, "'./gone'"),
+            ({**TINY, "projector": "gone.bin"}, "cannot read weights from gone.bin"),
+            ({**TINY, "image_aspect_ratio": "wide"}, "must be 'square' or 'pad'"),
+        ]:
             with expect_fail(ConfigError, contains=words): resolve_model(section)
 
 def test_projectors_are_loaded_by_name():
@@ -99,92 +117,124 @@ def test_projectors_are_loaded_by_name():
 def test_merged_adapters_give_equal_logits():
     with workshop():
         model, processor = resolve_model(TINY)
-        plain, names = logits(model, processor), [n for n,_ in model.named_parameters()]
-        add_lora(model.train(), {"r": 4, "alpha": 8, "dropout": .5}).eval()
-        test_close(logits(model, processor), plain, eps=1e-6)                        # adapters begin at zero
-        lora = {n for n,p in model.named_parameters() if ".lora_" in n}
-        test_eq(len(lora), 2*4*7)
+        plain, names = logits(model, processor), [n for n, _ in model.named_parameters()]
+        add_lora(model.train(), {"r": 4, "alpha": 8, "dropout": 0.5}).eval()
+        test_close(logits(model, processor), plain, eps=1e-6)  # adapters begin at zero
+        lora = {n for n, p in model.named_parameters() if ".lora_" in n}
+        test_eq(len(lora), 2 * 4 * 7)
         assert all(n.startswith("language_model.model.layers") for n in lora)
-        test_eq({n for n,p in model.language_model.named_parameters("language_model") if p.requires_grad}, lora)
-        assert model.image_encoder.mm_projector[0].weight.requires_grad              # trains as it is
-        frozen = {n: p.clone() for n,p in model.language_model.named_parameters() if not p.requires_grad}
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], .5)
-        inputs = processor([{"from": "human", "value": "what?"}, {"from": "gpt", "value": "blue"}], sample_image(64, 64))
-        for _ in range(2): model(**inputs).loss.backward(); optimizer.step(); optimizer.zero_grad()
-        assert all(torch.equal(p, frozen[n]) for n,p in model.language_model.named_parameters() if n in frozen)     # the base has not moved
+        parameters = model.language_model.named_parameters("language_model")
+        test_eq({n for n, p in parameters if p.requires_grad}, lora)
+        assert model.image_encoder.mm_projector[0].weight.requires_grad  # trains as it is
+        parameters = list(model.language_model.named_parameters())
+        frozen = {n: p.clone() for n, p in parameters if not p.requires_grad}
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.5)
+        turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "blue"}]
+        inputs = processor(turns, sample_image(64, 64))
+        for _ in range(2):
+            model(**inputs).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        # the base has not moved
+        assert all(torch.equal(p, frozen[n]) for n, p in parameters if n in frozen)
         adapted = logits(model, processor)
         assert (adapted - plain).abs().max() > 1e-3
-        with expect_fail(ConfigError, contains="has adapters already"): add_lora(model, {})
+        with expect_fail(ConfigError, contains="has adapters already"):
+            add_lora(model, {})
         merge_lora(model)
         test_close(logits(model, processor), adapted, eps=1e-5)
-        test_eq([n for n,_ in model.named_parameters()], names)                      # a plain model again
+        test_eq([n for n, _ in model.named_parameters()], names)  # a plain model again
         assert not has_lora(model)
 
 def test_adapters_are_peft_files():
     with workshop() as folder:
         from peft import PeftModel
+
         model, processor = resolve_model(TINY)
         bare = resolve_model(TINY)[0].language_model
         add_lora(model, {"r": 4, "alpha": 8, "target_modules": ["q_proj", "mlp.up_proj"]})
-        shake(model, "language_model.model.layers.0.self_attn.q_proj.lora_", "language_model.model.layers.3.mlp.up_proj.lora_")
+        layers = "language_model.model.layers"
+        shake(model, f"{layers}.0.self_attn.q_proj.lora_", f"{layers}.3.mlp.up_proj.lora_")
         save_lora(model, folder)
         print(sorted(p.name for p in folder.iterdir() if p.is_file()))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)      # of transformers 5.23, for peft
+            warnings.simplefilter("ignore", FutureWarning)  # of transformers 5.23, for peft
             theirs, ids = PeftModel.from_pretrained(bare, str(folder)).eval(), torch.tensor([[2, 8, 9]])
-        with torch.no_grad(): test_close(theirs(input_ids=ids).logits, model.language_model(input_ids=ids).logits, eps=1e-6)
+        with torch.no_grad():
+            want = model.language_model(input_ids=ids).logits
+            test_close(theirs(input_ids=ids).logits, want, eps=1e-6)
         again = load_lora(resolve_model(TINY)[0], folder)
         test_close(logits(again, processor), logits(model, processor), eps=1e-6)
-        assert {".lora_" in n for n,p in again.language_model.named_parameters() if p.requires_grad} == {True}
+        trained = [n for n, p in again.language_model.named_parameters() if p.requires_grad]
+        assert trained and all(".lora_" in n for n in trained)
         half = resolve_model(TINY, dtype=torch.bfloat16)[0]
         load_lora(half, folder)
-        test_eq({p.dtype for n,p in half.named_parameters() if ".lora_" in n}, {torch.float32})
-        inputs = processor([{"from": "human", "value": "what?"}, {"from": "gpt", "value": "blue"}], sample_image(64, 64))
-        with torch.autocast("cpu", dtype=torch.bfloat16): half(**inputs).loss.backward()
+        test_eq({p.dtype for n, p in half.named_parameters() if ".lora_" in n}, {torch.float32})
+        turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "blue"}]
+        inputs = processor(turns, sample_image(64, 64))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            half(**inputs).loss.backward()
         other = add_lora(resolve_model(TINY)[0], {"r": 4, "target_modules": ["q_proj"]})
-        with expect_fail(ConfigError, contains="adapter_model.safetensors does not fit the model: unexpected 8"): load_lora(other, folder)
-        with expect_fail(ConfigError, contains="no adapter in 'tokenizer'"): load_lora(other, "tokenizer")
+        message = "adapter_model.safetensors does not fit the model: unexpected 8"
+        with expect_fail(ConfigError, contains=message): load_lora(other, folder)
+        with expect_fail(ConfigError, contains="no adapter in 'tokenizer'"):
+            load_lora(other, "tokenizer")
 
 def test_lora_targets_that_fit_nothing_are_refused():
     with workshop():
         model, _ = resolve_model(TINY)
-        for lora,words in [({"target_modules": ["q_proj", "v_porj"]}, "target_modules 'v_porj' fits no linear layer of the language model; did you mean 'v_proj'"),
-                           ({"target_modules": "fc1"}, "there are: down_proj, gate_proj"), ({"target_modules": ["lm_head"]}, "'lm_head' fits no linear layer"),
-                           ({"rank": 8}, "lora: unknown key 'rank'"), ({"r": 0}, "lora: "), ({"bias": "all"}, "bias must be 'none'"),
-                           ({"target_modules": r".*\.fc\d"}, "fits no linear layer"), ({"target_modules": "("}, "fits no linear layer")]:
+        misspelled = (
+            "target_modules 'v_porj' fits no linear layer of the language model; did you mean 'v_proj'"
+        )
+        for lora, words in [
+            ({"target_modules": ["q_proj", "v_porj"]}, misspelled),
+            ({"target_modules": "fc1"}, "there are: down_proj, gate_proj"),
+            ({"target_modules": ["lm_head"]}, "'lm_head' fits no linear layer"),
+            ({"rank": 8}, "lora: unknown key 'rank'"),
+            ({"r": 0}, "lora: "),
+            ({"bias": "all"}, "bias must be 'none'"),
+            ({"target_modules": r".*\.fc\d"}, "fits no linear layer"),
+            ({"target_modules": "("}, "fits no linear layer"),
+        ]:
             with expect_fail(ConfigError, contains=words): add_lora(model, lora)
         assert not has_lora(model)
-        add_lora(model, {"target_modules": r".*layers\.[01]\..*_proj"})              # a pattern: two of four layers
-        test_eq(sum(".lora_A." in n for n,_ in model.named_parameters()), 2*7)
+        add_lora(model, {"target_modules": r".*layers\.[01]\..*_proj"})  # a pattern: two of four layers
+        test_eq(sum(".lora_A." in n for n, _ in model.named_parameters()), 2 * 7)
 
 def test_every_folder_opens_to_the_same_logits():
+    names = ["mine", "runs/mine", "runs/mine/model", "runs/mine/checkpoint-20", "runs/mine/plain"]
     for lora in (None, {"r": 4, "alpha": 8}):
         with workshop():
             want = make_run(Path("runs/mine"), lora)
-            for name in ("mine", "runs/mine", "runs/mine/model", "runs/mine/checkpoint-20", Path("runs/mine/export"), "runs/mine/plain"):
+            for name in (*names, Path("runs/mine/export")):
                 model, processor = open_model(name, "cpu")
                 test_close(logits(model, processor), want, eps=1e-5)
                 assert not model.training and {p.dtype for p in model.parameters()} == {torch.float32}
-                test_eq(model.generation_config.eos_token_id, processor.generation_settings()["eos_token_id"])
-            shutil.rmtree("tokenizer")                                         # a checkpoint has its own
+                stops = processor.generation_settings()["eos_token_id"]
+                test_eq(model.generation_config.eos_token_id, stops)
+            shutil.rmtree("tokenizer")  # a checkpoint has its own
             test_close(logits(*open_model("runs/mine/checkpoint-20", "cpu")), want, eps=1e-5)
-            os.chdir("runs/mine")                                              # and opens from anywhere
+            os.chdir("runs/mine")  # and opens from anywhere
             test_close(logits(*open_model("checkpoint-20", "cpu")), want, eps=1e-5)
 
 def test_stages_start_from_runs():
     with workshop():
         want = make_run(Path("runs/one"))
-        model, processor = resolve_model({"from": "one", "template": "plain", "image_mean": [.4, .4, .4]})
-        test_eq((processor.template, processor.image_processor.image_mean, model.config.image_mean), ("plain", [.4]*3, [.4]*3))
+        changes = {"template": "plain", "image_mean": [0.4, 0.4, 0.4]}
+        model, processor = resolve_model({"from": "one", **changes})
+        test_eq(processor.template, "plain")
+        test_eq((processor.image_processor.image_mean, model.config.image_mean), ([0.4] * 3, [0.4] * 3))
         test_eq(model.generation_config.eos_token_id, processor.generation_settings()["eos_token_id"])
         half, _ = resolve_model({"from": "one"}, dtype=torch.bfloat16)
-        test_eq((half.language_model.dtype, half.image_encoder.mm_projector[0].weight.dtype), (torch.bfloat16, torch.float32))
+        test_eq(half.language_model.dtype, torch.bfloat16)
+        test_eq(half.image_encoder.mm_projector[0].weight.dtype, torch.float32)
         section, folder = {"from": "runs/one"}, Path("runs/two/checkpoint-3")
         model, processor = resolve_model(section)
         test_close(logits(model, processor), want, eps=1e-5)
         shake(model, "language_model")
         folder.mkdir(parents=True)
-        save_trainable(model, folder); write_base(folder, section, 0)
+        save_trainable(model, folder)
+        write_base(folder, section, 0)
         test_eq(sorted(p.name for p in folder.iterdir()), ["base.json", "trainable.safetensors"])
         after = logits(model, processor)
         test_close(logits(*open_model(folder, "cpu")), after, eps=1e-5)
@@ -195,39 +245,57 @@ def test_folders_without_a_model_are_named():
     with workshop():
         run, folder = Path("runs/mine"), Path("runs/mine/checkpoint-20")
         make_run(run, {"r": 4})
-        for path in ("model", "export", "plain"): shutil.rmtree(run/path)
+        for path in ("model", "export", "plain"): shutil.rmtree(run / path)
+        message = (
+            "is not finished; resume with: vlm-lit train runs/mine/recipe.yaml --resume; its "
+        "newest checkpoint is runs/mine/checkpoint-20"
+        )
         for name in (run, "mine"):
-            with expect_fail(ConfigError, contains="is not finished; resume with: vlm-lit train runs/mine/recipe.yaml --resume; its newest checkpoint is runs/mine/checkpoint-20"): open_model(name)
-        with expect_fail(ConfigError, contains="run 'runs/mine' is not finished"): resolve_model({"from": "runs/mine"})
-        with expect_fail(ConfigError, contains="no model in 'tokenizer': config.json is missing"): open_model("tokenizer")
-        with expect_fail(ConfigError, contains="no model 'yours'"): open_model("yours")
-        with expect_fail(ConfigError, contains="no model 'yours'"): resolve_model({"from": "yours"})
-        base, weights = read_base(folder), read_state(folder/"trainable.safetensors")
+            with expect_fail(ConfigError, contains=message): open_model(name)
+        with expect_fail(ConfigError, contains="run 'runs/mine' is not finished"):
+            resolve_model({"from": "runs/mine"})
+        with expect_fail(ConfigError, contains="no model in 'tokenizer': config.json is missing"):
+            open_model("tokenizer")
+        with expect_fail(ConfigError, contains="no model 'yours'"):
+            open_model("yours")
+        with expect_fail(ConfigError, contains="no model 'yours'"):
+            resolve_model({"from": "yours"})
+        base, weights = read_base(folder), read_state(folder / "trainable.safetensors")
         write_base(folder, {"from": "runs/gone"}, 0, {"r": 4})
-        with expect_fail(ConfigError, contains="cannot be opened without its base: no model 'runs/gone'"): open_model(folder)
+        message = "cannot be opened without its base: no model 'runs/gone'"
+        with expect_fail(ConfigError, contains=message): open_model(folder)
         write_base(folder, base["model"], base["seed"], {"r": 8})
-        with expect_fail(ConfigError, contains="wrong shape 56"): open_model(folder)
+        with expect_fail(ConfigError, contains="wrong shape 56"):
+            open_model(folder)
         write_base(folder, {**base["model"], "vision_tower_aux": None}, base["seed"], base["lora"])
-        with expect_fail(ConfigError, contains="trainable.safetensors does not fit the model: unexpected"): open_model(folder)
-        (folder/"base.json").write_text("{}")
-        with expect_fail(ConfigError, contains="must hold model, seed and lora"): open_model(folder)
+        message = "trainable.safetensors does not fit the model: unexpected"
+        with expect_fail(ConfigError, contains=message): open_model(folder)
+        (folder / "base.json").write_text("{}")
+        with expect_fail(ConfigError, contains="must hold model, seed and lora"):
+            open_model(folder)
         write_base(folder, **{"section": base["model"], "seed": base["seed"], "lora": base["lora"]})
-        (folder/"adapter_model.safetensors").unlink()
-        with expect_fail(ConfigError, contains="no adapter in 'runs/mine/checkpoint-20'"): open_model(folder)
-        (folder/"trainable.safetensors").write_bytes(b"half")
-        with expect_fail(ConfigError, contains="cannot read weights from trainable.safetensors"): open_model(folder)
-        with expect_fail(ConfigError, contains="base.json is missing"): read_base(run)
+        (folder / "adapter_model.safetensors").unlink()
+        with expect_fail(ConfigError, contains="no adapter in 'runs/mine/checkpoint-20'"):
+            open_model(folder)
+        (folder / "trainable.safetensors").write_bytes(b"half")
+        with expect_fail(ConfigError, contains="cannot read weights from trainable.safetensors"):
+            open_model(folder)
+        with expect_fail(ConfigError, contains="base.json is missing"):
+            read_base(run)
         make_run(Path("runs/other"))
         (Path("runs/other/model/processor_config.json")).unlink()
-        with expect_fail(ConfigError, contains="no processor in 'runs/other/model'"): open_model("other")
+        with expect_fail(ConfigError, contains="no processor in 'runs/other/model'"):
+            open_model("other")
 
 def test_lora_without_peft_says_what_to_install():
     import sys
+
     with workshop():
         model, _ = resolve_model(TINY)
     kept, sys.modules["peft"] = sys.modules.get("peft"), None
     try:
-        with expect_fail(ConfigError, contains="pip install 'vlm_lit[peft]'"): add_lora(model, {})
+        with expect_fail(ConfigError, contains="pip install 'vlm_lit[peft]'"):
+            add_lora(model, {})
     finally:
         sys.modules.pop("peft")
         if kept is not None: sys.modules["peft"] = kept

@@ -15,7 +15,8 @@ import torch
 from dataclasses import dataclass
 from torch import nn
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig
+from transformers import PreTrainedModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import ModelOutput
 from .core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConfigError, DataError
@@ -23,34 +24,61 @@ from .images import finish_images
 from .vision import PATCH_TOWERS, STAGE_TOWERS, ImageEncoder, last_linear, recomputed
 
 # %% ../nbs/09_model.ipynb #c006
-CLIP_LARGE = dict(model_type="clip_vision_model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336, patch_size=14, projection_dim=768)
+CLIP_LARGE = dict(model_type="clip_vision_model", image_size=336, patch_size=14)
+CLIP_LARGE |= dict(hidden_size=1024, intermediate_size=4096, projection_dim=768)
+CLIP_LARGE |= dict(num_hidden_layers=24, num_attention_heads=16)
 
 class VLMConfig(PreTrainedConfig):
-    "What a model is made of: its parts in the words of their own configurations, and how they fit together."
+    """What a model is made of: its parts in the words of their own configurations, and how they fit
+    together."""
+
     model_type = "vlm_lit"
-    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig, "vision_aux_config": AutoConfig}
-    def __init__(self,
-        text_config=None, # Language model: a transformers configuration, or its dict with `model_type`; None: Gemma's
-        vision_config=None, # Low-resolution tower, likewise; None: CLIP ViT-L/14 at 336 pixels
-        vision_aux_config=None, # High-resolution tower, likewise; None: no mining, as LLaVA
-        projector_type:str="mlp2x_gelu", # "linear", "mlpNx_gelu" or "identity"
-        image_size:int=336, # Side of the small picture, or of a crop of it, pixels
-        image_size_aux:int|None=None, # Side of the large picture, pixels; None: 768, or without a second tower what the small pictures are cut from
-        image_grid:int=1, # Crops of the small picture along a side; MGM-HD has 2
-        image_global:bool=False, # Whether the whole picture is read beside its crops
-        select_layer:int=-2, # Which hidden states (or stage) of the low-resolution tower are its features
-        aux_stages=None, # Which stages of the high-resolution tower are mined; None: all, as MGM
-        image_mean=OPENAI_CLIP_MEAN, # Of each channel, 0 to 1
-        image_std=OPENAI_CLIP_STD, # Likewise
-        **kwargs, # Of transformers' base class
+    sub_configs = {
+        "text_config": AutoConfig,
+        "vision_config": AutoConfig,
+        "vision_aux_config": AutoConfig,
+    }
+
+    def __init__(
+        self,
+        # Language model: a transformers configuration, or its dict with `model_type`; None: Gemma's
+        text_config=None,
+        vision_config=None,  # Low-resolution tower, likewise; None: CLIP ViT-L/14 at 336 pixels
+        vision_aux_config=None,  # High-resolution tower, likewise; None: no mining, as LLaVA
+        projector_type: str = "mlp2x_gelu",  # "linear", "mlpNx_gelu" or "identity"
+        image_size: int = 336,  # Side of the small picture, or of a crop of it, pixels
+        # Side of the large picture, pixels; None: 768, or without a second tower what the small
+        # pictures are cut from
+        image_size_aux: int | None = None,
+        image_grid: int = 1,  # Crops of the small picture along a side; MGM-HD has 2
+        image_global: bool = False,  # Whether the whole picture is read beside its crops
+        # Which hidden states (or stage) of the low-resolution tower are its features
+        select_layer: int = -2,
+        aux_stages=None,  # Which stages of the high-resolution tower are mined; None: all, as MGM
+        image_mean=OPENAI_CLIP_MEAN,  # Of each channel, 0 to 1
+        image_std=OPENAI_CLIP_STD,  # Likewise
+        **kwargs,  # Of transformers' base class
     ):
         self.text_config = sub_config(text_config, "gemma")
         self.vision_config = sub_config(vision_config or CLIP_LARGE, "clip_vision_model")
-        self.vision_aux_config = sub_config(vision_aux_config, "convnext") if vision_aux_config else None
-        self.projector_type, self.image_size, self.image_size_aux, self.image_grid, self.image_global = projector_type, image_size, image_size_aux, image_grid, image_global
-        if image_size_aux is None: self.image_size_aux = 768 if self.vision_aux_config else image_size*image_grid
-        self.select_layer, self.image_mean, self.image_std = select_layer, list(image_mean), list(image_std)
-        if self.vision_aux_config and self.vision_aux_config.model_type not in STAGE_TOWERS: raise ConfigError(f"a {self.vision_aux_config.model_type} has no stages to mine; the high-resolution tower must be one of {', '.join(STAGE_TOWERS)}")
+        self.vision_aux_config = None
+        if vision_aux_config:
+            self.vision_aux_config = sub_config(vision_aux_config, "convnext")
+        self.projector_type = projector_type
+        self.image_size = image_size
+        self.image_size_aux = image_size_aux
+        self.image_grid = image_grid
+        self.image_global = image_global
+        if image_size_aux is None:
+            self.image_size_aux = 768 if self.vision_aux_config else image_size * image_grid
+        self.select_layer = select_layer
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        if self.vision_aux_config and self.vision_aux_config.model_type not in STAGE_TOWERS:
+            raise ConfigError(
+                f"a {self.vision_aux_config.model_type} has no stages to mine; the high-resolution "
+                f"tower must be one of {', '.join(STAGE_TOWERS)}"
+            )
         stages = len(self.vision_aux_config.hidden_sizes) if self.vision_aux_config else 0
         self.aux_stages = stages_in_use(aux_stages, stages)
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
@@ -60,10 +88,25 @@ class VLMConfig(PreTrainedConfig):
     def check(self) -> None:
         "Raise `ConfigError` for parts that do not fit together."
         tower = self.vision_config
-        if self.image_size % self.patch_size: raise ConfigError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
-        if tower.model_type in PATCH_TOWERS and tower.image_size != self.image_size: raise ConfigError(f"image_size is {self.image_size}, the low-resolution tower reads {tower.image_size} pixels")
-        if self.image_grid < 1 or (self.image_global and self.image_grid == 1): raise ConfigError(f"image_grid must be at least 1, and at least 2 with image_global; got {self.image_grid}")
-        if self.vision_aux_config and self.grid_aux % (self.grid*self.image_grid): raise ConfigError(f"{self.grid_aux} high-resolution features a side cannot be shared by {self.grid*self.image_grid} queries a side")
+        if self.image_size % self.patch_size:
+            raise ConfigError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        if tower.model_type in PATCH_TOWERS and tower.image_size != self.image_size:
+            raise ConfigError(
+                f"image_size is {self.image_size}, the low-resolution tower reads "
+                f"{tower.image_size} pixels"
+            )
+        if self.image_grid < 1 or (self.image_global and self.image_grid == 1):
+            raise ConfigError(
+                "image_grid must be at least 1, and at least 2 with image_global; got "
+                f"{self.image_grid}"
+            )
+        if self.vision_aux_config and self.grid_aux % (self.grid * self.image_grid):
+            raise ConfigError(
+                f"{self.grid_aux} high-resolution features a side cannot be shared by "
+                f"{self.grid * self.image_grid} queries a side"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -74,28 +117,31 @@ class VLMConfig(PreTrainedConfig):
     def patch_size(self) -> int:
         "Pixels of the small picture along a side of a patch."
         tower = self.vision_config
-        return tower.patch_size if tower.model_type in PATCH_TOWERS else tower.patch_size*2**(self.select_layer % len(tower.hidden_sizes))
+        if tower.model_type in PATCH_TOWERS: return tower.patch_size
+        return tower.patch_size * 2 ** (self.select_layer % len(tower.hidden_sizes))
 
     @property
     def grid(self) -> int:
         "Queries along a side of the small picture, or of a crop."
-        return self.image_size//self.patch_size
+        return self.image_size // self.patch_size
 
     @property
     def num_patches(self) -> int:
         "Rows that one picture takes in the language model."
-        return self.grid**2*(self.image_grid**2 + int(self.image_global))
+        return self.grid**2 * (self.image_grid**2 + int(self.image_global))
 
     @property
     def grid_aux(self) -> int:
-        "High-resolution features along a side of the large picture, in the finest stage that is mined."
-        return self.image_size_aux//(self.vision_aux_config.patch_size*2**self.aux_stages[0])
+        """High-resolution features along a side of the large picture, in the finest stage that is
+        mined."""
+        return self.image_size_aux // (self.vision_aux_config.patch_size * 2 ** self.aux_stages[0])
 
     @property
     def vision_size(self) -> int:
         "Width of the low-resolution features."
         tower = self.vision_config
-        return tower.hidden_size if tower.model_type in PATCH_TOWERS else tower.hidden_sizes[self.select_layer]
+        if tower.model_type in PATCH_TOWERS: return tower.hidden_size
+        return tower.hidden_sizes[self.select_layer]
 
     @property
     def vision_size_aux(self) -> int:
@@ -103,21 +149,26 @@ class VLMConfig(PreTrainedConfig):
         return sum(self.vision_aux_config.hidden_sizes[n] for n in self.aux_stages)
 
 def stages_in_use(
-    chosen, # Which stages, negative ones counted from the end; None: all
-    stages:int, # How many there are
-) -> list[int]: # Rising: the finest map first
+    chosen,  # Which stages, negative ones counted from the end; None: all
+    stages: int,  # How many there are
+) -> list[int]:  # Rising: the finest map first
     "The stages that are mined. Raises `ConfigError` for one that is not there."
     if not chosen or not stages: return list(range(stages))
     wrong = [n for n in chosen if not -stages <= n < stages]
-    if wrong: raise ConfigError(f"aux_stages: there is no stage {wrong[0]}; the high-resolution tower has {stages}")
+    if wrong:
+        raise ConfigError(
+            f"aux_stages: there is no stage {wrong[0]}; the high-resolution tower has {stages}"
+        )
     return sorted({n % stages for n in chosen})
 
 def sub_config(
-    config, # A configuration or its dict
-    model_type:str, # When the dict does not say
+    config,  # A configuration or its dict
+    model_type: str,  # When the dict does not say
 ) -> PreTrainedConfig:
     "A part's configuration."
-    if not isinstance(config, dict) and config is not None: return copy.deepcopy(config)       # it may be a living model's own
+    # it may be a living model's own
+    if not isinstance(config, dict) and config is not None:
+        return copy.deepcopy(config)
     config = dict(config or {})
     return AutoConfig.for_model(config.pop("model_type", None) or model_type, **config)
 
@@ -125,71 +176,83 @@ def sub_config(
 @dataclass(frozen=True)
 class SplicePlan:
     "For each new position where its content comes from; all tensors have shape (batch, new_len)."
-    token: torch.Tensor     # old position in the row
-    row: torch.Tensor       # which row of the picture, for positions of a picture
-    image: torch.Tensor     # which picture of the batch, likewise
+
+    token: torch.Tensor  # old position in the row
+    row: torch.Tensor  # which row of the picture, for positions of a picture
+    image: torch.Tensor  # which picture of the batch, likewise
     is_image: torch.Tensor  # whether a picture's row goes here
-    filled: torch.Tensor    # False for padding: the new attention mask
+    filled: torch.Tensor  # False for padding: the new attention mask
 
 def plan_splice(
-    input_ids:torch.Tensor, # (batch, seq_len), one sentinel a picture
-    attention_mask:torch.Tensor, # (batch, seq_len), False for padding
-    num_patches:int, # Rows of a picture
-    spliced_len:int|None=None, # Positions of the longest row afterwards, from the collator; None: counted here, for which a GPU must be waited for
+    input_ids: torch.Tensor,  # (batch, seq_len), one sentinel a picture
+    attention_mask: torch.Tensor,  # (batch, seq_len), False for padding
+    num_patches: int,  # Rows of a picture
+    # Positions of the longest row afterwards, from the collator; None: counted here, for which a
+    # GPU must be waited for
+    spliced_len: int | None = None,
 ) -> SplicePlan:
     "Where everything goes when each sentinel grows to `num_patches` rows."
     sentinel = (input_ids == IMAGE_TOKEN_INDEX) & attention_mask.bool()
-    width = torch.where(sentinel, num_patches, 1)*attention_mask
+    width = torch.where(sentinel, num_patches, 1) * attention_mask
     ends = width.cumsum(1)
     new_len = int(ends[:, -1].max()) if spliced_len is None else spliced_len
     place = torch.arange(new_len, device=input_ids.device).expand(len(input_ids), -1).contiguous()
     filled = place < ends[:, -1:]
     token = torch.searchsorted(ends, place, right=True).clamp(max=input_ids.shape[1] - 1)
     number = sentinel.flatten().cumsum(0).reshape(sentinel.shape) - 1
-    return SplicePlan(token, place - (ends - width).gather(1, token), number.gather(1, token), sentinel.gather(1, token) & filled, filled)
+    row = place - (ends - width).gather(1, token)
+    is_image = sentinel.gather(1, token) & filled
+    return SplicePlan(token, row, number.gather(1, token), is_image, filled)
 
 def splice(
-    plan:SplicePlan, # From `plan_splice`
-    text:torch.Tensor, # Embeddings of the ids, (batch, seq_len, hidden_size)
-    features:torch.Tensor, # Rows of all pictures, in order, (n_images, num_patches, hidden_size)
-) -> torch.Tensor: # `inputs_embeds`, (batch, new_len, hidden_size)
+    plan: SplicePlan,  # From `plan_splice`
+    text: torch.Tensor,  # Embeddings of the ids, (batch, seq_len, hidden_size)
+    features: torch.Tensor,  # Rows of all pictures, in order, (n_images, num_patches, hidden_size)
+) -> torch.Tensor:  # `inputs_embeds`, (batch, new_len, hidden_size)
     "Text embeddings with each picture's rows in the place of its sentinel."
     batch, seq_len, _ = text.shape
     table = torch.cat([text.flatten(0, 1), features.flatten(0, 1).to(text.dtype)])
-    own_text = plan.token + seq_len*torch.arange(batch, device=text.device)[:, None]
-    own_image = batch*seq_len + plan.image*features.shape[1] + plan.row
-    return table[torch.where(plan.is_image, own_image, own_text)]*plan.filled[..., None]
+    own_text = plan.token + seq_len * torch.arange(batch, device=text.device)[:, None]
+    own_image = batch * seq_len + plan.image * features.shape[1] + plan.row
+    return table[torch.where(plan.is_image, own_image, own_text)] * plan.filled[..., None]
 
 def splice_labels(
-    plan:SplicePlan, # From `plan_splice`
-    labels:torch.Tensor, # (batch, seq_len)
-) -> torch.Tensor: # (batch, new_len)
+    plan: SplicePlan,  # From `plan_splice`
+    labels: torch.Tensor,  # (batch, seq_len)
+) -> torch.Tensor:  # (batch, new_len)
     "Labels that follow the splice; pictures and padding are ignored."
     return torch.where(plan.filled & ~plan.is_image, labels.gather(1, plan.token), IGNORE_INDEX)
 
 # %% ../nbs/09_model.ipynb #c019
 def check_pictures(
-    input_ids:torch.Tensor, # (batch, seq_len)
-    n_images:int, # Pictures that came along
+    input_ids: torch.Tensor,  # (batch, seq_len)
+    n_images: int,  # Pictures that came along
 ) -> None:
-    "Raise `DataError` unless there is one sentinel a picture. On a GPU this waits for it; the collator has counted before."
+    """Raise `DataError` unless there is one sentinel a picture. On a GPU this waits for it; the
+    collator has counted before."""
     n_gaps = int((input_ids == IMAGE_TOKEN_INDEX).sum())
-    if n_images != n_gaps: raise DataError(f"{n_gaps} image sentinel(s) in input_ids for {n_images} image(s) in the batch")
+    if n_images != n_gaps:
+        raise DataError(
+            f"{n_gaps} image sentinel(s) in input_ids for {n_images} image(s) in the batch"
+        )
 
 # %% ../nbs/09_model.ipynb #c023
 def learned_positions(
-    labels:torch.Tensor, # (batch, seq_len), `IGNORE_INDEX` where nothing is learned
-) -> tuple[torch.Tensor, torch.Tensor]: # (n_learned,) places in the flattened (batch, seq_len) of the states that predict; (n_learned,) what they predict
+    labels: torch.Tensor,  # (batch, seq_len), `IGNORE_INDEX` where nothing is learned
+    # (n_learned,) places in the flattened (batch, seq_len) of the states that predict; (n_learned,)
+    # what they predict
+) -> tuple[torch.Tensor, torch.Tensor]:
     "Where a learned token is predicted, and which."
-    places = (F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX) != IGNORE_INDEX).flatten().nonzero().flatten()
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    places = (following != IGNORE_INDEX).flatten().nonzero().flatten()
     return places, labels.flatten()[places + 1]
 
 def run_language_model(
-    language_model, # Any `AutoModelForCausalLM`
-    inputs_embeds:torch.Tensor, # (batch, seq_len, hidden_size)
-    places:torch.Tensor, # (n_rows,) in the flattened (batch, seq_len)
-    **kwargs, # For the language model
-): # Its own output, with `logits` (n_rows, rows of the head)
+    language_model,  # Any `AutoModelForCausalLM`
+    inputs_embeds: torch.Tensor,  # (batch, seq_len, hidden_size)
+    places: torch.Tensor,  # (n_rows,) in the flattened (batch, seq_len)
+    **kwargs,  # For the language model
+):  # Its own output, with `logits` (n_rows, rows of the head)
     "The language model, its head applied to the rows at `places` only."
     choose = lambda head, args: (args[0].flatten(0, -2)[places], *args[1:])
     hook = language_model.get_output_embeddings().register_forward_pre_hook(choose)
@@ -198,15 +261,16 @@ def run_language_model(
 
 # %% ../nbs/09_model.ipynb #c031
 def splice_sample_ids(
-    plan:SplicePlan, # From `plan_splice`
-    sample_ids:torch.Tensor, # (batch, seq_len), from 1; 0 for padding
-) -> torch.Tensor: # (batch, new_len)
-    "Whose each position is after the splice; the rows of a picture belong to its sentinel's sample."
-    return sample_ids.gather(1, plan.token)*plan.filled
+    plan: SplicePlan,  # From `plan_splice`
+    sample_ids: torch.Tensor,  # (batch, seq_len), from 1; 0 for padding
+) -> torch.Tensor:  # (batch, new_len)
+    """Whose each position is after the splice; the rows of a picture belong to its sentinel's
+    sample."""
+    return sample_ids.gather(1, plan.token) * plan.filled
 
 def restart_positions(
-    sample_ids:torch.Tensor, # (batch, new_len), each sample in one piece
-) -> torch.Tensor: # `position_ids`, (batch, new_len)
+    sample_ids: torch.Tensor,  # (batch, new_len), each sample in one piece
+) -> torch.Tensor:  # `position_ids`, (batch, new_len)
     "Positions that count from 0 in each sample, and in the padding."
     place = torch.arange(sample_ids.shape[1], device=sample_ids.device).expand_as(sample_ids)
     begins = torch.ones_like(sample_ids, dtype=torch.bool)
@@ -214,197 +278,301 @@ def restart_positions(
     return place - torch.where(begins, place, 0).cummax(1).values
 
 def check_packing(
-    language_model, # A transformers model
+    language_model,  # A transformers model
 ) -> None:
     "Raise `ConfigError` unless its attention keeps packed samples apart."
     kind = language_model.config._attn_implementation
-    if kind not in ("eager", "sdpa"): raise ConfigError(f"packed rows need attention 'sdpa' or 'eager', this model has {kind!r}, where samples of a row may see each other")
+    if kind not in ("eager", "sdpa"):
+        raise ConfigError(
+            f"packed rows need attention 'sdpa' or 'eager', this model has {kind!r}, where "
+            "samples of a row may see each other"
+        )
 
 # %% ../nbs/09_model.ipynb #c035
 @dataclass
 class VLMOutput(ModelOutput):
     "What a forward pass gives."
-    loss: torch.Tensor|None = None           # mean over supervised tokens, or their sum over `num_items_in_batch`; None without labels
-    logits: torch.Tensor|None = None         # (n_learned, rows of the head); without labels (batch, new_len, rows of the head)
-    targets: torch.Tensor|None = None        # (n_learned,), rows of the head
-    inputs_embeds: torch.Tensor|None = None  # (batch, new_len, hidden_size), what the language model read
-    labels: torch.Tensor|None = None         # (batch, new_len), after the splice
-    hidden_states: tuple|None = None         # of the language model, when asked for
-    attentions: tuple|None = None            # likewise
-    token_losses: torch.Tensor|None = None   # (n_learned,) float32, detached: each supervised token's own, in the order of the labels
+
+    # mean over supervised tokens, or their sum over `num_items_in_batch`; None without labels
+    loss: torch.Tensor | None = None
+    # (n_learned, rows of the head); without labels (batch, new_len, rows of the head)
+    logits: torch.Tensor | None = None
+    targets: torch.Tensor | None = None  # (n_learned,), rows of the head
+    # (batch, new_len, hidden_size), what the language model read
+    inputs_embeds: torch.Tensor | None = None
+    labels: torch.Tensor | None = None  # (batch, new_len), after the splice
+    hidden_states: tuple | None = None  # of the language model, when asked for
+    attentions: tuple | None = None  # likewise
+    # (n_learned,) float32, detached: each supervised token's own, in the order of the labels
+    token_losses: torch.Tensor | None = None
 
 def has_bytes(
-    images_aux:torch.Tensor|None, # Large pictures of a batch
+    images_aux: torch.Tensor | None,  # Large pictures of a batch
 ) -> bool:
     "Whether pictures came as bytes and are still to be finished."
     return images_aux is not None and images_aux.dtype == torch.uint8
 
 def pad_left(
-    inputs_embeds:torch.Tensor, # (batch, seq_len, hidden_size), filled from the left
-    filled:torch.Tensor, # (batch, seq_len), False for padding
-) -> tuple[torch.Tensor, torch.Tensor]: # Both with the padding in front
+    inputs_embeds: torch.Tensor,  # (batch, seq_len, hidden_size), filled from the left
+    filled: torch.Tensor,  # (batch, seq_len), False for padding
+) -> tuple[torch.Tensor, torch.Tensor]:  # Both with the padding in front
     "Move each row to the right end."
     length = inputs_embeds.shape[1]
-    source = torch.arange(length, device=filled.device)[None] - (length - filled.sum(1, keepdim=True))
+    n_padding = length - filled.sum(1, keepdim=True)
+    source = torch.arange(length, device=filled.device)[None] - n_padding
     mask = source >= 0
-    return inputs_embeds.gather(1, source.clamp(min=0)[..., None].expand_as(inputs_embeds))*mask[..., None], mask
+    index = source.clamp(min=0)[..., None].expand_as(inputs_embeds)
+    return inputs_embeds.gather(1, index) * mask[..., None], mask
 
 class VLM(PreTrainedModel, GenerationMixin):
     "A vision-language model of MGM's or LLaVA's shape."
-    config_class, base_model_prefix, main_input_name = VLMConfig, "", "input_ids"
-    supports_gradient_checkpointing = _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-    def __init__(self, config:VLMConfig):
+
+    config_class = VLMConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: VLMConfig):
         super().__init__(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.image_encoder = ImageEncoder(config)
         self.post_init()
 
     def _init_weights(self, module):
-        "What transformers calls for weights that no file brought; parts of transformers have rules of their own."
+        """What transformers calls for weights that no file brought; parts of transformers have
+        rules of their own."""
         if hasattr(module, "reset_parameters"): module.reset_parameters()
 
-    def get_input_embeddings(self): return self.language_model.get_input_embeddings()
-    def set_input_embeddings(self, value): self.language_model.set_input_embeddings(value)
-    def get_output_embeddings(self): return self.language_model.get_output_embeddings()
-    def set_output_embeddings(self, value): self.language_model.set_output_embeddings(value)
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
 
-    def train(self, mode:bool=True):
+    def set_input_embeddings(self, value):
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.language_model.set_output_embeddings(value)
+
+    def train(self, mode: bool = True):
         "As usual, but a frozen tower stays in evaluation mode: no dropout, no dropped paths."
         super().train(mode)
         for tower in (self.image_encoder.vision_tower, self.image_encoder.vision_tower_aux):
-            if tower is not None and not any(p.requires_grad for p in tower.parameters()): tower.eval()
+            if tower is not None and not any(p.requires_grad for p in tower.parameters()):
+                tower.eval()
         return self
 
     def set_attn_implementation(self, attn_implementation, **kwargs):
         "For the parts that have attention to choose; a tower of convolutions has none."
-        towers = [self.image_encoder.vision_tower] if self.config.vision_config.model_type in PATCH_TOWERS else []
-        for part in (self.language_model, *towers): part.set_attn_implementation(attn_implementation, **kwargs)
+        parts = [self.language_model]
+        if self.config.vision_config.model_type in PATCH_TOWERS:
+            parts.append(self.image_encoder.vision_tower)
+        for part in parts:
+            part.set_attn_implementation(attn_implementation, **kwargs)
 
-    def embed(self,
-        input_ids:torch.Tensor, # (batch, seq_len)
-    ) -> torch.Tensor: # (batch, seq_len, hidden_size); arbitrary at sentinels
+    def embed(
+        self,
+        input_ids: torch.Tensor,  # (batch, seq_len)
+    ) -> torch.Tensor:  # (batch, seq_len, hidden_size); arbitrary at sentinels
         "Embeddings of the ids, at the scale the language model expects."
         return self.get_input_embeddings()(input_ids.clamp(min=0))
 
-    def blank_image(self) -> dict[str, torch.Tensor]: # `images` and, with a second tower, `images_aux`
+    def blank_image(
+        self,
+    ) -> dict[str, torch.Tensor]:  # `images` and, with a second tower, `images_aux`
         "One black picture."
-        side, crops = self.config.image_size, self.config.image_grid**2 + int(self.config.image_global)
+        cfg = self.config
+        side, side_aux = cfg.image_size, cfg.image_size_aux
+        crops = cfg.image_grid**2 + int(cfg.image_global)
         weight = next(self.image_encoder.parameters())
-        shape = (1, 3, side, side) if self.config.image_grid == 1 else (1, crops, 3, side, side)
-        aux = {} if self.config.vision_aux_config is None else {"images_aux": weight.new_zeros(1, 3, self.config.image_size_aux, self.config.image_size_aux)}
-        return {"images": weight.new_zeros(shape), **aux}
+        shape = (1, 3, side, side) if cfg.image_grid == 1 else (1, crops, 3, side, side)
+        blank = {"images": weight.new_zeros(shape)}
+        if cfg.vision_aux_config is not None:
+            blank["images_aux"] = weight.new_zeros(1, 3, side_aux, side_aux)
+        return blank
 
-    def encode_images(self,
-        images:torch.Tensor|None, # (n_images, [crops,] 3, image_size, image_size), None without pictures and with bytes
-        images_aux:torch.Tensor|None, # (n_images, 3, image_size_aux, image_size_aux), float, or bytes (uint8) to finish here
-        like:torch.Tensor, # For type and device of an empty result
-    ) -> torch.Tensor: # (n_images, num_patches, hidden_size)
+    def encode_images(
+        self,
+        # (n_images, [crops,] 3, image_size, image_size), None without pictures and with bytes
+        images: torch.Tensor | None,
+        # (n_images, 3, image_size_aux, image_size_aux), float, or bytes (uint8) to finish here
+        images_aux: torch.Tensor | None,
+        like: torch.Tensor,  # For type and device of an empty result
+    ) -> torch.Tensor:  # (n_images, num_patches, hidden_size)
         "Rows of all pictures of a batch."
         cfg = self.config
         if images is None and has_bytes(images_aux):
-            finished = finish_images(images_aux, cfg.image_size, cfg.image_mean, cfg.image_std, cfg.image_grid, cfg.image_global)
+            colors, crops = (cfg.image_mean, cfg.image_std), (cfg.image_grid, cfg.image_global)
+            finished = finish_images(images_aux, cfg.image_size, *colors, *crops)
             images, images_aux = finished["images"], finished["images_aux"]
         if images is None:
-            if not (self.training and torch.is_grad_enabled()): return like.new_zeros(0, cfg.num_patches, like.shape[-1])
-            blank = self.blank_image()                       # its rows go nowhere, their weights get a gradient of zero
+            if not (self.training and torch.is_grad_enabled()):
+                return like.new_zeros(0, cfg.num_patches, like.shape[-1])
+            blank = self.blank_image()  # its rows go nowhere, their weights get a gradient of zero
             images, images_aux = blank["images"], blank.get("images_aux")
-        if images.dim() != 4 + (cfg.image_grid > 1): raise ConfigError(f"images have shape {tuple(images.shape)}; this model has image_grid {cfg.image_grid}, prepare them alike")
-        if has_bytes(images_aux): raise DataError("images are floats and images_aux bytes; give bytes in images_aux alone, or floats in both")
+        if images.dim() != 4 + (cfg.image_grid > 1):
+            raise ConfigError(
+                f"images have shape {tuple(images.shape)}; this model has image_grid "
+                f"{cfg.image_grid}, prepare them alike"
+            )
+        if has_bytes(images_aux):
+            raise DataError(
+                "images are floats and images_aux bytes; give bytes in images_aux alone, or "
+                "floats in both"
+            )
         return self.image_encoder(images, images_aux)
 
-    def prepare(self,
-        input_ids:torch.Tensor, # (batch, seq_len)
-        attention_mask:torch.Tensor|None=None, # (batch, seq_len), False for padding
-        images:torch.Tensor|None=None, # (n_images, [crops,] 3, image_size, image_size), in the order of the sentinels
-        images_aux:torch.Tensor|None=None, # (n_images, 3, image_size_aux, image_size_aux); bytes (uint8) come without `images`
-        image_index:torch.Tensor|None=None, # (n_sentinels,) which picture each sentinel shows; None: one each, in order
-        spliced_len:int|None=None, # From the collator, which has counted sentinels and pictures; None: counted here
-    ) -> tuple[torch.Tensor, SplicePlan]: # `inputs_embeds` (batch, new_len, hidden_size), and how they came about
+    def prepare(
+        self,
+        input_ids: torch.Tensor,  # (batch, seq_len)
+        attention_mask: torch.Tensor | None = None,  # (batch, seq_len), False for padding
+        # (n_images, [crops,] 3, image_size, image_size), in the order of the sentinels
+        images: torch.Tensor | None = None,
+        # (n_images, 3, image_size_aux, image_size_aux); bytes (uint8) come without `images`
+        images_aux: torch.Tensor | None = None,
+        # (n_sentinels,) which picture each sentinel shows; None: one each, in order
+        image_index: torch.Tensor | None = None,
+        # From the collator, which has counted sentinels and pictures; None: counted here
+        spliced_len: int | None = None,
+        # `inputs_embeds` (batch, new_len, hidden_size), and how they came about
+    ) -> tuple[torch.Tensor, SplicePlan]:
         "What the language model reads."
-        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask
-        shown = image_index if image_index is not None else images_aux if images is None and has_bytes(images_aux) else images
-        if spliced_len is None: check_pictures(input_ids, 0 if shown is None else len(shown))
-        plan, text = plan_splice(input_ids, mask, self.config.num_patches, spliced_len), self.embed(input_ids)
+        mask = attention_mask
+        if mask is None: mask = torch.ones_like(input_ids, dtype=torch.bool)
+        shown = image_index
+        if shown is None:
+            shown = images_aux if images is None and has_bytes(images_aux) else images
+        if spliced_len is None:
+            check_pictures(input_ids, 0 if shown is None else len(shown))
+        plan = plan_splice(input_ids, mask, self.config.num_patches, spliced_len)
+        text = self.embed(input_ids)
         features = self.encode_images(images, images_aux, text)
-        return splice(plan, text, features if image_index is None else features[image_index]), plan
+        if image_index is not None: features = features[image_index]
+        return splice(plan, text, features), plan
 
-    def forward(self,
-        input_ids:torch.Tensor|None=None, # (batch, seq_len), one sentinel a picture, right padded
-        attention_mask:torch.Tensor|None=None, # (batch, seq_len)
-        labels:torch.Tensor|None=None, # (batch, seq_len); None: no loss, and logits of all positions
-        images:torch.Tensor|None=None, # (n_images, [crops,] 3, image_size, image_size)
-        images_aux:torch.Tensor|None=None, # (n_images, 3, image_size_aux, image_size_aux); bytes (uint8) come without `images`
-        image_index:torch.Tensor|None=None, # (n_sentinels,) which picture each sentinel shows; None: one each, in order
-        sample_ids:torch.Tensor|None=None, # (batch, seq_len) which sample of a packed row each position is of, from 1, 0 for padding
-        spliced_len:int|None=None, # Positions of the longest row after the splice, from the collator
-        num_items_in_batch:int|torch.Tensor|None=None, # Learned tokens of the global batch; None: of this one
-        inputs_embeds:torch.Tensor|None=None, # (batch, new_len, hidden_size) spliced already; then labels are (batch, new_len), too
-        **kwargs, # For the language model: `output_hidden_states`, `output_attentions`, `logits_to_keep`
+    def forward(
+        self,
+        # (batch, seq_len), one sentinel a picture, right padded
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,  # (batch, seq_len)
+        # (batch, seq_len); None: no loss, and logits of all positions
+        labels: torch.Tensor | None = None,
+        images: torch.Tensor | None = None,  # (n_images, [crops,] 3, image_size, image_size)
+        # (n_images, 3, image_size_aux, image_size_aux); bytes (uint8) come without `images`
+        images_aux: torch.Tensor | None = None,
+        # (n_sentinels,) which picture each sentinel shows; None: one each, in order
+        image_index: torch.Tensor | None = None,
+        # (batch, seq_len) which sample of a packed row each position is of, from 1, 0 for padding
+        sample_ids: torch.Tensor | None = None,
+        # Positions of the longest row after the splice, from the collator
+        spliced_len: int | None = None,
+        # Learned tokens of the global batch; None: of this one
+        num_items_in_batch: int | torch.Tensor | None = None,
+        # (batch, new_len, hidden_size) spliced already; then labels are (batch, new_len), too
+        inputs_embeds: torch.Tensor | None = None,
+        # For the language model: `output_hidden_states`, `output_attentions`, `logits_to_keep`
+        **kwargs,
     ) -> VLMOutput:
         "The loss over learned positions; the head computes no other row."
         kwargs = {"use_cache": False, **kwargs}
         if inputs_embeds is None:
-            inputs_embeds, plan = self.prepare(input_ids, attention_mask, images, images_aux, image_index, spliced_len)
+            inputs_embeds, plan = self.prepare(
+                input_ids, attention_mask, images, images_aux, image_index, spliced_len
+            )
             labels = None if labels is None else splice_labels(plan, labels)
             if sample_ids is not None:
                 check_packing(self.language_model)
-                kwargs["position_ids"] = restart_positions(splice_sample_ids(plan, sample_ids))
-                labels = None if labels is None else labels.masked_fill(kwargs["position_ids"] == 0, IGNORE_INDEX)      # a first token is nobody's next one
-        elif attention_mask is not None: kwargs["attention_mask"] = attention_mask                      # whoever spliced may have padded on the left
+                positions = restart_positions(splice_sample_ids(plan, sample_ids))
+                kwargs["position_ids"] = positions
+                if labels is not None:  # a first token is nobody's next one
+                    labels = labels.masked_fill(positions == 0, IGNORE_INDEX)
+        elif attention_mask is not None:  # whoever spliced may have padded on the left
+            kwargs["attention_mask"] = attention_mask
         if labels is None:
             out = self.language_model(inputs_embeds=inputs_embeds, **kwargs)
-            return VLMOutput(logits=out.logits, inputs_embeds=inputs_embeds, hidden_states=out.get("hidden_states"), attentions=out.get("attentions"))
+            asked = dict(hidden_states=out.get("hidden_states"), attentions=out.get("attentions"))
+            return VLMOutput(logits=out.logits, inputs_embeds=inputs_embeds, **asked)
         learned, targets = learned_positions(labels)
         out = run_language_model(self.language_model, inputs_embeds, learned, **kwargs)
         losses = F.cross_entropy(out.logits.float(), targets, reduction="none")
-        loss = losses.sum()/(max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch)
-        return VLMOutput(loss, out.logits, targets, inputs_embeds, labels,
-                         out.get("hidden_states"), out.get("attentions"), losses.detach())
+        n_items = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
+        loss = losses.sum() / n_items
+        asked = out.get("hidden_states"), out.get("attentions")
+        read = out.logits, targets, inputs_embeds, labels
+        return VLMOutput(loss, *read, *asked, losses.detach())
 
     @torch.no_grad()
-    def generate(self,
-        input_ids:torch.Tensor, # (batch, seq_len), each ending where an answer begins
-        attention_mask:torch.Tensor|None=None, # (batch, seq_len), False for padding, on either side
-        images:torch.Tensor|None=None, # As in `forward`
-        images_aux:torch.Tensor|None=None, # As in `forward`
-        image_index:torch.Tensor|None=None, # As in `forward`
-        spliced_len:int|None=None, # As in `forward`
-        generation_config=None, # transformers' `GenerationConfig`; None: the model's own
-        **kwargs, # For transformers' `generate`: `max_new_tokens`, `num_beams`, `do_sample`, `streamer`, ...
-    ): # (batch, new_tokens) ids, padded after the end; with `return_dict_in_generate` transformers' output
+    def generate(
+        self,
+        input_ids: torch.Tensor,  # (batch, seq_len), each ending where an answer begins
+        # (batch, seq_len), False for padding, on either side
+        attention_mask: torch.Tensor | None = None,
+        images: torch.Tensor | None = None,  # As in `forward`
+        images_aux: torch.Tensor | None = None,  # As in `forward`
+        image_index: torch.Tensor | None = None,  # As in `forward`
+        spliced_len: int | None = None,  # As in `forward`
+        generation_config=None,  # transformers' `GenerationConfig`; None: the model's own
+        # For transformers' `generate`: `max_new_tokens`, `num_beams`, `do_sample`, `streamer`, ...
+        **kwargs,
+        # (batch, new_tokens) ids, padded after the end; with `return_dict_in_generate`
+        # transformers' output
+    ):
         "What the language model writes after the conversation; new tokens only."
-        embeds, plan = self.prepare(input_ids, attention_mask, images, images_aux, image_index, spliced_len)
+        embeds, plan = self.prepare(
+            input_ids, attention_mask, images, images_aux, image_index, spliced_len
+        )
         embeds, mask = pad_left(embeds, plan.filled)
         config = copy.deepcopy(generation_config or self.generation_config)
         rest = config.update(**kwargs)
-        return self.language_model.generate(inputs_embeds=embeds, attention_mask=mask.long(),
-                                            generation_config=config, **rest)
+        return self.language_model.generate(
+            inputs_embeds=embeds, attention_mask=mask.long(), generation_config=config, **rest
+        )
 
 AutoConfig.register("vlm_lit", VLMConfig, exist_ok=True)
 AutoModelForCausalLM.register(VLMConfig, VLM, exist_ok=True)
 
 # %% ../nbs/09_model.ipynb #c074
 def recompute_mlps(
-    language_model, # A transformers model whose layers have gated MLPs; changed in place
-    what:str="gates", # "gates": the activation and its product; "mlp": all that is wide; "none": as transformers has it
-    n_layers:int|None=None, # So many of the first layers, not the others; None: all
-) -> int: # How many MLPs were changed
-    "Let the decoder's MLPs keep less for the backward pass, and make it again there. Raises `ConfigError` when there is no gated MLP."
-    if what not in ("gates", "mlp", "none"): raise ConfigError(f"what must be 'gates', 'mlp' or 'none', got {what!r}")
-    mlps = [m for m in language_model.modules() if all(hasattr(m, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))]
-    if not mlps: raise ConfigError(f"a {language_model.config.model_type} has no gated MLP (gate_proj, up_proj, down_proj, act_fn)")
-    def gated(mlp): return lambda x: mlp.down_proj(recomputed(lambda gate, up: mlp.act_fn(gate)*up, mlp.gate_proj(x), mlp.up_proj(x)))
-    def whole(mlp): return lambda x: recomputed(type(mlp).forward.__get__(mlp), x)
+    language_model,  # A transformers model whose layers have gated MLPs; changed in place
+    # "gates": the activation and its product; "mlp": all that is wide; "none": as transformers has
+    # it
+    what: str = "gates",
+    n_layers: int | None = None,  # So many of the first layers, not the others; None: all
+) -> int:  # How many MLPs were changed
+    """Let the decoder's MLPs keep less for the backward pass, and make it again there. Raises
+    `ConfigError` when there is no gated MLP."""
+    if what not in ("gates", "mlp", "none"):
+        raise ConfigError(f"what must be 'gates', 'mlp' or 'none', got {what!r}")
+    names = ("gate_proj", "up_proj", "down_proj", "act_fn")
+    is_gated = lambda m: all(hasattr(m, name) for name in names)
+    mlps = [m for m in language_model.modules() if is_gated(m)]
+    if not mlps:
+        raise ConfigError(
+            f"a {language_model.config.model_type} has no gated MLP (gate_proj, up_proj, "
+            "down_proj, act_fn)"
+        )
+
+    def gated(mlp):
+        product = lambda gate, up: mlp.act_fn(gate) * up
+        return lambda x: mlp.down_proj(recomputed(product, mlp.gate_proj(x), mlp.up_proj(x)))
+
+    def whole(mlp):
+        return lambda x: recomputed(type(mlp).forward.__get__(mlp), x)
+
     for mlp in mlps: mlp.__dict__.pop("forward", None)
     mlps = mlps[:n_layers]
     for mlp in mlps:
-        if what != "none": mlp.forward = {"gates": gated, "mlp": whole}[what](mlp)
+        if what != "none":
+            mlp.forward = {"gates": gated, "mlp": whole}[what](mlp)
     return len(mlps)
 
 # %% ../nbs/09_model.ipynb #c077
 def repeated_layers(
-    module:nn.Module, # A tower or a language model
-) -> list[nn.Module]: # Layers, blocks or stages
+    module: nn.Module,  # A tower or a language model
+) -> list[nn.Module]:  # Layers, blocks or stages
     "What stands in its outermost lists of modules."
     found = []
     for child in module.children():
@@ -412,42 +580,51 @@ def repeated_layers(
     return found
 
 def compile_layers(
-    model:nn.Module, # A `VLM`; changed in place, its parameters keep their names
-    **settings, # For `torch.compile`: `backend`, `mode`, `dynamic`, ...
-) -> list[nn.Module]: # What was compiled; `del part.forward` takes it back
+    model: nn.Module,  # A `VLM`; changed in place, its parameters keep their names
+    **settings,  # For `torch.compile`: `backend`, `mode`, `dynamic`, ...
+) -> list[nn.Module]:  # What was compiled; `del part.forward` takes it back
     "Compile decoder layers and tower layers with `torch.compile`, for training only."
-    import torch._dynamo                # takes a second, and only who compiles needs it
+    import torch._dynamo  # takes a second, and only who compiles needs it
+
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     encoder = model.image_encoder
     whole = [model.language_model, encoder.vision_tower, encoder.vision_tower_aux]
     parts = [layer for part in whole if part is not None for layer in repeated_layers(part)]
+
     def in_training(part):
         plain, compiled = part.forward, torch.compile(part.forward, **settings)
+
         @functools.wraps(plain)
         def forward(*args, **kwargs):
             return (compiled if model.training else plain)(*args, **kwargs)
+
         return forward
+
     for part in parts: part.forward = in_training(part)
     return parts
 
 # %% ../nbs/09_model.ipynb #c082
-def rms(x:torch.Tensor) -> float:
+def rms(x: torch.Tensor) -> float:
     "Root mean square of all elements."
     return float(x.detach().float().pow(2).mean().sqrt())
 
 @torch.no_grad()
 def calibrate_projector(
-    model:VLM, # Its projector's last layer is scaled in place
-    images:torch.Tensor|None, # A batch of small pictures; None for bytes
-    images_aux:torch.Tensor|None=None, # The large ones, or bytes (uint8)
-) -> tuple[float,float]: # root mean square of image rows before, of text embeddings
-    "Scale the projector so that image rows are as large as word embeddings. Raises `ConfigError` for a projector without a layer."
+    model: VLM,  # Its projector's last layer is scaled in place
+    images: torch.Tensor | None,  # A batch of small pictures; None for bytes
+    images_aux: torch.Tensor | None = None,  # The large ones, or bytes (uint8)
+) -> tuple[float, float]:  # root mean square of image rows before, of text embeddings
+    """Scale the projector so that image rows are as large as word embeddings. Raises `ConfigError`
+    for a projector without a layer."""
     last = last_linear(model.image_encoder.mm_projector)
-    if last is None: raise ConfigError("an identity projector has no layer to scale")
-    ids = torch.arange(0, model.config.vocab_size, max(model.config.vocab_size//2000, 1), device=model.device)
+    if last is None:
+        raise ConfigError("an identity projector has no layer to scale")
+    size = model.config.vocab_size
+    ids = torch.arange(0, size, max(size // 2000, 1), device=model.device)
     words = model.embed(ids[None])
     images, images_aux = (x if x is None else x.to(model.device) for x in (images, images_aux))
-    before, words = rms(model.encode_images(images, images_aux, words)), rms(words)
-    last.weight.mul_(words/before)
-    last.bias.mul_(words/before)
+    before = rms(model.encode_images(images, images_aux, words))
+    words = rms(words)
+    last.weight.mul_(words / before)
+    last.bias.mul_(words / before)
     return before, words

@@ -23,31 +23,44 @@ from transformers.modeling_outputs import BaseModelOutputWithNoAttention
 from .core import ConfigError
 
 # %% ../nbs/08b_vision.ipynb #c006
-PATCH_TOWERS, STAGE_TOWERS = ("clip_vision_model", "siglip_vision_model"), ("convnext", "efficientnet_lite")
+PATCH_TOWERS = ("clip_vision_model", "siglip_vision_model")
+STAGE_TOWERS = ("convnext", "efficientnet_lite")
 
 def tower_depth(
-    config, # Of a tower
-    select_layer:int, # Which features are wanted. Of a tower of layers: which hidden states, 0 is the input of the first layer; of one of stages: which stage. Negative counts from the end
-) -> int: # Layers or stages that must be run
+    config,  # Of a tower
+    # Which features are wanted. Of a tower of layers: which hidden states, 0 is the input of the
+    # first layer; of one of stages: which stage. Negative counts from the end
+    select_layer: int,
+) -> int:  # Layers or stages that must be run
     "How far into the tower its features are. Raises `ConfigError` if it does not go that far."
     kind = config.model_type
-    if kind not in PATCH_TOWERS + STAGE_TOWERS: raise ConfigError(f"no tower of model type {kind!r}; there are: {', '.join(PATCH_TOWERS + STAGE_TOWERS)}")
-    first, most = (0, config.num_hidden_layers) if kind in PATCH_TOWERS else (1, len(config.hidden_sizes))
+    if kind not in PATCH_TOWERS + STAGE_TOWERS:
+        kinds = ", ".join(PATCH_TOWERS + STAGE_TOWERS)
+        raise ConfigError(f"no tower of model type {kind!r}; there are: {kinds}")
+    if kind in PATCH_TOWERS:
+        first, most, parts = 0, config.num_hidden_layers, "layers"
+    else: first, most, parts = 1, len(config.hidden_sizes), "stages"
     depth = select_layer + (first if select_layer >= 0 else most + 1)
-    if not first <= depth <= most: raise ConfigError(f"select_layer {select_layer} is none of a {kind} tower with {most} {'layers' if first == 0 else 'stages'}")
+    if not first <= depth <= most:
+        raise ConfigError(
+            f"select_layer {select_layer} is none of a {kind} tower with {most} {parts}"
+        )
     return depth
 
 # %% ../nbs/08b_vision.ipynb #c009
 def make_tower(
-    config, # `CLIPVisionConfig`, `SiglipVisionConfig`, `ConvNextConfig` or `EfficientNetLiteConfig`
-    select_layer:int=-1, # Which hidden states, or which stage, are its features
-) -> PreTrainedModel: # With random weights
-    "A tower without what comes behind its features. Raises `ConfigError` for a configuration that is none of a tower."
+    # `CLIPVisionConfig`, `SiglipVisionConfig`, `ConvNextConfig` or `EfficientNetLiteConfig`
+    config,
+    select_layer: int = -1,  # Which hidden states, or which stage, are its features
+) -> PreTrainedModel:  # With random weights
+    """A tower without what comes behind its features. Raises `ConfigError` for a configuration that
+    is none of a tower."""
     depth = tower_depth(config, select_layer)
     tower = AutoModel.from_config(config)
     if config.model_type in STAGE_TOWERS:
         del tower.encoder.stages[depth:]
-        if hasattr(tower, "layernorm"): tower.layernorm = nn.Identity()       # ConvNeXt's, of the mean of the last map
+        # ConvNeXt's, of the mean of the last map
+        if hasattr(tower, "layernorm"): tower.layernorm = nn.Identity()
         return tower
     del tower.encoder.layers[depth:]
     tower.post_layernorm = nn.Identity()
@@ -56,9 +69,11 @@ def make_tower(
 
 # %% ../nbs/08b_vision.ipynb #c013
 def stage_maps(
-    tower, # Of stages, from `make_tower`
-    pixel_values:torch.Tensor, # (n_images, 3, height, width), of any float type
-) -> list[torch.Tensor]: # For each stage that it has (n_images, channels, side, side), the finest first, in the tower's type
+    tower,  # Of stages, from `make_tower`
+    pixel_values: torch.Tensor,  # (n_images, 3, height, width), of any float type
+    # For each stage that it has (n_images, channels, side, side), the finest first, in the tower's
+    # type
+) -> list[torch.Tensor]:
     "The map that each stage ends with."
     x, maps = tower.embeddings(pixel_values.to(tower.dtype)), []
     for stage in tower.encoder.stages:
@@ -67,124 +82,162 @@ def stage_maps(
     return maps
 
 def patch_features(
-    tower, # From `make_tower`
-    pixel_values:torch.Tensor, # (n_images, 3, height, width), of any float type
-    select_layer:int=-1, # As given to `make_tower`; a tower of layers was cut there and does not ask again
-) -> torch.Tensor: # (n_images, num_patches, channels), in the tower's type
+    tower,  # From `make_tower`
+    pixel_values: torch.Tensor,  # (n_images, 3, height, width), of any float type
+    # As given to `make_tower`; a tower of layers was cut there and does not ask again
+    select_layer: int = -1,
+) -> torch.Tensor:  # (n_images, num_patches, channels), in the tower's type
     "One feature a patch, in reading order; CLIP's class token is left out."
     kind = tower.config.model_type
-    if kind in STAGE_TOWERS: return stage_maps(tower, pixel_values)[tower_depth(tower.config, select_layer) - 1].flatten(2).transpose(1, 2)
+    if kind in STAGE_TOWERS:
+        stage = tower_depth(tower.config, select_layer) - 1
+        return stage_maps(tower, pixel_values)[stage].flatten(2).transpose(1, 2)
     features = tower(pixel_values.to(tower.dtype)).last_hidden_state
     return features[:, 1:] if kind == "clip_vision_model" else features
 
 # %% ../nbs/08b_vision.ipynb #c023
 class EfficientNetLiteConfig(PreTrainedConfig):
     "EfficientNet-Lite0's layout: groups of blocks, one list entry a group."
+
     model_type = "efficientnet_lite"
-    def __init__(self,
-        stem_size:int=32, # Channels of the first convolution
-        widths=(16, 24, 40, 80, 112, 192, 320), # Channels of each group of blocks
-        repeats=(1, 2, 2, 3, 3, 4, 1), # Blocks of each group
-        kernels=(3, 3, 5, 3, 5, 5, 3), # Side of each group's depthwise convolution
-        strides=(1, 2, 2, 2, 1, 2, 1), # Of the first block of each group
-        expansion:int=6, # How much wider a block is inside; the first group is not
-        batch_norm_eps:float=1e-3, # In every normalisation
-        **kwargs, # Of transformers' base class
+
+    def __init__(
+        self,
+        stem_size: int = 32,  # Channels of the first convolution
+        widths=(16, 24, 40, 80, 112, 192, 320),  # Channels of each group of blocks
+        repeats=(1, 2, 2, 3, 3, 4, 1),  # Blocks of each group
+        kernels=(3, 3, 5, 3, 5, 5, 3),  # Side of each group's depthwise convolution
+        strides=(1, 2, 2, 2, 1, 2, 1),  # Of the first block of each group
+        expansion: int = 6,  # How much wider a block is inside; the first group is not
+        batch_norm_eps: float = 1e-3,  # In every normalisation
+        **kwargs,  # Of transformers' base class
     ):
         super().__init__(**kwargs)
-        self.stem_size, self.expansion, self.batch_norm_eps = stem_size, expansion, batch_norm_eps
-        self.widths, self.repeats, self.kernels, self.strides = list(widths), list(repeats), list(kernels), list(strides)
-        self.patch_size = 2                                             # pixels that one cell of the first map covers
-        ends = [n for n,stride in enumerate(self.strides[1:]) if stride == 2] + [len(self.strides) - 1]
-        self.hidden_sizes = [self.widths[n] for n in ends]              # channels of the last map of each resolution
+        self.stem_size = stem_size
+        self.expansion = expansion
+        self.batch_norm_eps = batch_norm_eps
+        self.widths = list(widths)
+        self.repeats = list(repeats)
+        self.kernels = list(kernels)
+        self.strides = list(strides)
+        self.patch_size = 2  # pixels that one cell of the first map covers
+        ends = [n for n, stride in enumerate(self.strides[1:]) if stride == 2]
+        ends.append(len(self.strides) - 1)
+        # channels of the last map of each resolution
+        self.hidden_sizes = [self.widths[n] for n in ends]
 
 AutoConfig.register("efficientnet_lite", EfficientNetLiteConfig, exist_ok=True)
 
 # %% ../nbs/08b_vision.ipynb #c026
 class SamePadConv2d(nn.Conv2d):
     "A convolution that pads as TensorFlow does: what is odd goes to the right and below."
-    def forward(self,
-        x:torch.Tensor, # (n_images, channels, height, width)
-    ) -> torch.Tensor: # (n_images, channels, height/stride, width/stride), rounded up
+
+    def forward(
+        self,
+        x: torch.Tensor,  # (n_images, channels, height, width)
+    ) -> torch.Tensor:  # (n_images, channels, height/stride, width/stride), rounded up
         "Pad, then convolve."
         size, stride = self.kernel_size[0], self.stride[0]
-        pad = [max((-(-side//stride) - 1)*stride + size - side, 0) for side in (x.shape[-1], x.shape[-2])]
-        return super().forward(F.pad(x, [pad[0]//2, pad[0] - pad[0]//2, pad[1]//2, pad[1] - pad[1]//2]))
+        pads = []
+        for side in (x.shape[-1], x.shape[-2]):
+            pad = max((-(-side // stride) - 1) * stride + size - side, 0)
+            pads += [pad // 2, pad - pad // 2]
+        return super().forward(F.pad(x, pads))
 
 # %% ../nbs/08b_vision.ipynb #c030
 def conv_norm(
-    conv:nn.Conv2d, # Without a bias, the normalisation has one
-    eps:float, # Of the normalisation
-    act:bool=True, # Whether an activation follows
+    conv: nn.Conv2d,  # Without a bias, the normalisation has one
+    eps: float,  # Of the normalisation
+    act: bool = True,  # Whether an activation follows
 ) -> list[nn.Module]:
     "A convolution and what follows it."
-    return [conv, nn.BatchNorm2d(conv.out_channels, eps)] + [nn.ReLU6()]*act
+    return [conv, nn.BatchNorm2d(conv.out_channels, eps)] + [nn.ReLU6()] * act
 
 class InvertedBottleneck(nn.Module):
     "Widen, look around, narrow (MobileNetV2, Sandler et al. 2018), without squeeze-and-excitation."
-    def __init__(self,
-        width_in:int, # Channels that come in
-        width_out:int, # Channels that go out
-        kernel:int, # Side of the depthwise convolution
-        stride:int, # Of the depthwise convolution
-        expansion:int, # How much wider it is inside
-        eps:float, # Of the normalisations
+
+    def __init__(
+        self,
+        width_in: int,  # Channels that come in
+        width_out: int,  # Channels that go out
+        kernel: int,  # Side of the depthwise convolution
+        stride: int,  # Of the depthwise convolution
+        expansion: int,  # How much wider it is inside
+        eps: float,  # Of the normalisations
     ):
         super().__init__()
-        inside = width_in*expansion
+        inside = width_in * expansion
         widen = conv_norm(nn.Conv2d(width_in, inside, 1, bias=False), eps) if expansion > 1 else []
-        look = conv_norm(SamePadConv2d(inside, inside, kernel, stride, groups=inside, bias=False), eps)
-        self.layers = nn.Sequential(*widen, *look, *conv_norm(nn.Conv2d(inside, width_out, 1, bias=False), eps, act=False))
+        depthwise = SamePadConv2d(inside, inside, kernel, stride, groups=inside, bias=False)
+        look = conv_norm(depthwise, eps)
+        narrow = conv_norm(nn.Conv2d(inside, width_out, 1, bias=False), eps, act=False)
+        self.layers = nn.Sequential(*widen, *look, *narrow)
         self.residual = stride == 1 and width_in == width_out
 
-    def forward(self,
-        x:torch.Tensor, # (n_images, width_in, height, width)
-    ) -> torch.Tensor: # (n_images, width_out, height/stride, width/stride)
+    def forward(
+        self,
+        x: torch.Tensor,  # (n_images, width_in, height, width)
+    ) -> torch.Tensor:  # (n_images, width_out, height/stride, width/stride)
         "The block, with its input added where shapes allow."
         return x + self.layers(x) if self.residual else self.layers(x)
 
 # %% ../nbs/08b_vision.ipynb #c033
 def lite_stages(
-    config:EfficientNetLiteConfig, # Layout
-) -> nn.ModuleList: # Blocks of one resolution together
+    config: EfficientNetLiteConfig,  # Layout
+) -> nn.ModuleList:  # Blocks of one resolution together
     "All blocks of the network."
     stages, width = [[]], config.stem_size
-    for n,(out, repeat, kernel, stride) in enumerate(zip(config.widths, config.repeats, config.kernels, config.strides)):
+    groups = zip(config.widths, config.repeats, config.kernels, config.strides)
+    for n, (out, repeat, kernel, stride) in enumerate(groups):
         if stride == 2: stages.append([])
+        inside = config.expansion if n else 1, config.batch_norm_eps
         for k in range(repeat):
-            stages[-1].append(InvertedBottleneck(width, out, kernel, 1 if k else stride, config.expansion if n else 1, config.batch_norm_eps))
+            block = InvertedBottleneck(width, out, kernel, 1 if k else stride, *inside)
+            stages[-1].append(block)
             width = out
     return nn.ModuleList(nn.Sequential(*stage) for stage in stages)
 
 class EfficientNetLiteModel(PreTrainedModel):
-    "EfficientNet-Lite (Tan and Le 2019; Lite: TensorFlow 2020) without its classifier. Normalisation keeps the statistics it was trained with."
-    config_class, main_input_name, base_model_prefix = EfficientNetLiteConfig, "pixel_values", "efficientnet_lite"
-    def __init__(self,
-        config:EfficientNetLiteConfig, # Layout
+    """EfficientNet-Lite (Tan and Le 2019; Lite: TensorFlow 2020) without its classifier.
+    Normalisation keeps the statistics it was trained with."""
+
+    config_class = EfficientNetLiteConfig
+    main_input_name = "pixel_values"
+    base_model_prefix = "efficientnet_lite"
+
+    def __init__(
+        self,
+        config: EfficientNetLiteConfig,  # Layout
     ):
         super().__init__(config)
-        self.embeddings = nn.Sequential(*conv_norm(SamePadConv2d(3, config.stem_size, 3, 2, bias=False), config.batch_norm_eps))
+        stem = SamePadConv2d(3, config.stem_size, 3, 2, bias=False)
+        self.embeddings = nn.Sequential(*conv_norm(stem, config.batch_norm_eps))
         self.encoder = nn.Module()
         self.encoder.stages = lite_stages(config)
         self.post_init()
-        self.eval()                                                     # a new module is in training mode
+        self.eval()  # a new module is in training mode
 
-    def _init_weights(self,
-        module:nn.Module, # Any layer
+    def _init_weights(
+        self,
+        module: nn.Module,  # Any layer
     ) -> None:
         "For training from scratch: signals keep their size (He et al. 2015)."
         super()._init_weights(module)
-        if isinstance(module, nn.Conv2d): nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
-    def train(self,
-        mode:bool=True, # Not heeded
+    def train(
+        self,
+        mode: bool = True,  # Not heeded
     ):
         "Stay in evaluation mode: running statistics must not move."
         return super().train(False)
 
-    def forward(self,
-        pixel_values:torch.Tensor, # (n_images, 3, height, width)
-    ) -> BaseModelOutputWithNoAttention: # `last_hidden_state` (n_images, channels, height/32, width/32)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,  # (n_images, 3, height, width)
+        # `last_hidden_state` (n_images, channels, height/32, width/32)
+    ) -> BaseModelOutputWithNoAttention:
         "The map of every resolution, in `hidden_states`, and the last one."
         maps = stage_maps(self, pixel_values)
         return BaseModelOutputWithNoAttention(last_hidden_state=maps[-1], hidden_states=tuple(maps))
@@ -194,27 +247,38 @@ AutoModel.register(EfficientNetLiteConfig, EfficientNetLiteModel, exist_ok=True)
 # %% ../nbs/08b_vision.ipynb #c038
 class MiningLayers(nn.Module):
     "The layers of patch-info mining, by MGM's names."
-    def __init__(self,
-        hidden_size:int, # Width of the low-resolution features
-        hidden_size_aux:int, # Channels of all maps together
+
+    def __init__(
+        self,
+        hidden_size: int,  # Width of the low-resolution features
+        hidden_size_aux: int,  # Channels of all maps together
     ):
         super().__init__()
-        self.vlm_uni_query_projector = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, hidden_size))
-        self.vlm_uni_aux_projector = nn.Sequential(nn.LayerNorm(hidden_size_aux), nn.Linear(hidden_size_aux, hidden_size))
-        self.vlm_uni_val_projector = nn.Sequential(nn.LayerNorm(hidden_size_aux), nn.Linear(hidden_size_aux, hidden_size))
+
+        def projector(width):
+            return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden_size))
+
+        self.vlm_uni_query_projector = projector(hidden_size)
+        self.vlm_uni_aux_projector = projector(hidden_size_aux)
+        self.vlm_uni_val_projector = projector(hidden_size_aux)
 
 # %% ../nbs/08b_vision.ipynb #c052
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)     # a table first made for inference must serve training, too
+@torch.inference_mode(False)  # a table first made for inference must serve training, too
 def axis_weights(
-    side:int, # Cells of a map along an axis
-    base:int, # Cells of the finest map
-    grid:int, # Queries along the axis
-    pool:int=1, # Positions of the finest map that are averaged into one, for a picture read as a whole beside its crops
-) -> tuple[torch.Tensor, torch.Tensor]: # cells under each query (grid, m); weights (grid, window, m) from those cells to the positions
-    "Bilinear up-sampling along one axis, cut into windows: which cells of the map a query's window is made of, and how."
-    whole = F.interpolate(torch.eye(side)[None], size=base, mode="linear", align_corners=False)[0].T      # (base, side): a row of weights for each position
-    windows = whole.reshape(base//pool, pool, side).mean(1).reshape(grid, -1, side)
+    side: int,  # Cells of a map along an axis
+    base: int,  # Cells of the finest map
+    grid: int,  # Queries along the axis
+    # Positions of the finest map that are averaged into one, for a picture read as a whole beside
+    # its crops
+    pool: int = 1,
+    # cells under each query (grid, m); weights (grid, window, m) from those cells to the positions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bilinear up-sampling along one axis, cut into windows: which cells of the map a query's
+    window is made of, and how."""
+    # (base, side): a row of weights for each position
+    whole = F.interpolate(torch.eye(side)[None], size=base, mode="linear", align_corners=False)[0].T
+    windows = whole.reshape(base // pool, pool, side).mean(1).reshape(grid, -1, side)
     touched = windows.ne(0).any(1)
     first, last = touched.int().argmax(1), side - 1 - touched.flip(1).int().argmax(1)
     m = int((last - first).max()) + 1
@@ -223,254 +287,324 @@ def axis_weights(
 
 @torch.compiler.assume_constant_result
 def axis_table(
-    *sizes:int, # Arguments of `axis_weights`
-) -> tuple[torch.Tensor, torch.Tensor]: # As `axis_weights`
+    *sizes: int,  # Arguments of `axis_weights`
+) -> tuple[torch.Tensor, torch.Tensor]:  # As `axis_weights`
     "`axis_weights`, which for torch.compile is a constant."
     return axis_weights(*sizes)
 
 # %% ../nbs/08b_vision.ipynb #c060
 def window_weights(
-    side:int, # Cells of a map along a side
-    base:int, # Cells of the finest map along a side
-    grid:int, # Queries along a side
-    pool:int, # As in `axis_weights`
-    device, # Where they are needed
-) -> tuple[torch.Tensor, torch.Tensor]: # cells (grid*grid, m*m) of the flattened map; weights (grid*grid, window*window, m*m)
+    side: int,  # Cells of a map along a side
+    base: int,  # Cells of the finest map along a side
+    grid: int,  # Queries along a side
+    pool: int,  # As in `axis_weights`
+    device,  # Where they are needed
+    # cells (grid*grid, m*m) of the flattened map; weights (grid*grid, window*window, m*m)
+) -> tuple[torch.Tensor, torch.Tensor]:
     "`axis_weights` for both axes at once."
     cells, weights = (t.to(device) for t in axis_table(side, base, grid, pool))
-    both = cells[:, None, :, None]*side + cells[None, :, None, :]
-    return both.reshape(grid*grid, -1), torch.einsum("gia,hjb->ghijab", weights, weights).reshape(grid*grid, weights.shape[1]**2, -1)
+    both = cells[:, None, :, None] * side + cells[None, :, None, :]
+    products = torch.einsum("gia,hjb->ghijab", weights, weights)
+    shape = grid * grid, weights.shape[1] ** 2, -1
+    return both.reshape(grid * grid, -1), products.reshape(shape)
 
 def cells_under(
-    features:torch.Tensor, # One map, (n_images, channels, side, side)
-    cells:torch.Tensor, # (num_queries, m*m) of the flattened map
-) -> torch.Tensor: # (n_images, num_queries, m*m, channels), float32
+    features: torch.Tensor,  # One map, (n_images, channels, side, side)
+    cells: torch.Tensor,  # (num_queries, m*m) of the flattened map
+) -> torch.Tensor:  # (n_images, num_queries, m*m, channels), float32
     "The part of a map that each query's window is made of."
     flat = features.flatten(2).transpose(1, 2).float()
     return flat.index_select(1, cells.flatten()).unflatten(1, cells.shape)
 
 # %% ../nbs/08b_vision.ipynb #c067
 def stage_statistics(
-    features:torch.Tensor, # One map, (n_images, channels, side, side)
-    query:torch.Tensor, # This stage's part of the folded query, (n_images, num_queries, channels)
-    cells:torch.Tensor, # From `window_weights`
-    weights:torch.Tensor, # From `window_weights`
-) -> torch.Tensor: # (3, n_images, num_queries, window*window): query times features, sum and sum of squares over channels
-    "What a stage adds to the scores and to the normalisation at every position, without enlarging its channels."
+    features: torch.Tensor,  # One map, (n_images, channels, side, side)
+    query: torch.Tensor,  # This stage's part of the folded query, (n_images, num_queries, channels)
+    cells: torch.Tensor,  # From `window_weights`
+    weights: torch.Tensor,  # From `window_weights`
+    # (3, n_images, num_queries, window*window): query times features, sum and sum of squares over
+    # channels
+) -> torch.Tensor:
+    """What a stage adds to the scores and to the normalisation at every position, without enlarging
+    its channels."""
     own = cells_under(features, cells)
     linear = torch.stack([torch.einsum("npkc,npc->npk", own, query), own.sum(-1)])
-    gram = own@own.transpose(-1, -2)
-    return torch.cat([torch.einsum("pwk,snpk->snpw", weights, linear), ((weights@gram)*weights).sum(-1)[None]])
+    gram = own @ own.transpose(-1, -2)
+    score_and_total = torch.einsum("pwk,snpk->snpw", weights, linear)
+    return torch.cat([score_and_total, ((weights @ gram) * weights).sum(-1)[None]])
 
 # %% ../nbs/08b_vision.ipynb #c072
 def recomputed(
-    function, # Of tensors
-    *tensors, # Its arguments
-) -> torch.Tensor: # What it gives
-    "`function` of the tensors; what it makes on the way is made again for the gradient instead of being kept."
+    function,  # Of tensors
+    *tensors,  # Its arguments
+) -> torch.Tensor:  # What it gives
+    """`function` of the tensors; what it makes on the way is made again for the gradient instead of
+    being kept."""
     if not torch.is_grad_enabled(): return function(*tensors)
     return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
 
 def float_weights(
-    projector:nn.Sequential, # A LayerNorm and a Linear
-) -> list[torch.Tensor]: # gain, shift, weight, bias; float32
-    "The numbers of a projector. Raises `ConfigError` if an adapter stands in the Linear's place, which would not be heard."
+    projector: nn.Sequential,  # A LayerNorm and a Linear
+) -> list[torch.Tensor]:  # gain, shift, weight, bias; float32
+    """The numbers of a projector. Raises `ConfigError` if an adapter stands in the Linear's place,
+    which would not be heard."""
     norm, linear = projector
-    if not isinstance(linear, nn.Linear): raise ConfigError(f"mining reads the weights of its linear layers, so {type(linear).__module__}.{type(linear).__name__} cannot stand for one; leave vlm_uni_* out of LoRA's target_modules and put 'mining' into modules_to_save")
+    if not isinstance(linear, nn.Linear):
+        kind = f"{type(linear).__module__}.{type(linear).__name__}"
+        raise ConfigError(
+            f"mining reads the weights of its linear layers, so {kind} cannot stand for one; leave "
+            "vlm_uni_* out of LoRA's target_modules and put 'mining' into modules_to_save"
+        )
     return [p.float() for p in (norm.weight, norm.bias, linear.weight, linear.bias)]
 
 def window_scores(
-    query:torch.Tensor, # (n_images, num_queries, hidden_size), float32
-    projector:nn.Sequential, # The keys' LayerNorm and Linear
-    maps:list[torch.Tensor], # For each stage (n_images, channels, side, side)
-    places:list, # For each stage what `window_weights` gives
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # Query times key, means, inverse deviations, each (n_images, num_queries, window*window)
+    query: torch.Tensor,  # (n_images, num_queries, hidden_size), float32
+    projector: nn.Sequential,  # The keys' LayerNorm and Linear
+    maps: list[torch.Tensor],  # For each stage (n_images, channels, side, side)
+    places: list,  # For each stage what `window_weights` gives
+    # Query times key, means, inverse deviations, each (n_images, num_queries, window*window)
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "What every query makes of every position in its window."
     gain, shift, weight, bias = float_weights(projector)
-    folded = (query@weight)*gain
+    folded = (query @ weight) * gain
     parts = zip(maps, folded.split([m.shape[1] for m in maps], -1), places)
-    score, total, energy = sum(recomputed(stage_statistics, m, q, *place) for m,q,place in parts)
-    mean = total/len(gain)
-    rstd = torch.rsqrt((energy/len(gain) - mean*mean).clamp(min=0) + projector[0].eps)
-    same = query@F.linear(shift, weight, bias)        # softmax does not see it, but every weight must be in the graph, if with a gradient of zero
-    return (score - mean*folded.sum(-1, keepdim=True))*rstd + same[..., None], mean, rstd
+    score, total, energy = sum(recomputed(stage_statistics, m, q, *place) for m, q, place in parts)
+    mean = total / len(gain)
+    rstd = torch.rsqrt((energy / len(gain) - mean * mean).clamp(min=0) + projector[0].eps)
+    # softmax does not see it, but every weight must be in the graph, if with a gradient of zero
+    same = query @ F.linear(shift, weight, bias)
+    return (score - mean * folded.sum(-1, keepdim=True)) * rstd + same[..., None], mean, rstd
 
 # %% ../nbs/08b_vision.ipynb #c075
 def stage_average(
-    features:torch.Tensor, # One map, (n_images, channels, side, side)
-    share:torch.Tensor, # Weight of every position, (n_images, num_queries, window*window)
-    cells:torch.Tensor, # From `window_weights`
-    weights:torch.Tensor, # From `window_weights`
-) -> torch.Tensor: # (n_images, num_queries, channels)
+    features: torch.Tensor,  # One map, (n_images, channels, side, side)
+    share: torch.Tensor,  # Weight of every position, (n_images, num_queries, window*window)
+    cells: torch.Tensor,  # From `window_weights`
+    weights: torch.Tensor,  # From `window_weights`
+) -> torch.Tensor:  # (n_images, num_queries, channels)
     "The weighted sum over each window of the enlarged map."
-    return torch.einsum("npk,npkc->npc", torch.einsum("npw,pwk->npk", share, weights), cells_under(features, cells))
+    of_cells = torch.einsum("npw,pwk->npk", share, weights)
+    return torch.einsum("npk,npkc->npc", of_cells, cells_under(features, cells))
 
 def window_values(
-    attention:torch.Tensor, # (n_images, num_queries, window*window), rows sum to 1
-    mean:torch.Tensor, # From `window_scores`
-    rstd:torch.Tensor, # From `window_scores`
-    projector:nn.Sequential, # The values' LayerNorm and Linear
-    maps:list[torch.Tensor], # For each stage (n_images, channels, side, side)
-    places:list, # For each stage what `window_weights` gives
-) -> torch.Tensor: # (n_images, num_queries, hidden_size), float32
+    attention: torch.Tensor,  # (n_images, num_queries, window*window), rows sum to 1
+    mean: torch.Tensor,  # From `window_scores`
+    rstd: torch.Tensor,  # From `window_scores`
+    projector: nn.Sequential,  # The values' LayerNorm and Linear
+    maps: list[torch.Tensor],  # For each stage (n_images, channels, side, side)
+    places: list,  # For each stage what `window_weights` gives
+) -> torch.Tensor:  # (n_images, num_queries, hidden_size), float32
     "What every query finds in its window."
     gain, shift, weight, bias = float_weights(projector)
-    share = attention*rstd
-    seen = torch.cat([recomputed(stage_average, m, share, *place) for m,place in zip(maps, places)], -1)
-    return F.linear((seen - (share*mean).sum(-1, keepdim=True))*gain + shift, weight, bias)
+    share = attention * rstd
+    pairs = zip(maps, places)
+    seen = torch.cat([recomputed(stage_average, m, share, *place) for m, place in pairs], -1)
+    return F.linear((seen - (share * mean).sum(-1, keepdim=True)) * gain + shift, weight, bias)
 
 # %% ../nbs/08b_vision.ipynb #c079
 def plain_size(
-    size:int, # From a shape
-) -> int: # The same
-    "A size as a plain number. For torch.compile it may be a symbol, which no table can be made for; the length of a list cannot."
-    return len([0]*size)
+    size: int,  # From a shape
+) -> int:  # The same
+    """A size as a plain number. For torch.compile it may be a symbol, which no table can be made
+    for; the length of a list cannot."""
+    return len([0] * size)
 
 def query_places(
-    maps:list[torch.Tensor], # For each stage (n_images, channels, side, side), the finest first
-    num_queries:int, # Of one picture
-    pool:int, # As in `axis_weights`
-) -> list[tuple[torch.Tensor, torch.Tensor]]: # For each stage what `window_weights` gives
+    maps: list[torch.Tensor],  # For each stage (n_images, channels, side, side), the finest first
+    num_queries: int,  # Of one picture
+    pool: int,  # As in `axis_weights`
+) -> list[tuple[torch.Tensor, torch.Tensor]]:  # For each stage what `window_weights` gives
     "Where queries find their windows. Raises `ConfigError` if they cannot share the finest map."
     sides = [plain_size(m.shape[-1]) for m in maps]
-    grid, base = round(plain_size(num_queries)**.5), sides[0]
-    if grid*grid != num_queries: raise ConfigError(f"{num_queries} queries make no square; is a class token among them?")
-    if base % (grid*pool): raise ConfigError(f"{base} high-resolution features a side cannot be shared by {grid*pool} queries a side")
-    return [window_weights(side, base, grid, pool, m.device) for side,m in zip(sides, maps)]
+    grid, base = round(plain_size(num_queries) ** 0.5), sides[0]
+    if grid * grid != num_queries:
+        raise ConfigError(f"{num_queries} queries make no square; is a class token among them?")
+    if base % (grid * pool):
+        raise ConfigError(
+            f"{base} high-resolution features a side cannot be shared by {grid * pool} queries a "
+            "side"
+        )
+    return [window_weights(side, base, grid, pool, m.device) for side, m in zip(sides, maps)]
 
 def without_autocast(
-    device_type:str, # Of a torch device
-): # A context
+    device_type: str,  # Of a torch device
+):  # A context
     "Mixed precision is off inside; for devices that do not know it there is nothing to do."
-    compiling = torch.compiler.is_compiling()          # torch 2.11 cannot compile the question
+    compiling = torch.compiler.is_compiling()  # torch 2.11 cannot compile the question
     known = compiling or torch.amp.is_autocast_available(device_type)
     return torch.autocast(device_type, enabled=False) if known else nullcontext()
 
 class PatchInfoMining(MiningLayers):
-    "Low-resolution queries look into their own window of the high-resolution maps (Mini-Gemini, Li et al. 2024)."
-    def look(self,
-        low:torch.Tensor, # (n_images, num_queries, hidden_size)
-        maps:list[torch.Tensor], # For each stage (n_images, channels, side, side), the finest first
-        places:list, # From `query_places`
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: # attention, means, inverse deviations, each (n_images, num_queries, window*window)
+    """Low-resolution queries look into their own window of the high-resolution maps (Mini-Gemini,
+    Li et al. 2024)."""
+
+    def look(
+        self,
+        low: torch.Tensor,  # (n_images, num_queries, hidden_size)
+        # For each stage (n_images, channels, side, side), the finest first
+        maps: list[torch.Tensor],
+        places: list,  # From `query_places`
+        # attention, means, inverse deviations, each (n_images, num_queries, window*window)
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         "Where each query looks, and the normalisation of what is there."
         gain, shift, weight, bias = float_weights(self.vlm_uni_query_projector)
-        query = F.linear(F.layer_norm(low.float(), gain.shape, gain, shift, self.vlm_uni_query_projector[0].eps), weight, bias)
+        eps = self.vlm_uni_query_projector[0].eps
+        query = F.layer_norm(low.float(), gain.shape, gain, shift, eps)
+        query = F.linear(query, weight, bias)
         score, mean, rstd = window_scores(query, self.vlm_uni_aux_projector, maps, places)
-        attention = (score/query.shape[-1]**.5).softmax(-1)
+        attention = (score / query.shape[-1] ** 0.5).softmax(-1)
         return attention, mean, rstd
 
-    def attention(self,
-        low:torch.Tensor, # (n_images, num_queries, hidden_size)
-        maps:list[torch.Tensor], # For each stage (n_images, channels, side, side), the finest first
-        pool:int=1, # As in `axis_weights`
-    ) -> torch.Tensor: # (n_images, num_queries, window*window), rows sum to 1
+    def attention(
+        self,
+        low: torch.Tensor,  # (n_images, num_queries, hidden_size)
+        # For each stage (n_images, channels, side, side), the finest first
+        maps: list[torch.Tensor],
+        pool: int = 1,  # As in `axis_weights`
+    ) -> torch.Tensor:  # (n_images, num_queries, window*window), rows sum to 1
         "Where each query looks."
-        with without_autocast(low.device.type): return self.look(low, maps, query_places(maps, low.shape[1], pool))[0]
+        with without_autocast(low.device.type):
+            return self.look(low, maps, query_places(maps, low.shape[1], pool))[0]
 
-    def forward(self,
-        low:torch.Tensor, # (n_images, num_queries, hidden_size)
-        maps:list[torch.Tensor], # For each stage (n_images, channels, side, side), the finest first
-        pool:int=1, # As in `axis_weights`
-    ) -> torch.Tensor: # (n_images, num_queries, hidden_size), type of `low`
-        "The low-resolution features, with what their windows hold. Computed in float32, whatever the types."
+    def forward(
+        self,
+        low: torch.Tensor,  # (n_images, num_queries, hidden_size)
+        # For each stage (n_images, channels, side, side), the finest first
+        maps: list[torch.Tensor],
+        pool: int = 1,  # As in `axis_weights`
+    ) -> torch.Tensor:  # (n_images, num_queries, hidden_size), type of `low`
+        """The low-resolution features, with what their windows hold. Computed in float32, whatever
+        the types."""
         with without_autocast(low.device.type):
             places = query_places(maps, low.shape[1], pool)
-            found = window_values(*self.look(low, maps, places), self.vlm_uni_val_projector, maps, places)
+            values = self.vlm_uni_val_projector
+            found = window_values(*self.look(low, maps, places), values, maps, places)
             return (low.float() + found).to(low.dtype)
 
 # %% ../nbs/08b_vision.ipynb #c103
 def to_one_grid(
-    crops:torch.Tensor, # (n_images, grid*grid, side*side, channels): each crop in its own reading order
-    grid:int, # Crops along a side
-    side:int, # Patches of a crop along a side
-) -> torch.Tensor: # (n_images, grid*side*grid*side, channels): all of them in the picture's reading order
+    # (n_images, grid*grid, side*side, channels): each crop in its own reading order
+    crops: torch.Tensor,
+    grid: int,  # Crops along a side
+    side: int,  # Patches of a crop along a side
+    # (n_images, grid*side*grid*side, channels): all of them in the picture's reading order
+) -> torch.Tensor:
     "Patches of all crops as one large grid."
     return crops.unflatten(2, (side, side)).unflatten(1, (grid, grid)).transpose(2, 3).flatten(1, 4)
 
 def from_one_grid(
-    patches:torch.Tensor, # (n_images, grid*side*grid*side, channels)
-    grid:int, # Crops along a side
-    side:int, # Patches of a crop along a side
-) -> torch.Tensor: # (n_images, grid*grid, side*side, channels)
+    patches: torch.Tensor,  # (n_images, grid*side*grid*side, channels)
+    grid: int,  # Crops along a side
+    side: int,  # Patches of a crop along a side
+) -> torch.Tensor:  # (n_images, grid*grid, side*side, channels)
     "The inverse of `to_one_grid`."
-    return patches.unflatten(1, (grid, side, grid, side)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    crops = patches.unflatten(1, (grid, side, grid, side)).transpose(2, 3)
+    return crops.flatten(3, 4).flatten(1, 2)
 
 # %% ../nbs/08b_vision.ipynb #c111
 def make_projector(
-    kind:str, # "linear", "mlp2x_gelu" (any number of layers) or "identity"
-    hidden_in:int, # Width of image features
-    hidden_out:int, # Width of the language model
+    kind: str,  # "linear", "mlp2x_gelu" (any number of layers) or "identity"
+    hidden_in: int,  # Width of image features
+    hidden_out: int,  # Width of the language model
 ) -> nn.Module:
-    "LLaVA's projectors by LLaVA's names. Raises `ConfigError` for another one, or for an identity between unequal widths."
+    """LLaVA's projectors by LLaVA's names. Raises `ConfigError` for another one, or for an identity
+    between unequal widths."""
     if kind == "identity":
-        if hidden_in != hidden_out: raise ConfigError(f"projector 'identity' needs equal widths, the features have {hidden_in}, the language model {hidden_out}")
+        if hidden_in != hidden_out:
+            raise ConfigError(
+                f"projector 'identity' needs equal widths, the features have {hidden_in}, the "
+                f"language model {hidden_out}"
+            )
         return nn.Identity()
     if kind == "linear": return nn.Linear(hidden_in, hidden_out)
     depth = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
-    if not depth: raise ConfigError(f"unknown projector {kind!r}; there are: linear, mlpNx_gelu (N layers, as in mlp2x_gelu), identity")
-    widths = [hidden_in] + [hidden_out]*int(depth[1])
+    if not depth:
+        raise ConfigError(
+            f"unknown projector {kind!r}; there are: linear, mlpNx_gelu (N layers, as in "
+            "mlp2x_gelu), identity"
+        )
+    widths = [hidden_in] + [hidden_out] * int(depth[1])
     layers = [layer for pair in zip(widths, widths[1:]) for layer in (nn.GELU(), nn.Linear(*pair))]
     return nn.Sequential(*layers[1:])
 
 def last_linear(
-    projector:nn.Module, # From `make_projector`
-) -> nn.Linear|None: # None for the identity
+    projector: nn.Module,  # From `make_projector`
+) -> nn.Linear | None:  # None for the identity
     "The layer that decides how large image rows are."
-    return next((layer for layer in reversed(list(projector.modules())) if isinstance(layer, nn.Linear)), None)
+    layers = reversed(list(projector.modules()))
+    return next((layer for layer in layers if isinstance(layer, nn.Linear)), None)
 
 # %% ../nbs/08b_vision.ipynb #c114
 class ImageEncoder(nn.Module):
     "Two towers, mining and projector: pixels in, rows for the language model out."
-    def __init__(self,
-        config, # `VLMConfig`
+
+    def __init__(
+        self,
+        config,  # `VLMConfig`
     ):
         super().__init__()
-        self.grid, self.has_global, self.select_layer, self.aux_stages = config.image_grid, config.image_global, config.select_layer, config.aux_stages
+        self.grid = config.image_grid
+        self.has_global = config.image_global
+        self.select_layer = config.select_layer
+        self.aux_stages = config.aux_stages
         self.vision_tower = make_tower(config.vision_config, config.select_layer)
-        self.vision_tower_aux = make_tower(config.vision_aux_config, max(config.aux_stages)) if config.vision_aux_config else None
-        self.mining = PatchInfoMining(config.vision_size, config.vision_size_aux) if config.vision_aux_config else None
-        self.mm_projector = make_projector(config.projector_type, config.vision_size, config.text_config.hidden_size)
+        self.vision_tower_aux = self.mining = None
+        if config.vision_aux_config:
+            self.vision_tower_aux = make_tower(config.vision_aux_config, max(config.aux_stages))
+            self.mining = PatchInfoMining(config.vision_size, config.vision_size_aux)
+        sizes = config.vision_size, config.text_config.hidden_size
+        self.mm_projector = make_projector(config.projector_type, *sizes)
 
-    def low_features(self,
-        images:torch.Tensor, # (n_images, 3, image_size, image_size)
-    ) -> torch.Tensor: # (n_images, num_patches, hidden_size)
+    def low_features(
+        self,
+        images: torch.Tensor,  # (n_images, 3, image_size, image_size)
+    ) -> torch.Tensor:  # (n_images, num_patches, hidden_size)
         "One feature a patch."
         return patch_features(self.vision_tower, images, self.select_layer)
 
-    def high_features(self,
-        images_aux:torch.Tensor, # (n_images, 3, image_size_aux, image_size_aux)
-    ) -> list[torch.Tensor]: # For each stage in use (n_images, channels, side, side)
+    def high_features(
+        self,
+        images_aux: torch.Tensor,  # (n_images, 3, image_size_aux, image_size_aux)
+    ) -> list[torch.Tensor]:  # For each stage in use (n_images, channels, side, side)
         "The maps that mining reads."
         maps = stage_maps(self.vision_tower_aux, images_aux)
         return [maps[n] for n in self.aux_stages]
 
-    def features(self,
-        images:torch.Tensor, # (n_images, [crops,] 3, image_size, image_size)
-        images_aux:torch.Tensor|None=None, # (n_images, 3, image_size_aux, image_size_aux)
-    ) -> torch.Tensor: # (n_images, rows, hidden_size): with crops the whole picture's rows first, then each crop's
+    def features(
+        self,
+        images: torch.Tensor,  # (n_images, [crops,] 3, image_size, image_size)
+        images_aux: torch.Tensor | None = None,  # (n_images, 3, image_size_aux, image_size_aux)
+        # (n_images, rows, hidden_size): with crops the whole picture's rows first, then each crop's
+    ) -> torch.Tensor:
         "What the projector reads."
         maps = None if self.mining is None else self.high_features(images_aux)
         if self.grid > 1: return self.crop_features(images, maps)
         low = self.low_features(images)
         return low if maps is None else self.mining(low, maps)
 
-    def crop_features(self,
-        images:torch.Tensor, # (n_images, crops, 3, image_size, image_size), the whole picture last
-        maps:list[torch.Tensor]|None, # From `high_features`; None: no mining
-    ) -> torch.Tensor: # (n_images, rows, hidden_size)
+    def crop_features(
+        self,
+        # (n_images, crops, 3, image_size, image_size), the whole picture last
+        images: torch.Tensor,
+        maps: list[torch.Tensor] | None,  # From `high_features`; None: no mining
+    ) -> torch.Tensor:  # (n_images, rows, hidden_size)
         "`features` of pictures in crops."
         low = self.low_features(images.flatten(0, 1)).unflatten(0, images.shape[:2])
-        crops, whole, side = low[:, :self.grid**2], low[:, self.grid**2:].flatten(1, 2), round(low.shape[2]**.5)
+        crops = low[:, : self.grid**2]
+        whole = low[:, self.grid**2 :].flatten(1, 2)
+        side = round(low.shape[2] ** 0.5)
         if maps is not None:
-            crops = from_one_grid(self.mining(to_one_grid(crops, self.grid, side), maps), self.grid, side)
-            if self.has_global: whole = self.mining(whole, maps, pool=self.grid)
+            mined = self.mining(to_one_grid(crops, self.grid, side), maps)
+            crops = from_one_grid(mined, self.grid, side)
+            if self.has_global:
+                whole = self.mining(whole, maps, pool=self.grid)
         return torch.cat([whole, crops.flatten(1, 2)], 1)
 
-    def forward(self,
-        images:torch.Tensor, # (n_images, [crops,] 3, image_size, image_size)
-        images_aux:torch.Tensor|None=None, # (n_images, 3, image_size_aux, image_size_aux)
-    ) -> torch.Tensor: # (n_images, rows, text hidden_size)
+    def forward(
+        self,
+        images: torch.Tensor,  # (n_images, [crops,] 3, image_size, image_size)
+        images_aux: torch.Tensor | None = None,  # (n_images, 3, image_size_aux, image_size_aux)
+    ) -> torch.Tensor:  # (n_images, rows, text hidden_size)
         "The rows that stand for each picture."
         features = self.features(images, images_aux)
         weight = getattr(last_linear(self.mm_projector), "weight", features)

@@ -28,9 +28,11 @@ def _talk(*texts, system=None):
     return turns if system is None else [{"from": "system", "value": system}, *turns]
 
 _SEED = _talk("What is in the photo?\n<image>", "the box chain purse black")
-_SEED_IDS = [2, 106, 1645, 108, -200, 108, 1841, 603, 575, 573, 2686, 235336, 107, 108, 106, 2516,
-             108, 1175, 3741, 9488, 45189, 2656, 107, 108, 1]       # by Gemma's tokenizer
-_SEED_SUPERVISED = 8                                                # of them, the last ones
+_SEED_IDS = [
+    *(2, 106, 1645, 108, -200, 108, 1841, 603, 575, 573, 2686, 235336, 107, 108),
+    *(106, 2516, 108, 1175, 3741, 9488, 45189, 2656, 107, 108, 1),
+]  # by Gemma's tokenizer
+_SEED_SUPERVISED = 8  # of them, the last ones
 
 @lru_cache(maxsize=1)
 def _gemma():
@@ -39,14 +41,16 @@ def _gemma():
 
 def _seed_problems() -> list[str]:
     "Whether the bundled tokenizer and template still give the known ids and labels."
-    source, = preprocess_multimodal([_SEED])
+    (source,) = preprocess_multimodal([_SEED])
     found = preprocess([source], _gemma(), "gemma")
     ids, marks = (found[key][0].tolist() for key in ("input_ids", "labels"))
     hidden = len(_SEED_IDS) - _SEED_SUPERVISED
-    known = [IGNORE_INDEX]*hidden + _SEED_IDS[hidden:]
-    return [f"gemma, the known answer: {what} {_difference(own, want)}"
-            for what, own, want in [("input_ids", ids, _SEED_IDS), ("labels", marks, known)]
-            if own != want]
+    known = [IGNORE_INDEX] * hidden + _SEED_IDS[hidden:]
+    found = []
+    for what, own, want in [("input_ids", ids, _SEED_IDS), ("labels", marks, known)]:
+        if own != want:
+            found.append(f"gemma, the known answer: {what} {_difference(own, want)}")
+    return found
 
 def _difference(own, want):
     "Where two lists of ids begin to differ."
@@ -57,11 +61,14 @@ def _difference(own, want):
 # %% ../../nbs/18_doctor.ipynb #c007
 _KNOWN = {
     "one round": _talk("What is in the photo?\n<image>", "the box chain purse black"),
-    "three rounds": _talk("<image>\nWhat is it?", "A box.", "What color?", "It is black.",
-                          "Is it closed?", "Yes, with a chain."),
+    "three rounds": _talk(
+        *("<image>\nWhat is it?", "A box.", "What color?", "It is black."),
+        *("Is it closed?", "Yes, with a chain."),
+    ),
     "two images": _talk("<image>\n<image>\nWhat differs?", "One of them is open."),
     "system turn": _talk("<image>\nWhat is it?", "A box.", system="Answer in few words."),
-    "letters beyond ASCII": _talk("<image>\nWie heißt das?", "Eine schöne Schachtel, 箱子 🙂")}
+    "letters beyond ASCII": _talk("<image>\nWie heißt das?", "Eine schöne Schachtel, 箱子 🙂"),
+}
 
 def _is_caption(template):
     "Whether a template takes captions only."
@@ -90,10 +97,11 @@ def _mask_problems(ids, marks, turns, tokenizer, stop) -> list[str]:
     runs = _runs(marks)
     if len(runs) != len(answers):
         found.append(f"{len(answers)} answers, but {len(runs)} stretches are supervised")
+    as_written = dict(skip_special_tokens=False, clean_up_tokenization_spaces=False)
     for (a, b), answer in zip(runs, answers):
-        text = tokenizer.decode([i for i in ids[a:b] if i >= 0], skip_special_tokens=False,
-                                clean_up_tokenization_spaces=False)
-        if tokenizer.unk_token and tokenizer.unk_token in text: continue    # it has no such letter
+        text = tokenizer.decode([i for i in ids[a:b] if i >= 0], **as_written)
+        if tokenizer.unk_token and tokenizer.unk_token in text:
+            continue  # it has no such letter
         if text.split() != (answer + stop).split() and _bare(text) != _bare(answer + stop):
             found.append(f"{text!r} is supervised, expected {answer + stop!r}")
     return found
@@ -105,29 +113,32 @@ def _bare(text):
 # %% ../../nbs/18_doctor.ipynb #c008
 def _problems_of(turns, processor) -> list[str]:
     "What is wrong with a conversation's ids and labels."
-    tok, template, policy = processor.tokenizer, processor.template, processor.control_tokens
+    tok = processor.tokenizer
+    template = processor.template
+    policy = processor.control_tokens
     n_images = sum(turn["value"].count(IMAGE_TOKEN) for turn in turns)
-    record = {"id": "known answer", "image": ["-"]*n_images, "conversations": turns}
-    data, = encode_records([record], tok, template, policy)
+    record = {"id": "known answer", "image": ["-"] * n_images, "conversations": turns}
+    (data,) = encode_records([record], tok, template, policy)
     ids, marks = data["input_ids"].tolist(), data["labels"].tolist()
     found = _mask_problems(ids, marks, turns, tok, _stop(tok, template))
     if ids.count(IMAGE_TOKEN_INDEX) != n_images:
         found.append(f"{ids.count(IMAGE_TOKEN_INDEX)} image tokens for {n_images} image(s)")
-    source, = preprocess_multimodal([turns], mmtag="mmtag" in template)
+    (source,) = preprocess_multimodal([turns], mmtag="mmtag" in template)
     prompt = make_prompt(source, tok, template).text
     bos, n_bos = tok.bos_token_id, tokenizer_traits(tok).n_bos
     written = prompt.count(tok.bos_token) if tok.bos_token else 0
     if bos is not None and (ids.count(bos) > n_bos + written or ids[:2] == [bos, bos]):
         found.append(f"{ids.count(bos)} BOS tokens, expected {n_bos + written}")
     given, runs = generation_ids(source[:-1], tok, template, True, policy).tolist(), _runs(marks)
-    if given != ids[:len(given)] or not runs or len(given) != runs[-1][0]:
-        found.append("the ids before a generated answer " + _difference(given, ids[:runs[-1][0]])
-                     if runs else "no answer is supervised")
+    if not runs: found.append("no answer is supervised")
+    elif given != ids[: runs[-1][0]]:
+        difference = _difference(given, ids[: runs[-1][0]])
+        found.append(f"the ids before a generated answer {difference}")
     return found
 
 def known_answers(
-    processor=None, # `VLMProcessor` to test; None: only the bundled tokenizer and template
-) -> list[str]: # One line per problem; empty: right
+    processor=None,  # `VLMProcessor` to test; None: only the bundled tokenizer and template
+) -> list[str]:  # One line per problem; empty: right
     "Test the label mask on conversations whose labels are known."
     found = _seed_problems()
     if processor is None: return found
@@ -136,7 +147,8 @@ def known_answers(
         if _is_caption(template) and len(turns) > 2: continue
         try: wrong = _problems_of(turns, processor)
         except (DataError, ConfigError) as error:
-            if turns[0]["from"] == "system": continue       # a template without a place for it
+            if turns[0]["from"] == "system":
+                continue  # a template without a place for it
             wrong = [str(error)]
         found += [f"{template}, {name}: {what}" for what in wrong]
     return found
@@ -148,7 +160,7 @@ def _sample(mixture, n, seed) -> list[int]:
     order = sorted(range(len(mixture.datasets)), key=lambda k: len(mixture.datasets[k]))
     for done, k in enumerate(order):
         size = len(mixture.datasets[k])
-        own = min(size, -(-left//(len(order) - done)))
+        own = min(size, -(-left // (len(order) - done)))
         left -= own
         chosen = np.random.default_rng([seed, k]).choice(size, own, replace=False)
         found += (np.sort(chosen) + mixture.starts[k]).tolist()
@@ -167,16 +179,17 @@ def _open(dataset, i, text):
     return text
 
 def check_samples(
-    mixture, # `Mixture`
-    n: int = 512, # Most records looked at
-    max_fraction: float = 0.0, # Share of them that may be bad; 0: none
-    seed: int = 0, # Another seed, another sample
-    strict: bool = True, # Whether too many bad ones raise
-    name: str = "", # How messages call the data
-) -> dict: # JSON; `format_check` shows it
+    mixture,  # `Mixture`
+    n: int = 512,  # Most records looked at
+    max_fraction: float = 0.0,  # Share of them that may be bad; 0: none
+    seed: int = 0,  # Another seed, another sample
+    strict: bool = True,  # Whether too many bad ones raise
+    name: str = "",  # How messages call the data
+) -> dict:  # JSON; `format_check` shows it
     "A fixed sample of records through the whole path, images opened. Raises `DataError`."
     found = {"name": name, **_kinds_of(mixture), "checked": 0, "skipped": 0, "images": 0}
-    lengths, supervised, errors = [], 0, []
+    lengths, errors = [], []
+    supervised = 0
     chosen = [mixture.place(i) for i in _sample(mixture, n, seed)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -194,11 +207,13 @@ def check_samples(
                 lengths.append(num_tokens_with_images(text["input_ids"], dataset.num_image_tokens or 1))
                 supervised += int((text["labels"][1:] != IGNORE_INDEX).sum())
                 found["images"] += 0 if dataset.blank_images else n_images
-    found |= {"checked": len(chosen), "supervised_tokens": supervised, "tokens":
-              {"min": min(lengths, default=0), "mean": float(np.mean(lengths or [0])),
-               "max": max(lengths, default=0)}}
-    found["problems"] = [{"kind": _kind(error), "record": own, "turn": error.turn,
-                          "message": error.message} for own, _, error in errors]
+    shortest, longest = min(lengths, default=0), max(lengths, default=0)
+    tokens = {"min": shortest, "mean": float(np.mean(lengths or [0])), "max": longest}
+    found |= {"checked": len(chosen), "supervised_tokens": supervised, "tokens": tokens}
+    found["problems"] = [
+        {"kind": _kind(error), "record": own, "turn": error.turn, "message": error.message}
+        for own, _, error in errors
+    ]
     found["counts"] = dict(Counter(row["kind"] for row in found["problems"]).most_common())
     if strict: _refuse(found, errors, max_fraction)
     return found
@@ -209,52 +224,57 @@ def _is_skipped(dataset, found):
 
 def _kinds_of(mixture) -> dict:
     "Records by what they show, over all and by source."
+
     def count(n_images):
-        kinds = {"one_image": n_images == 1, "several_images": n_images > 1,
-                 "text_only": n_images == 0}
+        kinds = {"one_image": n_images == 1, "several_images": n_images > 1}
+        kinds["text_only"] = n_images == 0
         return {"records": len(n_images), **{kind: int(own.sum()) for kind, own in kinds.items()}}
+
     own = [dataset.records.n_images for dataset in mixture.datasets]
-    return {**count(np.concatenate(own)),
-            "sources": {name: count(n) for name, n in zip(mixture.names, own)}}
+    by_source = {name: count(n) for name, n in zip(mixture.names, own)}
+    return {**count(np.concatenate(own)), "sources": by_source}
 
 def _refuse(found, errors, max_fraction):
     "Raise if too many samples are bad, or one that the settings do not let pass."
     fatal = [e for e in errors if _kind(e[2]) == "over_length" and e[1].overlength == "error"]
-    if not fatal and len(errors) <= max_fraction*found["checked"]: return
+    if not fatal and len(errors) <= max_fraction * found["checked"]: return
     name, _, error = (fatal or errors)[0]
     counts = ", ".join(f"{kind} {n}" for kind, n in found["counts"].items())
-    allowed = f"more than the share of {max_fraction:g} that may be bad" if not fatal else \
-              "and overlength is 'error'"
-    raise DataError(f"{error.message} ({_named(found)}{len(errors)} of {found['checked']} "
-                    f"records looked at are bad, {allowed}: {counts})",
-                    name, error.turn, _kind(error))
+    allowed = f"more than the share of {max_fraction:g} that may be bad"
+    if fatal: allowed = "and overlength is 'error'"
+    message = (
+        f"{error.message} ({_named(found)}{len(errors)} of {found['checked']} "
+        f"records looked at are bad, {allowed}: {counts})"
+    )
+    raise DataError(message, name, error.turn, _kind(error))
 
 def format_check(
-    found: dict, # From `check_samples`
-    n_examples: int = 5, # Most problems written out
-) -> str: # Lines
+    found: dict,  # From `check_samples`
+    n_examples: int = 5,  # Most problems written out
+) -> str:  # Lines
     "What a check has found, for people."
-    text = f"{_named(found)}{_counted(found)}; {found['checked']:,} looked at, " \
-           f"{found['images']:,} images opened"
+    text = (
+        f"{_named(found)}{_counted(found)}; {found['checked']:,} looked at, "
+        f"{found['images']:,} images opened"
+    )
     tokens = found["tokens"]
     text += f", tokens {tokens['min']} to {tokens['max']} (mean {tokens['mean']:.0f})"
     if found["skipped"]: text += f"; {found['skipped']:,} too long, skipped"
-    text += f"; {len(found['problems'])} problem{'s'*(len(found['problems']) != 1)}"
+    text += f"; {len(found['problems'])} problem{'s' * (len(found['problems']) != 1)}"
     lines = [text]
-    if len(found["sources"]) > 1:
-        lines += [f"  {visible(str(name))}: {_counted(own)}"
-                  for name, own in found["sources"].items()]
+    sources = found["sources"] if len(found["sources"]) > 1 else {}
+    lines += [f"  {visible(str(name))}: {_counted(own)}" for name, own in sources.items()]
     lines += [f"  {kind}: {n} ({ERRORS[kind]})" for kind, n in found["counts"].items()]
-    lines += [f"  record {row['record']!r}: {visible(row['message'])}"
-              for row in found["problems"][:n_examples]]
+    examples = found["problems"][:n_examples]
+    lines += [f"  record {row['record']!r}: {visible(row['message'])}" for row in examples]
     return "\n".join(lines)
 
 def _named(found): return f"{found['name']}: " if found["name"] else ""
 
 def _counted(own):
     "Records by what they show, in words."
-    kinds = [("one_image", "with one image"), ("several_images", "with several"),
-             ("text_only", "text only")]
+    kinds = [("one_image", "with one image"), ("several_images", "with several")]
+    kinds.append(("text_only", "text only"))
     text = ", ".join(f"{own[key]:,} {word}" for key, word in kinds if own[key])
     return f"{own['records']:,} records: {text}" if text else f"{own['records']:,} records"
 
@@ -270,19 +290,26 @@ def _devices() -> str:
     if torch.cuda.is_available():
         bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16"
         found = [torch.cuda.get_device_properties(k) for k in range(torch.cuda.device_count())]
-        return "; ".join(f"{d.name}, {d.total_memory/2**30:.0f} GiB, {bf16}" for d in found)
-    if torch.accelerator.is_available(): return str(torch.accelerator.current_accelerator())
+        return "; ".join(f"{d.name}, {d.total_memory / 2**30:.0f} GiB, {bf16}" for d in found)
+    if torch.accelerator.is_available():
+        return str(torch.accelerator.current_accelerator())
     return f"cpu ({platform.machine()})"
 
 def environment_info(
-    folder=".", # Whose disk is looked at
+    folder=".",  # Whose disk is looked at
 ) -> dict[str, str]:
     "What belongs in a bug report; neither names of machines and users nor paths."
     import vlm_lit
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     disk = shutil.disk_usage(folder)
-    return {"vlm_lit": vlm_lit.__version__, **{name: _version(name) for name in _PACKAGES},
-            "python": platform.python_version(), "platform": platform.platform(),
-            "device": _devices(), "cpu": f"{cores} cores, {torch.get_num_threads()} threads",
-            "processes": os.environ.get("WORLD_SIZE", "1"),
-            "disk": f"{disk.free/2**30:.0f} of {disk.total/2**30:.0f} GiB free"}
+    return {
+        "vlm_lit": vlm_lit.__version__,
+        **{name: _version(name) for name in _PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": _devices(),
+        "cpu": f"{cores} cores, {torch.get_num_threads()} threads",
+        "processes": os.environ.get("WORLD_SIZE", "1"),
+        "disk": f"{disk.free / 2**30:.0f} of {disk.total / 2**30:.0f} GiB free",
+    }

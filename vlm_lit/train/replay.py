@@ -27,14 +27,20 @@ from .arguments import PARTS
 from .callbacks import read_metrics
 from .recipe import load_recipe
 from .run import prepare_run
+from ..processor import VLMProcessor
 
 # %% ../../nbs/20_replay.ipynb #c005
 class LossStrip(LabelStrip):
     "A label strip with the loss of each supervised token under it."
-    def __init__(self,
-        input_ids, labels, tokenizer, # As for `LabelStrip`
-        losses, # Of each supervised token, in order
-        segments=None, title: str = "", # As for `LabelStrip`
+
+    def __init__(
+        self,
+        input_ids,  # As for `LabelStrip`
+        labels,  # As for `LabelStrip`
+        tokenizer,  # As for `LabelStrip`
+        losses,  # Of each supervised token, in order
+        segments=None,  # As for `LabelStrip`
+        title: str = "",  # As for `LabelStrip`
     ):
         super().__init__(input_ids, labels, tokenizer, segments, title)
         places = [n for n, label in enumerate(self.labels) if n and label != IGNORE_INDEX]
@@ -48,13 +54,18 @@ class LossStrip(LabelStrip):
         for n, loss in self.losses.items():
             cell = [visible(self.tokens[n][0]).replace(" ", "·"), f"{loss:.2f}"]
             size = max(map(len, cell)) + 2
-            if blocks[-1][0] and len(blocks[-1][0]) + size > width: blocks.append(["", ""])
+            if blocks[-1][0] and len(blocks[-1][0]) + size > width:
+                blocks.append(["", ""])
             blocks[-1] = [text + part.ljust(size) for text, part in zip(blocks[-1], cell)]
-        return "\n".join(f"{name:7}{line}".rstrip() for pair in blocks
-                         for name, line in zip(("TOKEN", "LOSS"), pair))
+        lines = []
+        for tokens, losses in blocks:
+            lines += [f"{'TOKEN':7}{tokens}".rstrip(), f"{'LOSS':7}{losses}".rstrip()]
+        return "\n".join(lines)
 
     def __repr__(self): return f"{super().__repr__()}\n{self.loss_lines()}"
-    def __rich__(self): return super().__rich__().append(f"\n{self.loss_lines()}")
+
+    def __rich__(self):
+        return super().__rich__().append(f"\n{self.loss_lines()}")
 
     def span(self, n: int, mark: bool = False) -> str:
         "A token as HTML, its loss below."
@@ -66,20 +77,23 @@ class LossStrip(LabelStrip):
 @dataclass
 class RecordLoss:
     "A record, and how well a model predicts its answers."
-    name: str          # as messages call it
-    index: int         # its number in the data
+
+    name: str  # as messages call it
+    index: int  # its number in the data
     record: dict
     strip: LossStrip
-    images: list = field(repr=False)    # thumbnails
+    images: list = field(repr=False)  # thumbnails
+
     @property
     def losses(self) -> list[float]: return list(self.strip.losses.values())
 
     @property
     def loss(self) -> float:
         "Mean over supervised tokens; not a number without any."
-        return sum(self.losses)/len(self.losses) if self.losses else math.nan
+        return sum(self.losses) / len(self.losses) if self.losses else math.nan
 
     def __str__(self): return repr(self.strip)
+
     def _repr_html_(self):
         shown = "".join(map(_image_tag, self.images))
         return f"<div>{shown}{self.strip._repr_html_()}</div>"
@@ -94,12 +108,12 @@ def _image_tag(image):
 def _record_loss(name, index, dataset, n, sample, losses) -> RecordLoss:
     "What is shown of a record of a data set."
     record, ids = dataset.records[n], sample["input_ids"]
-    text, = encode_records([record], dataset.tokenizer, dataset.template, dataset.control_tokens,
-                           dataset.image_tags)
-    own = torch.equal(text["input_ids"][:len(ids)], ids)      # a truncated text is its beginning
-    title = f"{visible(str(name))}: loss {sum(losses)/max(len(losses), 1):.4f}"
-    strip = LossStrip(ids, sample["labels"], dataset.tokenizer, losses,
-                      text["segments"][:len(ids)] if own else None, title)
+    settings = dataset.template, dataset.control_tokens, dataset.image_tags
+    (text,) = encode_records([record], dataset.tokenizer, *settings)
+    own = torch.equal(text["input_ids"][: len(ids)], ids)  # a truncated text is its beginning
+    segments = text["segments"][: len(ids)] if own else None
+    title = f"{visible(str(name))}: loss {sum(losses) / max(len(losses), 1):.4f}"
+    strip = LossStrip(ids, sample["labels"], dataset.tokenizer, losses, segments, title)
     return RecordLoss(str(name), index, record, strip, _thumbnails(sample))
 
 def _thumbnails(sample, size=96) -> list[Image.Image]:
@@ -112,26 +126,28 @@ def _thumbnails(sample, size=96) -> list[Image.Image]:
 # %% ../../nbs/20_replay.ipynb #c006
 @torch.no_grad()
 def worst_records(
-    model: VLM, # For the time of this in evaluation mode
-    processor, # The model's
-    data, # A `LazySupervisedDataset`, or what `VLMProcessor.dataset` reads
-    n: int = 20, # How many to return
-    image_folder: str | Path | None = None, # For files
-    batch_size: int = 8, # Records per forward pass
-) -> list[RecordLoss]: # The highest mean loss per supervised token first
+    model: VLM,  # For the time of this in evaluation mode
+    processor,  # The model's
+    data,  # A `LazySupervisedDataset`, or what `VLMProcessor.dataset` reads
+    n: int = 20,  # How many to return
+    image_folder: str | Path | None = None,  # For files
+    batch_size: int = 8,  # Records per forward pass
+) -> list[RecordLoss]:  # The highest mean loss per supervised token first
     "The records that a model predicts worst: where labels are wrong, they show."
-    if n < 1 or batch_size < 1: raise ConfigError("n and batch_size must be at least 1")
+    if n < 1 or batch_size < 1:
+        raise ConfigError("n and batch_size must be at least 1")
     dataset = data
-    if not isinstance(data, LazySupervisedDataset): dataset = LazySupervisedDataset(data, processor, image_folder, uint8=True)
-    collate = DataCollatorForSupervisedDataset(pad_id(dataset.tokenizer), None,
-                                               model.config.num_patches)
+    if not isinstance(data, LazySupervisedDataset):
+        dataset = LazySupervisedDataset(data, processor, image_folder, uint8=True)
+    pad = pad_id(dataset.tokenizer)
+    collate = DataCollatorForSupervisedDataset(pad, None, model.config.num_patches)
     worst, was_training = [], model.training
     model.eval()
     for start in range(0, len(dataset), batch_size):
-        samples = dataset.__getitems__(list(range(len(dataset)))[start:start + batch_size])
+        samples = dataset.__getitems__(list(range(len(dataset)))[start : start + batch_size])
         if not samples: continue
         found = zip(samples, _sample_losses(model, collate(samples)))
-        worst += [(sum(own)/len(own), s["index"], own) for s, own in found if own]
+        worst += [(sum(own) / len(own), s["index"], own) for s, own in found if own]
         worst = sorted(worst, key=lambda row: (_order(row[0]), row[1]))[:n]
     model.train(was_training)
     return [_record_loss(dataset.name(i), i, dataset, i, dataset[i], own) for _, i, own in worst]
@@ -148,30 +164,33 @@ def _sample_losses(model, batch) -> list[list[float]]:
 def losses_page(
     records: list[RecordLoss],
     title: str = "Records by loss",
-) -> str: # HTML, whole and in one piece
+) -> str:  # HTML, whole and in one piece
     "Records with images, labels and losses as a page."
     return _page(title, "".join(f"<section>{own._repr_html_()}</section>" for own in records))
 
 def _page(title, body):
     "A page of HTML."
     title = html.escape(title)
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
-            "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;"
-            "padding:0 1rem}section{margin:1rem 0;border-top:1px solid #8884}</style>"
-            f"<h1>{title}</h1>{body}</html>\n")
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;"
+        "padding:0 1rem}section{margin:1rem 0;border-top:1px solid #8884}</style>"
+        f"<h1>{title}</h1>{body}</html>\n"
+    )
 
 # %% ../../nbs/20_replay.ipynb #c013
 @dataclass
 class Replay:
     "A step, taken again."
-    run: str                # the run's name
-    step: int               # from 1, as in metrics.jsonl
-    start: int              # step of the checkpoint it was rebuilt from; 0: from the beginning
-    names: list[str]        # records of the global batch
-    skipped: list[str]      # of them, those that were left out as bad
-    logged: float | None    # the loss in metrics.jsonl; None: not there
-    reason: str | None      # what was wrong with the step, from bad_steps.jsonl
-    changed: list[str]      # data files written after the run began
+
+    run: str  # the run's name
+    step: int  # from 1, as in metrics.jsonl
+    start: int  # step of the checkpoint it was rebuilt from; 0: from the beginning
+    names: list[str]  # records of the global batch
+    skipped: list[str]  # of them, those that were left out as bad
+    logged: float | None  # the loss in metrics.jsonl; None: not there
+    reason: str | None  # what was wrong with the step, from bad_steps.jsonl
+    changed: list[str]  # data files written after the run began
     stops: list[Breakpoint] = field(default_factory=list)
     records: list[RecordLoss] = field(default_factory=list)
     loss: float = math.nan
@@ -188,19 +207,24 @@ class Replay:
     def verdict(self) -> str:
         "How the loss compares with the logged one."
         if self.is_equal is None: return f"loss {self.loss!r}, not logged"
-        if self.is_equal: return f"loss {self.loss!r}, equal to the logged one to the bit"
-        why = f"changed since: {', '.join(self.changed)}" if self.changed else \
-              "other data, machine, versions, threads or number of processes"
+        if self.is_equal:
+            return f"loss {self.loss!r}, equal to the logged one to the bit"
+        why = "other data, machine, versions, threads or number of processes"
+        if self.changed: why = f"changed since: {', '.join(self.changed)}"
         return f"loss {self.loss!r}, logged {self.logged!r} ({why})"
 
     def lines(self) -> list[str]:
         "What is said before stops and records."
         begun = f"checkpoint-{self.start}" if self.start else "the beginning"
         parts = ", ".join(f"{part} {norm:.4g}" for part, norm in self.grad_norm_by_module.items())
-        out = [f"step {self.step} of {self.run}, from {begun}", self.verdict,
-               f"gradient norm {self.grad_norm:.4g} before clipping: {parts}",
-               f"{len(self.names)} records: {', '.join(self.names)}"]
-        if self.skipped: out.append(f"left out as bad: {', '.join(self.skipped)}")
+        out = [
+            f"step {self.step} of {self.run}, from {begun}",
+            self.verdict,
+            f"gradient norm {self.grad_norm:.4g} before clipping: {parts}",
+            f"{len(self.names)} records: {', '.join(self.names)}",
+        ]
+        if self.skipped:
+            out.append(f"left out as bad: {', '.join(self.skipped)}")
         if self.reason: out.append(f"in the run, {self.reason}")
         return [visible(line) for line in out]
 
@@ -215,8 +239,8 @@ class Replay:
 
     def _repr_html_(self):
         lines = "".join(f"<div>{html.escape(line)}</div>" for line in self.lines())
-        return lines + "".join(f"<section>{own._repr_html_()}</section>"
-                               for own in [*self.stops, *self.worst()])
+        parts = [*self.stops, *self.worst()]
+        return lines + "".join(f"<section>{own._repr_html_()}</section>" for own in parts)
 
     def to_html(self, path: str | Path | None = None) -> str:
         "The whole as a page, written to `path` if there is one."
@@ -227,20 +251,26 @@ class Replay:
 # %% ../../nbs/20_replay.ipynb #c014
 class _Stop(TrainerCallback):
     "Runs one step under breakpoints, notes what it did, and ends the training there."
+
     def __init__(self, trainer, found: Replay, bad: set[int], last: int):
-        self.trainer, self.found, self.bad, self.last = trainer, found, bad, last
+        self.trainer = trainer
+        self.found = found
+        self.bad = bad
+        self.last = last
         self.stack, self.losses = ExitStack(), []
 
     def on_train_begin(self, args, state, control, **kwargs):
         "Refuse a step that the run has not come to."
         last = min(max(self.last + state.logging_steps, 1), state.max_steps)
         if self.found.step > last:
-            raise ConfigError(f"step {self.found.step} of {self.found.run}: the run has come to "
-                              f"step {self.last} of {state.max_steps}")
+            raise ConfigError(
+                f"step {self.found.step} of {self.found.run}: the run has come to "
+                f"step {self.last} of {state.max_steps}"
+            )
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step + 1 != self.found.step: return
-        args.max_grad_norm = 0.0            # gradients as they are; the step changes nothing
+        args.max_grad_norm = 0.0  # gradients as they are; the step changes nothing
         note = lambda module, inputs, out: self.losses.append(out.token_losses.cpu())
         self.stack.callback(self.trainer.model.register_forward_hook(note).remove)
         for stop in self.found.stops: self.stack.enter_context(stop)
@@ -255,8 +285,8 @@ class _Stop(TrainerCallback):
         "Values of the step."
         self.stack.close()
         trainer, found = self.trainer, self.found
-        grads = {name: weight.grad for name, weight in trainer.model.named_parameters()
-                 if weight.grad is not None}
+        grads = {name: weight.grad for name, weight in trainer.model.named_parameters()}
+        grads = {name: grad for name, grad in grads.items() if grad is not None}
         norm = lambda own: float(torch.nn.utils.get_total_norm(own)) if own else 0.0
         for part, prefix in PARTS.items():
             own = [grad for name, grad in grads.items() if name.startswith(prefix)]
@@ -264,11 +294,12 @@ class _Stop(TrainerCallback):
         total = torch.tensor(norm(list(grads.values())))
         found.loss, found.grad_norm = trainer.step_facts(total)
         found.names = [str(name) for name in trainer.step_records()]
-        self.epoch = trainer.state.global_step//trainer.sampler.steps
+        self.epoch = trainer.state.global_step // trainer.sampler.steps
         self.infos = list(trainer.meter.step_infos)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.found.step: control.should_training_stop = True
+        if state.global_step == self.found.step:
+            control.should_training_stop = True
         return control
 
 def _records_of(trainer, stop) -> list[RecordLoss]:
@@ -285,9 +316,13 @@ def _records_of(trainer, stop) -> list[RecordLoss]:
 # %% ../../nbs/20_replay.ipynb #c015
 def _run_folder(run) -> Path:
     "The folder of a run. Raises `ConfigError`."
-    found = [p for p in (Path(run).expanduser(), Path("runs")/run) if (p/"recipe.yaml").is_file()]
-    if not found: raise ConfigError(f"no run {str(run)!r}: recipe.yaml is missing; give the folder "
-                                    "of a run, or its name in runs/")
+    folders = (Path(run).expanduser(), Path("runs") / run)
+    found = [folder for folder in folders if (folder / "recipe.yaml").is_file()]
+    if not found:
+        raise ConfigError(
+            f"no run {str(run)!r}: recipe.yaml is missing; give the folder "
+            "of a run, or its name in runs/"
+        )
     return found[0]
 
 def _stops(at, watch) -> list[Breakpoint]:
@@ -295,48 +330,60 @@ def _stops(at, watch) -> list[Breakpoint]:
     watch = [check_expression(w) for w in ([watch] if isinstance(watch, str) else watch)]
     if at is None:
         step = ["inputs['input_ids'].shape", "num_items_in_batch"]
-        return [Breakpoint(Trainer.training_step, "loss = self.compute_loss", watch=step),
-                Breakpoint(VLM.forward, "loss = ", watch=watch or ["targets", "losses"])]
+        return [
+            Breakpoint(Trainer.training_step, "loss = self.compute_loss", watch=step),
+            Breakpoint(VLM.forward, "loss = ", watch=watch or ["targets", "losses"]),
+        ]
     errors = []
     for function in (VLM.forward, Trainer.training_step):
         try: return [Breakpoint(function, at, watch=watch)]
-        except ConfigError as error: errors.append(str(error).splitlines()[0].rstrip(":"))
+        except ConfigError as error:
+            errors.append(str(error).splitlines()[0].rstrip(":"))
     raise ConfigError(f"VLM.forward: {errors[0]}; Trainer.training_step: {errors[1]}")
 
 def _trainer_of(run: Path, folder: Path):
     "The trainer of a run, with another output folder, and without what only writes."
-    recipe = load_recipe(run/"recipe.yaml")
-    quiet = {"save_strategy": "no", "eval_strategy": "no", "load_best_model_at_end": False,
-             "report_to": "none", "dataloader_num_workers": 0, "disable_tqdm": True,
-             "dataloader_prefetch_factor": None, "dataloader_persistent_workers": False,
-             "push_to_hub": False}
+    recipe = load_recipe(run / "recipe.yaml")
+    quiet = {
+        "save_strategy": "no",
+        "eval_strategy": "no",
+        "load_best_model_at_end": False,
+        "report_to": "none",
+        "dataloader_num_workers": 0,
+        "disable_tqdm": True,
+        "dataloader_prefetch_factor": None,
+        "dataloader_persistent_workers": False,
+        "push_to_hub": False,
+    }
     return prepare_run(replace(recipe, training={**recipe.training, **quiet}), folder).trainer
 
 def _logged_loss(rows, step) -> float | None:
     "The loss of a step in the lines of metrics.jsonl."
     for row in rows:
         own = row.get("losses", [])
-        if row["step"] - len(own) < step <= row["step"]: return own[step - row["step"] - 1]
+        if row["step"] - len(own) < step <= row["step"]:
+            return own[step - row["step"] - 1]
 
 def _found_in(run: Path, step: int) -> tuple[Replay, set[int], int]:
     "What a run has written about a step; its bad steps; how far it came."
-    rows, bad = read_metrics(run/"metrics.jsonl"), read_metrics(run/"bad_steps.jsonl")
+    rows, bad = read_metrics(run / "metrics.jsonl"), read_metrics(run / "bad_steps.jsonl")
     saved = [int(p.parent.name[11:]) for p in run.glob("checkpoint-*/trainer_state.json")]
     last = max([0, *(row["step"] for row in rows + bad), *saved])
     note = next((row for row in bad if row["step"] == step), {})
-    began, recipe = (run/"recipe.yaml").stat().st_mtime, load_recipe(run/"recipe.yaml")
-    changed = [Path(s.path).name for s in recipe.data.train if Path(s.path).stat().st_mtime > began]
+    began, recipe = (run / "recipe.yaml").stat().st_mtime, load_recipe(run / "recipe.yaml")
+    paths = [Path(source.path) for source in recipe.data.train]
+    changed = [path.name for path in paths if path.stat().st_mtime > began]
     start = max([s for s in saved if s < step], default=0)
-    found = Replay(run.name, step, start, note.get("records", []), [], _logged_loss(rows, step),
-                   note.get("reason"), changed)
+    names, reason = note.get("records", []), note.get("reason")
+    found = Replay(run.name, step, start, names, [], _logged_loss(rows, step), reason, changed)
     return found, {row["step"] for row in bad}, last
 
 def replay(
-    run: str | Path, # Its folder, or its name in runs/; nothing in it is changed
-    step: int, # From 1, as metrics.jsonl counts
-    at: str | None = None, # Text of one line of `VLM.forward` or `Trainer.training_step`
-    watch=(), # Expressions to show at the stop
-    console: Console | None = None, # Told how many steps come before; None: nobody
+    run: str | Path,  # Its folder, or its name in runs/; nothing in it is changed
+    step: int,  # From 1, as metrics.jsonl counts
+    at: str | None = None,  # Text of one line of `VLM.forward` or `Trainer.training_step`
+    watch=(),  # Expressions to show at the stop
+    console: Console | None = None,  # Told how many steps come before; None: nobody
 ) -> Replay:
     "Take a step of a run again, under breakpoints. Raises `ConfigError`."
     folder = _run_folder(run)
@@ -351,11 +398,13 @@ def replay(
         stop = _Stop(trainer, found, bad, last)
         trainer.add_callback(stop)
         with stop.stack:
-            trainer.train(resume_from_checkpoint=str(folder/begun) if found.start else None)
+            trainer.train(resume_from_checkpoint=str(folder / begun) if found.start else None)
         found.records = _records_of(trainer, stop)
     if noted and noted != found.names:
-        raise ConfigError(f"step {step} of {found.run}: the data have changed since; the run had "
-                          f"{', '.join(noted[:3])} …, now it is {', '.join(found.names[:3])} …")
+        raise ConfigError(
+            f"step {step} of {found.run}: the data have changed since; the run had "
+            f"{', '.join(noted[:3])} …, now it is {', '.join(found.names[:3])} …"
+        )
     kept = {str(trainer.train_mixture.name(i)) for info in stop.infos for i in info.indices}
     found.skipped = [name for name in found.names if name not in kept]
     return found

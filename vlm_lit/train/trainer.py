@@ -33,19 +33,22 @@ from .flops import peak_flops, trainable_parts, training_flops
 
 # %% ../../nbs/17_trainer.ipynb #c006
 def set_trainable_modules(
-    model: nn.Module, # Changed in place
-    names: list[str], # Parts of `PARTS`, or beginnings of parameter names
-) -> list[str]: # Names of the parameters that train
+    model: nn.Module,  # Changed in place
+    names: list[str],  # Parts of `PARTS`, or beginnings of parameter names
+) -> list[str]:  # Names of the parameters that train
     "Freeze all but the named parts. Raises `ConfigError` for a name that fits nothing."
     own = [name for name, _ in model.named_parameters()]
     lora = [name for name in own if ".lora_" in name]
     chosen = set(_named(own, names)) - set(lora)
     inside = [name for name in chosen if _bare(name).startswith(PARTS["language_model"])]
     if lora and inside:
-        raise ConfigError("lora trains adapters of a frozen language model; take language_model "
-                          "out of trainable_modules, or leave lora out")
+        raise ConfigError(
+            "lora trains adapters of a frozen language model; take language_model "
+            "out of trainable_modules, or leave lora out"
+        )
     chosen |= set(lora)
-    for name, weight in model.named_parameters(): weight.requires_grad_(name in chosen)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name in chosen)
     return [name for name in own if name in chosen]
 
 def _bare(name):
@@ -58,27 +61,28 @@ def _named(own, names):
         prefix = PARTS.get(name, name)
         if not any(_bare(n).startswith(prefix) for n in own):
             known = [*PARTS, *{_bare(n).rpartition(".")[0] for n in own}]
-            hint = nearest(name, known)
-            raise ConfigError(f"trainable_modules: nothing in this model is named {name!r}; "
-                              + (f"did you mean {hint!r}?" if hint else f"parts: {', '.join(PARTS)}"))
+            near = nearest(name, known)
+            hint = f"did you mean {near!r}?" if near else f"parts: {', '.join(PARTS)}"
+            raise ConfigError(f"trainable_modules: nothing in this model is named {name!r}; {hint}")
     return [n for n in own if _bare(n).startswith(tuple(PARTS.get(name, name) for name in names))]
 
 def cast_for_training(
-    model: nn.Module, # Changed in place, after `set_trainable_modules`
-    frozen_dtype: torch.dtype | None = None, # Of frozen weights; None: as they are
+    model: nn.Module,  # Changed in place, after `set_trainable_modules`
+    frozen_dtype: torch.dtype | None = None,  # Of frozen weights; None: as they are
 ) -> None:
     "Trainable weights in float32; frozen ones, batch normalization aside, in `frozen_dtype`."
     for module in model.modules():
         for weight in module.parameters(recurse=False):
             if weight.requires_grad: weight.data = weight.data.float()
             elif frozen_dtype is not None and not isinstance(module, nn.BatchNorm2d):
-                if weight.is_floating_point(): weight.data = weight.data.to(frozen_dtype)
+                if weight.is_floating_point():
+                    weight.data = weight.data.to(frozen_dtype)
 
 @torch.no_grad()
 def reinit_modules(
-    model: nn.Module, # Changed in place
-    names: list[str], # As in `set_trainable_modules`
-    seed: int, # Of the new weights
+    model: nn.Module,  # Changed in place
+    names: list[str],  # As in `set_trainable_modules`
+    seed: int,  # Of the new weights
 ) -> None:
     "Give layers new random weights. Raises `ConfigError` for a layer that cannot make its own."
     if not names: return
@@ -106,7 +110,8 @@ def _signals_held():
 
 def _worker_context():
     "For loader workers: a signal to the whole group reaches none of them, not even at its start."
-    if multiprocessing.get_start_method() != "fork": return None    # only a fork inherits the mask
+    if multiprocessing.get_start_method() != "fork":
+        return None  # only a fork inherits the mask
     usual = multiprocessing.get_context("fork")
 
     class Worker(usual.Process):
@@ -114,30 +119,39 @@ def _worker_context():
             with _signals_held(): super().start()
 
     class Context(type(usual)): Process = Worker
+
     return Context()
 
 def _one_thread(worker):
     "Keep a loader worker to one thread, and signals to the process that saves."
-    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
 
 def _batches(numbers, size):
     "Numbers of records, as `(0, number)`, in batches."
     pairs = [(0, int(i)) for i in numbers]
-    return [pairs[k:k + size] for k in range(0, len(pairs), size)]
+    return [pairs[k : k + size] for k in range(0, len(pairs), size)]
 
 # %% ../../nbs/17_trainer.ipynb #c017
 class _Evaluation:
     "Loss per supervised token, over all and by source."
-    answer_metrics = None       # called for more metrics, such as those of generated answers
+
+    answer_metrics = None  # called for more metrics, such as those of generated answers
 
     def evaluate(self, *args, **kwargs):
         "transformers' evaluation; random numbers of the training that follows are not touched."
         with same_randomness(): return super().evaluate(*args, **kwargs)
 
-    def evaluation_loop(self, dataloader, description, prediction_loss_only=None,
-                        ignore_keys=None, metric_key_prefix="eval"):
+    def evaluation_loop(
+        self,
+        dataloader,
+        description,
+        prediction_loss_only=None,
+        ignore_keys=None,
+        metric_key_prefix="eval",
+    ):
         "Loss per supervised token, over all and by source."
         self.meter.stop()
         data = dataloader.dataset
@@ -157,8 +171,8 @@ class _Evaluation:
         model.train(was_training)
         metrics = {f"{metric_key_prefix}_loss": _ratio(sums.sum(1))}
         if len(data.names) > 1:
-            metrics |= {f"{metric_key_prefix}_loss/{name}": _ratio(own)
-                        for name, own in zip(data.names, sums.T)}
+            for name, own in zip(data.names, sums.T):
+                metrics[f"{metric_key_prefix}_loss/{name}"] = _ratio(own)
         if self.answer_metrics is not None:
             metrics |= {f"{metric_key_prefix}_{k}": v for k, v in self.answer_metrics().items()}
         return EvalLoopOutput(None, None, metrics, len(data))
@@ -166,20 +180,22 @@ class _Evaluation:
     def get_eval_dataloader(self, eval_dataset=None):
         "All records, or as many as `max_samples` keeps, shared out to the processes; none twice."
         data = self.eval_dataset
-        if eval_dataset is not None: data = _as_mixture(eval_dataset, self.args, False)
+        if eval_dataset is not None:
+            data = _as_mixture(eval_dataset, self.args, False)
         batches = _batches(data.kept, self.args.per_device_eval_batch_size)
-        own = batches[self.args.process_index::max(self.args.world_size, 1)]
+        own = batches[self.args.process_index :: max(self.args.world_size, 1)]
         settings = {**self._loader_settings(), "persistent_workers": False}
         return DataLoader(data, batch_sampler=own, **settings)
 
 def _ratio(pair) -> float:
     "Loss per token; not a number where nothing is supervised."
-    return float(pair[0]/pair[1]) if pair[1] else math.nan
+    return float(pair[0] / pair[1]) if pair[1] else math.nan
 
 # %% ../../nbs/17_trainer.ipynb #c019
 class _Checkpoints:
     "Checkpoints of what trains, whole or not there."
-    saving = False              # whether one is being written
+
+    saving = False  # whether one is being written
 
     def _save(self, output_dir=None, state_dict=None):
         "What trains, and what is needed to open it."
@@ -189,10 +205,10 @@ class _Checkpoints:
         model = self.accelerator.unwrap_model(self.model)
         is_peft = hasattr(model, "get_base_model")
         if state_dict is None and not is_peft: save_trainable(model, folder)
-        else:                               # FSDP and DeepSpeed gather the weights themselves
+        else:  # FSDP and DeepSpeed gather the weights themselves
             weights = dict(model.named_parameters()) if state_dict is None else state_dict
             own = {n: weights[n].detach().cpu().contiguous() for n in self.trainable}
-            save_file(own, folder/"trainable.safetensors", metadata={"format": "pt"})
+            save_file(own, folder / "trainable.safetensors", metadata={"format": "pt"})
         if is_peft: model.save_pretrained(folder)
         model.config.save_pretrained(folder)
         if self.processor is not None: self.processor.save_pretrained(folder)
@@ -210,13 +226,13 @@ class _Checkpoints:
     def _get_output_dir(self, trial):
         "Where a checkpoint is written: beside, while it is not whole."
         folder = super()._get_output_dir(trial)
-        return str(Path(folder)/".saving") if self.saving else folder
+        return str(Path(folder) / ".saving") if self.saving else folder
 
     def _save_checkpoint(self, model, trial):
         "Write a checkpoint beside its place and rename it. Raises `ConfigError` if that fails."
         self.meter.stop()
         name, out = f"checkpoint-{self.state.global_step}", Path(self.args.output_dir)
-        staging, best = out/".saving", self.state.best_model_checkpoint
+        staging, best = out / ".saving", self.state.best_model_checkpoint
         if self.args.should_save: shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         self.saving = True
@@ -226,13 +242,15 @@ class _Checkpoints:
             if reason is None: raise
             shutil.rmtree(staging, ignore_errors=True)
             last = get_last_checkpoint(str(out))
-            raise ConfigError(f"checkpoint {out/name} cannot be written: {reason}. "
-                              + (f"The last good one is {last}" if last else "There is none before it")
-                              + "; make room, then go on with --resume") from error
+            before = f"The last good one is {last}" if last else "There is none before it"
+            raise ConfigError(
+                f"checkpoint {out / name} cannot be written: {reason}. {before}; "
+                "make room, then go on with --resume"
+            ) from error
         finally: self.saving = False
         self.accelerator.wait_for_everyone()
-        self._name_best(out/name, best)
-        if self.args.should_save: self._publish(staging/name, out/name)
+        self._name_best(out / name, best)
+        if self.args.should_save: self._publish(staging / name, out / name)
         self.accelerator.wait_for_everyone()
 
     def _name_best(self, final, before):
@@ -244,9 +262,9 @@ class _Checkpoints:
 
     def _publish(self, staged, final):
         "Give a whole checkpoint its place; remove those beyond `save_total_limit`."
-        self.state.save_to_json(str(staged/"trainer_state.json"))
+        self.state.save_to_json(str(staged / "trainer_state.json"))
         _to_disk(staged)
-        if final.exists(): final.rename(staged.parent/"replaced")
+        if final.exists(): final.rename(staged.parent / "replaced")
         staged.rename(final)
         self._retire(final.parent, staged.parent)
         shutil.rmtree(staged.parent, ignore_errors=True)
@@ -254,7 +272,7 @@ class _Checkpoints:
     def take_up_finished(self, checkpoint):
         "Weights and state of a run whose last step is taken, and no checkpoint too many."
         self._load_from_checkpoint(checkpoint)
-        self.state = TrainerState.load_from_json(str(Path(checkpoint)/"trainer_state.json"))
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
         self.state.is_world_process_zero = self.is_world_process_zero()
         self.state.is_local_process_zero = self.is_local_process_zero()
 
@@ -263,19 +281,20 @@ class _Checkpoints:
         found, best = sort_checkpoints(str(folder)), self.state.best_model_checkpoint
         kept = {found[-1], str(Path(best)) if best else None} & set(found)
         surplus = len(found) - max(self.args.save_total_limit or len(found), len(kept))
-        for name in [name for name in found if name not in kept][:max(surplus, 0)]:
-            Path(name).rename(staging/Path(name).name)
+        for name in [name for name in found if name not in kept][: max(surplus, 0)]:
+            Path(name).rename(staging / Path(name).name)
 
     def save_before_bad_step(self):
         "A checkpoint of the state that a bad step met, for its replay."
-        if not (Path(self.args.output_dir)/f"checkpoint-{self.state.global_step}").is_dir():
+        if not (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}").is_dir():
             self._save_checkpoint(self.model, None)
 
 def write_error(error: Exception) -> str | None:
     "Why a file cannot be written, as each library says it; None: the error is another one."
     text = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if "inline_container" in text: return f"no space left, perhaps (torch: {text})"
-    known = isinstance(error, (OSError, SafetensorError)) or "(os error " in text   # tokenizers
+    if "inline_container" in text:
+        return f"no space left, perhaps (torch: {text})"
+    known = isinstance(error, (OSError, SafetensorError)) or "(os error " in text  # tokenizers
     return text if known else None
 
 def _to_disk(folder):
@@ -287,37 +306,40 @@ def _to_disk(folder):
 # %% ../../nbs/17_trainer.ipynb #c021
 class _SetEpoch(TrainerCallback):
     "Tells the sampler its epoch: accelerate's wrappers keep it back when a run resumes within one."
+
     def __init__(self, trainer): self.trainer = trainer
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         sampler = self.trainer.sampler
-        sampler.set_epoch(state.global_step//sampler.steps)
+        sampler.set_epoch(state.global_step // sampler.steps)
 
 class VLMTrainer(_Evaluation, _Checkpoints, Trainer):
     "transformers' `Trainer` for a VLM: trainable parts, rates, global batches, small checkpoints."
-    def __init__(self,
-        model, # A `VLM`, perhaps with adapters; frozen and cast in place
+
+    def __init__(
+        self,
+        model,  # A `VLM`, perhaps with adapters; frozen and cast in place
         args: VLMTrainingArguments,
-        train_dataset=None, # `Mixture`, or one `LazySupervisedDataset`
-        eval_dataset=None, # Likewise
-        processor=None, # `VLMProcessor`, kept in checkpoints
-        base: dict | None = None, # `section`, `seed` and `lora` of the recipe, for `write_base`
-        data_collator=None, # None: made for the model and `args.batching`
-        **kwargs, # For `Trainer`
+        train_dataset=None,  # `Mixture`, or one `LazySupervisedDataset`
+        eval_dataset=None,  # Likewise
+        processor=None,  # `VLMProcessor`, kept in checkpoints
+        base: dict | None = None,  # `section`, `seed` and `lora` of the recipe, for `write_base`
+        data_collator=None,  # None: made for the model and `args.batching`
+        **kwargs,  # For `Trainer`
     ):
         self.processor, self.base = processor, base
         self.trainable = set_trainable_modules(model, args.trainable_modules)
-        if not self.trainable: raise ConfigError("nothing trains: trainable_modules names no weight")
+        if not self.trainable:
+            raise ConfigError("nothing trains: trainable_modules names no weight")
         cast_for_training(model, torch.bfloat16 if args.bf16 and not args.use_cpu else None)
         self.train_mixture = _as_mixture(train_dataset, args)
         self.meter = self._make_meter(model, args)
         collator = data_collator or self._make_collator(model, args)
-        super().__init__(model, args, collator, self.train_mixture,
-                         _as_mixture(eval_dataset, args, flips=False), **kwargs)
+        eval_mixture = _as_mixture(eval_dataset, args, flips=False)
+        super().__init__(model, args, collator, self.train_mixture, eval_mixture, **kwargs)
         if args.torch_compile:
             base = model.get_base_model() if hasattr(model, "get_base_model") else model
-            compile_layers(base, backend=args.torch_compile_backend,
-                           mode=args.torch_compile_mode)
+            compile_layers(base, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         for callback in (PrinterCallback, ProgressCallback, DEFAULT_PROGRESS_CALLBACK):
             self.remove_callback(callback)
         self.add_callback(_SetEpoch(self))
@@ -335,8 +357,11 @@ class VLMTrainer(_Evaluation, _Checkpoints, Trainer):
         "Counts what a step does."
         names = self.train_mixture.names if self.train_mixture is not None else []
         parts, config = trainable_parts(model), model.config
-        flops = lambda info: training_flops(config, parts, info.lengths, sum(info.n_images),
-                                            sum(info.n_supervised))
+
+        def flops(info):
+            counts = sum(info.n_images), sum(info.n_supervised)
+            return training_flops(config, parts, info.lengths, *counts)
+
         device, dtype = args.device, torch.bfloat16 if args.bf16 else torch.float32
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         return Meter(names, flops, peak_flops(name, dtype), max(args.world_size, 1))
@@ -361,31 +386,39 @@ class VLMTrainer(_Evaluation, _Checkpoints, Trainer):
         args, data = self.args, self.train_mixture
         needs = lambda *kinds: args.batching in kinds
         return GlobalBatchSampler(
-            data.draws, args.units_per_step, max(args.world_size, 1)*args.gradient_accumulation_steps,
-            args.batching, args.data_seed if args.data_seed is not None else args.seed,
+            data.draws,
+            args.units_per_step,
+            max(args.world_size, 1) * args.gradient_accumulation_steps,
+            args.batching,
+            args.data_seed if args.data_seed is not None else args.seed,
             args.dataloader_drop_last,
             lengths=data.lengths if needs("grouped", "packed") else None,
             has_image=data.has_image if needs("grouped") else None,
             keys=data.keys if needs("by_image") else None,
             max_length=self._max_length(args) if needs("packed") else None,
-            samples_per_image=args.samples_per_image, names=data.name)
+            samples_per_image=args.samples_per_image,
+            names=data.name,
+        )
 
     def get_train_dataloader(self) -> DataLoader:
         "Micro-batches of this process."
         self.sampler = self.make_sampler()
-        loader = DataLoader(self.train_dataset, batch_sampler=self.sampler, **self._loader_settings())
+        settings = self._loader_settings()
+        loader = DataLoader(self.train_dataset, batch_sampler=self.sampler, **settings)
         return self.accelerator.prepare(loader)
 
     def _loader_settings(self):
         "What transformers' arguments say of loaders."
         args = self.args
-        return dict(collate_fn=self.data_collator, num_workers=args.dataloader_num_workers,
-                    pin_memory=args.dataloader_pin_memory and not args.use_cpu,
-                    persistent_workers=args.dataloader_persistent_workers,
-                    prefetch_factor=args.dataloader_prefetch_factor,
-                    multiprocessing_context=(_worker_context() if args.dataloader_num_workers
-                                             else None),
-                    worker_init_fn=_one_thread)
+        return dict(
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and not args.use_cpu,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=(_worker_context() if args.dataloader_num_workers else None),
+            worker_init_fn=_one_thread,
+        )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         "Fetch a step's micro-batches; the step's clock starts here."
@@ -398,9 +431,13 @@ class VLMTrainer(_Evaluation, _Checkpoints, Trainer):
         "The highest learning rate of a parameter."
         args = self.args
         name = _bare(name)
-        rates = {"projector": args.projector_lr, "mining": args.projector_lr,
-                 "vision_tower": args.vision_tower_lr, "vision_tower_aux": args.vision_tower_lr,
-                 "language_model": args.language_model_lr}
+        rates = {
+            "projector": args.projector_lr,
+            "mining": args.projector_lr,
+            "vision_tower": args.vision_tower_lr,
+            "vision_tower_aux": args.vision_tower_lr,
+            "language_model": args.language_model_lr,
+        }
         found = next((rate for part, rate in rates.items() if name.startswith(PARTS[part])), None)
         return args.learning_rate if found is None else found
 
@@ -415,8 +452,10 @@ class VLMTrainer(_Evaluation, _Checkpoints, Trainer):
             groups.setdefault(kind, []).append(weight)
         kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
         settings = {k: v for k, v in settings.items() if k != "params"}
-        self.optimizer = kind([{"params": own, "lr": rate, "weight_decay": decay}
-                               for (rate, decay), own in groups.items()], **settings)
+        parameters = []
+        for (rate, decay), own in groups.items():
+            parameters.append({"params": own, "lr": rate, "weight_decay": decay})
+        self.optimizer = kind(parameters, **settings)
         return self.optimizer
 
     # Loss
@@ -425,7 +464,7 @@ class VLMTrainer(_Evaluation, _Checkpoints, Trainer):
         "transformers' loss; what the batch holds is noted beside it."
         inputs = dict(inputs)
         info = inputs.pop("info", None)
-        if num_items_in_batch is not None:      # 0 when every sample of the batch was skipped
+        if num_items_in_batch is not None:  # 0 when every sample of the batch was skipped
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if info is not None and model.training:
@@ -452,8 +491,8 @@ class VLMTrainer(_Evaluation, _Checkpoints, Trainer):
 
     def step_records(self) -> list[str]:
         "Names of the records of the current step, of all processes."
-        step = self.state.global_step
-        return [self.train_mixture.name(i) for unit in self.sampler.global_batch(step) for i in unit]
+        units = self.sampler.global_batch(self.state.global_step)
+        return [self.train_mixture.name(i) for unit in units for i in unit]
 
     # Logs
 
@@ -461,6 +500,10 @@ class VLMTrainer(_Evaluation, _Checkpoints, Trainer):
         "transformers' log, with the meter's values beside a loss."
         if "loss" in logs:
             self.meter.logged_losses = list(self.meter.step_losses)
-            logs |= self.meter.row(lambda t: self.accelerator.reduce(
-                t.to(self.args.device), "sum").cpu() if self.args.world_size > 1 else t)
+            logs |= self.meter.row(self._summed)
         super().log(logs, start_time)
+
+    def _summed(self, tensor):
+        "The sum of a tensor over all processes."
+        if self.args.world_size <= 1: return tensor
+        return self.accelerator.reduce(tensor.to(self.args.device), "sum").cpu()

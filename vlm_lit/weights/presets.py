@@ -30,83 +30,138 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HfHubH
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel, ConvNextConfig, ConvNextModel, SiglipVisionModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPVisionModel
+from transformers import ConvNextConfig, ConvNextModel, SiglipVisionModel
 from transformers.utils import logging
 from ..core import ConfigError, nearest, progress_console
 from ..files import cache_folder, digest, new_folder, read_json, sha256
 from ..files import write_file, write_json, write_text
 from ..model import VLM, VLMConfig, sub_config
 from ..tokenizer import load_tokenizer
-from ..vision import EfficientNetLiteConfig, EfficientNetLiteModel, PatchInfoMining, STAGE_TOWERS, last_linear, make_projector, make_tower, tower_depth
+from ..vision import EfficientNetLiteConfig, EfficientNetLiteModel, PatchInfoMining
+from ..vision import STAGE_TOWERS, last_linear, make_projector, make_tower, tower_depth
+from ..processor import VLMProcessor
 
 # %% ../../nbs/10_weights.ipynb #c006
+_READ_ERRORS = (
+    *(OSError, ValueError, RuntimeError, EOFError, SafetensorError),
+    torch.serialization.pickle.UnpicklingError,
+)
+
 def read_state(
-    path:str|Path, # .safetensors, or a foreign pickle (.bin, .pth, .pt)
-) -> dict[str, torch.Tensor]: # name -> tensor, on the CPU
+    path: str | Path,  # .safetensors, or a foreign pickle (.bin, .pth, .pt)
+) -> dict[str, torch.Tensor]:  # name -> tensor, on the CPU
     "Weights by name; of a pickle only tensors are taken. Raises `ConfigError` for anything else."
     path = Path(path)
-    try: state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, torch.serialization.pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as e:
-        raise ConfigError(f"cannot read weights from {path.name}: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict): state = state[key]      # as training scripts wrap them
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()): raise ConfigError(f"{path.name} holds no weights by name")
+    try:
+        if path.suffix == ".safetensors": state = load_file(path)
+        else: state = torch.load(path, map_location="cpu", weights_only=True)
+    except _READ_ERRORS as e:
+        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise ConfigError(f"cannot read weights from {path.name}: {reason}") from e
+    for key in ("state_dict", "model"):  # as training scripts wrap them
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+        raise ConfigError(f"{path.name} holds no weights by name")
     return state
 
 def weights_of(
-    model:nn.Module, # Any model
-    names=None, # Only these; None: all
-) -> dict[str, torch.Tensor]: # name -> tensor on the CPU, each memory once
+    model: nn.Module,  # Any model
+    names=None,  # Only these; None: all
+) -> dict[str, torch.Tensor]:  # name -> tensor on the CPU, each memory once
     "The model's weights, tied ones under their first name only."
     seen, out = set(), {}
-    for name,tensor in model.state_dict().items():
+    for name, tensor in model.state_dict().items():
         if tensor.data_ptr() in seen and tensor.numel(): continue
         seen.add(tensor.data_ptr())
-        if names is None or name in names: out[name] = tensor.detach().cpu().contiguous()
+        if names is None or name in names:
+            out[name] = tensor.detach().cpu().contiguous()
     return out
 
 def say(
-    text:str, # One line
+    text: str,  # One line
 ) -> None:
     "Tell the user, on standard error."
     progress_console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 # %% ../../nbs/10_weights.ipynb #c010
 PARTS = ("language_model", "vision_tower", "vision_tower_aux")
-SETTINGS = ("projector_type", "image_size", "image_size_aux", "image_grid", "image_global", "select_layer", "aux_stages", "image_mean", "image_std")     # go to `VLMConfig` as they are
-PRESET_FIELDS = {"about": str, "license": str, "language_model": (str, dict), "vision_tower": (str, dict), "vision_tower_aux": (str, dict, type(None)),
-                 "tokenizer": (str, dict, type(None)), "template": str, "chat_template": (str, type(None)), "projector_type": str, "image_size": int, "image_size_aux": int,
-                 "image_grid": int, "image_global": bool, "image_aspect_ratio": str, "select_layer": int, "aux_stages": (list, type(None)),
-                 "image_mean": (list, tuple, type(None)), "image_std": (list, tuple, type(None))}
+# go to `VLMConfig` as they are
+SETTINGS = (
+    *("projector_type", "image_size", "image_size_aux", "image_grid", "image_global"),
+    *("select_layer", "aux_stages", "image_mean", "image_std"),
+)
+PRESET_FIELDS = {
+    "about": str,
+    "license": str,
+    "language_model": (str, dict),
+    "vision_tower": (str, dict),
+    "vision_tower_aux": (str, dict, type(None)),
+    "tokenizer": (str, dict, type(None)),
+    "template": str,
+    "chat_template": (str, type(None)),
+    "projector_type": str,
+    "image_size": int,
+    "image_size_aux": int,
+    "image_grid": int,
+    "image_global": bool,
+    "image_aspect_ratio": str,
+    "select_layer": int,
+    "aux_stages": (list, type(None)),
+    "image_mean": (list, tuple, type(None)),
+    "image_std": (list, tuple, type(None)),
+}
 
 def preset_names() -> list[str]:
     "Names of the presets in the package."
-    return sorted(p.name.removesuffix(".json") for p in files("vlm_lit").joinpath("assets/presets").iterdir() if p.name.endswith(".json"))
+    names = [p.name for p in files("vlm_lit").joinpath("assets/presets").iterdir()]
+    return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
 
 def check_source(
-    source, # What a preset says of a part
-    field:str, # Which part, for the message
+    source,  # What a preset says of a part
+    field: str,  # Which part, for the message
 ) -> None:
     "Raise `ConfigError` for a source that is none of the three kinds."
     if not isinstance(source, dict): return
     kinds = ({"config"}, {"package", "file", "install"}, {"package", "file", "install", "sha256"})
-    if set(source) not in kinds: raise ConfigError(f"{field}: a source is a name, {{'config': ...}} or {{'package', 'file', 'install'}} (and 'sha256'); got {sorted(source)}")
+    if set(source) not in kinds:
+        raise ConfigError(
+            f"{field}: a source is a name, {{'config': ...}} or {{'package', 'file', 'install'}} "
+            f"(and 'sha256'); got {sorted(source)}"
+        )
 
 def check_preset(
-    preset:dict, # As read from its file
-    name:str, # For the message
+    preset: dict,  # As read from its file
+    name: str,  # For the message
 ) -> None:
     "Raise `ConfigError` naming what is unknown, missing, or of another kind."
-    if not isinstance(preset, dict): raise ConfigError(f"preset {name!r} is not a JSON object")
+    if not isinstance(preset, dict):
+        raise ConfigError(f"preset {name!r} is not a JSON object")
     unknown, missing = sorted(preset.keys() - PRESET_FIELDS), sorted(PRESET_FIELDS.keys() - preset)
-    if unknown or missing: raise ConfigError(f"preset {name!r}: unknown {unknown}, missing {missing}; there are: {', '.join(PRESET_FIELDS)}")
-    wrong = [f for f,kinds in PRESET_FIELDS.items() if not isinstance(preset[f], kinds) or (isinstance(preset[f], bool) and kinds is int)]
-    if wrong: raise ConfigError(f"preset {name!r}: {wrong[0]} cannot be {preset[wrong[0]]!r}")
-    if preset["image_aspect_ratio"] not in ("square", "pad"): raise ConfigError(f"preset {name!r}: image_aspect_ratio must be 'square' or 'pad', got {preset['image_aspect_ratio']!r}")
-    for part in (*PARTS, "tokenizer"): check_source(preset[part], f"preset {name!r}, {part}")
+    if unknown or missing:
+        raise ConfigError(
+            f"preset {name!r}: unknown {unknown}, missing {missing}; there are: "
+            f"{', '.join(PRESET_FIELDS)}"
+        )
+
+    def is_wrong(field, kinds):
+        as_number = isinstance(preset[field], bool) and kinds is int
+        return as_number or not isinstance(preset[field], kinds)
+
+    wrong = [field for field, kinds in PRESET_FIELDS.items() if is_wrong(field, kinds)]
+    if wrong:
+        raise ConfigError(f"preset {name!r}: {wrong[0]} cannot be {preset[wrong[0]]!r}")
+    if preset["image_aspect_ratio"] not in ("square", "pad"):
+        raise ConfigError(
+            f"preset {name!r}: image_aspect_ratio must be 'square' or 'pad', got "
+            f"{preset['image_aspect_ratio']!r}"
+        )
+    for part in (*PARTS, "tokenizer"):
+        check_source(preset[part], f"preset {name!r}, {part}")
 
 def load_preset(
-    name:str|Path, # One of `preset_names()`, or a path to a .json file
+    name: str | Path,  # One of `preset_names()`, or a path to a .json file
 ) -> dict:
     "A preset by name. Raises `ConfigError` listing the names there are."
     name = str(name)
@@ -114,77 +169,89 @@ def load_preset(
         near = nearest(name, preset_names())
         hint = f"did you mean {near!r}? " if near else ""
         names = ", ".join(preset_names())
-        raise ConfigError(f"unknown preset {name!r}; {hint}there are: {names}, or a path to a "
-                          ".json file")
-    preset = read_json(files("vlm_lit").joinpath(f"assets/presets/{name}.json") if name in preset_names() else Path(name).expanduser())
+        raise ConfigError(
+            f"unknown preset {name!r}; {hint}there are: {names}, or a path to a .json file"
+        )
+    path = Path(name).expanduser()
+    if name in preset_names():
+        path = files("vlm_lit").joinpath(f"assets/presets/{name}.json")
+    preset = read_json(path)
     check_preset(preset, name)
     return preset
 
 # %% ../../nbs/10_weights.ipynb #c014
 def channel_statistics(
-    pictures, # uint8 tensors, each (3, height, width)
-) -> tuple[tuple[float,...], tuple[float,...]]: # mean and standard deviation of each channel, 0 to 1
+    pictures,  # uint8 tensors, each (3, height, width)
+    # mean and standard deviation of each channel, 0 to 1
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     "Mean and deviation of the channels over all pixels."
-    flat = torch.stack([p.flatten(1) for p in pictures]).double()/255
+    flat = torch.stack([p.flatten(1) for p in pictures]).double() / 255
     mean, std = flat.mean((0, 2)), flat.transpose(0, 1).flatten(1).std(1)
     return tuple(round(float(v), 4) for v in mean), tuple(round(float(v), 4) for v in std)
 
 # %% ../../nbs/10_weights.ipynb #c019
-NO_TOKENIZER = ("a language model from scratch brings no tokenizer; pass `tokenizer`: "
-                "a folder, a hub name, or 'gemma' (256,000 entries)")
+NO_TOKENIZER = (
+    "a language model from scratch brings no tokenizer; pass `tokenizer`: "
+    "a folder, a hub name, or 'gemma' (256,000 entries)"
+)
 
 def preset_settings(
-    preset:dict|str|Path, # A preset, its name or its path
-    **overrides, # Other values for its fields
-) -> dict: # All fields
+    preset: dict | str | Path,  # A preset, its name or its path
+    **overrides,  # Other values for its fields
+) -> dict:  # All fields
     "A preset with some values replaced. Raises `ConfigError` for unknown ones."
-    preset, name = (preset, "given") if isinstance(preset, dict) else (load_preset(preset), str(preset))
+    name = "given" if isinstance(preset, dict) else str(preset)
+    if not isinstance(preset, dict): preset = load_preset(preset)
     settings = {**preset, **overrides}
     check_preset(settings, name)
     return settings
 
 def combined_config(
-    settings:dict, # From `preset_settings`
-    text_config, # Of the language model
-    vision_config, # Of the low-resolution tower
-    vision_aux_config=None, # Of the high-resolution tower
+    settings: dict,  # From `preset_settings`
+    text_config,  # Of the language model
+    vision_config,  # Of the low-resolution tower
+    vision_aux_config=None,  # Of the high-resolution tower
 ) -> VLMConfig:
     "What the whole model is made of. `config.parts` remembers where its parts came from."
-    parts = {field: settings[field] for field in (*PARTS, "template", "chat_template", "image_aspect_ratio", "license")}
+    fields = (*PARTS, "template", "chat_template", "image_aspect_ratio", "license")
+    parts = {field: settings[field] for field in fields}
     given = {field: settings[field] for field in SETTINGS if settings[field] is not None}
     return VLMConfig(text_config, vision_config, vision_aux_config, **given, parts=parts)
 
 def preset_config(
-    preset:dict|str|Path, # A preset whose parts are all made from scratch
-    tokenizer=None, # Of the language model
-    **overrides, # As in `preset_settings`
+    preset: dict | str | Path,  # A preset whose parts are all made from scratch
+    tokenizer=None,  # Of the language model
+    **overrides,  # As in `preset_settings`
 ) -> VLMConfig:
-    "A model's configuration. Raises `ConfigError` when a part has weights of its own, and so a configuration of its own."
+    """A model's configuration. Raises `ConfigError` when a part has weights of its own, and so a
+    configuration of its own."""
     settings = preset_settings(preset, **overrides)
     own = [part for part in PARTS if settings[part] is not None and not is_scratch(settings[part])]
-    if own: raise ConfigError(f"{own[0]} comes with its own configuration; use `build_model`")
+    if own:
+        raise ConfigError(f"{own[0]} comes with its own configuration; use `build_model`")
     vision, aux = (settings[part] and dict(settings[part]["config"]) for part in PARTS[1:])
     return combined_config(settings, scratch_text_config(settings, tokenizer), vision, aux)
 
 def scratch_text_config(
-    settings:dict, # From `preset_settings`
-    tokenizer, # A fast Hugging Face tokenizer
+    settings: dict,  # From `preset_settings`
+    tokenizer,  # A fast Hugging Face tokenizer
 ) -> dict:
     "Configuration of a language model made from scratch: as many entries as the tokenizer has."
     if tokenizer is None: raise ConfigError(NO_TOKENIZER)
-    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("pad", "bos", "eos")}
-    rows = max(tokenizer.get_vocab().values()) + 1          # len(tokenizer), unless its ids have holes
+    names = [f"{role}_token_id" for role in ("pad", "bos", "eos")]
+    ids = {name: getattr(tokenizer, name) for name in names}
+    rows = max(tokenizer.get_vocab().values()) + 1  # len(tokenizer), unless its ids have holes
     return {**settings["language_model"]["config"], **ids, "vocab_size": rows}
 
 def is_scratch(
-    source, # A part's source
+    source,  # A part's source
 ) -> bool:
     "Whether a part is made from scratch."
     return isinstance(source, dict) and "config" in source
 
 @torch.no_grad()
 def init_tower_from_scratch(
-    tower:nn.Module, # Or mining, or a projector; changed in place
+    tower: nn.Module,  # Or mining, or a projector; changed in place
 ) -> None:
     "Start weights so that signals keep their size."
     for layer in tower.modules():
@@ -194,24 +261,27 @@ def init_tower_from_scratch(
 
 @torch.no_grad()
 def make_places_heard(
-    tower:nn.Module, # Changed in place
+    tower: nn.Module,  # Changed in place
 ) -> None:
     "Start position embeddings, or a ConvNeXt's first biases, as large as what the patches hold."
     embeddings = tower.embeddings
-    if hasattr(embeddings, "position_embedding"): nn.init.normal_(embeddings.position_embedding.weight, std=1.0)
-    elif tower.config.model_type == "convnext": nn.init.normal_(embeddings.patch_embeddings.bias, std=1.0)
+    if hasattr(embeddings, "position_embedding"):
+        nn.init.normal_(embeddings.position_embedding.weight, std=1.0)
+    elif tower.config.model_type == "convnext":
+        nn.init.normal_(embeddings.patch_embeddings.bias, std=1.0)
 
 def init_vision_from_scratch(
-    encoder:nn.Module, # `ImageEncoder`; changed in place
+    encoder: nn.Module,  # `ImageEncoder`; changed in place
 ) -> None:
     "Start towers, mining and projector so that signals keep their size and places are heard."
     init_tower_from_scratch(encoder)
     make_places_heard(encoder.vision_tower)
-    if encoder.vision_tower_aux is not None: make_places_heard(encoder.vision_tower_aux)
+    if encoder.vision_tower_aux is not None:
+        make_places_heard(encoder.vision_tower_aux)
 
 @contextmanager
 def seeded(
-    seed:int, # Of what is drawn inside
+    seed: int,  # Of what is drawn inside
 ):
     "Random numbers of their own; the caller's are not disturbed."
     with torch.random.fork_rng(devices=[]):
@@ -219,9 +289,9 @@ def seeded(
         yield
 
 def make_model(
-    config:VLMConfig, # What it is made of
-    seed:int=0, # Of its weights
-) -> VLM: # With random weights, ready to be trained
+    config: VLMConfig,  # What it is made of
+    seed: int = 0,  # Of its weights
+) -> VLM:  # With random weights, ready to be trained
     "A new model; equal seeds give equal weights."
     with seeded(seed):
         model = VLM(config)
@@ -230,48 +300,65 @@ def make_model(
 
 # %% ../../nbs/10_weights.ipynb #c024
 def package_pieces(
-    source:dict, # {"package": a name or several, "file": a pattern, "install": how to get it}
-) -> list[Path]: # Files in the order of the packages
+    source: dict,  # {"package": a name or several, "file": a pattern, "install": how to get it}
+) -> list[Path]:  # Files in the order of the packages
     "The files of a source. Raises `ConfigError` with the command that installs them."
     names = [source["package"]] if isinstance(source["package"], str) else source["package"]
     found = []
     for name in names:
         spec = importlib.util.find_spec(name)
-        pieces = sorted(Path(spec.origin).parent.glob(source["file"])) if spec and spec.origin else []
-        if len(pieces) != 1: raise ConfigError(f"package {name!r} {f'holds {len(pieces)} files' if spec else 'is not installed, it has the file'} {source['file']}; try: {source['install']}")
+        folder = Path(spec.origin).parent if spec and spec.origin else None
+        pieces = sorted(folder.glob(source["file"])) if folder else []
+        if len(pieces) != 1:
+            state = f"holds {len(pieces)} files" if spec else "is not installed, it has the file"
+            raise ConfigError(
+                f"package {name!r} {state} {source['file']}; try: {source['install']}"
+            )
         found += pieces
     return found
 
 def joined_pieces(
-    pieces:list[Path], # In order
-    path:Path, # The whole file
-    expected:str|None=None, # Its SHA-256
-) -> Path: # The same path
-    "The pieces in one file, made once. Raises `ConfigError` for another fingerprint than the expected one."
+    pieces: list[Path],  # In order
+    path: Path,  # The whole file
+    expected: str | None = None,  # Its SHA-256
+) -> Path:  # The same path
+    """The pieces in one file, made once. Raises `ConfigError` for another fingerprint than the
+    expected one."""
+
     def write(beside):
         with beside.open("wb") as out:
             for piece in pieces:
-                with piece.open("rb") as file: shutil.copyfileobj(file, out, 1 << 20)
+                with piece.open("rb") as file:
+                    shutil.copyfileobj(file, out, 1 << 20)
         if expected and sha256(beside) != expected:
             beside.unlink()
-            raise ConfigError(f"{path.name}: the pieces do not make the file that was meant (SHA-256 differs); install the packages anew")
+            raise ConfigError(
+                f"{path.name}: the pieces do not make the file that was meant (SHA-256 differs); "
+                "install the packages anew"
+            )
+
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, write)
     return path
 
 def package_file(
-    source:dict, # As in a preset
+    source: dict,  # As in a preset
 ) -> Path:
     "The weights file of an installed package."
     pieces = package_pieces(source)
     if len(pieces) == 1: return pieces[0]
     name = re.sub(r"\.part\d*$", "", pieces[0].name)
-    return joined_pieces(pieces, cache_folder()/"joined"/digest(source.get("sha256") or ",".join(p.name for p in pieces))[:16]/name, source.get("sha256"))
+    key = digest(source.get("sha256") or ",".join(p.name for p in pieces))[:16]
+    return joined_pieces(pieces, cache_folder() / "joined" / key / name, source.get("sha256"))
 
 # %% ../../nbs/10_weights.ipynb #c027
-LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, SafetensorError, torch.serialization.pickle.UnpicklingError, struct.error)
-OTHER_TOWER = r"text_model\.|text_projection\.|visual_projection\.|logit_(scale|bias)$"       # of a CLIP or SigLIP checkpoint, when its vision tower is wanted
+LOAD_ERRORS = (
+    *(OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, struct.error),
+    *(SafetensorError, torch.serialization.pickle.UnpicklingError),
+)
+# of a CLIP or SigLIP checkpoint, when its vision tower is wanted
+OTHER_TOWER = r"text_model\.|text_projection\.|visual_projection\.|logit_(scale|bias)$"
 
 @contextmanager
 def quiet():
@@ -285,36 +372,48 @@ def quiet():
         if bars: logging.enable_progress_bar()
 
 def some(
-    names, # Of tensors
-    n:int=3, # How many to write
+    names,  # Of tensors
+    n: int = 3,  # How many to write
 ) -> str:
     "A few of the names, and how many there are."
     names = sorted(names)
-    return f"{len(names)} ({', '.join(names[:n])}{', ...' if len(names) > n else ''})" if names else "none"
+    if not names: return "none"
+    more = ", ..." if len(names) > n else ""
+    return f"{len(names)} ({', '.join(names[:n])}{more})"
 
 def pretrained(
-    cls, # A class of transformers with `from_pretrained`
-    name:str|Path, # A folder or a hub name
-    what:str, # For messages: "language model"
-    **kwargs, # Of `from_pretrained`
-): # The model, in evaluation mode
-    "A model with all of its weights. Raises `ConfigError` if some are missing or of another shape, or if there is no such model."
+    cls,  # A class of transformers with `from_pretrained`
+    name: str | Path,  # A folder or a hub name
+    what: str,  # For messages: "language model"
+    **kwargs,  # Of `from_pretrained`
+):  # The model, in evaluation mode
+    """A model with all of its weights. Raises `ConfigError` if some are missing or of another
+    shape, or if there is no such model."""
     name = str(Path(name).expanduser()) if Path(name).expanduser().exists() else str(name)
+    kwargs |= dict(output_loading_info=True, ignore_mismatched_sizes=True)
     try:
-        with quiet(): model, info = cls.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        with quiet(): model, info = cls.from_pretrained(name, **kwargs)
     except LOAD_ERRORS as e:
-        raise ConfigError(f"{what} {name!r} cannot be loaded: give a folder with config.json and weights, or a hub name that this machine can reach or has in its cache "
-                          f"({str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__})") from e
-    missing, wrong = set(info["missing_keys"]), {str(m[0]) if isinstance(m, tuple) else str(m) for m in info["mismatched_keys"]}
-    if missing or wrong: raise ConfigError(f"{what} {name!r} does not fit its own config.json: missing {some(missing)}, wrong shape {some(wrong)}")
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        raise ConfigError(
+            f"{what} {name!r} cannot be loaded: give a folder with config.json and weights, or a "
+            f"hub name that this machine can reach or has in its cache ({reason})"
+        ) from e
+    missing = set(info["missing_keys"])
+    wrong = {str(m[0]) if isinstance(m, tuple) else str(m) for m in info["mismatched_keys"]}
+    if missing or wrong:
+        raise ConfigError(
+            f"{what} {name!r} does not fit its own config.json: missing {some(missing)}, wrong "
+            f"shape {some(wrong)}"
+        )
     rest = [n for n in info["unexpected_keys"] if not re.match(OTHER_TOWER, n)]
     if rest: say(f"{what} {Path(name).name}: left out {some(rest)}")
     return model.eval()
 
 # %% ../../nbs/10_weights.ipynb #c029
 def gguf_key(
-    path:Path, # A .gguf file
-) -> str: # 16 hexadecimal digits
+    path: Path,  # A .gguf file
+) -> str:  # 16 hexadecimal digits
     "What the converted copy is found by: name, size, first and last mebibyte."
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -323,168 +422,240 @@ def gguf_key(
         return digest(path.name, str(size), first, file.read())[:16]
 
 def converted_gguf(
-    path:str|Path, # A .gguf file
-) -> Path: # A folder with config.json, model.safetensors and tokenizer.json
+    path: str | Path,  # A .gguf file
+) -> Path:  # A folder with config.json, model.safetensors and tokenizer.json
     "The file as an ordinary model folder, made when first needed and kept in the cache folder."
     path = Path(path).expanduser()
     if not path.is_file(): raise ConfigError(f"no GGUF file {str(path)!r}")
-    folder = cache_folder()/"gguf"/f"{path.stem}-{gguf_key(path)}"
-    if not (folder/"config.json").is_file():
+    folder = cache_folder() / "gguf" / f"{path.stem}-{gguf_key(path)}"
+    if not (folder / "config.json").is_file():
         say(f"converting {path.name} to safetensors, once")
         with new_folder(folder) as part: convert_gguf(path, part)
     return folder
 
 def convert_gguf(
-    path:Path, # A .gguf file
-    folder:Path, # An empty one
+    path: Path,  # A .gguf file
+    folder: Path,  # An empty one
 ) -> None:
-    "Write what a GGUF file holds in the ordinary layout, weights as float32. Raises `ConfigError` for a file that cannot be read."
+    """Write what a GGUF file holds in the ordinary layout, weights as float32. Raises `ConfigError`
+    for a file that cannot be read."""
     try:
         from transformers import GgufConfig
-        with quiet(), redirect_stderr(io.StringIO()):                   # a progress bar that transformers cannot be asked to leave away
-            model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32, trust_remote_code=False)
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+
+        given = dict(gguf_file=path.name, trust_remote_code=False)
+        as_floats = dict(quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
+        # a progress bar that transformers cannot be asked to leave away
+        with quiet(), redirect_stderr(io.StringIO()):
+            model = AutoModelForCausalLM.from_pretrained(path.parent, **given, **as_floats)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **given)
             model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     except LOAD_ERRORS as e:
-        raise ConfigError(f"{path.name} cannot be converted; it takes the package gguf (pip install gguf) and an architecture that transformers knows ({str(e).strip().splitlines()[0]})") from e
+        raise ConfigError(
+            f"{path.name} cannot be converted; it takes the package gguf (pip install gguf) and "
+            f"an architecture that transformers knows ({str(e).strip().splitlines()[0]})"
+        ) from e
 
 def model_folder(
-    source:str|dict, # A part's source with weights of its own
-) -> str|Path: # A folder or a hub name
+    source: str | dict,  # A part's source with weights of its own
+) -> str | Path:  # A folder or a hub name
     "Where transformers finds a language model or its tokenizer; GGUF files are converted."
     path = package_file(source) if isinstance(source, dict) else Path(source).expanduser()
-    return converted_gguf(path) if path.suffix == ".gguf" else path if path.exists() else str(source)
+    if path.suffix == ".gguf": return converted_gguf(path)
+    return path if path.exists() else str(source)
 
 def load_language_model(
-    source:str|dict, # Hub name, folder, .gguf file, or a source as in a preset
-    dtype:torch.dtype=torch.float32, # Of its weights
-): # An `AutoModelForCausalLM`, in evaluation mode
+    source: str | dict,  # Hub name, folder, .gguf file, or a source as in a preset
+    dtype: torch.dtype = torch.float32,  # Of its weights
+):  # An `AutoModelForCausalLM`, in evaluation mode
     "A language model with its weights, or a new one for `{'config': ...}`."
-    if is_scratch(source): return AutoModelForCausalLM.from_config(sub_config(source["config"], "gemma"), dtype=dtype).eval()
-    model = pretrained(AutoModelForCausalLM, model_folder(source), "language model", dtype=dtype, trust_remote_code=False)
-    model.config._name_or_path = ""             # else a path of this machine would travel along with every copy
+    cls, settings = AutoModelForCausalLM, dict(dtype=dtype, trust_remote_code=False)
+    if is_scratch(source):
+        return cls.from_config(sub_config(source["config"], "gemma"), dtype=dtype).eval()
+    model = pretrained(cls, model_folder(source), "language model", **settings)
+    # else a path of this machine would travel along with every copy
+    model.config._name_or_path = ""
     return model
 
 # %% ../../nbs/10_weights.ipynb #c043
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-CONVNEXT_NAMES = [(r"^stem\.0\.", "embeddings.patch_embeddings."), (r"^stem\.1\.", "embeddings.layernorm."), (r"\.downsample\.", ".downsampling_layer."), (r"\.blocks\.", ".layers."),
-                  (r"\.gamma$", ".layer_scale_parameter"), (r"\.conv_dw\.", ".dwconv."), (r"\.norm\.", ".layernorm."), (r"\.mlp\.fc(\d)\.", r".pwconv\1."), (r"^stages\.", "encoder.stages.")]
+CONVNEXT_NAMES = [
+    (r"^stem\.0\.", "embeddings.patch_embeddings."),
+    (r"^stem\.1\.", "embeddings.layernorm."),
+    (r"\.downsample\.", ".downsampling_layer."),
+    (r"\.blocks\.", ".layers."),
+    (r"\.gamma$", ".layer_scale_parameter"),
+    (r"\.conv_dw\.", ".dwconv."),
+    (r"\.norm\.", ".layernorm."),
+    (r"\.mlp\.fc(\d)\.", r".pwconv\1."),
+    (r"^stages\.", "encoder.stages."),
+]
 
 def translated(
-    name:str, # A tensor's name
-    rules:list, # (pattern, replacement), applied in order
+    name: str,  # A tensor's name
+    rules: list,  # (pattern, replacement), applied in order
 ) -> str:
     "The name after all replacements."
     for pattern, new in rules: name = re.sub(pattern, new, name)
     return name
 
 def convnext_config(
-    trunk:dict, # timm's names: "stem.0.weight", ...
+    trunk: dict,  # timm's names: "stem.0.weight", ...
 ) -> ConvNextConfig:
     "Widths, depths and scale as the tensors have them."
-    blocks = Counter(int(m[1]) for name in trunk if (m := re.match(r"stages\.(\d+)\.blocks\.\d+\.conv_dw\.weight$", name)))
-    if not blocks or "stem.0.weight" not in trunk: raise ConfigError("no ConvNeXt: the weights have no stem and no stages")
+    pattern = r"stages\.(\d+)\.blocks\.\d+\.conv_dw\.weight$"
+    found = [re.match(pattern, name) for name in trunk]
+    blocks = Counter(int(match[1]) for match in found if match)
+    if not blocks or "stem.0.weight" not in trunk:
+        raise ConfigError("no ConvNeXt: the weights have no stem and no stages")
     widths = [trunk[f"stages.{n}.blocks.0.conv_dw.weight"].shape[0] for n in sorted(blocks)]
     has_scale = "stages.0.blocks.0.gamma" in trunk
-    return ConvNextConfig(num_stages=len(widths), hidden_sizes=widths, depths=[blocks[n] for n in sorted(blocks)], patch_size=trunk["stem.0.weight"].shape[-1],
-                          layer_scale_init_value=1e-6 if has_scale else 0, layer_norm_eps=1e-6)
+    return ConvNextConfig(
+        num_stages=len(widths),
+        hidden_sizes=widths,
+        depths=[blocks[n] for n in sorted(blocks)],
+        patch_size=trunk["stem.0.weight"].shape[-1],
+        layer_scale_init_value=1e-6 if has_scale else 0,
+        layer_norm_eps=1e-6,
+    )
 
 def convnext_from_open_clip(
-    state:dict, # A checkpoint's weights, under open_clip's or timm's names
-) -> tuple[ConvNextConfig, dict, list[str]]: # configuration; weights under `ConvNextModel`'s names; names left out
-    "A ConvNeXt out of an open_clip checkpoint. Raises `ConfigError` for a stem or stage that `ConvNextModel` does not have."
+    state: dict,  # A checkpoint's weights, under open_clip's or timm's names
+    # configuration; weights under `ConvNextModel`'s names; names left out
+) -> tuple[ConvNextConfig, dict, list[str]]:
+    """A ConvNeXt out of an open_clip checkpoint. Raises `ConfigError` for a stem or stage that
+    `ConvNextModel` does not have."""
     trunk, rest = {}, []
-    for name,tensor in state.items():
+    for name, tensor in state.items():
         inside = re.match(r"(?:module\.)?(?:visual\.trunk\.)?((?:stem|stages)\..+)$", name)
         if inside: trunk[inside[1]] = tensor
         else: rest.append(name)
     config = convnext_config(trunk)
-    return config, {translated(name, CONVNEXT_NAMES): tensor for name,tensor in trunk.items()}, rest
+    renamed = {translated(name, CONVNEXT_NAMES): tensor for name, tensor in trunk.items()}
+    return config, renamed, rest
 
 def filled_tower(
-    config, # Of the whole tower
-    state:dict, # Its weights, under the tower's names; those behind the selected layer are not needed
-    select_layer:int=-1, # As in `make_tower`
-    dtype:torch.dtype=torch.float32, # Of its weights
-    what:str="tower", # For messages
-    may_stay:str="^$", # Pattern of names that a shortened tower leaves over
-) -> nn.Module: # In evaluation mode
-    "A tower with its weights. Raises `ConfigError` if any is missing, left over or of another shape."
+    config,  # Of the whole tower
+    # Its weights, under the tower's names; those behind the selected layer are not needed
+    state: dict,
+    select_layer: int = -1,  # As in `make_tower`
+    dtype: torch.dtype = torch.float32,  # Of its weights
+    what: str = "tower",  # For messages
+    may_stay: str = "^$",  # Pattern of names that a shortened tower leaves over
+) -> nn.Module:  # In evaluation mode
+    """A tower with its weights. Raises `ConfigError` if any is missing, left over or of another
+    shape."""
     tower = make_tower(config, select_layer)
     want = tower.state_dict()
     unexpected = {n for n in state.keys() - want.keys() if not re.match(may_stay, n)}
     wrong = {n for n in want.keys() & state.keys() if want[n].shape != state[n].shape}
     if want.keys() - state.keys() or unexpected or wrong:
-        raise ConfigError(f"{what} does not fit: missing {some(want.keys() - state.keys())}, unexpected {some(unexpected)}, wrong shape {some(wrong)}")
+        raise ConfigError(
+            f"{what} does not fit: missing {some(want.keys() - state.keys())}, unexpected "
+            f"{some(unexpected)}, wrong shape {some(wrong)}"
+        )
     tower.load_state_dict({n: state[n] for n in want})
     return cast(tower, dtype).eval()
 
 def cast(
-    module:nn.Module, # Changed in place
-    dtype:torch.dtype, # Of parameters and of buffers that are saved; what is computed on the way keeps its type
-) -> nn.Module: # The same
+    module: nn.Module,  # Changed in place
+    # Of parameters and of buffers that are saved; what is computed on the way keeps its type
+    dtype: torch.dtype,
+) -> nn.Module:  # The same
     "Give weights another type."
     saved = module.state_dict()
-    for name,tensor in [*module.named_parameters(), *module.named_buffers()]:
-        if name in saved and tensor.is_floating_point(): tensor.data = tensor.data.to(dtype)
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if name in saved and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
     return module
 
 # %% ../../nbs/10_weights.ipynb #c051
-LITE_LAYERS = {True: {"_expand_conv": 0, "_bn0": 1, "_depthwise_conv": 3, "_bn1": 4, "_project_conv": 6, "_bn2": 7}, False: {"_depthwise_conv": 0, "_bn1": 1, "_project_conv": 3, "_bn2": 4}}
+_NARROW = {"_depthwise_conv": 0, "_bn1": 1, "_project_conv": 3, "_bn2": 4}
+_WIDE = {
+    "_expand_conv": 0,
+    "_bn0": 1,
+    "_depthwise_conv": 3,
+    "_bn1": 4,
+    "_project_conv": 6,
+    "_bn2": 7,
+}
+LITE_LAYERS = {True: _WIDE, False: _NARROW}
 
 def efficientnet_lite_state(
-    state:dict, # Under the names of efficientnet_lite_pytorch
-) -> tuple[dict, list[str]]: # weights under `EfficientNetLiteModel`'s names; names left out
+    state: dict,  # Under the names of efficientnet_lite_pytorch
+) -> tuple[dict, list[str]]:  # weights under `EfficientNetLiteModel`'s names; names left out
     "An EfficientNet-Lite0 without its classifier."
-    places = [(s, k) for s,stage in enumerate(EfficientNetLiteModel(EfficientNetLiteConfig()).encoder.stages) for k in range(len(stage))]
-    stem, out, rest = {"_conv_stem": 0, "_bn0": 1}, {}, []
-    for name,tensor in state.items():
+    stages = EfficientNetLiteModel(EfficientNetLiteConfig()).encoder.stages
+    places = [(s, k) for s, stage in enumerate(stages) for k in range(len(stage))]
+    stem = {"_conv_stem": 0, "_bn0": 1}
+    out, rest = {}, []
+    for name, tensor in state.items():
         layer, _, tail = name.partition(".")
         block = re.match(r"_blocks\.(\d+)\.(\w+)\.(.+)$", name)
         if block and int(block[1]) < len(places):
-            (s, k), wide = places[int(block[1])], f"_blocks.{block[1]}._expand_conv.weight" in state
-            out[f"encoder.stages.{s}.{k}.layers.{LITE_LAYERS[wide].get(block[2], block[2])}.{block[3]}"] = tensor
+            s, k = places[int(block[1])]
+            wide = f"_blocks.{block[1]}._expand_conv.weight" in state
+            number = LITE_LAYERS[wide].get(block[2], block[2])
+            out[f"encoder.stages.{s}.{k}.layers.{number}.{block[3]}"] = tensor
         elif layer in stem: out[f"embeddings.{stem[layer]}.{tail}"] = tensor
         else: rest.append(name)
     return out, rest
 
 # %% ../../nbs/10_weights.ipynb #c054
-TOWER_CLASSES = {"clip": CLIPVisionModel, "clip_vision_model": CLIPVisionModel, "siglip": SiglipVisionModel, "siglip_vision_model": SiglipVisionModel,
-                 "convnext": ConvNextModel, "efficientnet_lite": EfficientNetLiteModel}
-BEHIND = r"(encoder\.layers\.\d+|post_layernorm|layernorm|head)\."       # what `make_tower` may cut off
+TOWER_CLASSES = {
+    "clip": CLIPVisionModel,
+    "clip_vision_model": CLIPVisionModel,
+    "siglip": SiglipVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
+    "convnext": ConvNextModel,
+    "efficientnet_lite": EfficientNetLiteModel,
+}
+# what `make_tower` may cut off
+BEHIND = r"(encoder\.layers\.\d+|post_layernorm|layernorm|head)\."
 
 def source_file(
-    name:str, # A folder or a hub name
-    *names:str, # Files, the best first
-) -> Path|None: # None if there is none of them, or if it cannot be reached
+    name: str,  # A folder or a hub name
+    *names: str,  # Files, the best first
+) -> Path | None:  # None if there is none of them, or if it cannot be reached
     "The first of these files that a source has."
     folder = Path(name).expanduser()
-    if folder.is_dir(): return next((folder/n for n in names if (folder/n).is_file()), None)
+    if folder.is_dir():
+        return next((folder / n for n in names if (folder / n).is_file()), None)
     for n in names:
         try: return Path(hf_hub_download(name, n))
-        except EntryNotFoundError: continue             # not there, or without network not in the cache
+        except EntryNotFoundError:
+            continue  # not there, or without network not in the cache
         except (OSError, HfHubHTTPError, HFValidationError): return None
     return None
 
 def open_clip_file(
-    name:str, # A folder or a hub name
-) -> Path|None: # None if the source is in another format
-    "The weights of an open_clip ConvNeXt. Raises `ConfigError` if they are not there, or if `ConvNextModel` would compute something else."
+    name: str,  # A folder or a hub name
+) -> Path | None:  # None if the source is in another format
+    """The weights of an open_clip ConvNeXt. Raises `ConfigError` if they are not there, or if
+    `ConvNextModel` would compute something else."""
     config = source_file(name, "open_clip_config.json")
     if config is None: return None
     kind = read_json(config).get("model_cfg", {}).get("vision_cfg", {}).get("timm_model_name", "")
-    if not kind.startswith("convnext"): return None                    # LAION's ViTs have transformers' files beside open_clip's
-    if kind.startswith("convnext_xxlarge"): raise ConfigError(f"vision tower {name!r}: {kind} normalises with 1e-5, transformers' ConvNextModel with 1e-6; take a smaller one")
+    # LAION's ViTs have transformers' files beside open_clip's
+    if not kind.startswith("convnext"): return None
+    if kind.startswith("convnext_xxlarge"):
+        raise ConfigError(
+            f"vision tower {name!r}: {kind} normalises with 1e-5, transformers' ConvNextModel with "
+            "1e-6; take a smaller one"
+        )
     weights = source_file(name, *OPEN_CLIP_WEIGHTS)
-    if weights is None: raise ConfigError(f"vision tower {name!r} has an open_clip_config.json, but neither {' nor '.join(OPEN_CLIP_WEIGHTS)}")
+    if weights is None:
+        files = " nor ".join(OPEN_CLIP_WEIGHTS)
+        raise ConfigError(
+            f"vision tower {name!r} has an open_clip_config.json, but neither {files}"
+        )
     return weights
 
 def load_tower(
-    source:str|dict, # Hub name, folder, weights file, or a source as in a preset
-    select_layer:int=-1, # Which hidden states are its features; later layers are left out
-    dtype:torch.dtype=torch.float32, # Of its weights
-) -> nn.Module: # As `make_tower` makes them, in evaluation mode
+    source: str | dict,  # Hub name, folder, weights file, or a source as in a preset
+    select_layer: int = -1,  # Which hidden states are its features; later layers are left out
+    dtype: torch.dtype = torch.float32,  # Of its weights
+) -> nn.Module:  # As `make_tower` makes them, in evaluation mode
     "A vision tower with its weights, or a new one for `{'config': ...}`."
     if is_scratch(source):
         tower = make_tower(sub_config(source["config"], "clip_vision_model"), select_layer)
@@ -493,353 +664,545 @@ def load_tower(
         return cast(tower, dtype).eval()
     path = package_file(source) if isinstance(source, dict) else Path(source).expanduser()
     file = path if path.is_file() else open_clip_file(str(source))
-    return tower_from_transformers(str(source), select_layer, dtype) if file is None else tower_from_file(file, dtype)
+    if file is None:
+        return tower_from_transformers(str(source), select_layer, dtype)
+    return tower_from_file(file, dtype)
 
 def tower_from_file(
-    path:Path, # Weights of an open_clip ConvNeXt or of an EfficientNet-Lite0
-    dtype:torch.dtype, # Of its weights
+    path: Path,  # Weights of an open_clip ConvNeXt or of an EfficientNet-Lite0
+    dtype: torch.dtype,  # Of its weights
 ) -> nn.Module:
     "A tower in a foreign format."
     state = read_state(path)
-    if "_conv_stem.weight" in state: config, (state, rest) = EfficientNetLiteConfig(), efficientnet_lite_state(state)
+    if "_conv_stem.weight" in state:
+        config = EfficientNetLiteConfig()
+        state, rest = efficientnet_lite_state(state)
     else: config, state, rest = convnext_from_open_clip(state)
     say(f"tower {path.name}: {len(state)} tensors taken, left out {some(rest)}")
     return filled_tower(config, state, dtype=dtype, what=f"tower {path.name}")
 
 def tower_from_transformers(
-    name:str, # A folder or a hub name
-    select_layer:int, # As in `make_tower`
-    dtype:torch.dtype, # Of its weights
+    name: str,  # A folder or a hub name
+    select_layer: int,  # As in `make_tower`
+    dtype: torch.dtype,  # Of its weights
 ) -> nn.Module:
     "A tower in transformers' format."
     what = "vision tower"
     try:
-        with quiet(): config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except LOAD_ERRORS as e: raise ConfigError(f"{what} {name!r} cannot be loaded: give a folder with config.json and weights, or a hub name that this machine can reach or has in its cache ({str(e).strip().splitlines()[0]})") from e
-    if config.model_type not in TOWER_CLASSES: raise ConfigError(f"{what} {name!r} is of model type {config.model_type!r}; there are: {', '.join(TOWER_CLASSES)}, and open_clip's ConvNeXt")
-    with quiet(): whole = pretrained(TOWER_CLASSES[config.model_type], name, what, dtype=dtype)
+        with quiet():
+            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except LOAD_ERRORS as e:
+        raise ConfigError(
+            f"{what} {name!r} cannot be loaded: give a folder with config.json and weights, or a "
+            "hub name that this machine can reach or has in its cache "
+            f"({str(e).strip().splitlines()[0]})"
+        ) from e
+    if config.model_type not in TOWER_CLASSES:
+        raise ConfigError(
+            f"{what} {name!r} is of model type {config.model_type!r}; there are: "
+            f"{', '.join(TOWER_CLASSES)}, and open_clip's ConvNeXt"
+        )
+    with quiet():
+        whole = pretrained(TOWER_CLASSES[config.model_type], name, what, dtype=dtype)
     whole.config._name_or_path = ""
-    return filled_tower(whole.config, whole.state_dict(), select_layer, dtype, f"{what} {name!r}", BEHIND)
+    state, what = whole.state_dict(), f"{what} {name!r}"
+    return filled_tower(whole.config, state, select_layer, dtype, what, BEHIND)
 
 # %% ../../nbs/10_weights.ipynb #c058
 def combined_model(
-    config:VLMConfig, # From `combined_config`, made of the parts' own configurations
-    language_model:nn.Module, # Parts with their weights
-    vision_tower:nn.Module,
-    vision_tower_aux:nn.Module|None=None,
-) -> VLM: # With a new projector, and new mining
-    "A model around parts that are there already; stages behind the features in use are left out, as `VLM` leaves them out."
-    for tower,layer in ((vision_tower, config.select_layer), (vision_tower_aux, max(config.aux_stages, default=-1))):
-        if tower is not None and tower.config.model_type in STAGE_TOWERS: del tower.encoder.stages[tower_depth(tower.config, layer):]
+    config: VLMConfig,  # From `combined_config`, made of the parts' own configurations
+    language_model: nn.Module,  # Parts with their weights
+    vision_tower: nn.Module,
+    vision_tower_aux: nn.Module | None = None,
+) -> VLM:  # With a new projector, and new mining
+    """A model around parts that are there already; stages behind the features in use are left out,
+    as `VLM` leaves them out."""
+    last_aux = max(config.aux_stages, default=-1)
+    pairs = [(vision_tower, config.select_layer), (vision_tower_aux, last_aux)]
+    for tower, layer in pairs:
+        if tower is not None and tower.config.model_type in STAGE_TOWERS:
+            del tower.encoder.stages[tower_depth(tower.config, layer) :]
     with torch.device("meta"): model = VLM(config)
     encoder = model.image_encoder
-    model.language_model, encoder.vision_tower, encoder.vision_tower_aux = language_model, vision_tower, vision_tower_aux
-    if vision_tower_aux is not None: encoder.mining = PatchInfoMining(config.vision_size, config.vision_size_aux)
-    encoder.mm_projector = make_projector(config.projector_type, config.vision_size, config.text_config.hidden_size)
-    if language_model.generation_config is not None: model.generation_config = language_model.generation_config
+    model.language_model = language_model
+    encoder.vision_tower = vision_tower
+    encoder.vision_tower_aux = vision_tower_aux
+    if vision_tower_aux is not None:
+        encoder.mining = PatchInfoMining(config.vision_size, config.vision_size_aux)
+    sizes = config.vision_size, config.text_config.hidden_size
+    encoder.mm_projector = make_projector(config.projector_type, *sizes)
+    if language_model.generation_config is not None:
+        model.generation_config = language_model.generation_config
     return model.eval()
 
 def build_model(
-    preset:dict|str|Path, # A preset, its name or its path
-    seed:int=0, # Of everything that is new
-    dtype:torch.dtype=torch.float32, # Of the language model and the towers; what connects them is float32
-    tokenizer=None, # As in `load_preset_tokenizer`; needed for a language model made from scratch
-    **overrides, # Other values for the preset's fields
-) -> VLM: # In evaluation mode, ready to be trained
+    preset: dict | str | Path,  # A preset, its name or its path
+    seed: int = 0,  # Of everything that is new
+    # Of the language model and the towers; what connects them is float32
+    dtype: torch.dtype = torch.float32,
+    tokenizer=None,  # As in `load_preset_tokenizer`; needed for a language model made from scratch
+    **overrides,  # Other values for the preset's fields
+) -> VLM:  # In evaluation mode, ready to be trained
     "A model whose parts have their published weights, and whose projector and mining are new."
     settings = preset_settings(preset, **overrides)
     source, low, high = (settings[part] for part in PARTS)
-    if is_scratch(source): tokenizer = load_preset_tokenizer(settings, tokenizer)
+    if is_scratch(source):
+        tokenizer = load_preset_tokenizer(settings, tokenizer)
     if all(part is None or is_scratch(part) for part in (source, low, high)):
         return make_model(preset_config(settings, tokenizer), seed).eval()
-    if is_scratch(source): source = {"config": scratch_text_config(settings, tokenizer)}
+    if is_scratch(source):
+        source = {"config": scratch_text_config(settings, tokenizer)}
     with seeded(seed):
         language_model = load_language_model(source, dtype)
         vision_tower = load_tower(low, settings["select_layer"], dtype)
         vision_tower_aux = None if high is None else load_tower(high, dtype=dtype)
-        config = combined_config(settings, language_model.config, vision_tower.config, vision_tower_aux and vision_tower_aux.config)
-        return combined_model(config, language_model, vision_tower, vision_tower_aux)
+        parts = language_model, vision_tower, vision_tower_aux
+        config = combined_config(settings, *(part and part.config for part in parts))
+        return combined_model(config, *parts)
 
 def load_preset_tokenizer(
-    preset:dict|str|Path, # A preset, its name or its path
-    tokenizer=None, # A folder, a hub name, "gemma", or a tokenizer; None: the preset's own
-): # A fast tokenizer, with the preset's chat template if it has one
+    preset: dict | str | Path,  # A preset, its name or its path
+    tokenizer=None,  # A folder, a hub name, "gemma", or a tokenizer; None: the preset's own
+):  # A fast tokenizer, with the preset's chat template if it has one
     "The tokenizer that a preset's language model was trained with, or is to be trained with."
     preset = preset if isinstance(preset, dict) else load_preset(preset)
-    source = next(s for s in (tokenizer, preset["tokenizer"], preset["language_model"]) if s is not None)
+    sources = (tokenizer, preset["tokenizer"], preset["language_model"])
+    source = next(s for s in sources if s is not None)
     if is_scratch(source): raise ConfigError(NO_TOKENIZER)
     if isinstance(source, (str, Path, dict)):
-        source = load_tokenizer(str(source) if str(source) == "gemma" else str(model_folder(source)))
-    if preset["chat_template"] is not None: source.chat_template = preset["chat_template"]
+        name = "gemma" if str(source) == "gemma" else str(model_folder(source))
+        source = load_tokenizer(name)
+    if preset["chat_template"] is not None:
+        source.chat_template = preset["chat_template"]
     return source
 
 # %% ../../nbs/10_weights.ipynb #c069
 def mgm_factor(
-    text_config, # Of the language model
-) -> float: # 1 for most
-    "What transformers 4, under which MGM and LLaVA train, multiplied a picture's rows by inside the language model."
+    text_config,  # Of the language model
+) -> float:  # 1 for most
+    """What transformers 4, under which MGM and LLaVA train, multiplied a picture's rows by inside
+    the language model."""
     return text_config.hidden_size**0.5 if text_config.model_type in ("gemma", "gemma2") else 1.0
 
 @dataclass(frozen=True)
 class LoadReport:
     "What became of a file's tensors, and of the model's."
-    source: str                       # name of the file
-    matched: tuple[str,...] = ()      # taken
-    missing: tuple[str,...] = ()      # the model has them, the file has not
-    unexpected: tuple[str,...] = ()   # the file has them, nobody knows them
-    wrong: tuple[str,...] = ()        # in both, with different shapes
-    left_out: tuple[str,...] = ()     # known, and not wanted here
-    factor: float = 1.0               # by which the projector's last layer was multiplied
+
+    source: str  # name of the file
+    matched: tuple[str, ...] = ()  # taken
+    missing: tuple[str, ...] = ()  # the model has them, the file has not
+    unexpected: tuple[str, ...] = ()  # the file has them, nobody knows them
+    wrong: tuple[str, ...] = ()  # in both, with different shapes
+    left_out: tuple[str, ...] = ()  # known, and not wanted here
+    factor: float = 1.0  # by which the projector's last layer was multiplied
 
     @property
     def fits(self) -> bool:
         "Whether file and model hold the same tensors."
         return not (self.missing or self.unexpected or self.wrong)
 
-    def by_part(self) -> dict[str, Counter]: # part -> how many tensors of each kind
+    def by_part(self) -> dict[str, Counter]:  # part -> how many tensors of each kind
         "The report as numbers."
         out = {}
         for kind in ("matched", "missing", "unexpected", "wrong", "left_out"):
-            for name in getattr(self, kind): out.setdefault(part_of(name), Counter())[kind] += 1
+            for name in getattr(self, kind):
+                out.setdefault(part_of(name), Counter())[kind] += 1
         return out
 
     def __str__(self):
-        lines = [f"{self.source}: {len(self.matched)} tensors matched" + ("" if self.factor == 1 else f"; the projector's last layer times {self.factor:.4g}, as transformers 4 did inside Gemma")]
-        lines += [f"  {part:24}" + ", ".join(f"{n} {kind.replace('_', ' ')}" for kind,n in counts.items()) for part,counts in self.by_part().items()]
-        lines += [f"  {kind.replace('_', ' ')}: {some(names, 8)}" for kind in ("missing", "unexpected", "wrong", "left_out") if (names := getattr(self, kind))]
+        lines = [f"{self.source}: {len(self.matched)} tensors matched"]
+        if self.factor != 1:
+            lines[0] += (
+                f"; the projector's last layer times {self.factor:.4g}, "
+                "as transformers 4 did inside Gemma"
+            )
+        for part, counts in self.by_part().items():
+            kinds = [f"{n} {kind.replace('_', ' ')}" for kind, n in counts.items()]
+            lines.append(f"  {part:24}" + ", ".join(kinds))
+        for kind in ("missing", "unexpected", "wrong", "left_out"):
+            names = getattr(self, kind)
+            if names:
+                lines.append(f"  {kind.replace('_', ' ')}: {some(names, 8)}")
         return "\n".join(lines)
 
     def check(self) -> None:
         "Raise `ConfigError` with the whole report unless everything fits."
-        if not self.fits: raise ConfigError(f"{self.source} does not fit the model; pass strict=False to take what fits\n{self}")
+        if not self.fits:
+            raise ConfigError(
+                f"{self.source} does not fit the model; pass strict=False to take what fits\n{self}"
+            )
 
 def part_of(
-    name:str, # Of a tensor
+    name: str,  # Of a tensor
 ) -> str:
     "The part that a tensor is of, by its name."
-    found = re.search(r"mm_projector|vlm_uni_\w+?_projector|vision_tower_aux|vision_tower|embed_tokens|lm_head|layers", name)
-    return {"layers": "language_model", "lm_head": "language_model", "embed_tokens": "language_model"}.get(found[0], found[0]) if found else "other"
+    vision = r"mm_projector|vlm_uni_\w+?_projector|vision_tower_aux|vision_tower"
+    found = re.search(rf"{vision}|(embed_tokens|lm_head|layers)", name)
+    if not found: return "other"
+    return "language_model" if found[1] else found[0]
 
 # %% ../../nbs/10_weights.ipynb #c071
 WRAPPERS = r"^(?:module\.|base_model\.|model\.)*"
 TRAINED = r"(mm_projector|vlm_uni_(?:query|aux|val)_projector)\.(.+)$"
 
 def projector_tensors(
-    model:VLM,
-) -> dict[str, torch.Tensor]: # MGM's name without prefix -> the model's own tensor
+    model: VLM,
+) -> dict[str, torch.Tensor]:  # MGM's name without prefix -> the model's own tensor
     "What a projector file holds of a model: the projector and, with a second tower, mining."
     encoder = model.image_encoder
     mining = {} if encoder.mining is None else dict(encoder.mining.named_parameters())
-    return {**{f"mm_projector.{n}": p for n,p in encoder.mm_projector.named_parameters()}, **mining}
+    return {f"mm_projector.{n}": p for n, p in encoder.mm_projector.named_parameters()} | mining
 
 def scaled_layer(
-    model:VLM,
-) -> list[torch.Tensor]: # Weight and bias
+    model: VLM,
+) -> list[torch.Tensor]:  # Weight and bias
     "The layer that takes the factor. Raises `ConfigError` if there is none and one is needed."
     last = last_linear(model.image_encoder.mm_projector)
-    if last is None and mgm_factor(model.config.text_config) != 1: raise ConfigError("an identity projector has no layer for the factor that MGM's rows need with this language model")
+    if last is None and mgm_factor(model.config.text_config) != 1:
+        raise ConfigError(
+            "an identity projector has no layer for the factor that MGM's rows need with this "
+            "language model"
+        )
     return [] if last is None else [last.weight, last.bias]
 
 @torch.no_grad()
 def fill_tensors(
-    model:VLM, # Changed in place
-    want:dict, # name -> the model's own tensor
-    state:dict, # name -> tensor of the file, under the same names
-    **names, # For the report: `source`, `unexpected`, `left_out`
+    model: VLM,  # Changed in place
+    want: dict,  # name -> the model's own tensor
+    state: dict,  # name -> tensor of the file, under the same names
+    **names,  # For the report: `source`, `unexpected`, `left_out`
 ) -> LoadReport:
     "Copy what fits, with the factor where it belongs."
     wrong = [n for n in want.keys() & state.keys() if want[n].shape != state[n].shape]
     matched = [n for n in want if n in state and n not in wrong]
     factor, scaled = mgm_factor(model.config.text_config), {id(t) for t in scaled_layer(model)}
-    for n in matched: want[n].copy_(state[n].double()*factor if id(want[n]) in scaled and factor != 1 else state[n])
+    for n in matched:
+        times_factor = id(want[n]) in scaled and factor != 1
+        want[n].copy_(state[n].double() * factor if times_factor else state[n])
     shapes = [f"{n} {tuple(state[n].shape)} for {tuple(want[n].shape)}" for n in sorted(wrong)]
-    return LoadReport(matched=tuple(matched), missing=tuple(n for n in want if n not in state), wrong=tuple(shapes), factor=factor, **names)
+    return LoadReport(
+        matched=tuple(matched),
+        missing=tuple(n for n in want if n not in state),
+        wrong=tuple(shapes),
+        factor=factor,
+        **names,
+    )
 
 def load_projector(
-    model:VLM, # Projector and mining are filled in place
-    path:str|Path, # mm_projector.bin of LLaVA or MGM, or the same as .safetensors
-    strict:bool=True, # Raise `ConfigError` unless everything fits; then nothing of the model is changed
+    model: VLM,  # Projector and mining are filled in place
+    path: str | Path,  # mm_projector.bin of LLaVA or MGM, or the same as .safetensors
+    # Raise `ConfigError` unless everything fits; then nothing of the model is changed
+    strict: bool = True,
 ) -> LoadReport:
     "Take a projector that LLaVA, MGM or this project has trained."
-    state, rest, left_out = {}, [], []
-    for name,tensor in read_state(path).items():
+    state, source = {}, Path(path).name
+    rest, left_out = [], []
+    for name, tensor in read_state(path).items():
         found = re.match(WRAPPERS + TRAINED, name)
-        if found and f"{found[1]}.{found[2]}" in state: raise ConfigError(f"{Path(path).name} holds {found[1]}.{found[2]} twice, under two prefixes")
-        if found: state[f"{found[1]}.{found[2]}"] = tensor
-        elif re.match(r"\d+\.(weight|bias)$", name): state[f"mm_projector.{name}"] = tensor                 # the bare projector, as some scripts wrap it
-        else: (left_out if part_of(name) != "other" else rest).append(name)
+        bare = found and f"{found[1]}.{found[2]}"
+        if found and bare in state:
+            raise ConfigError(f"{source} holds {bare} twice, under two prefixes")
+        if found: state[bare] = tensor
+        elif re.match(r"\d+\.(weight|bias)$", name):
+            state[f"mm_projector.{name}"] = tensor  # the bare projector, as some scripts wrap it
+        elif part_of(name) != "other": left_out.append(name)
+        else: rest.append(name)
     want = projector_tensors(model)
-    names = dict(source=Path(path).name, unexpected=tuple(sorted(rest + [n for n in state if n not in want])), left_out=tuple(sorted(left_out)))
-    if strict: fill_tensors(model, {n: t.to("meta") for n,t in want.items()}, state, **names).check()
+    unexpected = tuple(sorted(rest + [n for n in state if n not in want]))
+    names = dict(source=source, unexpected=unexpected, left_out=tuple(sorted(left_out)))
+    if strict:
+        fill_tensors(model, {n: t.to("meta") for n, t in want.items()}, state, **names).check()
     return fill_tensors(model, want, state, **names)
 
 def save_projector(
-    model:VLM,
-    path:str|Path, # .bin as LLaVA and MGM read it, or .safetensors
-    dtype:torch.dtype|None=None, # Of the file; None: as in the model
+    model: VLM,
+    path: str | Path,  # .bin as LLaVA and MGM read it, or .safetensors
+    dtype: torch.dtype | None = None,  # Of the file; None: as in the model
 ) -> None:
     "Write the projector and mining under MGM's names, with the factor taken out."
     factor, scaled = mgm_factor(model.config.text_config), {id(t) for t in scaled_layer(model)}
     state = {}
-    for name,tensor in projector_tensors(model).items():
+    for name, tensor in projector_tensors(model).items():
         plain = tensor.detach().cpu()
-        if id(tensor) in scaled and factor != 1: plain = (plain.double()/factor).to(plain.dtype if dtype is None else dtype)
-        state[f"model.{name}"] = plain.to(plain.dtype if dtype is None else dtype).clone(memory_format=torch.contiguous_format)
+        kind = plain.dtype if dtype is None else dtype
+        if id(tensor) in scaled and factor != 1:
+            plain = plain.double() / factor
+        state[f"model.{name}"] = plain.to(kind).clone(memory_format=torch.contiguous_format)
+
     path = Path(path)
-    write_file(path, lambda beside: save_file(state, beside, metadata={"format": "pt"}) if path.suffix == ".safetensors" else torch.save(state, beside))
+
+    def write(beside):
+        if path.suffix == ".safetensors":
+            save_file(state, beside, metadata={"format": "pt"})
+        else: torch.save(state, beside)
+
+    write_file(path, write)
 
 # %% ../../nbs/10_weights.ipynb #c083
 def shards(
-    folder:str|Path, # Of a checkpoint
-) -> list[Path]: # Its weights files; safetensors first, if there are both
-    "The files that hold a checkpoint's weights. Raises `ConfigError` if there is none, or if its index names one that is not there."
+    folder: str | Path,  # Of a checkpoint
+) -> list[Path]:  # Its weights files; safetensors first, if there are both
+    """The files that hold a checkpoint's weights. Raises `ConfigError` if there is none, or if its
+    index names one that is not there."""
     folder = Path(folder).expanduser()
-    for stem,suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        index = folder/f"{stem}{suffix}.index.json"
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        index = folder / f"{stem}{suffix}.index.json"
         if index.is_file():
-            paths = [folder/name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+            paths = [folder / name for name in names]
             gone = [p.name for p in paths if not p.is_file() or p.parent != folder]
-            if gone or not paths: raise ConfigError(f"{index.name} names files that are not there: {some(gone)}")
+            if gone or not paths:
+                raise ConfigError(f"{index.name} names files that are not there: {some(gone)}")
             return paths
-        if (folder/f"{stem}{suffix}").is_file(): return [folder/f"{stem}{suffix}"]
-    raise ConfigError(f"no weights in {str(folder)!r}: neither model.safetensors nor pytorch_model.bin, nor an index of shards")
+        if (folder / f"{stem}{suffix}").is_file():
+            return [folder / f"{stem}{suffix}"]
+    raise ConfigError(
+        f"no weights in {str(folder)!r}: neither model.safetensors nor pytorch_model.bin, nor an "
+        "index of shards"
+    )
 
 def mgm_name(
-    name:str, # Of a tensor in a checkpoint of LLaVA or MGM
-) -> str: # Of the same tensor in a `VLM`
+    name: str,  # Of a tensor in a checkpoint of LLaVA or MGM
+) -> str:  # Of the same tensor in a `VLM`
     "Where a tensor of a whole checkpoint belongs."
     bare = re.sub(r"^(?:module\.|base_model\.model\.)", "", name)
     inside = bare.removeprefix("model.")
-    if re.match(TRAINED, inside): return ("image_encoder." if inside.startswith("mm_") else "image_encoder.mining.") + inside
-    if inside.startswith("vision_tower_aux."): return "image_encoder.vision_tower_aux." + translated(re.sub(r"^vision_tower_aux\.vision_(stem|stages)\.", r"\1.", inside), CONVNEXT_NAMES)
-    if inside.startswith("vision_tower."): return "image_encoder.vision_tower." + re.sub(r"^(?:vision_tower\.){1,2}(?:vision_model\.)?", "", inside)
+    if re.match(TRAINED, inside):
+        return ("image_encoder." if inside.startswith("mm_") else "image_encoder.mining.") + inside
+    if inside.startswith("vision_tower_aux."):
+        theirs = re.sub(r"^vision_tower_aux\.vision_(stem|stages)\.", r"\1.", inside)
+        return "image_encoder.vision_tower_aux." + translated(theirs, CONVNEXT_NAMES)
+    if inside.startswith("vision_tower."):
+        own = re.sub(r"^(?:vision_tower\.){1,2}(?:vision_model\.)?", "", inside)
+        return "image_encoder.vision_tower." + own
     return "language_model." + bare
 
 def load_mgm(
-    model:VLM, # Filled in place
-    folder:str|Path, # A checkpoint of LLaVA or MGM
-    strict:bool=True, # Raise `ConfigError` unless language model, projector and mining are all there
+    model: VLM,  # Filled in place
+    folder: str | Path,  # A checkpoint of LLaVA or MGM
+    # Raise `ConfigError` unless language model, projector and mining are all there
+    strict: bool = True,
 ) -> LoadReport:
-    "Take a whole model that LLaVA or MGM has trained; towers that the checkpoint does not hold keep their weights."
-    state = {mgm_name(name): tensor for path in shards(folder) for name,tensor in read_state(path).items()}
-    want, kept = model.state_dict(keep_vars=True), ("image_encoder.vision_tower.", "image_encoder.vision_tower_aux.")
+    """Take a whole model that LLaVA or MGM has trained; towers that the checkpoint does not hold
+    keep their weights."""
+    state = {}
+    for path in shards(folder):
+        state |= {mgm_name(name): tensor for name, tensor in read_state(path).items()}
+    want = model.state_dict(keep_vars=True)
+    kept = ("image_encoder.vision_tower.", "image_encoder.vision_tower_aux.")
     own = weights_of(model)
     tied = {n for n in want if n not in own}
-    want = {n: t for n,t in want.items() if n not in tied and (n in state or not n.startswith(kept))}
+    needed = {n for n in want if n in state or not n.startswith(kept)} - tied
+    want = {n: t for n, t in want.items() if n in needed}
     rest = [n for n in state if n not in want and n not in tied]
     left_out = [n for n in rest if n.startswith(kept) or n.endswith("rotary_emb.inv_freq")]
-    names = dict(source=Path(folder).name, unexpected=tuple(sorted(set(rest) - set(left_out))), left_out=tuple(sorted(left_out)))
-    if strict: fill_tensors(model, {n: t.to("meta") for n,t in want.items()}, state, **names).check()
+    unexpected = tuple(sorted(set(rest) - set(left_out)))
+    names = dict(source=Path(folder).name, unexpected=unexpected, left_out=tuple(sorted(left_out)))
+    if strict:
+        fill_tensors(model, {n: t.to("meta") for n, t in want.items()}, state, **names).check()
     return fill_tensors(model, want, state, **names)
 
 # %% ../../nbs/10_weights.ipynb #c086
 HUB_NAME = r"[\w-][\w.-]*/[\w.-]+"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
+_EXAMPLE_OF_USE = [
+    "```python",
+    "from vlm_lit.model import VLM; from vlm_lit.processor import VLMProcessor",
+    "",
+    'model, processor = VLM.from_pretrained("path or name"), '
+    'VLMProcessor.from_pretrained("path or name")',
+    'inputs = processor("what is in the picture?", images="picture.png", return_tensors="pt")',
+    "print(processor.batch_decode(model.generate(**inputs, max_new_tokens=16)))",
+    "```",
+]  # in a model card
 
 def model_card(
-    model:VLM,
-) -> str: # Markdown
+    model: VLM,
+) -> str:  # Markdown
     "README.md of a model folder: a head for the hub, and what the model is made of."
     parts = getattr(model.config, "parts", None) or {}
+
     def named(part):
         source = parts.get(part)
-        if isinstance(source, dict): return "from scratch" if is_scratch(source) else f"of a Python package, `{source['install']}`"
-        return "none" if source is None else source if re.fullmatch(HUB_NAME, source) else Path(source).name
-    bases = [parts[part] for part in PARTS if isinstance(parts.get(part), str) and re.fullmatch(HUB_NAME, parts[part])]
-    head = ["---", f"license: {parts.get('license', 'other')}", "library_name: transformers", "pipeline_tag: image-text-to-text", "tags:", "- vlm_lit", "- vision-language-model",
-            *(["base_model:"] + [f"- {b}" for b in bases] if bases else []), "---"]
-    what = [f"- language model: {named('language_model')}", f"- low-resolution tower, {model.config.image_size} pixels: {named('vision_tower')}",
-            f"- high-resolution tower, {model.config.image_size_aux} pixels: {named('vision_tower_aux')}", f"- projector: {model.config.projector_type}", f"- rows a picture: {model.config.num_patches}"]
-    use = ["```python", "from vlm_lit.model import VLM; from vlm_lit.generation import VLMProcessor", "", "model, processor = VLM.from_pretrained(\"path or name\"), VLMProcessor.from_pretrained(\"path or name\")",
-           "inputs = processor(\"what is in the picture?\", images=\"picture.png\", return_tensors=\"pt\")", "print(processor.batch_decode(model.generate(**inputs, max_new_tokens=16)))", "```"]
-    return "\n".join([*head, "", "# A vision-language model", "", "Made with vlm_lit.", "", *what, "", *use]) + "\n"
+        if source is None: return "none"
+        if is_scratch(source): return "from scratch"
+        if isinstance(source, dict):
+            return f"of a Python package, `{source['install']}`"
+        return source if re.fullmatch(HUB_NAME, source) else Path(source).name
+
+    sources = [parts.get(part) for part in PARTS]
+    bases = [s for s in sources if isinstance(s, str) and re.fullmatch(HUB_NAME, s)]
+    head = [
+        "---",
+        f"license: {parts.get('license', 'other')}",
+        "library_name: transformers",
+        "pipeline_tag: image-text-to-text",
+        "tags:",
+        "- vlm_lit",
+        "- vision-language-model",
+        *(["base_model:"] + [f"- {b}" for b in bases] if bases else []),
+        "---",
+    ]
+    cfg, high = model.config, named("vision_tower_aux")
+    what = [
+        f"- language model: {named('language_model')}",
+        f"- low-resolution tower, {cfg.image_size} pixels: {named('vision_tower')}",
+        f"- high-resolution tower, {cfg.image_size_aux} pixels: {high}",
+        f"- projector: {cfg.projector_type}",
+        f"- rows a picture: {cfg.num_patches}",
+    ]
+    titled = [*head, "", "# A vision-language model", "", "Made with vlm_lit.", ""]
+    return "\n".join([*titled, *what, "", *_EXAMPLE_OF_USE]) + "\n"
 
 def save_model(
-    model:VLM, # Its configuration comes along
-    folder:str|Path, # Made if it is not there
-    max_shard_size:str="5GB", # Weights larger than this go into several files
+    model: VLM,  # Its configuration comes along
+    folder: str | Path,  # Made if it is not there
+    max_shard_size: str = "5GB",  # Weights larger than this go into several files
 ) -> None:
     "Write a model folder: configuration, weights as safetensors, model card."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with quiet(): model.save_pretrained(folder, max_shard_size=max_shard_size)
-    write_text(folder/"README.md", model_card(model))
+    write_text(folder / "README.md", model_card(model))
 
 def saved_types(
-    folder:Path, # A model folder
-) -> dict[str, torch.dtype]: # name -> type
+    folder: Path,  # A model folder
+) -> dict[str, torch.dtype]:  # name -> type
     "The types of its weights, from the files' heads."
     out = {}
     for path in shards(folder):
         try:
-            with safe_open(path, "pt") as file: out |= {name: file.get_slice(name).get_dtype() for name in file.keys()}
-        except (OSError, SafetensorError) as e: raise ConfigError(f"cannot read weights from {path.name}: {e}") from e
-    names = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    return {name: names[kind] for name,kind in out.items() if kind in names}
+            with safe_open(path, "pt") as file:
+                out |= {name: file.get_slice(name).get_dtype() for name in file.keys()}
+        except (OSError, SafetensorError) as e:
+            raise ConfigError(f"cannot read weights from {path.name}: {e}") from e
+    names = {"F64": torch.float64, "F32": torch.float32}
+    names |= {"F16": torch.float16, "BF16": torch.bfloat16}
+    return {name: names[kind] for name, kind in out.items() if kind in names}
 
 def load_weights(
-    model:nn.Module, # Filled in place
-    path:str|Path, # A .safetensors file
-    want:dict[str, torch.Tensor]|None=None, # Those that the file must hold; None: all of the model's
+    model: nn.Module,  # Filled in place
+    path: str | Path,  # A .safetensors file
+    # Those that the file must hold; None: all of the model's
+    want: dict[str, torch.Tensor] | None = None,
 ) -> None:
     "Load weights by name. Raises `ConfigError` if any is missing, unexpected or of another shape."
-    tensors, want = read_state(path), weights_of(model) if want is None else want
-    wrong = [f"{n} {tuple(tensors[n].shape)} for {tuple(want[n].shape)}" for n in want.keys() & tensors.keys() if want[n].shape != tensors[n].shape]
+    tensors = read_state(path)
+    if want is None: want = weights_of(model)
+    shapes = {n: (tensors[n].shape, want[n].shape) for n in want.keys() & tensors.keys()}
+    wrong = [f"{n} {tuple(a)} for {tuple(b)}" for n, (a, b) in shapes.items() if a != b]
     missing, unexpected = want.keys() - tensors.keys(), tensors.keys() - want.keys()
-    if missing or unexpected or wrong: raise ConfigError(f"{Path(path).name} does not fit the model: missing {some(missing)}, unexpected {some(unexpected)}, wrong shape {some(wrong)}")
-    model.load_state_dict(tensors, strict=False)   # strict would ask for the second names of tied weights
+    if missing or unexpected or wrong:
+        raise ConfigError(
+            f"{Path(path).name} does not fit the model: missing {some(missing)}, unexpected "
+            f"{some(unexpected)}, wrong shape {some(wrong)}"
+        )
+    # strict would ask for the second names of tied weights
+    model.load_state_dict(tensors, strict=False)
 
 def load_model(
-    folder:str|Path, # From `save_model`, or a copy of it from a hub
-) -> VLM: # In evaluation mode, each weight of the type it was saved in
-    "A model from its folder. Raises `ConfigError` if the folder is not one, or if any weight is missing, unexpected or of another shape."
+    folder: str | Path,  # From `save_model`, or a copy of it from a hub
+) -> VLM:  # In evaluation mode, each weight of the type it was saved in
+    """A model from its folder. Raises `ConfigError` if the folder is not one, or if any weight is
+    missing, unexpected or of another shape."""
     folder = Path(folder).expanduser()
-    if not (folder/"config.json").is_file(): raise ConfigError(f"no model in {str(folder)!r}: config.json is missing")
-    found = read_json(folder/"config.json")
-    if not isinstance(found, dict) or found.get("model_type") != VLMConfig.model_type: raise ConfigError(f"{str(folder/'config.json')!r} is not the configuration of a model of this project")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"no model in {str(folder)!r}: config.json is missing")
+    found = read_json(folder / "config.json")
+    if not isinstance(found, dict) or found.get("model_type") != VLMConfig.model_type:
+        raise ConfigError(
+            f"{str(folder / 'config.json')!r} is not the configuration of a model of this project"
+        )
     pickles = [p.name for pattern in PICKLES for p in folder.glob(pattern)]
-    if pickles: raise ConfigError(f"{str(folder)!r} holds pickles, which can run code when opened: {some(pickles)}; take them out (`load_mgm` reads checkpoints of LLaVA and MGM)")
+    if pickles:
+        raise ConfigError(
+            f"{str(folder)!r} holds pickles, which can run code when opened: {some(pickles)}; take "
+            "them out (`load_mgm` reads checkpoints of LLaVA and MGM)"
+        )
     types = saved_types(folder)
     one = next(iter(set(types.values()))) if len(set(types.values())) == 1 else torch.float32
+    checked = dict(output_loading_info=True, ignore_mismatched_sizes=True)
+    settings = dict(dtype=one, local_files_only=True, use_safetensors=True)
     try:
-        with quiet(): model, info = VLM.from_pretrained(folder, dtype=one, output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True, use_safetensors=True)
-    except LOAD_ERRORS as e: raise ConfigError(f"{str(folder)!r} cannot be loaded: {str(e).strip().splitlines()[0]}") from e
-    missing, unexpected, wrong = set(info["missing_keys"]), set(info["unexpected_keys"]), {str(m[0]) if isinstance(m, tuple) else str(m) for m in info["mismatched_keys"]}
-    if missing or unexpected or wrong: raise ConfigError(f"{str(folder)!r}: weights do not fit the model: missing {some(missing)}, unexpected {some(unexpected)}, wrong shape {some(wrong)}")
-    for name,tensor in model.state_dict(keep_vars=True).items():
-        if name in types and tensor.dtype != types[name]: tensor.data = tensor.data.to(types[name])
+        with quiet():
+            model, info = VLM.from_pretrained(folder, **settings, **checked)
+    except LOAD_ERRORS as e:
+        reason = str(e).strip().splitlines()[0]
+        raise ConfigError(f"{str(folder)!r} cannot be loaded: {reason}") from e
+    missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
+    wrong = {str(m[0]) if isinstance(m, tuple) else str(m) for m in info["mismatched_keys"]}
+    if missing or unexpected or wrong:
+        raise ConfigError(
+            f"{str(folder)!r}: weights do not fit the model: missing {some(missing)}, unexpected "
+            f"{some(unexpected)}, wrong shape {some(wrong)}"
+        )
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if name in types and tensor.dtype != types[name]:
+            tensor.data = tensor.data.to(types[name])
     return model.eval()
 
 # %% ../../nbs/10_weights.ipynb #c092
-MGM_TYPES = {"gemma": ("mgm_gemma", "MGMGemmaForCausalLM"), "llama": ("mgm", "MGMLlamaForCausalLM"), "mistral": ("mgm_mistral", "MGMMistralForCausalLM"),
-             "mixtral": ("mgm_mixtral", "MGMMixtralForCausalLM")}
-LLAVA_TYPES = {"llama": ("llava_llama", "LlavaLlamaForCausalLM"), "mistral": ("llava_mistral", "LlavaMistralForCausalLM")}
+MGM_TYPES = {
+    "gemma": ("mgm_gemma", "MGMGemmaForCausalLM"),
+    "llama": ("mgm", "MGMLlamaForCausalLM"),
+    "mistral": ("mgm_mistral", "MGMMistralForCausalLM"),
+    "mixtral": ("mgm_mixtral", "MGMMixtralForCausalLM"),
+}
+LLAVA_TYPES = {
+    "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
+    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
+}
 
 def mgm_config(
-    config:VLMConfig,
-) -> dict: # JSON
+    config: VLMConfig,
+) -> dict:  # JSON
     "MGM's words for a configuration; the language model's own stand beside them, as there."
     parts = getattr(config, "parts", None) or {}
-    def named(part): return parts.get(part) if isinstance(parts.get(part), str) else None
+
+    def named(part):
+        return parts.get(part) if isinstance(parts.get(part), str) else None
+
     text = config.text_config.to_dict()
     kinds = LLAVA_TYPES if config.vision_aux_config is None else MGM_TYPES
-    model_type, architecture = kinds.get(text["model_type"], (text["model_type"], config.text_config.architectures))
-    aux = {} if config.vision_aux_config is None else dict(mm_vision_tower_aux=named("vision_tower_aux"), mm_hidden_size_aux=config.vision_size_aux, image_size_aux=config.image_size_aux)
-    return {**text, "model_type": model_type, "architectures": [architecture] if isinstance(architecture, str) else architecture, "mm_vision_tower": named("vision_tower"), "mm_hidden_size": config.vision_size,
-            "mm_projector_type": config.projector_type, "mm_vision_select_layer": config.select_layer, "mm_vision_select_feature": "patch", "image_grid": config.image_grid,
-            "image_global": config.image_global, "image_aspect_ratio": parts.get("image_aspect_ratio", "square"), "mm_use_im_start_end": False, "mm_use_im_patch_token": False,
-            "tune_mm_mlp_adapter": True, "use_mm_proj": True, **aux}
+    own = text["model_type"], config.text_config.architectures
+    model_type, architectures = kinds.get(text["model_type"], own)
+    if isinstance(architectures, str): architectures = [architectures]
+    aux = {}
+    if config.vision_aux_config is not None:
+        aux["mm_vision_tower_aux"] = named("vision_tower_aux")
+        aux["mm_hidden_size_aux"] = config.vision_size_aux
+        aux["image_size_aux"] = config.image_size_aux
+    return {
+        **text,
+        "model_type": model_type,
+        "architectures": architectures,
+        "mm_vision_tower": named("vision_tower"),
+        "mm_hidden_size": config.vision_size,
+        "mm_projector_type": config.projector_type,
+        "mm_vision_select_layer": config.select_layer,
+        "mm_vision_select_feature": "patch",
+        "image_grid": config.image_grid,
+        "image_global": config.image_global,
+        "image_aspect_ratio": parts.get("image_aspect_ratio", "square"),
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "tune_mm_mlp_adapter": True,
+        "use_mm_proj": True,
+        **aux,
+    }
 
 def export_model(
-    model:VLM,
-    folder:str|Path, # Made if it is not there
-    to:str="hf", # "hf": a model folder with a model card; "mgm": mm_projector.bin and config.json as MGM's
-    dtype:torch.dtype|None=None, # Of mm_projector.bin; None: as in the model
+    model: VLM,
+    folder: str | Path,  # Made if it is not there
+    # "hf": a model folder with a model card; "mgm": mm_projector.bin and config.json as MGM's
+    to: str = "hf",
+    dtype: torch.dtype | None = None,  # Of mm_projector.bin; None: as in the model
 ) -> None:
     "Write a model for others. Raises `ConfigError` for an unknown form."
-    if to not in ("hf", "mgm"): raise ConfigError(f"cannot export to {to!r}; there are: hf, mgm")
+    if to not in ("hf", "mgm"):
+        raise ConfigError(f"cannot export to {to!r}; there are: hf, mgm")
     folder = Path(folder)
     if to == "hf": return save_model(model, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_projector(model, folder/"mm_projector.bin", dtype)
-    write_json(folder/"config.json", mgm_config(model.config))
+    save_projector(model, folder / "mm_projector.bin", dtype)
+    write_json(folder / "config.json", mgm_config(model.config))

@@ -16,17 +16,17 @@ from ..core import ConfigError
 from ..processor import VLMProcessor
 from ..model import VLM
 from ..files import read_json, write_json
-from vlm_lit.weights.presets import (
-    LOAD_ERRORS, PRESET_FIELDS, build_model, cast, load_model, load_preset_tokenizer,
-    load_projector, preset_names, preset_settings, quiet, read_state, save_projector, some,
-    weights_of)
+from .presets import LOAD_ERRORS, PRESET_FIELDS, build_model, cast, load_model
+from .presets import load_preset_tokenizer, load_projector, preset_names
+from .presets import preset_settings, quiet, read_state, save_projector, some
+from .presets import weights_of
 
 # %% ../../nbs/12a_pretrained.ipynb #c006
 _PREPARATION = ("template", "chat_template", "image_aspect_ratio", "image_mean", "image_std")
 
 def _nearest(name, known) -> str:
     "What may have been meant, as the end of a message."
-    found = difflib.get_close_matches(str(name), known, 2, .5)
+    found = difflib.get_close_matches(str(name), known, 2, 0.5)
     if found: return f"; did you mean {' or '.join(map(repr, found))}?"
     return f"; there are: {', '.join(sorted(known))}"
 
@@ -36,25 +36,30 @@ def _checked_section(section) -> dict:
         raise ConfigError("model: must be keys and values, such as {preset: smol}")
     known = ("preset", "from", "projector", *PRESET_FIELDS)
     for key in section:
-        if key not in known: raise ConfigError(f"model: unknown key {key!r}{_nearest(key, known)}")
-    section = {k: v for k,v in section.items() if v is not None or k in PRESET_FIELDS}
+        if key not in known:
+            raise ConfigError(f"model: unknown key {key!r}{_nearest(key, known)}")
+    section = {k: v for k, v in section.items() if v is not None or k in PRESET_FIELDS}
     if ("preset" in section) == ("from" in section):
         raise ConfigError("model: name either `preset` or `from` (a run or a model folder)")
     fixed = section.keys() - {"from", "projector", *_PREPARATION} if "from" in section else ()
     for key in fixed:
-        raise ConfigError(f"model: {key} is decided by {str(section['from'])!r}; with `from` "
-                          f"only {', '.join(_PREPARATION)} and projector can be set")
+        raise ConfigError(
+            f"model: {key} is decided by {str(section['from'])!r}; with `from` "
+            f"only {', '.join(_PREPARATION)} and projector can be set"
+        )
     return section
 
 def resolve_model(
-    section:dict, # `model:` of a recipe: `preset` or `from`, preset fields, `projector`
-    seed:int=0, # Of everything that is new
-    dtype:torch.dtype=torch.float32, # Of language model and towers; what connects them is float32
-) -> tuple[VLM, VLMProcessor]: # In evaluation mode, on the CPU
+    section: dict,  # `model:` of a recipe: `preset` or `from`, preset fields, `projector`
+    seed: int = 0,  # Of everything that is new
+    # Of language model and towers; what connects them is float32
+    dtype: torch.dtype = torch.float32,
+) -> tuple[VLM, VLMProcessor]:  # In evaluation mode, on the CPU
     "The model and processor of a recipe. Raises `ConfigError` for what is missing or does not fit."
     changes = _checked_section(section)
     preset, base, projector = (changes.pop(k, None) for k in ("preset", "from", "projector"))
-    if base is None: model, processor = _from_preset(preset, changes, seed, dtype)
+    if base is None:
+        model, processor = _from_preset(preset, changes, seed, dtype)
     else: model, processor = _from_folder(base, changes, dtype)
     if projector is not None: load_projector(model, projector)
     processor.set_generation_config(model)
@@ -69,25 +74,33 @@ def _from_preset(preset, changes, seed, dtype):
     rows, ids = model.config.vocab_size, max(tokenizer.get_vocab().values()) + 1
     if ids > rows:
         raise ConfigError(f"model: the tokenizer has {ids:,} entries, the language model {rows:,}")
-    return model, VLMProcessor.for_model(model.config, tokenizer, settings["template"],
-                                         aspect=settings["image_aspect_ratio"])
+    template, aspect = settings["template"], settings["image_aspect_ratio"]
+    return model, VLMProcessor.for_model(model.config, tokenizer, template, aspect=aspect)
 
 def _from_folder(name, changes, dtype):
     "A trained model, perhaps with another template or other images."
     model, old = _load(find_model(name))
-    config, encoder, own = model.config, model.image_encoder, changes.get
+    config = model.config
+    encoder = model.image_encoder
+    own = changes.get
     config.image_mean = own("image_mean", config.image_mean)
     config.image_std = own("image_std", config.image_std)
     given = {k: changes[k] for k in _PREPARATION[:3] if k in changes}
     config.parts = {**(getattr(config, "parts", None) or {}), **given}
     for part in (model.language_model, encoder.vision_tower, encoder.vision_tower_aux):
         if part is not None: cast(part, dtype)
-    return model, VLMProcessor.for_model(
-        config, old.tokenizer, own("template", old.template), control_tokens=old.control_tokens,
-        aspect=own("image_aspect_ratio", old.image_processor.aspect), chat_template=own("chat_template"))
+    processor = VLMProcessor.for_model(
+        config,
+        old.tokenizer,
+        own("template", old.template),
+        control_tokens=old.control_tokens,
+        aspect=own("image_aspect_ratio", old.image_processor.aspect),
+        chat_template=own("chat_template"),
+    )
+    return model, processor
 
 # %% ../../nbs/12a_pretrained.ipynb #c012
-_LORA = {"r": 16, "alpha": 32, "dropout": .05, "target_modules": None, "bias": "none"}
+_LORA = {"r": 16, "alpha": 32, "dropout": 0.05, "target_modules": None, "bias": "none"}
 
 def _peft():
     "The package peft, which only adapters need."
@@ -97,7 +110,7 @@ def _peft():
     return peft
 
 def has_lora(
-    model:VLM,
+    model: VLM,
 ) -> bool:
     "Whether its language model has adapters."
     return hasattr(model.language_model, "peft_config")
@@ -105,7 +118,7 @@ def has_lora(
 def _lora_targets(language_model, wanted) -> list[str]:
     "Names of the layers that get adapters. Raises `ConfigError` for one that fits no layer."
     head, modules = language_model.get_output_embeddings(), language_model.named_modules()
-    linear = [n for n,m in modules if isinstance(m, nn.Linear) and m is not head]
+    linear = [n for n, m in modules if isinstance(m, nn.Linear) and m is not head]
     kinds = sorted({name.rpartition(".")[2] for name in linear})
     if isinstance(wanted, str):
         try: matched = [name for name in linear if re.fullmatch(wanted, name)]
@@ -113,21 +126,25 @@ def _lora_targets(language_model, wanted) -> list[str]:
         wanted = matched or [wanted]
     for target in wanted or ():
         if not any(f".{name}".endswith(f".{target}") for name in linear):
-            raise ConfigError(f"lora: target_modules {target!r} fits no linear layer of the "
-                              f"language model{_nearest(target, kinds)}")
+            raise ConfigError(
+                f"lora: target_modules {target!r} fits no linear layer of the "
+                f"language model{_nearest(target, kinds)}"
+            )
     return list(wanted or kinds)
 
 def add_lora(
-    model:VLM, # Changed in place: of the language model only the adapters train, in float32
-    lora:dict, # `r`, `alpha`, `dropout`, `target_modules` (names or a pattern), or peft's fields
-) -> VLM: # The same
+    model: VLM,  # Changed in place: of the language model only the adapters train, in float32
+    lora: dict,  # `r`, `alpha`, `dropout`, `target_modules` (names or a pattern), or peft's fields
+) -> VLM:  # The same
     "Put adapters into the language model. Raises `ConfigError` for unknown keys and targets."
     LoraConfig = _peft().LoraConfig
-    own = {**_LORA, **{key: value for key,value in lora.items() if value is not None}}
+    own = {**_LORA, **{key: value for key, value in lora.items() if value is not None}}
     known = {f.name for f in dataclasses.fields(LoraConfig)} | set(_LORA)
     for key in own:
-        if key not in known: raise ConfigError(f"lora: unknown key {key!r}{_nearest(key, known)}")
-    if own["bias"] != "none": raise ConfigError("lora: bias must be 'none'; only adapters train")
+        if key not in known:
+            raise ConfigError(f"lora: unknown key {key!r}{_nearest(key, known)}")
+    if own["bias"] != "none":
+        raise ConfigError("lora: bias must be 'none'; only adapters train")
     own["target_modules"] = _lora_targets(model.language_model, own["target_modules"])
     own["lora_alpha"], own["lora_dropout"] = own.pop("alpha"), own.pop("dropout")
     try: config = LoraConfig(task_type="CAUSAL_LM", **own)
@@ -139,18 +156,19 @@ def _inject(model, config):
     if has_lora(model):
         raise ConfigError("lora: the model has adapters already; merge them (`merge_lora`)")
     try: _peft().inject_adapter_in_model(config, model.language_model)
-    except (TypeError, ValueError) as e: raise ConfigError(f"lora: {str(e).splitlines()[0]}") from e
-    for name,p in model.language_model.named_parameters():
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f"lora: {str(e).splitlines()[0]}") from e
+    for name, p in model.language_model.named_parameters():
         p.requires_grad_(".lora_" in name)
         if p.requires_grad: p.data = p.data.float()
-    return model.train(model.training)          # peft's new layers begin in training mode
+    return model.train(model.training)  # peft's new layers begin in training mode
 
 def merge_lora(
-    model:VLM, # Changed in place
-) -> VLM: # The same, without adapters
+    model: VLM,  # Changed in place
+) -> VLM:  # The same, without adapters
     "Add the adapters to the weights beside them; the logits stay what they were."
     language_model, Layer = model.language_model, _peft().tuners.tuners_utils.BaseTunerLayer
-    for name,layer in list(language_model.named_modules()):
+    for name, layer in list(language_model.named_modules()):
         if not isinstance(layer, Layer): continue
         layer.merge()
         parent, _, child = name.rpartition(".")
@@ -163,27 +181,29 @@ def _lora_state(model):
     return _peft().get_peft_model_state_dict(model.language_model, save_embedding_layers=False)
 
 def save_lora(
-    model:VLM, # With adapters
-    folder:str|Path, # An existing one
+    model: VLM,  # With adapters
+    folder: str | Path,  # An existing one
 ) -> None:
     "Write adapter_model.safetensors and adapter_config.json, as peft reads them."
-    state = {f"base_model.model.{name}": tensor.detach().cpu().contiguous()
-             for name,tensor in _lora_state(model).items()}
-    save_file(state, Path(folder)/"adapter_model.safetensors", metadata={"format": "pt"})
+    state = {f"base_model.model.{name}": tensor for name, tensor in _lora_state(model).items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(state, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
     model.language_model.peft_config["default"].save_pretrained(folder)
 
 def load_lora(
-    model:VLM, # Gets adapters if it has none
-    folder:str|Path, # From `save_lora`
-) -> VLM: # The same
+    model: VLM,  # Gets adapters if it has none
+    folder: str | Path,  # From `save_lora`
+) -> VLM:  # The same
     "Read adapters. Raises `ConfigError` unless they fit the language model."
-    path = Path(folder)/"adapter_model.safetensors"
-    if not path.is_file() or not (path.parent/"adapter_config.json").is_file():
-        raise ConfigError(f"no adapter in {str(folder)!r}: adapter_config.json or "
-                          "adapter_model.safetensors is missing")
+    path = Path(folder) / "adapter_model.safetensors"
+    if not path.is_file() or not (path.parent / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"no adapter in {str(folder)!r}: adapter_config.json or "
+            "adapter_model.safetensors is missing"
+        )
     if not has_lora(model):
         _inject(model, _peft().LoraConfig.from_pretrained(str(folder), inference_mode=False))
-    state = {n.removeprefix("base_model.model."): tensor for n,tensor in read_state(path).items()}
+    state = {n.removeprefix("base_model.model."): tensor for n, tensor in read_state(path).items()}
     _check_fit(path, state, _lora_state(model), whole=True)
     _peft().set_peft_model_state_dict(model.language_model, state)
     return model
@@ -193,24 +213,26 @@ def _check_fit(path, state, want, whole=False):
     unexpected, missing = state.keys() - want.keys(), want.keys() - state.keys() if whole else ()
     wrong = [n for n in state.keys() & want.keys() if state[n].shape != want[n].shape]
     if unexpected or missing or wrong:
-        raise ConfigError(f"{path} does not fit the model: unexpected {some(unexpected)}, "
-                          f"missing {some(missing)}, wrong shape {some(wrong)}")
+        raise ConfigError(
+            f"{path} does not fit the model: unexpected {some(unexpected)}, "
+            f"missing {some(missing)}, wrong shape {some(wrong)}"
+        )
 
 # %% ../../nbs/12a_pretrained.ipynb #c020
 def write_base(
-    folder:str|Path, # Of a checkpoint
-    section:dict, # `model:` of the recipe
-    seed:int, # Of what the recipe made new
-    lora:dict|None=None, # `lora:` of the recipe
+    folder: str | Path,  # Of a checkpoint
+    section: dict,  # `model:` of the recipe
+    seed: int,  # Of what the recipe made new
+    lora: dict | None = None,  # `lora:` of the recipe
 ) -> None:
     "Write base.json: what a checkpoint's weights are to be put into."
-    write_json(Path(folder)/"base.json", {"model": section, "seed": seed, "lora": lora})
+    write_json(Path(folder) / "base.json", {"model": section, "seed": seed, "lora": lora})
 
 def read_base(
-    folder:str|Path, # Of a checkpoint
-) -> dict: # `model`, `seed`, `lora`
+    folder: str | Path,  # Of a checkpoint
+) -> dict:  # `model`, `seed`, `lora`
     "Read base.json. Raises `ConfigError` for a folder or file that is not a checkpoint's."
-    path = Path(folder)/"base.json"
+    path = Path(folder) / "base.json"
     if not path.is_file():
         raise ConfigError(f"no checkpoint in {str(folder)!r}: base.json is missing")
     base = read_json(path)
@@ -219,54 +241,59 @@ def read_base(
     return base
 
 def save_trainable(
-    model:VLM,
-    folder:str|Path, # An existing one
+    model: VLM,
+    folder: str | Path,  # An existing one
 ) -> None:
     "Write what trains: trainable.safetensors, and perhaps mm_projector.bin and the adapter."
     folder, parameters = Path(folder), model.named_parameters()
-    names = {n for n,p in parameters if p.requires_grad and ".lora_" not in n}
+    names = {n for n, p in parameters if p.requires_grad and ".lora_" not in n}
     state = weights_of(model, names)
-    save_file(state, folder/"trainable.safetensors", metadata={"format": "pt"})
+    save_file(state, folder / "trainable.safetensors", metadata={"format": "pt"})
     if any(".mm_projector." in name or ".mining." in name for name in names):
-        save_projector(model, folder/"mm_projector.bin")
+        save_projector(model, folder / "mm_projector.bin")
     if has_lora(model): save_lora(model, folder)
 
 @torch.no_grad()
 def load_trainable(
-    model:VLM, # Filled in place; with adapters, if the checkpoint has them
-    folder:str|Path, # Of a checkpoint
+    model: VLM,  # Filled in place; with adapters, if the checkpoint has them
+    folder: str | Path,  # Of a checkpoint
 ) -> None:
     "Read what `save_trainable` has written. Raises `ConfigError` unless all of it fits."
-    path, want = Path(folder)/"trainable.safetensors", model.state_dict(keep_vars=True)
+    path, want = Path(folder) / "trainable.safetensors", model.state_dict(keep_vars=True)
     state = read_state(path)
     _check_fit(path, state, want)
     if has_lora(model): load_lora(model, folder)
-    for name,tensor in state.items(): want[name].copy_(tensor)
+    for name, tensor in state.items(): want[name].copy_(tensor)
 
 # %% ../../nbs/12a_pretrained.ipynb #c022
 def find_model(
-    name:str|Path, # A run, its name in runs/, a checkpoint, an export, a `save_pretrained` folder
+    # A run, its name in runs/, a checkpoint, an export, a `save_pretrained` folder
+    name: str | Path,
 ) -> Path:
     "The folder that holds a model. Raises `ConfigError` that says what to do where there is none."
-    folder = next((p for p in (Path(name).expanduser(), Path("runs")/name) if p.is_dir()), None)
+    folder = next((p for p in (Path(name).expanduser(), Path("runs") / name) if p.is_dir()), None)
     if folder is None and str(name) in preset_names():
-        raise ConfigError(f"{str(name)!r} is a preset, a model that is not trained: train it, and "
-                          "give the run")
+        raise ConfigError(
+            f"{str(name)!r} is a preset, a model that is not trained: train it, and give the run"
+        )
     if folder is None:
         raise ConfigError(f"no model {str(name)!r}: give a run, a checkpoint or a model folder")
-    if (folder/"model"/"config.json").is_file(): return folder/"model"
-    if (folder/"base.json").is_file() or (folder/"config.json").is_file(): return folder
-    if not (folder/"recipe.yaml").is_file():
+    if (folder / "model" / "config.json").is_file(): return folder / "model"
+    if (folder / "base.json").is_file() or (folder / "config.json").is_file():
+        return folder
+    if not (folder / "recipe.yaml").is_file():
         raise ConfigError(f"no model in {str(folder)!r}: config.json is missing")
     steps = [int(p.name[11:]) for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()]
     newest = f"; its newest checkpoint is {folder}/checkpoint-{max(steps)}" if steps else ""
-    raise ConfigError(f"run {str(folder)!r} is not finished; resume with: "
-                      f"vlm-lit train {folder}/recipe.yaml --resume{newest}")
+    raise ConfigError(
+        f"run {str(folder)!r} is not finished; resume with: "
+        f"vlm-lit train {folder}/recipe.yaml --resume{newest}"
+    )
 
 def open_model(
-    name:str|Path, # As in `find_model`
-    device=None, # None: a GPU if there is one
-) -> tuple[VLM, VLMProcessor]: # In evaluation mode
+    name: str | Path,  # As in `find_model`
+    device=None,  # None: a GPU if there is one
+) -> tuple[VLM, VLMProcessor]:  # In evaluation mode
     "A trained model and its processor. Raises `ConfigError` for what is missing or does not fit."
     model, processor = _load(find_model(name))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -276,14 +303,16 @@ def open_model(
 
 def _load(folder):
     "Model and processor of a folder that `find_model` has found; an adapter is merged."
-    if (folder/"base.json").is_file(): return _load_checkpoint(folder)
+    if (folder / "base.json").is_file(): return _load_checkpoint(folder)
     return load_model(folder), _read_processor(folder)
 
 def _read_processor(folder):
     "The processor that is saved beside a model."
-    if not (folder/"processor_config.json").is_file():
-        raise ConfigError(f"no processor in {str(folder)!r}; save it beside its model: "
-                          "processor.save_pretrained(folder)")
+    if not (folder / "processor_config.json").is_file():
+        raise ConfigError(
+            f"no processor in {str(folder)!r}; save it beside its model: "
+            "processor.save_pretrained(folder)"
+        )
     try:
         with quiet(): return VLMProcessor.from_pretrained(folder)
     except LOAD_ERRORS as e:
@@ -293,17 +322,19 @@ def _read_processor(folder):
 def _load_checkpoint(folder):
     "The base of a checkpoint, with the checkpoint's weights."
     base = read_base(folder)
-    section, own = dict(base["model"]), folder/"tokenizer.json"
-    if "preset" in section and own.is_file(): section["tokenizer"] = str(folder)
-    if section.get("from"):                      # named as seen from where the run was started
-        places = [Path(section["from"]), *(up/section["from"] for up in folder.resolve().parents)]
+    section, own = dict(base["model"]), folder / "tokenizer.json"
+    if "preset" in section and own.is_file():
+        section["tokenizer"] = str(folder)
+    if section.get("from"):  # named as seen from where the run was started
+        places = [Path(section["from"]), *(up / section["from"] for up in folder.resolve().parents)]
         section["from"] = next((str(p) for p in places if p.is_dir()), section["from"])
     try: model, processor = resolve_model(section, base["seed"])
     except ConfigError as e:
-        raise ConfigError(f"checkpoint {str(folder)!r} cannot be opened without its base: "
-                          f"{e}") from e
+        raise ConfigError(
+            f"checkpoint {str(folder)!r} cannot be opened without its base: {e}"
+        ) from e
     if base["lora"]: add_lora(model, base["lora"])
     load_trainable(model, folder)
     if base["lora"]: merge_lora(model)
-    has_own = (folder/"processor_config.json").is_file()          # a run may have set its template
+    has_own = (folder / "processor_config.json").is_file()  # a run may have set its template
     return model, _read_processor(folder) if has_own else processor
