@@ -45,7 +45,7 @@ VARIANTS = {    # name: (variant of train_step.py, changed settings, factor of t
 EASY_VQA = "{python} {root}/examples/easy_vqa/prepare.py --out data/easy_vqa"
 EVALUATE = ("{cli} eval --data data/easy_vqa/test.jsonl --image-folder data/easy_vqa"
             " --train data/easy_vqa/train.jsonl --json")
-TRAIN = ["vlm_lit.train.run", "pydantic", "typer", "yaml"]
+TRAIN = ["vlm_lit.training.run", "pydantic", "typer", "yaml"]
 TRAININGS = {   # preset: (modules that must be there, commands)
     "tiny": (["easy_vqa"], [
         EASY_VQA, "{cli} train {root}/examples/easy_vqa/stage1.yaml --name easy-vqa-1",
@@ -169,7 +169,7 @@ def make_dataset(chosen, folder):
     "The records of a folder, for a model of this size; images are finished on the device."
     import train_step
     from vlm_lit.data.dataset import LazySupervisedDataset
-    from vlm_lit.tokenizer import load_tokenizer
+    from vlm_lit.text.tokenizer import load_tokenizer
     size, config = train_step.SIZES[chosen.size], train_step.make_config(chosen.size, False)
     records = json.loads((folder/"train.json").read_text())
     return LazySupervisedDataset(records, VLMProcessor(load_tokenizer("gemma"), image_size=size["side"], image_size_aux=size["side_aux"], num_image_tokens=config.num_patches), folder/"images", uint8=True)
@@ -177,7 +177,7 @@ def make_dataset(chosen, folder):
 def make_loader(args, chosen, folder):
     "Batches from files, as a training run makes them."
     from torch.utils.data import DataLoader
-    from vlm_lit.batches import DataCollatorForSupervisedDataset
+    from vlm_lit.data.collator import DataCollatorForSupervisedDataset
     data = make_dataset(chosen, folder)
     collate = DataCollatorForSupervisedDataset(0, image_rows=data.num_image_tokens)
     return DataLoader(data, chosen.micro_batch, shuffle=True, drop_last=True, collate_fn=collate,
@@ -203,8 +203,8 @@ def end_to_end(args, chosen, folder, steps, skip):
 def end_to_end_trainer(args, chosen, folder, steps, skip, compiled=False):
     "The same by `VLMTrainer`, and what it measures itself."
     import train_step
-    from vlm_lit.train.arguments import VLMTrainingArguments
-    from vlm_lit.train.trainer import VLMTrainer
+    from vlm_lit.training.arguments import VLMTrainingArguments
+    from vlm_lit.training.trainer import VLMTrainer
     model = train_step.make_model(chosen, True)
     skip += 5*compiled                        # compilations, one of them for unequal lengths
     options = VLMTrainingArguments(

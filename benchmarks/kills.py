@@ -668,7 +668,7 @@ def warm():
     import io, matplotlib.pyplot, peft, torch, vlm_lit.cli   # noqa: E401, F401
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from vlm_lit.reports import plot_curves
-    from vlm_lit.train import run
+    from vlm_lit.training import run
     torch.set_num_threads(1)
     get_checkpoint_conversion_mapping("gemma")
     plot_curves([{"step": 1, "loss": 1.0}]).savefig(io.BytesIO())

@@ -13,10 +13,10 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
 from importlib.metadata import version
 from pathlib import Path
 import numpy as np, torch
-from vlm_lit.labels import check_policy, control_pattern, make_prompt, preprocess
-from vlm_lit.sentinels import chunk_pieces, encode_pieces, encode_prompts, preprocess_multimodal
-from vlm_lit.templates import conv_templates
-from vlm_lit.tokenizer import load_tokenizer
+from vlm_lit.text.labels import check_policy, control_pattern, make_prompt, preprocess
+from vlm_lit.text.sentinels import chunk_pieces, encode_pieces, encode_prompts, preprocess_multimodal
+from vlm_lit.text.templates import conv_templates
+from vlm_lit.text.tokenizer import load_tokenizer
 
 RESULT = Path(__file__).resolve().parent/"results/text_path.json"
 QUESTIONS = ["Describe the image concisely.", "Provide a brief description of the given image.", "What is in the photo?", "Summarize the visual content of the image.",

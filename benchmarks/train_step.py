@@ -23,11 +23,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from transformers import CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
-from vlm_lit.batches import DataCollatorForSupervisedDataset, expanded_length
+from vlm_lit.data.collator import DataCollatorForSupervisedDataset
+from vlm_lit.text.sentinels import num_tokens_with_images
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from vlm_lit.model import VLM, VLMConfig, compile_layers, recompute_mlps
-from vlm_lit.train.flops import flops_table, peak_flops, training_flops
-from vlm_lit.vision import PatchInfoMining, stage_maps
+from vlm_lit.models.vlm import VLM, VLMConfig, compile_layers, recompute_mlps
+from vlm_lit.training.flops import flops_table, peak_flops, training_flops
+from vlm_lit.models.towers import PatchInfoMining, stage_maps
 
 RESULTS = Path(__file__).resolve().parent/"results"
 SIZES = {
@@ -92,7 +93,7 @@ def make_batch(args, high, micro_batch):
     rows = make_config(args.size, False).num_patches
     batch = DataCollatorForSupervisedDataset(pad_token_id=0, image_rows=rows)(samples)
     batch = {key: v.to(args.device, getattr(torch, args.dtype) if v.is_floating_point() else v.dtype) if torch.is_tensor(v) else v for key,v in batch.items()}
-    return {**batch, "spliced_len": max(expanded_length(x["input_ids"], rows) for x in samples)}
+    return {**batch, "spliced_len": max(num_tokens_with_images(x["input_ids"], rows) for x in samples)}
 
 # the peers
 
@@ -415,7 +416,7 @@ def serve(text):
 # useful work
 
 def flops(args, reference=False):
-    """Floating-point operations of a sample by part, as `vlm_lit.train.flops` counts them: 2 x m x n x k forwards; as much backwards through what
+    """Floating-point operations of a sample by part, as `vlm_lit.training.flops` counts them: 2 x m x n x k forwards; as much backwards through what
     is frozen (only the gradient of its input) and twice as much through what trains; nothing backwards through the towers; causal pairs of
     attention; the head for supervised tokens; no recomputation, no padding. Of the reference: what it does."""
     s, cfg = SIZES[args.size], make_config(args.size, True)
@@ -430,7 +431,7 @@ def flops(args, reference=False):
 def batch_flops(args, high):
     "Of the batch that is timed, the same for every variant that sees the same images."
     cfg, batch = make_config(args.size, high), make_batch(argparse.Namespace(**{**vars(args), "device": "cpu"}), high, args.micro_batch)
-    lengths = [expanded_length(ids[mask], cfg.num_patches) for ids,mask in zip(batch["input_ids"], batch["attention_mask"])]
+    lengths = [num_tokens_with_images(ids[mask], cfg.num_patches) for ids,mask in zip(batch["input_ids"], batch["attention_mask"])]
     return training_flops(cfg, STAGE_1, lengths, args.micro_batch, supervised(batch))
 
 def supervised(batch):

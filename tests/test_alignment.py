@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from fastcore.test import test_eq
 from transformers.utils.logging import disable_progress_bar
-from vlm_lit.breakpoints import Breakpoint
-from vlm_lit.evaluate.metrics import evaluate, exact, format_table, question_only_baseline
+from vlm_lit.debug.breakpoints import Breakpoint
+from vlm_lit.evaluation.metrics import evaluate
+from vlm_lit.evaluation.metrics import exact, format_table, question_only_baseline
 from vlm_lit.images import finish_images, open_image
-from vlm_lit.model import VLM, calibrate_projector, rms
-from vlm_lit.train.trainer import reinit_modules, set_trainable_modules
+from vlm_lit.models.vlm import VLM, calibrate_projector, rms
+from vlm_lit.training.trainer import reinit_modules, set_trainable_modules
 from vlm_lit.weights.presets import load_projector, quiet
 from vlm_lit.weights.pretrained import resolve_model
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.images import sample_image
-from vlm_lit.model import VLMConfig
+from vlm_lit.models.vlm import VLMConfig
 from vlm_lit.weights.presets import make_model, save_model
 from vlm_lit.cli import *
 
@@ -185,7 +185,7 @@ def test_train_gives_recipe_folder_and_resume_to_the_run():
         return {"steps": 5, "loss": 0.5, "validation": {"exact": 1.0}}
 
     write("good.yaml", "model: {preset: smol}\ndata: {train: [{path: train.json}]}\n")
-    with patch.dict(sys.modules, {"vlm_lit.train.run": SimpleNamespace(train=fake)}):
+    with patch.dict(sys.modules, {"vlm_lit.training.run": SimpleNamespace(train=fake)}):
         out = run("train @good.yaml --runs @runs --training.max_steps 5")
         assert out.exit_code == 0 and "vlm-lit chat" in out.output, out.output
         run("train --preset tiny --data @train.json --runs @runs")
@@ -263,7 +263,7 @@ def test_doctor_prints_facts_and_fails_on_a_wrong_mask():
     assert out.exit_code == 0 and "torch" in out.stdout, out.output
     for problems, code in [([], 0), (["gemma: a header is supervised"], 1)]:
         fake = SimpleNamespace(known_answers=lambda: problems, environment_info=lambda: {"python": "3"})
-        with patch.dict(sys.modules, {"vlm_lit.train.doctor": fake}): out = run("doctor")
+        with patch.dict(sys.modules, {"vlm_lit.training.doctor": fake}): out = run("doctor")
         assert out.exit_code == code and "python" in out.stdout, out.output
         assert out.stdout.splitlines()[-1] == (problems or ["known answers: all masks are right"])[0]
 

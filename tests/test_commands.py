@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from unittest.mock import patch
 import pytest
 from vlm_lit.images import sample_image
-from vlm_lit.train.callbacks import Interrupted
-from vlm_lit.train.recipe import load_recipe
+from vlm_lit.training.callbacks import Interrupted
+from vlm_lit.training.recipe import load_recipe
 from vlm_lit.commands import *
 
 def test_errors_are_one_line_and_bugs_keep_their_traceback():
@@ -61,7 +61,7 @@ def test_interrupted_runs_exit_as_the_signal_asks():
         "What is said of a run that an error ends, and the exit code."
         def train(recipe, folder, resume): raise error
         said = []
-        with (patch.dict(sys.modules, {"vlm_lit.train.run": SimpleNamespace(train=train)}),
+        with (patch.dict(sys.modules, {"vlm_lit.training.run": SimpleNamespace(train=train)}),
               patch("typer.echo", lambda text, err=False: said.append(text)),
               pytest.raises(typer.Exit) as found): train_run(None, Path(folder))
         return found.value.exit_code, said[0]

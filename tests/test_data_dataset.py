@@ -6,7 +6,7 @@ from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from vlm_lit.text.messages import image_names
-from vlm_lit.sentinels import num_tokens_with_images
+from vlm_lit.text.sentinels import num_tokens_with_images
 from vlm_lit.text.encode import bisect_failures, encode_records
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.data.records import Records
@@ -14,11 +14,11 @@ import tempfile
 import signal, subprocess, sys, threading, time
 from fastcore.test import test_eq, test_close, expect_fail
 from hypothesis import given, settings, strategies as st
-from vlm_lit.breakpoints import Breakpoint
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.core import peek
 from vlm_lit.images import sample_image
-from vlm_lit.labels import LabelStrip
-from vlm_lit.tokenizer import load_tokenizer
+from vlm_lit.debug.label_view import LabelStrip
+from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.data.dataset import *
 
 def setup_module():
@@ -53,7 +53,7 @@ def setup_module():
         'import sys, torch',
         'from vlm_lit.data.dataset import LazySupervisedDataset',
         'from vlm_lit.processor import VLMProcessor',
-        'from vlm_lit.tokenizer import load_tokenizer',
+        'from vlm_lit.text.tokenizer import load_tokenizer',
         'def same(samples): return samples',
         'if __name__ == "__main__":',
         '    torch.set_num_threads(1)',

@@ -10,7 +10,7 @@ from pathlib import Path
 from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.images import sample_image
-from vlm_lit.tokenizer import load_tokenizer
+from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.data.mixture import *
 
 def setup_module():

@@ -15,7 +15,7 @@ import pyarrow as pa, pyarrow.parquet as pq
 from datasets import Dataset as Table, disable_progress_bars
 from fastcore.test import test_eq, expect_fail
 from hypothesis import given, settings, strategies as st
-from vlm_lit.breakpoints import Breakpoint
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.data.records import _JsonList, _build_store, _scan_records, _store
 from vlm_lit.data.records import *
 

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Sampler
 from vlm_lit.core import ConfigError, DataError
-from vlm_lit.batches import pack_rows
+from vlm_lit.data.collator import pack_rows
 from vlm_lit.data.samplers import *
 
 def test_epochs_walk_through_a_source_without_restarting():

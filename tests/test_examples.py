@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, yaml
 from vlm_lit.core import ConfigError
 from vlm_lit.data.dataset import LazySupervisedDataset
-from vlm_lit.tokenizer import adds_bos, load_tokenizer
+from vlm_lit.text.tokenizer import adds_bos, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT/"examples/easy_vqa"

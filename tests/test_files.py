@@ -4,7 +4,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from vlm_lit.core import ConfigError
 from fastcore.test import test_eq, expect_fail
-from vlm_lit.breakpoints import Breakpoint
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.files import *
 
 def setup_module():

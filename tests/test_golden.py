@@ -9,10 +9,10 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from vlm_lit.labels import make_prompt, preprocess
-from vlm_lit.sentinels import preprocess_multimodal
-from vlm_lit.templates import get_template
-from vlm_lit.tokenizer import load_tokenizer
+from vlm_lit.text.labels import make_prompt, preprocess
+from vlm_lit.text.sentinels import preprocess_multimodal
+from vlm_lit.text.templates import get_template
+from vlm_lit.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN, FULL = ROOT/"tests/golden", Path(os.environ.get("VLM_LIT_GOLDEN", ROOT.parent/"shared/golden"))

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from PIL import ImageOps
 from fastcore.test import test_eq, test_close, expect_fail
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from vlm_lit.breakpoints import Breakpoint
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.core import peek
 from vlm_lit.images import *
 

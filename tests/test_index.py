@@ -10,11 +10,11 @@ def setup_module():
     results = root/"benchmarks/results"
 
 def test_ten_lines_of_the_readme():
-    from vlm_lit.breakpoints import Breakpoint
+    from vlm_lit.debug.breakpoints import Breakpoint
     from vlm_lit.data.dataset import LazySupervisedDataset
     from vlm_lit.images import sample_image
-    from vlm_lit.labels import preprocess
-    from vlm_lit.tokenizer import load_tokenizer
+    from vlm_lit.text.labels import preprocess
+    from vlm_lit.text.tokenizer import load_tokenizer
     folder = Path(tempfile.mkdtemp())
     sample_image().save(folder/"photo.png")
     record = {"id": "seed", "image": "photo.png", "conversations": [

@@ -12,8 +12,8 @@ from pyarrow import parquet
 from tokenizers import pre_tokenizers
 from typer.testing import CliRunner
 from vlm_lit.cli import app
-from vlm_lit.tokenizer import load_tokenizer
-from vlm_lit.train.callbacks import read_metrics
+from vlm_lit.text.tokenizer import load_tokenizer
+from vlm_lit.training.callbacks import read_metrics
 
 def setup_module():
     global CAPTIONS, RECIPE, asked, brightness, captions, conversation, crop, facts, file, gemma, held_out, letters, lines, mended, n, name, open_photo, package, pair, path, photo, photos, project, record, rng, shell, show, start, texts, tokenizer, train, turns, wrong
@@ -156,8 +156,8 @@ def test_own_data_audit_names_the_lost_image():
 
 def test_own_data_trains_resumes_and_opens():
     import shutil
-    from vlm_lit.train.recipe import load_recipe
-    from vlm_lit.train.run import train as run_recipe
+    from vlm_lit.training.recipe import load_recipe
+    from vlm_lit.training.run import train as run_recipe
     from vlm_lit.weights.pretrained import open_model
     def logged(name):
         return [row[name] for row in read_metrics(run/"metrics.jsonl") if name in row]
@@ -179,9 +179,9 @@ def test_own_data_trains_resumes_and_opens():
 
 def test_own_data_counts_kinds_of_records():
     from rich.console import Console
-    from vlm_lit.train.doctor import check_samples
-    from vlm_lit.train.recipe import load_recipe
-    from vlm_lit.train.run import prepare_run
+    from vlm_lit.training.doctor import check_samples
+    from vlm_lit.training.recipe import load_recipe
+    from vlm_lit.training.run import prepare_run
     with chdir(project):
         recipe = load_recipe("recipe.yaml")
         prepared = prepare_run(recipe, Path("runs/counted"), notes=Path("data"))

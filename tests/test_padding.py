@@ -2,7 +2,6 @@
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from vlm_lit.core import IGNORE_INDEX, DataError
-from vlm_lit.data.dataset import LazySupervisedDataset
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.core import peek
 from vlm_lit.images import sample_image, to_bytes

@@ -4,8 +4,8 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 from vlm_lit.core import IMAGE_TOKEN, ConfigError, DataError
 from vlm_lit.text.messages import check_path, read_record
-from vlm_lit.sentinels import check_image_count
-from vlm_lit.labels import check_tokenizer, check_turns
+from vlm_lit.text.sentinels import check_image_count
+from vlm_lit.text.labels import check_tokenizer, check_turns
 from vlm_lit.text.encode import cut_at_stop, encode_records, pad_id, prompt_ids, stop_ids
 from vlm_lit.images import read_image
 from vlm_lit.image_processor import VLMImageProcessor
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, peek
 from vlm_lit.images import sample_image
-from vlm_lit.tokenizer import load_tokenizer
+from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.processor import *
 
 def setup_module():

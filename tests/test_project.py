@@ -3,14 +3,15 @@ import ast, json, re, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
-from vlm_lit.batches import DataCollatorForSupervisedDataset
-from vlm_lit.breakpoints import Breakpoint
+from vlm_lit.data.collator import DataCollatorForSupervisedDataset
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.images import sample_image
-from vlm_lit.labels import fill_template, preprocess
-from vlm_lit.sentinels import join_chunks, preprocess_multimodal
-from vlm_lit.templates import render
-from vlm_lit.tokenizer import load_tokenizer, special_tokens
+from vlm_lit.processor import VLMProcessor
+from vlm_lit.text.labels import fill_template, preprocess
+from vlm_lit.text.sentinels import join_chunks, preprocess_multimodal
+from vlm_lit.text.templates import render
+from vlm_lit.text.tokenizer import load_tokenizer, special_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT/"tools"))
@@ -28,37 +29,72 @@ def test_notebooks_import_only_earlier_modules():
         earlier |= {module, module.split(".")[0]}       # its own names, and those of its room
         later = set(re.findall(r"^\s*from vlm_lit\.([\w.]+) import", code, re.M)) - earlier
         assert not later, f"{nb.name} reaches forward to {sorted(later)}"
-    assert {"core", "breakpoints", "labels", "model", "train.trainer", "cli"} <= earlier
+    assert {"core", "debug.breakpoints", "text.labels", "models.vlm", "training.trainer", "cli"} <= earlier
 
-NEVER = [           # modules, and what they must not import, however far down
-    (("core",), {"breakpoints", "files", "tokenizer", "dataset", "model", "train"}),
-    (("tokenizer", "templates", "sentinels", "labels"), {"files", "images", "dataset", "model"}),
-    (("images", "vision", "model"), {"dataset", "batches", "data"}),
-    (("weights.presets",), {"dataset", "data", "batches", "train", "evaluate"}),
-    (("dataset", "batches"), {"model", "weights", "train", "evaluate"})]
+MAY_IMPORT = {      # room -> rooms that it may import; arrows run downward only
+    "core": "",
+    "files": "core",
+    "debug": "core",
+    "text": "core debug",
+    "images": "core text",
+    "image_processor": "core images",
+    "padding": "core",
+    "processor": "core text images image_processor padding",
+    "data": "core files debug text images padding processor",
+    "models": "core images",
+    "weights": "core files text processor models",
+    "evaluation": "core files text image_processor processor data models",
+    "training": "core files debug text padding processor data models weights evaluation",
+    "reports": "core debug text data evaluation",
+    "commands": "core text images processor data models weights training evaluation reports",
+    "cli": "core text images processor data models weights training evaluation reports commands",
+}
 
 def imports_of(module):
     "Modules of the package that a module imports by itself, also inside functions."
-    path = ROOT/"vlm_lit"/(module.replace(".", "/") + ".py")
-    if not path.exists(): return set()
+    path = ROOT / "vlm_lit" / (module.replace(".", "/") + ".py")
     found, home = set(), ["vlm_lit", *module.split(".")]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.ImportFrom): continue
         base = home[:-node.level] if node.level else []
         parts = [*base, *(node.module or "").split(".")]
-        if parts[0] == "vlm_lit": found.add(".".join(filter(None, parts[1:])))
+        if parts[0] == "vlm_lit" and parts[1:]: found.add(".".join(filter(None, parts[1:])))
     return found - {""}
 
-def test_lower_rooms_do_not_know_higher_ones():
-    for modules, forbidden in NEVER:
-        seen, todo = set(), list(modules)
-        while todo:
-            own = imports_of(todo.pop()) - seen
-            seen |= own
-            todo += own
-        reached = {name for name in seen if name in forbidden or name.split(".")[0] in forbidden}
-        assert not reached, f"{', '.join(modules)} reach {sorted(reached)}"
-    assert "core" in imports_of("train.trainer") and "files" in imports_of("weights.presets")
+def modules():
+    "Names of all modules."
+    paths = sorted((ROOT / "vlm_lit").rglob("*.py"))
+    names = [".".join(p.relative_to(ROOT / "vlm_lit").with_suffix("").parts) for p in paths]
+    return [name for name in names if name != "_modidx" and not name.endswith("__init__")]
+
+def test_rooms_import_downward_only():
+    rooms = [name.split(".")[0] for name in modules()]
+    assert set(rooms) == set(MAY_IMPORT), "a room is missing in the table, or gone"
+    order = list(MAY_IMPORT)
+    for room, allowed in MAY_IMPORT.items():
+        assert all(order.index(other) < order.index(room) for other in allowed.split()), room
+    for module in modules():
+        room = module.split(".")[0]
+        other = {name.split(".")[0] for name in imports_of(module)} - {room}
+        forbidden = other - set(MAY_IMPORT[room].split())
+        assert not forbidden, f"{module} imports from {sorted(forbidden)}"
+    # a library's file is not ours: the check sees what it should
+    assert "core" in imports_of("training.trainer") and "files" in imports_of("weights.presets")
+
+def test_public_names_load_lazily():
+    code = (
+        "import sys, vlm_lit\n"
+        "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)\n"
+        "assert vlm_lit.IGNORE_INDEX == -100 and 'torch' not in sys.modules\n"
+        "for name in vlm_lit.__all__: getattr(vlm_lit, name)\n"
+        "from vlm_lit import train, evaluate, audit, replay\n"
+        "assert all(map(callable, (train, evaluate, audit, replay)))\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "try: vlm_lit.nothing\n"
+        "except AttributeError as e: assert 'nothing' in str(e)\n"
+        "else: raise SystemExit('a name that is not there was found')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 def test_package_imports_no_development_tools():
     for path in (ROOT/"vlm_lit").rglob("*.py"):
@@ -120,7 +156,8 @@ def seed(tmp_path_factory):
     values = json.loads((ROOT/"tests/worked_example.json").read_text(encoding="utf-8"))
     folder = tmp_path_factory.mktemp("images")
     sample_image().save(folder/"photo.png")
-    return values, LazySupervisedDataset([{**values["record"], "id": "seed", "image": "photo.png"}], VLMProcessor(load_tokenizer("gemma")), folder)
+    record = {**values["record"], "id": "seed", "image": "photo.png"}
+    return values, LazySupervisedDataset([record], VLMProcessor(load_tokenizer("gemma")), folder)
 
 def test_every_value_of_the_worked_example(seed):
     values, ds = seed

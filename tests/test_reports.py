@@ -5,22 +5,23 @@ from dataclasses import dataclass
 import torch
 from matplotlib.figure import Figure
 from vlm_lit.core import describe
-from vlm_lit.breakpoints import Breakpoint
-from vlm_lit.tokenizer import adds_bos, prepare_tokenizer, special_tokens
-from vlm_lit.templates import render
-from vlm_lit.sentinels import join_chunks, preprocess_multimodal
-from vlm_lit.labels import LabelStrip, fill_template, preprocess
+from vlm_lit.debug.breakpoints import Breakpoint
+from vlm_lit.text.tokenizer import adds_bos, prepare_tokenizer, special_tokens
+from vlm_lit.text.templates import render
+from vlm_lit.text.sentinels import join_chunks, preprocess_multimodal
+from vlm_lit.debug.label_view import LabelStrip
+from vlm_lit.text.labels import fill_template, preprocess
 from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.text.messages import image_names
-from vlm_lit.evaluate.metrics import exact
+from vlm_lit.evaluation.metrics import exact
 from PIL import Image
 import tempfile
 from pathlib import Path
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.core import DataError
 from vlm_lit.images import sample_image
-from vlm_lit.audit import AuditSettings, audit
-from vlm_lit.tokenizer import load_tokenizer
+from vlm_lit.data.audit import AuditSettings, audit
+from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.reports import *
 

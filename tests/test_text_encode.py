@@ -2,9 +2,9 @@
 import torch
 from vlm_lit.core import IMAGE_TOKEN, DataError
 from vlm_lit.text.messages import image_names
-from vlm_lit.templates import Segment
-from vlm_lit.sentinels import check_image_count, preprocess_multimodal
-from vlm_lit.labels import check_turns, generation_ids, preprocess
+from vlm_lit.debug.label_view import Segment
+from vlm_lit.text.sentinels import check_image_count, preprocess_multimodal
+from vlm_lit.text.labels import check_turns, generation_ids, preprocess
 import lzma
 from pathlib import Path
 from fastcore.test import test_eq, expect_fail
@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from vlm_lit.core import IGNORE_INDEX, peek
 from vlm_lit.text.messages import read_record
-from vlm_lit.tokenizer import load_tokenizer
+from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.text.encode import *
 
 def setup_module():

@@ -3,16 +3,18 @@ import json, tempfile
 from pathlib import Path
 import torch
 from fastcore.test import test_eq, test_close, expect_fail
-from vlm_lit.batches import DataCollatorForSupervisedDataset
-from vlm_lit.breakpoints import Breakpoint
+from vlm_lit.data.collator import DataCollatorForSupervisedDataset
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, DataError, peek
 from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.images import interpolate_image, sample_image
-from vlm_lit.labels import LabelStrip, fill_template, preprocess
-from vlm_lit.sentinels import join_chunks, preprocess_multimodal
-from vlm_lit.templates import Segment, conv_templates, render
-from vlm_lit.tokenizer import adds_bos, bundled_gemma, load_tokenizer, prepare_tokenizer
-from vlm_lit.tokenizer import special_tokens
+from vlm_lit.debug.label_view import LabelStrip
+from vlm_lit.text.labels import fill_template, preprocess
+from vlm_lit.text.sentinels import join_chunks, preprocess_multimodal
+from vlm_lit.debug.label_view import Segment
+from vlm_lit.text.templates import conv_templates, render
+from vlm_lit.text.tokenizer import adds_bos, bundled_gemma, load_tokenizer, prepare_tokenizer
+from vlm_lit.text.tokenizer import special_tokens
 from vlm_lit.processor import VLMProcessor
 
 def setup_module():

@@ -17,11 +17,10 @@ from transformers.utils import logging
 from vlm_lit.core import ConfigError, nearest, progress_console
 from vlm_lit.files import cache_folder, digest, new_folder, read_json, sha256
 from vlm_lit.files import write_file, write_json, write_text
-from vlm_lit.model import VLM, VLMConfig, sub_config
-from vlm_lit.tokenizer import load_tokenizer
-from vlm_lit.vision import EfficientNetLiteConfig, EfficientNetLiteModel, PatchInfoMining
-from vlm_lit.vision import STAGE_TOWERS, last_linear, make_projector, make_tower, tower_depth
-from vlm_lit.processor import VLMProcessor
+from vlm_lit.models.vlm import VLM, VLMConfig, sub_config
+from vlm_lit.text.tokenizer import load_tokenizer
+from vlm_lit.models.towers import EfficientNetLiteConfig, EfficientNetLiteModel, PatchInfoMining
+from vlm_lit.models.towers import STAGE_TOWERS, last_linear, make_projector, make_tower, tower_depth
 import hashlib, json
 import os, sys, tempfile
 import pytest
@@ -31,9 +30,9 @@ from transformers import CLIPConfig, CLIPModel, GemmaConfig, LlamaConfig, PreTra
 from transformers import SiglipConfig, SiglipModel
 from vlm_lit.core import peek
 from vlm_lit.images import finish_images
-from vlm_lit.labels import preprocess
-from vlm_lit.sentinels import preprocess_multimodal
-from vlm_lit.vision import stage_maps, patch_features
+from vlm_lit.text.labels import preprocess
+from vlm_lit.text.sentinels import preprocess_multimodal
+from vlm_lit.models.towers import stage_maps, patch_features
 import transformers.modeling_gguf_pytorch_utils as conversion
 from vlm_lit.weights.presets import *
 

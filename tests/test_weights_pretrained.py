@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from torch import nn
 from vlm_lit.core import ConfigError
 from vlm_lit.processor import VLMProcessor
-from vlm_lit.model import VLM
+from vlm_lit.models.vlm import VLM
 from vlm_lit.files import read_json, write_json
 from vlm_lit.weights.presets import LOAD_ERRORS, PRESET_FIELDS, build_model, cast, load_model
 from vlm_lit.weights.presets import load_preset_tokenizer, load_projector, preset_names
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from fastcore.test import test_eq, test_close, expect_fail
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
-from vlm_lit.breakpoints import Breakpoint
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.images import sample_image
 from vlm_lit.weights.presets import export_model, save_model
 from vlm_lit.weights.pretrained import *

@@ -7,7 +7,7 @@
     python tools/build.py all                the four, in order
 
 A notebook cell that begins `#| test some_name` becomes the pytest test `test_some_name`; one that begins `#| test_setup`
-runs once before the tests of its module. `#| default_exp train.trainer` makes `vlm_lit/train/trainer.py` and `tests/test_train_trainer.py`. What a test uses must come from the module, its imports, or a set-up cell.
+runs once before the tests of its module. `#| default_exp training.trainer` makes `vlm_lit/training/trainer.py` and `tests/test_training_trainer.py`. What a test uses must come from the module, its imports, or a set-up cell.
 """
 import argparse, ast, json, os, re, subprocess, sys
 from pathlib import Path

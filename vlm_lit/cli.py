@@ -81,7 +81,7 @@ def audit_data(
 ):
     "Check every record and report what is wrong with the data: exit code 1 if anything is."
     with user_errors():
-        from vlm_lit.audit import AuditSettings, audit
+        from vlm_lit.data.audit import AuditSettings, audit
         from vlm_lit.reports import audit_lines, audit_page
         check_out(html)
         processor, num_tokens = load_preparation(preset, tokenizer, template)
@@ -120,7 +120,7 @@ def train(
                               "a recipe; change its settings, as in --data.train.0.path new.json")
         if not files: overrides = short_recipe(preset, data, image_folder, val) + overrides
         folder = run_folder(files or [data], name, runs, resume)
-        from vlm_lit.train.recipe import format_recipe, load_recipe
+        from vlm_lit.training.recipe import format_recipe, load_recipe
         found = load_recipe(*files, overrides=overrides)
         if print_config: typer.echo(format_recipe(found))
         else: train_run(found, folder, resume)
@@ -139,7 +139,7 @@ def generate(
         files = image_files(images)
         if not question.strip(): raise ConfigError("the question is empty; give one with -q")
         check_out(out, new=True)
-        from vlm_lit.generation import answer_batch
+        from vlm_lit.evaluation.generation import answer_batch
         links = [p.resolve() if p.is_symlink() else p for p in files]   # named by the user
         answers = answer_batch(*load(model, control_tokens), question, links, batch_size,
                                max_new_tokens)
@@ -162,8 +162,9 @@ def chat(
     "Talk with a model; it is loaded once. In the chat: /image FILE, /clear, /quit."
     with user_errors():
         files = image_files(images or [])
-        from vlm_lit.generation import Chat, read_picture
-        opened = [read_picture(path.resolve()) for path in files]
+        from vlm_lit.evaluation.generation import Chat
+        from vlm_lit.images import read_image
+        opened = [read_image(path.resolve()) for path in files]
         partner = Chat(*load(model, control_tokens), max_new_tokens=max_new_tokens)
         if sys.stdin.isatty(): say(CHAT_HELP)
         talk(partner, opened, "> " if sys.stdin.isatty() else "")
@@ -184,7 +185,8 @@ def evaluate_model(
     "Score a model on every question of a data set, by type, with baselines."
     with user_errors():
         from vlm_lit.data.records import Records
-        from vlm_lit.evaluate.metrics import evaluate, fixed_sample, format_table, load_metric
+        from vlm_lit.evaluation.metrics import evaluate
+        from vlm_lit.evaluation.metrics import fixed_sample, format_table, load_metric
         check_out(out, new=True)
         metrics, records = [load_metric(m.strip()) for m in metric.split(",")], Records(data)
         result = evaluate(*load(model), records, image_folder=image_folder, metrics=metrics,
@@ -212,7 +214,7 @@ def export(
 def doctor():
     "Test the masks of known conversations; print what belongs in a bug report."
     with user_errors():
-        from vlm_lit.train.doctor import environment_info, known_answers
+        from vlm_lit.training.doctor import environment_info, known_answers
         for key, value in environment_info().items(): typer.echo(f"{key:<16}{printable(value)}")
         problems = known_answers()
         typer.echo("\n".join(problems) or "known answers: all masks are right")
@@ -229,7 +231,7 @@ def replay_step(
     "Rebuild a step of a run, stop inside it and show records, labels and values."
     with user_errors():
         check_out(html)
-        from vlm_lit.train.replay import replay
+        from vlm_lit.training.replay import replay
         found = replay(run, step, at, watch or (), progress_console())
         report_found(str(found), found.to_html(), html)
 
@@ -241,7 +243,7 @@ def losses(
     "List the records with the highest loss, each token's loss under its label."
     with user_errors():
         check_out(html)
-        from vlm_lit.train.replay import losses_page, worst_records
+        from vlm_lit.training.replay import losses_page, worst_records
         found = worst_records(*load(model), data, worst, image_folder)
         report_found("\n\n".join(map(str, found)), losses_page(found), html)
 

@@ -56,7 +56,7 @@ def names_folder(
 def _tower_config(source, image_size):
     "Configuration of a preset's low-resolution tower, without its weights."
     from transformers import AutoConfig
-    from vlm_lit.vision import EfficientNetLiteConfig
+    from vlm_lit.models.towers import EfficientNetLiteConfig
     if isinstance(source, dict): return source.get("config") or EfficientNetLiteConfig()
     patch_size = re.search(r"patch(\d+)", source)
     if patch_size:
@@ -72,8 +72,8 @@ def load_preparation(
 ): # `VLMProcessor`, image tokens per image
     "How data is prepared for a preset or a model folder; no weights are loaded."
     from vlm_lit.processor import VLMProcessor
-    from vlm_lit.model import VLMConfig
-    from vlm_lit.tokenizer import load_tokenizer
+    from vlm_lit.models.vlm import VLMConfig
+    from vlm_lit.text.tokenizer import load_tokenizer
     from vlm_lit.weights.presets import SETTINGS, load_preset, load_preset_tokenizer
     from vlm_lit.weights.pretrained import find_model
     if preset is None:
@@ -198,8 +198,8 @@ def train_run(
     resume: bool = False,
 ) -> None:
     "Train, and print the table and what to do next. Raises `typer.Exit` after an interruption."
-    from vlm_lit.train.callbacks import Interrupted
-    from vlm_lit.train.run import train
+    from vlm_lit.training.callbacks import Interrupted
+    from vlm_lit.training.run import train
     place = shlex.quote(str(folder))
     try: result = train(recipe, folder, resume)
     except (Interrupted, KeyboardInterrupt) as e:
@@ -239,7 +239,7 @@ def talk(
     prompt: str = "", # Shown before each question, in a terminal
 ) -> None:
     "Answer questions from standard input, piece by piece, until it ends."
-    from vlm_lit.generation import read_picture
+    from vlm_lit.images import read_image
     for line in map(str.strip, _questions(prompt)):
         command, _, rest = line.partition(" ")
         try:
@@ -248,7 +248,7 @@ def talk(
                 chat.clear()
                 images = []
             elif command == "/image":
-                images = images + [read_picture(p.resolve()) for p in image_files([rest.strip()])]
+                images = images + [read_image(p.resolve()) for p in image_files([rest.strip()])]
             elif command.startswith("/"): say(CHAT_HELP)
             elif line:
                 for piece in chat.stream(line, images): typer.echo(printable(piece, "\n"), nl=False)

@@ -9,7 +9,6 @@ __all__ = ['flat_images', 'count_images', 'stack_images', 'pad_samples']
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from .core import IGNORE_INDEX, DataError
-from .data.dataset import LazySupervisedDataset
 
 # %% ../nbs/06b_padding.ipynb #c005
 def flat_images(

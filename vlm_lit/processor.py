@@ -11,8 +11,8 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 from .core import IMAGE_TOKEN, ConfigError, DataError
 from .text.messages import check_path, read_record
-from .sentinels import check_image_count
-from .labels import check_tokenizer, check_turns
+from .text.sentinels import check_image_count
+from .text.labels import check_tokenizer, check_turns
 from .text.encode import cut_at_stop, encode_records, pad_id, prompt_ids, stop_ids
 from .images import read_image
 from .image_processor import VLMImageProcessor

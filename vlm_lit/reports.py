@@ -13,14 +13,15 @@ from dataclasses import dataclass
 import torch
 from matplotlib.figure import Figure
 from .core import describe
-from .breakpoints import Breakpoint
-from .tokenizer import adds_bos, prepare_tokenizer, special_tokens
-from .templates import render
-from .sentinels import join_chunks, preprocess_multimodal
-from .labels import LabelStrip, fill_template, preprocess
+from .debug.breakpoints import Breakpoint
+from .text.tokenizer import adds_bos, prepare_tokenizer, special_tokens
+from .text.templates import render
+from .text.sentinels import join_chunks, preprocess_multimodal
+from .debug.label_view import LabelStrip
+from .text.labels import fill_template, preprocess
 from .data.dataset import LazySupervisedDataset
 from .text.messages import image_names
-from .evaluate.metrics import exact
+from .evaluation.metrics import exact
 
 # %% ../nbs/15_reports.ipynb #c006
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from PIL import Image, ImageStat
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from vlm_lit.core import IMAGE_TOKEN, ConfigError
-from vlm_lit.labels import check_tokenizer
-from vlm_lit.tokenizer import load_tokenizer
+from vlm_lit.text.labels import check_tokenizer
+from vlm_lit.text.tokenizer import load_tokenizer
 
 COLORS = "black blue brown gray green red teal yellow".split()
 SHAPES = "circle rectangle triangle".split()

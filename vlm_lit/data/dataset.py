@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
 from ..core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from ..text.messages import image_names
-from ..sentinels import num_tokens_with_images
+from ..text.sentinels import num_tokens_with_images
 from ..text.encode import bisect_failures, encode_records
 from ..processor import VLMProcessor
 from .records import Records

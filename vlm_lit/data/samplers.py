@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Sampler
 from ..core import ConfigError, DataError
-from ..batches import pack_rows
+from .collator import pack_rows
 
 # %% ../../nbs/08a_samplers.ipynb #c006
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ __all__ = ['encode_records', 'bisect_failures', 'prompt_ids', 'stop_ids', 'pad_i
 import torch
 from ..core import IMAGE_TOKEN, DataError
 from .messages import image_names
-from ..templates import Segment
-from ..sentinels import check_image_count, preprocess_multimodal
-from ..labels import check_turns, generation_ids, preprocess
+from ..debug.label_view import Segment
+from .sentinels import check_image_count, preprocess_multimodal
+from .labels import check_turns, generation_ids, preprocess
 
 # %% ../../nbs/05a_encode.ipynb #c005
 def encode_records(

@@ -1,2 +1,0 @@
-"Models by name, their weights in and out."
-from .presets import *

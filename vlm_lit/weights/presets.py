@@ -36,11 +36,10 @@ from transformers.utils import logging
 from ..core import ConfigError, nearest, progress_console
 from ..files import cache_folder, digest, new_folder, read_json, sha256
 from ..files import write_file, write_json, write_text
-from ..model import VLM, VLMConfig, sub_config
-from ..tokenizer import load_tokenizer
-from ..vision import EfficientNetLiteConfig, EfficientNetLiteModel, PatchInfoMining
-from ..vision import STAGE_TOWERS, last_linear, make_projector, make_tower, tower_depth
-from ..processor import VLMProcessor
+from ..models.vlm import VLM, VLMConfig, sub_config
+from ..text.tokenizer import load_tokenizer
+from ..models.towers import EfficientNetLiteConfig, EfficientNetLiteModel, PatchInfoMining
+from ..models.towers import STAGE_TOWERS, last_linear, make_projector, make_tower, tower_depth
 
 # %% ../../nbs/10_weights.ipynb #c006
 _READ_ERRORS = (
@@ -1007,7 +1006,7 @@ HUB_NAME = r"[\w-][\w.-]*/[\w.-]+"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 _EXAMPLE_OF_USE = [
     "```python",
-    "from vlm_lit.model import VLM; from vlm_lit.processor import VLMProcessor",
+    "from vlm_lit import VLM, VLMProcessor",
     "",
     'model, processor = VLM.from_pretrained("path or name"), '
     'VLMProcessor.from_pretrained("path or name")',

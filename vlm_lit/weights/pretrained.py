@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 from ..core import ConfigError
 from ..processor import VLMProcessor
-from ..model import VLM
+from ..models.vlm import VLM
 from ..files import read_json, write_json
 from .presets import LOAD_ERRORS, PRESET_FIELDS, build_model, cast, load_model
 from .presets import load_preset_tokenizer, load_projector, preset_names
