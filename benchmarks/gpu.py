@@ -169,10 +169,13 @@ def make_dataset(chosen, folder):
     "The records of a folder, for a model of this size; images are finished on the device."
     import train_step
     from vlm_lit.data.dataset import LazySupervisedDataset
+    from vlm_lit.processor import VLMProcessor
     from vlm_lit.text.tokenizer import load_tokenizer
     size, config = train_step.SIZES[chosen.size], train_step.make_config(chosen.size, False)
     records = json.loads((folder/"train.json").read_text())
-    return LazySupervisedDataset(records, VLMProcessor(load_tokenizer("gemma"), image_size=size["side"], image_size_aux=size["side_aux"], num_image_tokens=config.num_patches), folder/"images", uint8=True)
+    processor = VLMProcessor(load_tokenizer("gemma"), image_size=size["side"],
+                             image_size_aux=size["side_aux"], num_image_tokens=config.num_patches)
+    return LazySupervisedDataset(records, processor, folder/"images", uint8=True)
 
 def make_loader(args, chosen, folder):
     "Batches from files, as a training run makes them."

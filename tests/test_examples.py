@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest, yaml
 from vlm_lit.core import ConfigError
 from vlm_lit.data.dataset import LazySupervisedDataset
+from vlm_lit.processor import VLMProcessor
 from vlm_lit.text.tokenizer import adds_bos, load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +50,7 @@ def test_tokenizer_is_small_adds_bos_and_keeps_texts(data):
     tokenizer = load_tokenizer(data/"tokenizer")
     assert adds_bos(tokenizer) and 300 < len(tokenizer) < 600
     assert tokenizer.convert_ids_to_tokens(range(6)) == ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
-    ds = LazySupervisedDataset(data/"test.jsonl", tokenizer, image_size_aux=64, image_size=32)
+    ds = LazySupervisedDataset(data/"test.jsonl", VLMProcessor(tokenizer, image_size=32, image_size_aux=64))
     for i in range(0, 300, 7):
         item = ds[i]
         supervised = [k for k in item["labels"].tolist() if k >= 0]

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
 from transformers import PreTrainedTokenizerFast
 from vlm_lit.debug.breakpoints import Breakpoint
-from vlm_lit.core import peek
+from vlm_lit.core import IMAGE_TOKEN_INDEX, peek
 from vlm_lit.text.sentinels import preprocess_multimodal
 from vlm_lit.text.templates import conv_templates
 from vlm_lit.text.tokenizer import load_tokenizer

@@ -139,7 +139,7 @@ def setup_module():
             "from vlm_lit.images import sample_image",
             "from vlm_lit.models.vlm import VLMConfig",
             "from vlm_lit.weights.presets import make_model",
-            "from vlm_lit import VLMTrainer, VLMTrainingArguments",
+            "from vlm_lit import LazySupervisedDataset, VLMTrainer, VLMTrainingArguments",
             "torch.set_num_threads(1)",
         ]
         body = f"""
@@ -147,7 +147,7 @@ folder = Path(tempfile.mkdtemp())
 tok = small_tokenizer(folder)
 config = small_config(tok)
 processor = VLMProcessor.for_model(config, tok, "gemma")
-dataset = processor.dataset(make_data(folder), folder)
+dataset = LazySupervisedDataset(make_data(folder), processor, folder, uint8=True)
 for resume in (None, {str(resume)!r}):
     args = arguments(save_strategy="no", **{changes!r})
     assert args.world_size == 2

@@ -18,7 +18,7 @@ from vlm_lit.text.tokenizer import special_tokens
 from vlm_lit.processor import VLMProcessor
 
 def setup_module():
-    global ds, folder, record, sizes, tok
+    global ds, folder, processor, record, tok
     record = {
         "id": "seed",
         "image": "photo.png",
@@ -30,8 +30,8 @@ def setup_module():
     folder = Path(tempfile.mkdtemp())
     sample_image().save(folder / "photo.png")
     tok = load_tokenizer("gemma")
-    sizes = dict(image_size_aux=768, image_size=336)
-    ds = LazySupervisedDataset([record], VLMProcessor(tok, template="gemma"), folder, **sizes)
+    processor = VLMProcessor(tok, template="gemma", image_size=336, image_size_aux=768)
+    ds = LazySupervisedDataset([record], processor, folder)
 
 def test_tokenizer_needs_nothing():
     watch = ["before", "len(tokenizer)"]

@@ -179,7 +179,7 @@ def inspect_chunk(
     for _,found,_ in inspected: tally.note(found, settings.n_examples)
     tally.lengths, tally.pictured = [np.array(lengths, np.int32)], [np.array(pictured, bool)]
     tally.n_images = sum(n_images for *_,n_images in inspected)
-    ids = [n if record is None else record["id"] for n,(record,*_) in enumerate(inspected, start)]
+    ids = [found[0].record if record is None else record["id"] for record,found,_ in inspected]
     tally.ids = [np.array([id_hash(name) for name in ids], np.uint64)]
     return tally
 

@@ -131,7 +131,8 @@ def _prompts(sample:dict) -> list[dict]: # The sample up to each of its answers
     supervised = sample["labels"] != IGNORE_INDEX
     starts = supervised & ~torch.cat([supervised.new_zeros(1), supervised[:-1]])
     is_image = sample["input_ids"] == IMAGE_TOKEN_INDEX
-    images, prompts = {k: sample[k] for k in ("image", "image_aux") if k in sample}, []
+    kept, prompts = ("image", "image_aux", "image_keys"), []
+    images = {k: sample[k] for k in kept if k in sample}
     for end in starts.nonzero().flatten().tolist():
         n, own = int(is_image[:end].sum()), images
         if n < is_image.sum(): own = {k: image[:n] for k,image in images.items() if n}
@@ -185,8 +186,9 @@ def _batch_prompts(dataset:LazySupervisedDataset, indices:list[int]) -> tuple[di
             turns = _turns(record)
             key = tuple(image_names(record)[:int((text["input_ids"] == IMAGE_TOKEN_INDEX).sum())])
             if key not in images:
-                sample = dataset.__getitem__(i, text)
-                images[key] = {k: sample[k] for k in ("image", "image_aux") if k in sample}
+                sample = dataset.with_names(i, dataset.__getitem__(i, text))
+                kept = ("image", "image_aux", "image_keys")
+                images[key] = {k: sample[k] for k in kept if k in sample}
             own = _prompts({**text, **images[key]})
             if len(own) < len(turns):
                 kept = f"{len(own)} of {len(turns)} answers are left after truncation"

@@ -107,7 +107,7 @@ def _image_tag(image):
 def _record_loss(name, index, dataset, n, sample, losses) -> RecordLoss:
     "What is shown of a record of a data set."
     record, ids = dataset.records[n], sample["input_ids"]
-    settings = dataset.template, dataset.control_tokens, dataset.image_tags
+    settings = dataset.template, dataset.processor.control_tokens, dataset.image_tags
     (text,) = encode_records([record], dataset.tokenizer, *settings)
     own = torch.equal(text["input_ids"][: len(ids)], ids)  # a truncated text is its beginning
     segments = text["segments"][: len(ids)] if own else None

@@ -102,7 +102,6 @@ def prepare_run(
     if lora is not None:
         with seeded(args.seed): add_lora(model, lora)
     reinit_modules(model, args.reinit_modules, args.seed)
-    processor.control_tokens = recipe.data.control_tokens
     build = lambda sources, flips: build_sources(recipe, sources, processor, notes or folder,
                                                  args.seed, flips)
     train = build(recipe.data.train, args.hflip_prob)
