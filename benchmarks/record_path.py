@@ -3,8 +3,9 @@
     python benchmarks/record_path.py            558,000 records  -> benchmarks/results/record_path.json
     python benchmarks/record_path.py --quick    20,000 records, nothing is written
 
-Every number comes from a process of its own, in which torch and `datasets` are imported already. *Owned* is RssAnon: memory
-that belongs to no file. RSS counts pages of mapped files, too, which the operating system shares and takes back as it needs.
+Every number comes from a process of its own, in which torch and `datasets` are imported already. *Owned* are pages that the
+process has written and shares with no other. RSS counts pages of mapped files, too, which the operating system shares and
+takes back as it needs.
 A forked worker's growth is what it gains while it reads all records: pages it had shared with its parent and has copied count.
 """
 import argparse, importlib.metadata, json, os, platform, random, subprocess, sys, tempfile, time
@@ -26,14 +27,10 @@ def write_data(path, n):
         file.write("\n]\n")
 
 def memory():
-    "RSS, and what this process owns (RssAnon, pages shared with a parent left out), in MiB."
-    def fields(name, skip):
-        lines = Path(f"/proc/self/{name}").read_text().splitlines()[skip:]
-        return {line.split(":")[0]: line.split(":")[1] for line in lines}
-    kib = lambda text: int(text.split()[0])/1024
-    status, maps = fields("status", 0), fields("smaps_rollup", 1)
-    alone = kib(maps["Private_Clean"]) + kib(maps["Private_Dirty"])
-    return {"rss": kib(maps["Rss"]), "owned": min(kib(status["RssAnon"]), alone)}
+    "RSS, and what this process owns: pages that it has written and shares with nobody; in MiB."
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    fields = {line.split(":")[0]: int(line.split()[1])/1024 for line in lines}
+    return {"rss": fields["Rss"], "owned": fields["Private_Dirty"]}
 
 def grown(before):
     "Growth since `before`, in MiB."

@@ -26,9 +26,12 @@ from transformers import CLIPVisionModel, LlavaConfig, LlavaForConditionalGenera
 from vlm_lit.data.collator import DataCollatorForSupervisedDataset
 from vlm_lit.text.sentinels import num_tokens_with_images
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX
-from vlm_lit.models.vlm import VLM, VLMConfig, compile_layers, recompute_mlps
+from vlm_lit.models.vlm import VLM
+from vlm_lit.models.config import VLMConfig
+from vlm_lit.models.speed import compile_layers, recompute_mlps
 from vlm_lit.training.flops import flops_table, peak_flops, training_flops
-from vlm_lit.models.towers import PatchInfoMining, stage_maps
+from vlm_lit.models.mining import PatchInfoMining
+from vlm_lit.models.towers import stage_maps
 
 RESULTS = Path(__file__).resolve().parent/"results"
 SIZES = {

@@ -13,7 +13,8 @@ from vlm_lit.evaluation.metrics import exact, format_table, question_only_baseli
 from vlm_lit.images import finish_images, open_image
 from vlm_lit.models.vlm import VLM, calibrate_projector, rms
 from vlm_lit.training.trainer import reinit_modules, set_trainable_modules
-from vlm_lit.weights.presets import load_projector, quiet
+from vlm_lit.weights.interchange import load_projector
+from vlm_lit.weights.language_models import quiet
 from vlm_lit.weights.pretrained import resolve_model
 
 def setup_module():

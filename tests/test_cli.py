@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.images import sample_image
-from vlm_lit.models.vlm import VLMConfig
-from vlm_lit.weights.presets import make_model, save_model
+from vlm_lit.models.config import VLMConfig
+from vlm_lit.weights.presets import make_model
+from vlm_lit.weights.saving import save_model
 from vlm_lit.cli import *
 
 def setup_module():

@@ -1,5 +1,5 @@
 "Derived from nbs/07a_dataset.ipynb by `make tests`; edit the notebook, not this file."
-import gc, json, os
+import json, os
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image

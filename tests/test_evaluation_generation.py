@@ -9,7 +9,8 @@ from vlm_lit.text.encode import cut_at_stop, pad_id, stop_ids
 from vlm_lit.image_processor import VLMImageProcessor
 from vlm_lit.processor import VLMProcessor, as_list, insert_image_tokens
 from vlm_lit.data.collator import DataCollatorForSupervisedDataset
-from vlm_lit.models.vlm import VLM, VLMConfig
+from vlm_lit.models.vlm import VLM
+from vlm_lit.models.config import VLMConfig
 from vlm_lit.core import IMAGE_TOKEN_INDEX
 import json, lzma, tempfile
 from fastcore.test import test_eq, test_close, expect_fail
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedTokenize
 from transformers.utils.logging import disable_progress_bar
 from vlm_lit.core import IGNORE_INDEX, DataError, peek
 from vlm_lit.images import sample_image
-from vlm_lit.models.vlm import VLM, VLMConfig, pad_left
+from vlm_lit.models.vlm import VLM, pad_left
 from vlm_lit.text.tokenizer import load_tokenizer
 import torch
 from vlm_lit.data.dataset import LazySupervisedDataset

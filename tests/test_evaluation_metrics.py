@@ -21,7 +21,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.evaluation.metrics import _answer_batch, _edit_distance, _prompts, _score, _turns
-from vlm_lit.models.vlm import VLM, VLMConfig
+from vlm_lit.models.vlm import VLM
+from vlm_lit.models.config import VLMConfig
 from vlm_lit.evaluation.metrics import *
 
 def setup_module():

@@ -1,18 +1,17 @@
-"Derived from nbs/09_model.ipynb by `make tests`; edit the notebook, not this file."
+"Derived from nbs/09b_model.ipynb by `make tests`; edit the notebook, not this file."
 import copy
-import functools
 import torch
 from dataclasses import dataclass
-from torch import nn
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin
 from transformers import PreTrainedModel
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import ModelOutput
-from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConfigError, DataError
+from vlm_lit.core import IGNORE_INDEX, ConfigError, DataError
 from vlm_lit.images import finish_images
-from vlm_lit.models.towers import PATCH_TOWERS, STAGE_TOWERS, ImageEncoder, last_linear, recomputed
-from vlm_lit.models.towers import PatchInfoMining
+from vlm_lit.models.towers import PATCH_TOWERS
+from vlm_lit.models.image_encoder import ImageEncoder, last_linear
+from vlm_lit.models.splice import SplicePlan, check_packing, check_pictures, plan_splice, restart_positions, splice, splice_labels, splice_sample_ids
+from vlm_lit.models.config import VLMConfig
 import re, tempfile, warnings
 from fastcore.test import test_eq, test_close, expect_fail
 from vlm_lit.data.collator import DataCollatorForSupervisedDataset, join_samples
@@ -139,91 +138,6 @@ def setup_module():
             out.append(float(logits.log_softmax(-1).gather(1, answer[:, None]).sum()))
         return out
 
-def test_geometry_of_the_configuration():
-    cfg = small_config()
-    test_eq((cfg.grid, cfg.num_patches, cfg.grid_aux), (4, 16, 32))
-    test_eq((cfg.vision_size, cfg.vision_size_aux, cfg.vocab_size), (16, 20, 300))
-    test_eq(small_config(aux_stages=[-1]).grid_aux, 16)  # the last stage alone
-    mgm = dict(
-        text_config=dict(model_type="gemma"),
-        vision_aux_config=dict(hidden_sizes=[192, 384, 768, 1536], depths=[3, 3, 27, 3]),
-    )
-    cfg = VLMConfig(**mgm)
-    test_eq((cfg.num_patches, cfg.grid_aux, cfg.vision_size_aux), (576, 192, 2880))
-    # MGM-HD: four crops and the whole
-    hd = VLMConfig(**mgm, image_grid=2, image_global=True, image_size_aux=1536)
-    test_eq((hd.num_patches, hd.grid_aux), (2880, 384))
-    test_eq(VLMConfig.from_dict(hd.to_dict()).to_dict(), hd.to_dict())
-    # LLaVA reads its small picture as it is
-    test_eq((VLMConfig().image_size_aux, VLMConfig(image_grid=2).image_size_aux), (336, 672))
-    with expect_fail(ConfigError, contains="not a multiple of patch_size"):
-        small_config(image_size=30)
-    with expect_fail(ConfigError, contains="cannot be shared by"):
-        small_config(image_size_aux=70)
-    test_eq(small_config(aux_stages=[-1, 0]).aux_stages, [0, 1])
-    with expect_fail(ConfigError, contains="there is no stage 2"):
-        small_config(aux_stages=[2])
-    with expect_fail(ConfigError, contains="has no stages to mine"):
-        small_config(vision_aux_config=dict(model_type="siglip_vision_model"))
-    with expect_fail(ConfigError, contains="at least 2 with image_global"):
-        small_config(image_global=True)
-    with expect_fail(ConfigError, contains="the low-resolution tower reads 336 pixels"):
-        VLMConfig(image_size=224)
-
-def test_pictures_land_in_their_own_gaps():
-    ids = torch.tensor([[2, -200, 5, -200], [2, 7, -200, 0]])
-    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
-    plan = plan_splice(ids, mask, num_patches=3)
-    text = ids.clamp(min=0)[..., None].float()
-    pictures = torch.tensor([[100.0, 101, 102], [200, 201, 202], [300, 301, 302]])[..., None]
-    spliced = splice(plan, text, pictures)[..., 0].int().tolist()
-    print(*spliced, sep="\n")
-    test_eq(spliced, [[2, 100, 101, 102, 5, 200, 201, 202], [2, 7, 300, 301, 302, 0, 0, 0]])
-    labels = torch.tensor([[-100, -100, 5, -100], [-100, 7, -100, -100]])
-    spliced = splice_labels(plan, labels).tolist()
-    test_eq(spliced, [[-100] * 4 + [5] + [-100] * 3, [-100, 7] + [-100] * 6])
-    test_eq(plan.filled.int().tolist(), [[1] * 8, [1] * 5 + [0] * 3])
-
-def test_splice_equals_a_loop_over_samples():
-    torch.manual_seed(0)
-    for _ in range(30):
-        batch, length = int(torch.randint(1, 5, ())), int(torch.randint(1, 9, ()))
-        ids = torch.randint(1, 9, (batch, length))
-        ids[torch.rand(batch, length) < 0.25] = -200
-        lengths = torch.randint(1, length + 1, (batch,))
-        mask = torch.arange(length) < lengths[:, None]
-        ids[~mask] = 0
-        text, pictures = torch.randn(batch, length, 4), torch.randn(int((ids == -200).sum()), 3, 4)
-        plan, queue = plan_splice(ids, mask, 3), iter(pictures)
-        out = splice(plan, text, pictures)
-        for b in range(batch):
-            rows = []
-            for t in range(int(lengths[b])):
-                rows.append(next(queue) if ids[b, t] == -200 else text[b, t : t + 1])
-            rows = torch.cat(rows)
-            assert torch.equal(out[b, : len(rows)], rows)
-            assert plan.filled[b].sum() == len(rows)
-            assert (out[b, len(rows) :] == 0).all()
-
-def test_splice_compiles_without_a_break():
-    def compiled_part(input_ids, attention_mask, text, features):
-        plan = plan_splice(input_ids, attention_mask, features.shape[1], spliced_len=12)
-        return splice(plan, text, features), splice_labels(plan, input_ids)
-
-    ids = torch.tensor([[2, -200, 5, -200, 9, 8], [2, 7, -200, 0, 0, 0]])
-    mask = torch.tensor([[1] * 6, [1] * 3 + [0] * 3])
-    text, features = torch.randn(2, 6, 4), torch.randn(3, 4, 4)
-    fast = torch.compile(compiled_part, fullgraph=True, backend="eager")
-    own = compiled_part(ids, mask, text, features)
-    for got, want in zip(fast(ids, mask, text, features), own, strict=True):
-        assert torch.equal(got, want)
-    test_eq(plan_splice(ids, mask, 4).filled.shape, (2, 12))  # counted: the same 12
-
-def test_numbers_of_tags_and_pictures_are_compared():
-    check_pictures(torch.tensor([[2, -200, 5]]), 1)
-    with expect_fail(DataError, contains="1 image sentinel(s) in input_ids for 2 image(s)"):
-        check_pictures(torch.tensor([[2, -200, 5]]), 2)
-
 def test_learned_positions_stand_before_learned_tokens():
     labels = torch.tensor([[-100, -100, 11, 12, -100], [-100, -100, -100, -100, 13]])
     places, targets = learned_positions(labels)
@@ -249,22 +163,6 @@ def test_every_familys_logits_are_its_own():
         test_close(got, want, eps=1e-5)
         assert not model.get_output_embeddings()._forward_pre_hooks  # and nothing stays behind
         test_eq(torch.allclose(bare, want, atol=1e-3), family not in ("gemma2", "cohere", "granite"))
-
-def test_positions_restart_with_each_sample():
-    ids = torch.tensor([[5, 6, -200, 7, 8, 9, 5, 0, 0]])
-    own = torch.tensor([[1, 1, 2, 2, 3, 3, 3, 0, 0]])
-    plan = plan_splice(ids, own > 0, 3)
-    print(splice_sample_ids(plan, own).tolist())
-    print(restart_positions(splice_sample_ids(plan, own)).tolist())
-    test_eq(splice_sample_ids(plan, own)[0].tolist(), [1, 1, 2, 2, 2, 2, 3, 3, 3])
-    test_eq(restart_positions(splice_sample_ids(plan, own))[0].tolist(), [0, 1, 0, 1, 2, 3, 0, 1, 2])
-    # the second row is padded only by the splice
-    wide = plan_splice(torch.tensor([[-200, 7], [5, 6]]), torch.ones(2, 2).bool(), 3)
-    spliced = splice_sample_ids(wide, torch.tensor([[1, 1], [1, 2]]))
-    test_eq(spliced.tolist(), [[1, 1, 1, 1], [1, 2, 0, 0]])
-    # a sample of one token, too
-    positions = restart_positions(torch.tensor([[1, 2, 2, 0, 0], [1, 1, 1, 1, 1]]))
-    test_eq(positions.tolist(), [[0, 0, 1, 0, 1], [0, 1, 2, 3, 4]])
 
 def test_head_computes_learned_rows_only():
     torch.manual_seed(0)
@@ -570,84 +468,6 @@ def test_adapters_and_checkpointing_change_no_loss():
     last = [name.split(".")[-1] for name in moving]
     test_eq(last, ["mm_projector", "q_proj", "v_proj", "q_proj", "v_proj"])
     assert not any("vision" in name for name in moving)
-
-def test_mlps_made_again_give_the_same_gradients_and_keep_less():
-    def kept_bytes(model, batch):
-        "Loss, and bytes that autograd keeps between forward and backward, each memory once."
-        kept = {}
-
-        def pack(x):
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            loss = model(**batch).loss
-        loss.backward()
-        return loss.detach(), sum(kept.values())
-
-    gradients, sizes = {}, {}
-    for what in ("none", "gates", "mlp"):
-        torch.manual_seed(0)
-        model = VLM(small_config(text_config={**SMALL_TEXT, "intermediate_size": 512})).train()
-        model.language_model.requires_grad_(False)
-        test_eq(recompute_mlps(model.language_model, what), 2)
-        loss, sizes[what] = kept_bytes(model, small_batch())
-        gradients[what] = [loss, *(p.grad for p in model.image_encoder.parameters())]
-    for what in ("gates", "mlp"):
-        for got, want in zip(gradients[what], gradients["none"], strict=True):
-            test_close(got, want, eps=1e-6)
-    print({what: f"{size / sizes['none']:.2f}" for what, size in sizes.items()}, "of the bytes kept")
-    assert sizes["mlp"] < sizes["gates"] < sizes["none"]
-    test_eq(recompute_mlps(model.language_model, "mlp", n_layers=1), 1)
-    changed = lambda: ["forward" in m.mlp.__dict__ for m in model.language_model.model.layers]
-    test_eq(changed(), [True, False])
-    # and back
-    test_eq(recompute_mlps(model.language_model, "none"), 2)
-    test_eq(changed(), [False, False])
-    sizes = dict(n_layer=1, n_embd=16, n_head=2, vocab_size=20, bos_token_id=0, eos_token_id=0)
-    gpt2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes))
-    with expect_fail(ConfigError, contains="a gpt2 has no gated MLP"):
-        recompute_mlps(gpt2)
-    with expect_fail(ConfigError, contains="what must be"):
-        recompute_mlps(model.language_model, "all")
-
-def test_compiled_layers_give_the_same_loss_and_gradients():
-    def loss_and_gradients(model, batch):
-        "Loss, and gradients of what trains."
-        model.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
-        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    model, batch = VLM(small_config()).train(), small_batch()
-    names = list(model.state_dict())
-    plain = loss_and_gradients(model, batch)
-    calls = []
-
-    def counting(graph, inputs):
-        "A backend of torch.compile that runs the graph as it is, and counts its calls."
-
-        def run(*args):
-            calls.append(1)
-            return graph(*args)
-
-        return run
-
-    parts = compile_layers(model, backend=counting)
-    compiled = loss_and_gradients(model, batch)
-    for got, want in zip(compiled, plain, strict=True):
-        test_close(got, want, eps=1e-5)
-    n_calls = len(calls)
-    assert n_calls >= len(parts), (n_calls, len(parts))  # every part ran its graph
-    test_eq(list(model.state_dict()), names)
-    with torch.no_grad(): model.eval()(**batch)
-    test_eq(len(calls), n_calls)  # not outside training
-    for part in parts: del part.forward
-    model.train()(**batch)
-    test_eq(len(calls), n_calls)
-    print(f"{len(parts)} parts: " + ", ".join(sorted({type(part).__name__ for part in parts})))
 
 def test_frozen_towers_stay_in_evaluation_mode():
     tower = dict(hidden_sizes=[8, 12], depths=[1, 2], num_stages=2, patch_size=2)

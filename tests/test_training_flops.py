@@ -8,8 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from transformers import ConvNextConfig
-from vlm_lit.models.vlm import VLM, VLMConfig
-from vlm_lit.models.towers import EfficientNetLiteConfig, PatchInfoMining, make_tower, stage_maps
+from vlm_lit.models.vlm import VLM
+from vlm_lit.models.config import VLMConfig
+from vlm_lit.models.towers import EfficientNetLiteConfig, make_tower, stage_maps
+from vlm_lit.models.mining import PatchInfoMining
 from vlm_lit.training.flops import backward_products, causal_pairs, mining_products, tower_ops
 from vlm_lit.training.flops import *
 

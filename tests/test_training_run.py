@@ -15,7 +15,9 @@ from vlm_lit.evaluation.metrics import fixed_sample
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.models.vlm import VLM, calibrate_projector
 from vlm_lit.files import read_json, write_json
-from vlm_lit.weights.presets import save_model, save_projector, seeded
+from vlm_lit.weights.saving import save_model
+from vlm_lit.weights.interchange import save_projector
+from vlm_lit.weights.presets import seeded
 from vlm_lit.weights.pretrained import add_lora, has_lora, merge_lora, resolve_model
 from vlm_lit.training.arguments import VLMTrainingArguments
 from vlm_lit.training.callbacks import ConsoleProgress, Interrupted, LossGuard, MetricsFile, StopOnSignal, read_metrics

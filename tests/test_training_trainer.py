@@ -17,7 +17,7 @@ from vlm_lit.debug.breakpoints import same_randomness
 from vlm_lit.data.mixture import Mixture
 from vlm_lit.data.samplers import GlobalBatchSampler
 from vlm_lit.text.encode import pad_id
-from vlm_lit.models.vlm import compile_layers
+from vlm_lit.models.speed import compile_layers
 from vlm_lit.weights.presets import seeded
 from vlm_lit.weights.pretrained import load_trainable, save_trainable, write_base
 from vlm_lit.training.arguments import PARTS
@@ -36,7 +36,8 @@ from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.images import sample_image
-from vlm_lit.models.vlm import VLM, VLMConfig
+from vlm_lit.models.vlm import VLM
+from vlm_lit.models.config import VLMConfig
 from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.weights.presets import make_model
 from vlm_lit.training.trainer import *
@@ -137,7 +138,7 @@ def setup_module():
             "from transformers import PreTrainedTokenizerFast",
             "from vlm_lit.processor import VLMProcessor",
             "from vlm_lit.images import sample_image",
-            "from vlm_lit.models.vlm import VLMConfig",
+            "from vlm_lit.models.config import VLMConfig",
             "from vlm_lit.weights.presets import make_model",
             "from vlm_lit import LazySupervisedDataset, VLMTrainer, VLMTrainingArguments",
             "torch.set_num_threads(1)",

@@ -8,10 +8,18 @@ from vlm_lit.core import ConfigError
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.models.vlm import VLM
 from vlm_lit.files import read_json, write_json
-from vlm_lit.weights.presets import LOAD_ERRORS, PRESET_FIELDS, build_model, cast, load_model
-from vlm_lit.weights.presets import load_preset_tokenizer, load_projector, preset_names
-from vlm_lit.weights.presets import preset_settings, quiet, read_state, save_projector, some
-from vlm_lit.weights.presets import weights_of
+from vlm_lit.weights.language_models import LOAD_ERRORS
+from vlm_lit.weights.presets import PRESET_FIELDS
+from vlm_lit.weights.build import build_model
+from vlm_lit.weights.towers import cast
+from vlm_lit.weights.saving import load_model
+from vlm_lit.weights.build import load_preset_tokenizer
+from vlm_lit.weights.interchange import load_projector
+from vlm_lit.weights.presets import preset_names
+from vlm_lit.weights.presets import preset_settings
+from vlm_lit.weights.language_models import quiet, read_state, some
+from vlm_lit.weights.interchange import save_projector
+from vlm_lit.weights.language_models import weights_of
 import os, shutil, tempfile, warnings
 from contextlib import contextmanager
 from fastcore.test import test_eq, test_close, expect_fail
@@ -19,7 +27,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.images import sample_image
-from vlm_lit.weights.presets import export_model, save_model
+from vlm_lit.weights.saving import export_model, save_model
 from vlm_lit.weights.pretrained import *
 
 def setup_module():

@@ -72,9 +72,10 @@ def load_preparation(
 ): # `VLMProcessor`, image tokens per image
     "How data is prepared for a preset or a model folder; no weights are loaded."
     from vlm_lit.processor import VLMProcessor
-    from vlm_lit.models.vlm import VLMConfig
+    from vlm_lit.models.config import VLMConfig
     from vlm_lit.text.tokenizer import load_tokenizer
-    from vlm_lit.weights.presets import SETTINGS, load_preset, load_preset_tokenizer
+    from vlm_lit.weights.presets import SETTINGS, load_preset
+    from vlm_lit.weights.build import load_preset_tokenizer
     from vlm_lit.weights.pretrained import find_model
     if preset is None:
         return VLMProcessor(load_tokenizer(tokenizer or "gemma"), template=template or "gemma"), 576
@@ -279,7 +280,8 @@ def export_folder(
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype: float32, bfloat16 or float16; got {dtype!r}")
     import torch
-    from vlm_lit.weights.presets import cast, export_model
+    from vlm_lit.weights.towers import cast
+    from vlm_lit.weights.saving import export_model
     from vlm_lit.weights.pretrained import _load, find_model
     folder = find_model(model)
     run = folder.parent if folder.name == "model" else folder

@@ -6,7 +6,7 @@
 __all__ = ['TooLong', 'truncate_to_complete_turns', 'BadSamples', 'one_thread', 'append_line', 'LazySupervisedDataset']
 
 # %% ../../nbs/07a_dataset.ipynb #c002
-import gc, json, os
+import json, os
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image
@@ -85,8 +85,7 @@ class BadSamples:
                             f"The last: {bad[-1]['reason']}")
 
 def one_thread(worker):
-    "Keep a worker process to one thread, and its parent's memory shared: no object of it is looked at again."
-    gc.freeze()
+    "Keep a worker process to one thread; there are other workers."
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
 

@@ -16,7 +16,8 @@ from ..text.encode import cut_at_stop, pad_id, stop_ids
 from ..image_processor import VLMImageProcessor
 from ..processor import VLMProcessor, as_list, insert_image_tokens
 from ..data.collator import DataCollatorForSupervisedDataset
-from ..models.vlm import VLM, VLMConfig
+from ..models.vlm import VLM
+from ..models.config import VLMConfig
 
 # %% ../../nbs/12_generation.ipynb #c007
 AutoProcessor.register(VLMConfig, VLMProcessor, exist_ok=True)

@@ -22,7 +22,9 @@ from ..evaluation.metrics import fixed_sample
 from ..processor import VLMProcessor
 from ..models.vlm import VLM, calibrate_projector
 from ..files import read_json, write_json
-from ..weights.presets import save_model, save_projector, seeded
+from ..weights.saving import save_model
+from ..weights.interchange import save_projector
+from ..weights.presets import seeded
 from ..weights.pretrained import add_lora, has_lora, merge_lora, resolve_model
 from .arguments import VLMTrainingArguments
 from .callbacks import ConsoleProgress, Interrupted, LossGuard, MetricsFile, StopOnSignal, read_metrics

@@ -24,7 +24,7 @@ from ..debug.breakpoints import same_randomness
 from ..data.mixture import Mixture
 from ..data.samplers import GlobalBatchSampler
 from ..text.encode import pad_id
-from ..models.vlm import compile_layers
+from ..models.speed import compile_layers
 from ..weights.presets import seeded
 from ..weights.pretrained import load_trainable, save_trainable, write_base
 from .arguments import PARTS

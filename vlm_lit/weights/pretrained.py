@@ -16,10 +16,18 @@ from ..core import ConfigError
 from ..processor import VLMProcessor
 from ..models.vlm import VLM
 from ..files import read_json, write_json
-from .presets import LOAD_ERRORS, PRESET_FIELDS, build_model, cast, load_model
-from .presets import load_preset_tokenizer, load_projector, preset_names
-from .presets import preset_settings, quiet, read_state, save_projector, some
-from .presets import weights_of
+from .language_models import LOAD_ERRORS
+from .presets import PRESET_FIELDS
+from .build import build_model
+from .towers import cast
+from .saving import load_model
+from .build import load_preset_tokenizer
+from .interchange import load_projector
+from .presets import preset_names
+from .presets import preset_settings
+from .language_models import quiet, read_state, some
+from .interchange import save_projector
+from .language_models import weights_of
 
 # %% ../../nbs/12a_pretrained.ipynb #c006
 _PREPARATION = ("template", "chat_template", "image_aspect_ratio", "image_mean", "image_std")
