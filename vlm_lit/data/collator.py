@@ -58,7 +58,7 @@ def check_sample(
     sample: dict,  # One sample, perhaps with its record's `id`
     n: int,  # Its place in the batch
 ) -> None:
-    "Raise `DataError` unless the sample brings one picture a sentinel."
+    "Raise `DataError` unless the sample brings one image per sentinel."
     n_gaps, n_images = int((sample["input_ids"] == IMAGE_TOKEN_INDEX).sum()), count_images(sample)
     if n_gaps != n_images:
         message = (
@@ -99,7 +99,7 @@ def blank_sample(
 
 @dataclass
 class DataCollatorForSupervisedDataset:
-    "Samples to a batch: padded on the right or packed, pictures in one stack."
+    "Samples to a batch: padded on the right or packed, images in one stack."
 
     pad_token_id: int  # filling of `input_ids`; any id will do, nothing reads it
     # pack whole samples into rows of so many expanded positions; None: a row for each sample
@@ -119,9 +119,9 @@ class DataCollatorForSupervisedDataset:
         self,
         samples: list[dict],  # Samples of `LazySupervisedDataset`
         # `input_ids`, `labels`, `attention_mask` (batch, seq_len), packed also `sample_ids`; with
-        # pictures `images` and `images_aux`; with `image_rows` the number `spliced_len`
+        # images `images` and `images_aux`; with `image_rows` the number `spliced_len`
     ) -> dict:
-        "One batch. Raises `DataError` if sentinels and pictures of a sample disagree in number."
+        "One batch. Raises `DataError` if sentinels and images of a sample disagree in number."
         for n, sample in enumerate(samples): check_sample(sample, n)
         if not samples: samples = [blank_sample(self.pad_token_id)]
         own, shown = samples, samples

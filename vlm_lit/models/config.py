@@ -35,12 +35,12 @@ class VLMConfig(PreTrainedConfig):
         vision_config=None,  # Low-resolution tower, likewise; None: CLIP ViT-L/14 at 336 pixels
         vision_aux_config=None,  # High-resolution tower, likewise; None: no mining, as LLaVA
         projector_type: str = "mlp2x_gelu",  # "linear", "mlpNx_gelu" or "identity"
-        image_size: int = 336,  # Side of the small picture, or of a crop of it, pixels
-        # Side of the large picture, pixels; None: 768, or without a second tower what the small
-        # pictures are cut from
+        image_size: int = 336,  # Side of the small image, or of a crop of it, pixels
+        # Side of the large image, pixels; None: 768, or without a second tower what the small
+        # images are cut from
         image_size_aux: int | None = None,
-        image_grid: int = 1,  # Crops of the small picture along a side; MGM-HD has 2
-        image_global: bool = False,  # Whether the whole picture is read beside its crops
+        image_grid: int = 1,  # Crops of the small image along a side; MGM-HD has 2
+        image_global: bool = False,  # Whether the whole image is read as well as its crops
         # Which hidden states (or stage) of the low-resolution tower are its features
         select_layer: int = -2,
         aux_stages=None,  # Which stages of the high-resolution tower are mined; None: all, as MGM
@@ -104,24 +104,24 @@ class VLMConfig(PreTrainedConfig):
 
     @property
     def patch_size(self) -> int:
-        "Pixels of the small picture along a side of a patch."
+        "Pixels of the small image along a side of a patch."
         tower = self.vision_config
         if tower.model_type in PATCH_TOWERS: return tower.patch_size
         return tower.patch_size * 2 ** (self.select_layer % len(tower.hidden_sizes))
 
     @property
     def grid(self) -> int:
-        "Queries along a side of the small picture, or of a crop."
+        "Queries along a side of the small image, or of a crop."
         return self.image_size // self.patch_size
 
     @property
     def num_patches(self) -> int:
-        "Rows that one picture takes in the language model."
+        "Rows that one image takes in the language model."
         return self.grid**2 * (self.image_grid**2 + int(self.image_global))
 
     @property
     def grid_aux(self) -> int:
-        """High-resolution features along a side of the large picture, in the finest stage that is
+        """High-resolution features along a side of the large image, in the finest stage that is
         mined."""
         return self.image_size_aux // (self.vision_aux_config.patch_size * 2 ** self.aux_stages[0])
 

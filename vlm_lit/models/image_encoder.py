@@ -86,7 +86,7 @@ class ImageEncoder(nn.Module):
         self,
         images: torch.Tensor,  # (n_images, [crops,] 3, image_size, image_size)
         images_aux: torch.Tensor | None = None,  # (n_images, 3, image_size_aux, image_size_aux)
-        # (n_images, rows, hidden_size): with crops the whole picture's rows first, then each crop's
+        # (n_images, rows, hidden_size): with crops the whole image's rows first, then each crop's
     ) -> torch.Tensor:
         "What the projector reads."
         maps = None if self.mining is None else self.high_features(images_aux)
@@ -96,11 +96,11 @@ class ImageEncoder(nn.Module):
 
     def crop_features(
         self,
-        # (n_images, crops, 3, image_size, image_size), the whole picture last
+        # (n_images, crops, 3, image_size, image_size), the whole image last
         images: torch.Tensor,
         maps: list[torch.Tensor] | None,  # From `high_features`; None: no mining
     ) -> torch.Tensor:  # (n_images, rows, hidden_size)
-        "`features` of pictures in crops."
+        "`features` of images in crops."
         low = self.low_features(images.flatten(0, 1)).unflatten(0, images.shape[:2])
         crops = low[:, : self.grid**2]
         whole = low[:, self.grid**2 :].flatten(1, 2)
@@ -117,7 +117,7 @@ class ImageEncoder(nn.Module):
         images: torch.Tensor,  # (n_images, [crops,] 3, image_size, image_size)
         images_aux: torch.Tensor | None = None,  # (n_images, 3, image_size_aux, image_size_aux)
     ) -> torch.Tensor:  # (n_images, rows, text hidden_size)
-        "The rows that stand for each picture."
+        "The rows that stand for each image."
         features = self.features(images, images_aux)
         weight = getattr(last_linear(self.mm_projector), "weight", features)
         return self.mm_projector(features.to(weight.dtype))

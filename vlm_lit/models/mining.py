@@ -41,7 +41,7 @@ def axis_weights(
     side: int,  # Cells of a map along an axis
     base: int,  # Cells of the finest map
     grid: int,  # Queries along the axis
-    # Positions of the finest map that are averaged into one, for a picture read as a whole beside
+    # Positions of the finest map that are averaged into one, for an image read as a whole next to
     # its crops
     pool: int = 1,
     # cells under each query (grid, m); weights (grid, window, m) from those cells to the positions
@@ -183,7 +183,7 @@ def plain_size(
 
 def query_places(
     maps: list[torch.Tensor],  # For each stage (n_images, channels, side, side), the finest first
-    num_queries: int,  # Of one picture
+    num_queries: int,  # Of one image
     pool: int,  # As in `axis_weights`
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:  # For each stage what `window_weights` gives
     "Where queries find their windows. Raises `ConfigError` if they cannot share the finest map."
@@ -259,7 +259,7 @@ def to_one_grid(
     crops: torch.Tensor,
     grid: int,  # Crops along a side
     side: int,  # Patches of a crop along a side
-    # (n_images, grid*side*grid*side, channels): all of them in the picture's reading order
+    # (n_images, grid*side*grid*side, channels): all of them in the image's reading order
 ) -> torch.Tensor:
     "Patches of all crops as one large grid."
     return crops.unflatten(2, (side, side)).unflatten(1, (grid, grid)).transpose(2, 3).flatten(1, 4)

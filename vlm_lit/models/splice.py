@@ -17,15 +17,15 @@ class SplicePlan:
     "For each new position where its content comes from; all tensors have shape (batch, new_len)."
 
     token: torch.Tensor  # old position in the row
-    row: torch.Tensor  # which row of the picture, for positions of a picture
-    image: torch.Tensor  # which picture of the batch, likewise
-    is_image: torch.Tensor  # whether a picture's row goes here
+    row: torch.Tensor  # which row of the image, for positions of an image
+    image: torch.Tensor  # which image of the batch, likewise
+    is_image: torch.Tensor  # whether an image's row goes here
     filled: torch.Tensor  # False for padding: the new attention mask
 
 def plan_splice(
-    input_ids: torch.Tensor,  # (batch, seq_len), one sentinel a picture
+    input_ids: torch.Tensor,  # (batch, seq_len), one sentinel per image
     attention_mask: torch.Tensor,  # (batch, seq_len), False for padding
-    num_patches: int,  # Rows of a picture
+    num_patches: int,  # Rows of an image
     # Positions of the longest row afterwards, from the collator; None: counted here, for which a
     # GPU must be waited for
     spliced_len: int | None = None,
@@ -46,9 +46,9 @@ def plan_splice(
 def splice(
     plan: SplicePlan,  # From `plan_splice`
     text: torch.Tensor,  # Embeddings of the ids, (batch, seq_len, hidden_size)
-    features: torch.Tensor,  # Rows of all pictures, in order, (n_images, num_patches, hidden_size)
+    features: torch.Tensor,  # Rows of all images, in order, (n_images, num_patches, hidden_size)
 ) -> torch.Tensor:  # `inputs_embeds`, (batch, new_len, hidden_size)
-    "Text embeddings with each picture's rows in the place of its sentinel."
+    "Text embeddings with each image's rows in the place of its sentinel."
     batch, seq_len, _ = text.shape
     table = torch.cat([text.flatten(0, 1), features.flatten(0, 1).to(text.dtype)])
     own_text = plan.token + seq_len * torch.arange(batch, device=text.device)[:, None]
@@ -59,15 +59,15 @@ def splice_labels(
     plan: SplicePlan,  # From `plan_splice`
     labels: torch.Tensor,  # (batch, seq_len)
 ) -> torch.Tensor:  # (batch, new_len)
-    "Labels that follow the splice; pictures and padding are ignored."
+    "Labels that follow the splice; images and padding are ignored."
     return torch.where(plan.filled & ~plan.is_image, labels.gather(1, plan.token), IGNORE_INDEX)
 
 # %% ../../nbs/09a_splice.ipynb #c013
 def check_pictures(
     input_ids: torch.Tensor,  # (batch, seq_len)
-    n_images: int,  # Pictures that came along
+    n_images: int,  # Images that came along
 ) -> None:
-    """Raise `DataError` unless there is one sentinel a picture. On a GPU this waits for it; the
+    """Raise `DataError` unless there is one sentinel per image. On a GPU this waits for it; the
     collator has counted before."""
     n_gaps = int((input_ids == IMAGE_TOKEN_INDEX).sum())
     if n_images != n_gaps:
@@ -80,7 +80,7 @@ def splice_sample_ids(
     plan: SplicePlan,  # From `plan_splice`
     sample_ids: torch.Tensor,  # (batch, seq_len), from 1; 0 for padding
 ) -> torch.Tensor:  # (batch, new_len)
-    """Whose each position is after the splice; the rows of a picture belong to its sentinel's
+    """Whose each position is after the splice; the rows of an image belong to its sentinel's
     sample."""
     return sample_ids.gather(1, plan.token) * plan.filled
 

@@ -45,7 +45,7 @@ def make_tower(
     config,
     select_layer: int = -1,  # Which hidden states, or which stage, are its features
 ) -> PreTrainedModel:  # With random weights
-    """A tower without what comes behind its features. Raises `ConfigError` for a configuration that
+    """A tower without what comes after its features. Raises `ConfigError` for a configuration that
     is none of a tower."""
     depth = tower_depth(config, select_layer)
     tower = AutoModel.from_config(config)

@@ -62,9 +62,9 @@ class VLMOutput(ModelOutput):
     token_losses: torch.Tensor | None = None
 
 def has_bytes(
-    images_aux: torch.Tensor | None,  # Large pictures of a batch
+    images_aux: torch.Tensor | None,  # Large images of a batch
 ) -> bool:
-    "Whether pictures came as bytes and are still to be finished."
+    "Whether images came as bytes and are still to be finished."
     return images_aux is not None and images_aux.dtype == torch.uint8
 
 def pad_left(
@@ -138,7 +138,7 @@ class VLM(PreTrainedModel, GenerationMixin):
     def blank_image(
         self,
     ) -> dict[str, torch.Tensor]:  # `images` and, with a second tower, `images_aux`
-        "One black picture."
+        "One black image."
         cfg = self.config
         side, side_aux = cfg.image_size, cfg.image_size_aux
         crops = cfg.image_grid**2 + int(cfg.image_global)
@@ -151,13 +151,13 @@ class VLM(PreTrainedModel, GenerationMixin):
 
     def encode_images(
         self,
-        # (n_images, [crops,] 3, image_size, image_size), None without pictures and with bytes
+        # (n_images, [crops,] 3, image_size, image_size), None without images and with bytes
         images: torch.Tensor | None,
         # (n_images, 3, image_size_aux, image_size_aux), float, or bytes (uint8) to finish here
         images_aux: torch.Tensor | None,
         like: torch.Tensor,  # For type and device of an empty result
     ) -> torch.Tensor:  # (n_images, num_patches, hidden_size)
-        "Rows of all pictures of a batch."
+        "Rows of all images of a batch."
         cfg = self.config
         if images is None and has_bytes(images_aux):
             colors, crops = (cfg.image_mean, cfg.image_std), (cfg.image_grid, cfg.image_global)
@@ -188,9 +188,9 @@ class VLM(PreTrainedModel, GenerationMixin):
         images: torch.Tensor | None = None,
         # (n_images, 3, image_size_aux, image_size_aux); bytes (uint8) come without `images`
         images_aux: torch.Tensor | None = None,
-        # (n_sentinels,) which picture each sentinel shows; None: one each, in order
+        # (n_sentinels,) which image each sentinel shows; None: one each, in order
         image_index: torch.Tensor | None = None,
-        # From the collator, which has counted sentinels and pictures; None: counted here
+        # From the collator, which has counted sentinels and images; None: counted here
         spliced_len: int | None = None,
         # `inputs_embeds` (batch, new_len, hidden_size), and how they came about
     ) -> tuple[torch.Tensor, SplicePlan]:
@@ -210,7 +210,7 @@ class VLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        # (batch, seq_len), one sentinel a picture, right padded
+        # (batch, seq_len), one sentinel per image, right padded
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,  # (batch, seq_len)
         # (batch, seq_len); None: no loss, and logits of all positions
@@ -218,7 +218,7 @@ class VLM(PreTrainedModel, GenerationMixin):
         images: torch.Tensor | None = None,  # (n_images, [crops,] 3, image_size, image_size)
         # (n_images, 3, image_size_aux, image_size_aux); bytes (uint8) come without `images`
         images_aux: torch.Tensor | None = None,
-        # (n_sentinels,) which picture each sentinel shows; None: one each, in order
+        # (n_sentinels,) which image each sentinel shows; None: one each, in order
         image_index: torch.Tensor | None = None,
         # (batch, seq_len) which sample of a packed row each position is of, from 1, 0 for padding
         sample_ids: torch.Tensor | None = None,
@@ -297,7 +297,7 @@ def rms(x: torch.Tensor) -> float:
 @torch.no_grad()
 def calibrate_projector(
     model: VLM,  # Its projector's last layer is scaled in place
-    images: torch.Tensor | None,  # A batch of small pictures; None for bytes
+    images: torch.Tensor | None,  # A batch of small images; None for bytes
     images_aux: torch.Tensor | None = None,  # The large ones, or bytes (uint8)
 ) -> tuple[float, float]:  # root mean square of image rows before, of text embeddings
     """Scale the projector so that image rows are as large as word embeddings. Raises `ConfigError`

@@ -49,7 +49,7 @@ def check_turns(
 
 def first_turn(
     source: list[dict],  # One conversation's turns, checked
-) -> int:  # 0, or 1 behind a system turn
+) -> int:  # 0, or 1 after a system turn
     "Where the talk begins."
     return int(source[0]["from"] == "system")
 
@@ -70,7 +70,7 @@ def plain_source(
     source: list[dict],  # One conversation's turns
     record=None,  # The record's id, for messages
 ) -> list[dict]:  # The same with only the image tags left of the question
-    "A caption as `plain` wants it: picture, then text (LLaVA's stage 1)."
+    "A caption as `plain` wants it: image, then text (LLaVA's stage 1)."
     n_images = source[0]["value"].count(IMAGE_TOKEN)
     if len(source) != 2 or not n_images:
         raise DataError(
@@ -144,10 +144,10 @@ IMAGE_FRAME = IM_START_TOKEN + IMAGE_TOKEN + IM_END_TOKEN
 def check_control_tokens(
     source: list[dict],  # One conversation's turns
     pattern: re.Pattern,  # From `control_pattern`
-    has_image: bool = True,  # Whether tags in the user's turns are pictures
+    has_image: bool = True,  # Whether tags in the user's turns are images
     record=None,  # The record's id, for messages
 ) -> None:
-    "Raise `DataError` if a message spells a control token, or `<image>` where no picture can be."
+    "Raise `DataError` if a message spells a control token, or `<image>` where no image can be."
     for n, turn in enumerate(source):
         found = pattern.search(turn["value"].replace(IMAGE_FRAME, IMAGE_TOKEN))
         stray = IMAGE_TOKEN in turn["value"] and (turn["from"] != "human" or not has_image)
@@ -168,7 +168,7 @@ def check_policy(
     source: list[dict],  # One conversation's turns, checked by `check_turns`
     control_tokens: str,  # "refuse", "escape" or "allow"
     pattern: re.Pattern,  # From `control_pattern`
-    has_image: bool = True,  # Whether tags in the user's turns are pictures
+    has_image: bool = True,  # Whether tags in the user's turns are images
     record=None,  # The record's id, for messages
 ) -> None:
     "Raise `DataError` for what the policy does not let pass."
@@ -204,7 +204,7 @@ def mask_prompt(
     input_ids: np.ndarray,  # Ids, flat
     segments: np.ndarray,  # `Segment` of each, from `encode_prompts`
 ) -> np.ndarray:  # `labels`, as long as `input_ids`
-    "Keep the ids of answers and stop text, hide the rest behind `IGNORE_INDEX`."
+    "Keep the ids of answers and stop text, set the rest to `IGNORE_INDEX`."
     if len(input_ids) != len(segments):
         raise ValueError(f"{len(input_ids)} input_ids but {len(segments)} segments")
     learned = (segments == Segment.ANSWER) | (segments == Segment.STOP)
@@ -257,7 +257,7 @@ def make_prompt(
     source: list[dict],  # One conversation's turns
     tokenizer,  # Its chat template serves "hf"
     template: str,  # A name in `conv_templates`, or "hf"
-    has_image: bool = True,  # Whether `<image>` in the user's turns stands for a picture
+    has_image: bool = True,  # Whether `<image>` in the user's turns stands for an image
     add_generation_prompt: bool = False,  # Open a turn for the model at the end
     record=None,  # The record's id, for messages
 ) -> Rendered:
@@ -279,7 +279,7 @@ def preprocess(
     sources: list[list[dict]],  # Conversations after `preprocess_multimodal`
     tokenizer,  # A fast Hugging Face tokenizer
     template: str = "gemma",  # A name in `conv_templates`, or "hf" for the tokenizer's own
-    # Whether `<image>` in the user's turns stands for a picture; one for all or one a source
+    # Whether `<image>` in the user's turns stands for an image; one for all or one a source
     has_image: bool | list[bool] = True,
     # "refuse", "escape" or "allow": what to do with control tokens spelled in a message
     control_tokens: str = "refuse",
@@ -317,7 +317,7 @@ def generation_ids(
     source: list[dict],  # Turns up to and with a user's turn
     tokenizer,  # A fast Hugging Face tokenizer
     template: str = "gemma",  # A name in `conv_templates`, or "hf"
-    has_image: bool = True,  # Whether `<image>` in the user's turns stands for a picture
+    has_image: bool = True,  # Whether `<image>` in the user's turns stands for an image
     control_tokens: str = "refuse",  # As in `preprocess`
 ) -> torch.LongTensor:  # `input_ids`, shape (seq_len,), ending where the model's answer begins
     "The ids a model is given before it answers."
@@ -335,7 +335,7 @@ def open_prompt(
     source: list[dict],  # Turns up to and with a user's turn
     tokenizer,  # Its chat template serves "hf"
     template: str,  # A name in `conv_templates`, or "hf"
-    has_image: bool = True,  # Whether `<image>` in the user's turns stands for a picture
+    has_image: bool = True,  # Whether `<image>` in the user's turns stands for an image
 ) -> Rendered:
     """A conversation with a turn opened for the model; of a caption's question only the image tags
     are left."""

@@ -345,10 +345,10 @@ def tokenizer_image_token(
 # %% ../../nbs/04_sentinels.ipynb #c058
 def check_image_count(
     source: list[dict],  # One conversation's turns
-    n_images: int,  # Pictures that came with it
+    n_images: int,  # Images that came with it
     record=None,  # The record's id, for the message
 ) -> None:
-    "Raise `DataError` unless the user's turns hold exactly one tag per picture."
+    "Raise `DataError` unless the user's turns hold exactly one tag per image."
     n_tags = sum(turn["value"].count(IMAGE_TOKEN) for turn in source if turn.get("from") != "gpt")
     if n_tags != n_images:
         raise DataError(

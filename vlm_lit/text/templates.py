@@ -251,18 +251,18 @@ class Rendered:
 
     @property
     def answers(self) -> list[tuple[int, int]]:
-        "Every answer of the model with the stop text behind it: what is learned."
+        "Every answer of the model with the stop text after it: what is supervised."
         return self.spans(Segment.ANSWER, Segment.STOP)
 
     @property
     def images(self) -> list[tuple[int, int]]:
-        "Every image tag that stands for a picture."
+        "Every image tag that stands for an image."
         return self.spans(Segment.IMAGE)
 
 # %% ../../nbs/03_templates.ipynb #c024
 def user_parts(
     message: str,  # What the user said
-    has_image: bool = True,  # Whether `<image>` stands for a picture
+    has_image: bool = True,  # Whether `<image>` stands for an image
 ) -> list[tuple[str, Segment]]:
     "A user's message, cut at its image tags."
     if not has_image or IMAGE_TOKEN not in message:
@@ -286,7 +286,7 @@ def message_parts(
     n: int,  # Number of the turn
     role: str,  # Who speaks
     message: str | None,  # None, and in most templates "", leaves the turn open
-    has_image: bool = True,  # Whether `<image>` in a user's turn stands for a picture
+    has_image: bool = True,  # Whether `<image>` in a user's turn stands for an image
 ) -> list[tuple[str, Segment]]:
     "One turn, framed."
     opening, glue, closing = turn_frame(conv, n, role)
@@ -318,7 +318,7 @@ def joined(
 def render(
     conv: Conversation,  # Template and turns
     add_generation_prompt: bool = False,  # Open a turn for the model at the end
-    has_image: bool = True,  # Whether `<image>` in a user's turn stands for a picture
+    has_image: bool = True,  # Whether `<image>` in a user's turn stands for an image
 ) -> Rendered:
     "The prompt of a conversation."
     turns = [*conv.messages, [conv.roles[1], None]] if add_generation_prompt else conv.messages
@@ -332,8 +332,8 @@ def render(
 # %% ../../nbs/03_templates.ipynb #c040
 def caption_form(
     conv: Conversation,  # `plain` or `v0_plain`
-) -> Conversation:  # The same with the separator behind the caption only
-    "The template as stage 1 trains it: picture, caption, newline."
+) -> Conversation:  # The same with the separator after the caption only
+    "The template as stage 1 trains it: image, caption, newline."
     return replace(conv, sep="", sep2=conv.sep)
 
 def set_system(
@@ -421,7 +421,7 @@ def template_frame(
 def stop_text(
     tokenizer,  # With a `chat_template`
 ) -> str:  # Such as "<end_of_turn>"
-    """What its template writes behind an answer, up to the first control token. Raises
+    """What its template writes after an answer, up to the first control token. Raises
     `ConfigError` if there is none."""
     tail = template_frame(("user", "assistant"), tokenizer)[0][-1]
     added = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
@@ -429,7 +429,7 @@ def stop_text(
     found = [tail.find(token) + len(token) for token in tokens if token in tail]
     if not found:
         raise ConfigError(
-            "the tokenizer's chat template writes no control token behind an answer (only "
+            "the tokenizer's chat template writes no control token after an answer (only "
             f"{tail!r}); a model trained so would not stop"
         )
     return tail[: min(found)]
@@ -437,7 +437,7 @@ def stop_text(
 @lru_cache(maxsize=16)
 def hf_markers(
     tokenizer,  # With a `chat_template`
-    chat_template: str,  # The same template, so that another one is looked at anew
+    chat_template: str,  # The same template, so that another one is a new entry
 ) -> tuple[str, ...]:  # Such as "ASSISTANT:"; none where a control token stands in every header
     "Headers of the tokenizer's own template that are ordinary text, and so could be typed."
     pieces = template_frame(("user", "assistant", "user", "assistant"), tokenizer)[0]
@@ -452,7 +452,7 @@ def render_hf(
     turns: list[tuple[str, str]],  # (role, text); roles are "system", "user", "assistant"
     tokenizer,  # With a `chat_template`
     add_generation_prompt: bool = False,  # Open a turn for the model at the end
-    has_image: bool = True,  # Whether `<image>` in a user's turn stands for a picture
+    has_image: bool = True,  # Whether `<image>` in a user's turn stands for an image
 ) -> Rendered:  # Without the BOS that the tokenizer writes itself
     "The prompt that the tokenizer's own template makes, in parts."
     text, stop = apply_template(turns, tokenizer, add_generation_prompt), stop_text(tokenizer)

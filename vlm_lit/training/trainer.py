@@ -225,12 +225,12 @@ class _Checkpoints:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _get_output_dir(self, trial):
-        "Where a checkpoint is written: beside, while it is not whole."
+        "Where a checkpoint is written while it is not whole."
         folder = super()._get_output_dir(trial)
         return str(Path(folder) / ".saving") if self.saving else folder
 
     def _save_checkpoint(self, model, trial):
-        "Write a checkpoint beside its place and rename it. Raises `ConfigError` if that fails."
+        "Write a checkpoint under another name and rename it. Raises `ConfigError` if that fails."
         self.meter.stop()
         name, out = f"checkpoint-{self.state.global_step}", Path(self.args.output_dir)
         staging, best = out / ".saving", self.state.best_model_checkpoint
@@ -462,7 +462,7 @@ class VLMTrainer(_Evaluation, _Checkpoints, Trainer):
     # Loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        "transformers' loss; what the batch holds is noted beside it."
+        "transformers' loss; what the batch holds is kept as well."
         inputs = dict(inputs)
         info = inputs.pop("info", None)
         if num_items_in_batch is not None:  # 0 when every sample of the batch was skipped
@@ -498,7 +498,7 @@ class VLMTrainer(_Evaluation, _Checkpoints, Trainer):
     # Logs
 
     def log(self, logs, start_time=None):
-        "transformers' log, with the meter's values beside a loss."
+        "transformers' log, with the meter's values next to a loss."
         if "loss" in logs:
             self.meter.logged_losses = list(self.meter.step_losses)
             logs |= self.meter.row(self._summed)

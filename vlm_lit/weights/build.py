@@ -27,7 +27,7 @@ def combined_model(
     vision_tower: nn.Module,
     vision_tower_aux: nn.Module | None = None,
 ) -> VLM:  # With a new projector, and new mining
-    """A model around parts that are there already; stages behind the features in use are left out,
+    """A model around parts that are there already; stages after the features in use are left out,
     as `VLM` leaves them out."""
     last_aux = max(config.aux_stages, default=-1)
     pairs = [(vision_tower, config.select_layer), (vision_tower_aux, last_aux)]

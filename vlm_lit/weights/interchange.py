@@ -25,7 +25,7 @@ from .language_models import read_state, some, weights_of
 def mgm_factor(
     text_config,  # Of the language model
 ) -> float:  # 1 for most
-    """What transformers 4, under which MGM and LLaVA train, multiplied a picture's rows by inside
+    """What transformers 4, under which MGM and LLaVA train, multiplied an image's rows by inside
     the language model."""
     return text_config.hidden_size**0.5 if text_config.model_type in ("gemma", "gemma2") else 1.0
 
@@ -176,10 +176,10 @@ def save_projector(
 
     path = Path(path)
 
-    def write(beside):
+    def write(part):
         if path.suffix == ".safetensors":
-            save_file(state, beside, metadata={"format": "pt"})
-        else: torch.save(state, beside)
+            save_file(state, part, metadata={"format": "pt"})
+        else: torch.save(state, part)
 
     write_file(path, write)
 

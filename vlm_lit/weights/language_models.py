@@ -93,16 +93,16 @@ def joined_pieces(
     """The pieces in one file, made once. Raises `ConfigError` for another fingerprint than the
     expected one."""
 
-    def write(beside):
-        with beside.open("wb") as out:
+    def write(part):
+        with part.open("wb") as out:
             for piece in pieces:
                 with piece.open("rb") as file:
                     shutil.copyfileobj(file, out, 1 << 20)
-        if expected and sha256(beside) != expected:
-            beside.unlink()
+        if expected and sha256(part) != expected:
+            part.unlink()
             raise ConfigError(
                 f"{path.name}: the pieces do not make the file that was meant (SHA-256 differs); "
-                "install the packages anew"
+                "install the packages again"
             )
 
     if not path.is_file():

@@ -115,11 +115,11 @@ def load_preset(
 
 # %% ../../nbs/10_presets.ipynb #c010
 def channel_statistics(
-    pictures,  # uint8 tensors, each (3, height, width)
+    images,  # uint8 tensors, each (3, height, width)
     # mean and standard deviation of each channel, 0 to 1
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     "Mean and deviation of the channels over all pixels."
-    flat = torch.stack([p.flatten(1) for p in pictures]).double() / 255
+    flat = torch.stack([p.flatten(1) for p in images]).double() / 255
     mean, std = flat.mean((0, 2)), flat.transpose(0, 1).flatten(1).std(1)
     return tuple(round(float(v), 4) for v in mean), tuple(round(float(v), 4) for v in std)
 

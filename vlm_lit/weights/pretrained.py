@@ -174,7 +174,7 @@ def _inject(model, config):
 def merge_lora(
     model: VLM,  # Changed in place
 ) -> VLM:  # The same, without adapters
-    "Add the adapters to the weights beside them; the logits stay what they were."
+    "Add the adapters to the weights that they adapt; the logits stay what they were."
     language_model, Layer = model.language_model, _peft().tuners.tuners_utils.BaseTunerLayer
     for name, layer in list(language_model.named_modules()):
         if not isinstance(layer, Layer): continue
@@ -315,10 +315,10 @@ def _load(folder):
     return load_model(folder), _read_processor(folder)
 
 def _read_processor(folder):
-    "The processor that is saved beside a model."
+    "The processor that is saved with a model."
     if not (folder / "processor_config.json").is_file():
         raise ConfigError(
-            f"no processor in {str(folder)!r}; save it beside its model: "
+            f"no processor in {str(folder)!r}; save it with its model: "
             "processor.save_pretrained(folder)"
         )
     try:

@@ -30,7 +30,7 @@ _EXAMPLE_OF_USE = [
     "",
     'model, processor = VLM.from_pretrained("path or name"), '
     'VLMProcessor.from_pretrained("path or name")',
-    'inputs = processor("what is in the picture?", images="picture.png", return_tensors="pt")',
+    'inputs = processor("what is in the image?", images="image.png", return_tensors="pt")',
     "print(processor.batch_decode(model.generate(**inputs, max_new_tokens=16)))",
     "```",
 ]  # in a model card
@@ -68,7 +68,7 @@ def model_card(
         f"- low-resolution tower, {cfg.image_size} pixels: {named('vision_tower')}",
         f"- high-resolution tower, {cfg.image_size_aux} pixels: {high}",
         f"- projector: {cfg.projector_type}",
-        f"- rows a picture: {cfg.num_patches}",
+        f"- image tokens per image: {cfg.num_patches}",
     ]
     titled = [*head, "", "# A vision-language model", "", "Made with vlm_lit.", ""]
     return "\n".join([*titled, *what, "", *_EXAMPLE_OF_USE]) + "\n"
@@ -175,7 +175,7 @@ LLAVA_TYPES = {
 def mgm_config(
     config: VLMConfig,
 ) -> dict:  # JSON
-    "MGM's words for a configuration; the language model's own stand beside them, as there."
+    "MGM's words for a configuration; the language model's own are next to them, as there."
     parts = getattr(config, "parts", None) or {}
 
     def named(part):

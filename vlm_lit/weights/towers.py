@@ -84,7 +84,7 @@ def convnext_from_open_clip(
 
 def filled_tower(
     config,  # Of the whole tower
-    # Its weights, under the tower's names; those behind the selected layer are not needed
+    # Its weights, under the tower's names; those after the selected layer are not needed
     state: dict,
     select_layer: int = -1,  # As in `make_tower`
     dtype: torch.dtype = torch.float32,  # Of its weights
@@ -184,7 +184,7 @@ def open_clip_file(
     config = source_file(name, "open_clip_config.json")
     if config is None: return None
     kind = read_json(config).get("model_cfg", {}).get("vision_cfg", {}).get("timm_model_name", "")
-    # LAION's ViTs have transformers' files beside open_clip's
+    # LAION's ViTs have transformers' files next to open_clip's
     if not kind.startswith("convnext"): return None
     if kind.startswith("convnext_xxlarge"):
         raise ConfigError(
