@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 from vlm_lit import __version__
-from vlm_lit.commands import CHAT_HELP, check_out, example_record, export_folder, image_files, load, load_preparation, printable, report_found, run_folder, say, short_recipe, split_words, talk, train_run, user_errors
+from vlm_lit.commands import CHAT_HELP, check_out, example_record, export_folder, image_files, load
+from vlm_lit.commands import load_preparation, printable, report_found, run_folder, say
+from vlm_lit.commands import short_recipe, split_words, talk, train_run, user_errors
 from vlm_lit.core import ConfigError, progress_console
 import re, shlex, subprocess
 from tempfile import mkdtemp
@@ -24,7 +26,7 @@ from vlm_lit.weights.saving import save_model
 from vlm_lit.cli import *
 
 def setup_module():
-    global TRAIN, good, place, refuses, run, runner, show, small_model, small_tokenizer, train_records, turns, write
+    global TRAIN, good, place, refuses, result, run, runner, show, small_model, small_tokenizer, train_records, turns, write
     torch.set_num_threads(1)
     def small_tokenizer():
         "A byte-level tokenizer with Gemma's control tokens."
@@ -33,21 +35,40 @@ def setup_module():
         tok.decoder = decoders.ByteLevel()
         special = "<pad> <eos> <bos> <unk> <start_of_turn> <end_of_turn>".split()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False,
-                                      initial_alphabet=alphabet)
+        trainer = trainers.BpeTrainer(
+            vocab_size=300, special_tokens=special, show_progress=False, initial_alphabet=alphabet
+        )
         tok.train_from_iterator(["user\nmodel\nWhat is it?\na box"], trainer)
         tok.post_processor = processors.TemplateProcessing(
-            single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)])
-        return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", eos_token="<eos>",
-                                       unk_token="<unk>", pad_token="<pad>")
+            single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)]
+        )
+        named = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "unk", "pad")}
+        return PreTrainedTokenizerFast(tokenizer_object=tok, **named)
     def small_model(folder):
         "Two towers, mining, projector and decoder, with their processor."
         tokenizer = small_tokenizer()
-        text = dict(model_type="gemma", vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1,
-                    num_attention_heads=2, num_key_value_heads=1, head_dim=16, intermediate_size=64)
-        vision = dict(model_type="clip_vision_model", hidden_size=32, intermediate_size=64,
-                      num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8)
-        aux = dict(model_type="convnext", num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], patch_size=2)
+        text = dict(
+            model_type="gemma",
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            intermediate_size=64,
+        )
+        vision = dict(
+            model_type="clip_vision_model",
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+        )
+        aux = dict(
+            model_type="convnext", num_stages=2, hidden_sizes=[8, 16], depths=[1, 1], patch_size=2
+        )
         config = VLMConfig(text, vision, aux, image_size=16, image_size_aux=32, select_layer=-1)
         model, processor = make_model(config, 0), VLMProcessor.for_model(config, tokenizer)
         batch = processor([good, turns("Hello", "Hi")], [sample_image(), None])
@@ -58,12 +79,12 @@ def setup_module():
             optimizer.step()
         save_model(model.eval(), folder)
         processor.save_pretrained(folder)
-        tokenizer.save_pretrained(folder.parents[2]/"tokenizer")
+        tokenizer.save_pretrained(folder.parents[2] / "tokenizer")
     def turns(*texts):
         return [{"from": ("human", "gpt")[n % 2], "value": text} for n, text in enumerate(texts)]
     def write(name, content):
         "A file for the commands."
-        path = place/name
+        path = place / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content if isinstance(content, str) else json.dumps(content))
         return path
@@ -74,33 +95,36 @@ def setup_module():
     write("val.json", [{**r, "type": "object"} for r in train_records[:2]])
     write("my.py", "def length(prediction, answer, record): return len(prediction)")
     write("images/broken.png", "not an image")
-    sample_image().save(place/"images/photo.png")
-    sample_image(300, 300).save(place/"images/square.png")
-    small_model(place/"runs/mine/model")
-    write("runs/mine/result.json", {"steps": 600, "loss": 0.1234, "train_seconds": 51.2,
-                                    "validation": {"loss": 0.2, "exact": 0.75}})
+    sample_image().save(place / "images/photo.png")
+    sample_image(300, 300).save(place / "images/square.png")
+    small_model(place / "runs/mine/model")
+    result = {"steps": 600, "loss": 0.1234, "train_seconds": 51.2}
+    write("runs/mine/result.json", {**result, "validation": {"loss": 0.2, "exact": 0.75}})
     write("runs/half/recipe.yaml", "model: {preset: tiny}\ndata: {train: [{path: train.json}]}\n")
-    (place/"runs/half/checkpoint-2").mkdir()
+    (place / "runs/half/checkpoint-2").mkdir()
     def run(line, input=None):
         "A command; `@` begins a path of the folder above."
         words = [word.replace("@", f"{place}/") for word in shlex.split(line)]
-        return runner.invoke(app, words, input, env={"COLUMNS": "100", "TERM": "dumb"},
-                             prog_name="vlm-lit")
+        return runner.invoke(
+            app, words, input, env={"COLUMNS": "100", "TERM": "dumb"}, prog_name="vlm-lit"
+        )
     def show(line, input=None, n=8):
         "Print a command, the first lines of what it says, and its exit code."
         out = run(line, input)
         lines = out.output.replace(f"{place}/", "").replace(str(place), ".").rstrip().split("\n")
-        lines = [line for line in lines if not re.match(r"step \d+/|seconds ", line)]   # they vary
-        print(f"$ vlm-lit {line.replace('@', '')}", *lines[:n], *["…"]*(len(lines) > n), sep="\n")
-        print(*[f"(exit code {out.exit_code})"]*(out.exit_code != 0), "", sep="\n")
+        lines = [line for line in lines if not re.match(r"step \d+/|seconds ", line)]  # they vary
+        print(f"$ vlm-lit {line.replace('@', '')}", *lines[:n], *["…"] * (len(lines) > n), sep="\n")
+        print(*[f"(exit code {out.exit_code})"] * (out.exit_code != 0), "", sep="\n")
     def refuses(line, message, input=None):
         "Check that a command ends in one line and exit code 2."
         out = run(line, input)
         assert out.exit_code == 2 and message in out.stderr, (line, out.output, out.exception)
         assert out.stderr.startswith("error: ") and out.stderr.count("\n") == 1, out.stderr
-    TRAIN = ("train --preset tiny --model.tokenizer @tokenizer --data @train.json --image-folder @. "
-         "--runs @runs --training.max_steps 3 --training.use_cpu true --training.save_steps 1 "
-         "--training.disable_tqdm true")
+    TRAIN = (
+        "train --preset tiny --model.tokenizer @tokenizer --data @train.json --image-folder @. "
+    "--runs @runs --training.max_steps 3 --training.use_cpu true --training.save_steps 1 "
+    "--training.disable_tqdm true"
+    )
 
 def test_help_is_quick_because_torch_is_not_imported():
     code = """import sys
@@ -137,20 +161,29 @@ def test_walk_refuses_what_cannot_work():
     refuses("walk @wrong.json", "--control-tokens escape")
 
 def test_audit_has_three_exit_codes():
-    write("dirty.json", [{"id": 1, "image": "gone.png", "conversations": good},
-                         {"id": 2, "conversations": turns("q<eos>", "a")}])
+    dirty = [{"id": 1, "image": "gone.png", "conversations": good}]
+    dirty += [{"id": 2, "conversations": turns("q<eos>", "a")}]
+    write("dirty.json", dirty)
     assert run("audit @train.json --image-folder @. --workers 0").exit_code == 0
     out = run("audit @dirty.json --image-folder @. --workers 0 --json --html @page.html")
     report = json.loads(out.stdout)
-    assert (out.exit_code, report["errors"]) == (1, 2) and "NOT OK" in (place/"page.html").read_text()
+    assert (out.exit_code, report["errors"]) == (1, 2) and "NOT OK" in (place / "page.html").read_text()
     assert sorted(report["findings"]) == ["control_tokens", "image_missing"]
     refuses("audit @train.json --html @no/x.html", "no folder")
     refuses("audit @gone.json", "no data file")
-    count = lambda flags: json.loads(run(f"audit @train.json --json --workers 0 {flags}").stdout)["lengths"]["max"]
+
+    def count(flags):
+        "Positions of the longest record."
+        report = json.loads(run(f"audit @train.json --json --workers 0 {flags}").stdout)
+        return report["lengths"]["max"]
+
     assert count("") - count("--preset tiny --tokenizer gemma") == 576 - 16
 
 def test_train_answers_every_mistake_in_a_recipe():
-    write("slip.yaml", "model: {preset: smol}\ndata: {train: [{path: train.json}]}\ntraining: {max_stps: 5}\n")
+    write(
+        "slip.yaml",
+        "model: {preset: smol}\ndata: {train: [{path: train.json}]}\ntraining: {max_stps: 5}\n",
+    )
     write("good.yaml", "model: {preset: smol}\ndata: {train: [{path: train.json}]}\n")
     refuses("train @slip.yaml", "slip.yaml: unknown key 'training.max_stps'; did you mean 'max_steps'?")
     refuses("train @good.yaml --training.max_steps many", "--training.max_steps: ")
@@ -166,20 +199,24 @@ def test_train_answers_every_mistake_in_a_recipe():
 
 def test_train_refuses_before_step_1():
     def says(flags, message): refuses(f"{TRAIN} --name bad {flags}", message)
+
     says("--image-folder @gone", "no image folder")
     says("--data @gone.json", "no data file")
     says("--data.template llama_3", "template")
     says("--resume", "no run in")
-    refuses("train --preset @runs/half --data @train.json --runs @runs --training.use_cpu true",
-            "is not finished; resume with: vlm-lit train")
+    refuses(
+        "train --preset @runs/half --data @train.json --runs @runs --training.use_cpu true",
+        "is not finished; resume with: vlm-lit train",
+    )
     says("--lora.target_modules [q_prj]", "target_modules 'q_prj' fits no linear layer")
     says("--training.trainable_modules []", "nothing would train")
     says("--training.global_batch_size 7", "global_batch_size 7 is not a multiple")
-    assert not (place/"runs/bad").exists()
+    assert not (place / "runs/bad").exists()
     refuses(f"{TRAIN} --name mine", "holds a finished run; train on from it with model: {from: ")
 
 def test_train_gives_recipe_folder_and_resume_to_the_run():
     seen = []
+
     def fake(recipe, folder, resume):
         "Instead of a run."
         seen.append((recipe, folder, resume))
@@ -195,20 +232,22 @@ def test_train_gives_recipe_folder_and_resume_to_the_run():
         run("train --preset @runs/mine --data @train.json --name next")
     assert [path.name for _, path, _ in seen] == ["good", "train", "half", "half", "next"]
     assert [resume for *_, resume in seen] == [False, False, True, True, False]
-    assert seen[0][0].training == {"max_steps": 5} and seen[4][0].model == {"from": f"{place}/runs/mine"}
-    assert seen[2][1] == place/"runs/half"
+    assert seen[0][0].training == {"max_steps": 5}
+    assert seen[4][0].model == {"from": f"{place}/runs/mine"}
+    assert seen[2][1] == place / "runs/half"
 
 def test_generate_answers_per_image():
     one = run("generate @runs/mine @images/photo.png -q hi --max-new-tokens 4").stdout
-    two = run("generate @runs/mine @images/photo.png @images/square.png -q hi --max-new-tokens 4").stdout
+    two = "generate @runs/mine @images/photo.png @images/square.png -q hi --max-new-tokens 4"
+    two = run(two).stdout
     assert two.splitlines()[0] == f"{place}/images/photo.png\t{one.rstrip(chr(10))}"
-    (place/"some").mkdir()
-    for name in "ba": sample_image(20, 20).save(place/f"some/{name}.png")
+    (place / "some").mkdir()
+    for name in "ba": sample_image(20, 20).save(place / f"some/{name}.png")
     out = run("generate @runs/mine @some -q hi --max-new-tokens 4 --out @some.jsonl --batch-size 1")
-    rows = [json.loads(row) for row in (place/"some.jsonl").read_text().splitlines()]
+    rows = [json.loads(row) for row in (place / "some.jsonl").read_text().splitlines()]
     assert out.exit_code == 0 and [Path(row["image"]).name for row in rows] == ["a.png", "b.png"]
     assert rows[0].keys() == {"id", "image", "question", "answer"}
-    (place/"link.png").symlink_to(place/"images/photo.png")
+    (place / "link.png").symlink_to(place / "images/photo.png")
     assert run("generate @runs/mine @link.png -q hi --max-new-tokens 4").stdout == one
 
 def test_generate_and_chat_refuse_in_one_line():
@@ -221,24 +260,41 @@ def test_generate_and_chat_refuse_in_one_line():
     refuses("generate @runs/mine @images/broken.png -q hi", "cannot be read")
     refuses("generate @runs/mine @images/photo.png -q ' '", "the question is empty")
     refuses("generate @runs/mine @images/photo.png -q '<eos> hi'", "pass --control-tokens escape")
-    refuses("generate @runs/mine @images/photo.png -q hi --control-tokens no", "refuse, escape or allow")
+    refuses(
+        "generate @runs/mine @images/photo.png -q hi --control-tokens no", "refuse, escape or allow"
+    )
     refuses("generate @runs/mine @images/photo.png -q hi --out @train.json", "is there already")
-    refuses("generate @runs/mine @images/photo.png -q hi --out @no/x.jsonl", "for x.jsonl; make it first")
+    refuses(
+        "generate @runs/mine @images/photo.png -q hi --out @no/x.jsonl", "for x.jsonl; make it first"
+    )
     refuses("chat @runs/mine @gone.png", "no image file")
 
 def test_chat_streams_and_survives_mistakes():
-    lines = ["What is it?", "/image @gone.png", "/image @images/broken.png", "<eos>", "/help", "And now?"]
-    out = run("chat @runs/mine @images/photo.png --max-new-tokens 4", "\n".join(lines).replace("@", f"{place}/"))
+    lines = [
+        "What is it?",
+        "/image @gone.png",
+        "/image @images/broken.png",
+        "<eos>",
+        "/help",
+        "And now?",
+    ]
+    out = run(
+        "chat @runs/mine @images/photo.png --max-new-tokens 4",
+        "\n".join(lines).replace("@", f"{place}/"),
+    )
     assert out.exit_code == 0 and out.stdout.count("\n") >= 2, out.output
-    assert [s.split(":")[0] for s in out.stderr.splitlines()] == ["error"]*3 + [CHAT_HELP], out.stderr
+    assert [s.split(":")[0] for s in out.stderr.splitlines()] == ["error"] * 3 + [CHAT_HELP], out.stderr
     one = run("generate @runs/mine @images/photo.png -q 'What is it?' --max-new-tokens 4").stdout
     assert out.stdout.startswith(one.rstrip("\n"))
 
 def test_eval_writes_predictions_and_refuses():
-    out = run("eval @runs/mine --data @val.json --out @p.jsonl --sample 1 --blank-images --json --max-new-tokens 3")
+    out = run(
+        "eval @runs/mine --data @val.json --out @p.jsonl --sample 1 --blank-images --json "
+    "--max-new-tokens 3"
+    )
     found = json.loads(out.stdout)
     assert found["n"] == 1 and "predictions" not in found and found["n_by_type"] == {"object": 1}
-    assert len((place/"p.jsonl").read_text().splitlines()) == 1
+    assert len((place / "p.jsonl").read_text().splitlines()) == 1
     refuses("eval @runs/mine --data @gone.json", "no data file")
     refuses("eval @runs/mine --data @val.json --metric my.py", "unknown metric")
     refuses("eval @runs/mine --data @val.json --image-folder @gone", "no image folder")
@@ -247,11 +303,11 @@ def test_eval_writes_predictions_and_refuses():
 
 def test_export_of_any_model_folder():
     out = run("export @runs/mine --out @hf --dtype bfloat16")
-    assert out.exit_code == 0 and "exact answers" in (place/"hf/README.md").read_text(), out.output
+    assert out.exit_code == 0 and "exact answers" in (place / "hf/README.md").read_text(), out.output
     wanted = {"README.md", "config.json", "model.safetensors", "processor_config.json"}
-    assert wanted <= {path.name for path in (place/"hf").iterdir()}
-    size = lambda folder: (folder/"model.safetensors").stat().st_size
-    assert size(place/"hf") < .6*size(place/"runs/mine/model")
+    assert wanted <= {path.name for path in (place / "hf").iterdir()}
+    size = lambda folder: (folder / "model.safetensors").stat().st_size
+    assert size(place / "hf") < 0.6 * size(place / "runs/mine/model")
     assert run("generate @hf @images/photo.png -q hi --max-new-tokens 2").exit_code == 0
     assert run("export @hf --to mgm --out @hf-mgm").exit_code == 0
     refuses("export @runs/mine --to gguf", "--to: hf or mgm")
@@ -264,7 +320,8 @@ def test_doctor_prints_facts_and_fails_on_a_wrong_mask():
     assert out.exit_code == 0 and "torch" in out.stdout, out.output
     for problems, code in [([], 0), (["gemma: a header is supervised"], 1)]:
         fake = SimpleNamespace(known_answers=lambda: problems, environment_info=lambda: {"python": "3"})
-        with patch.dict(sys.modules, {"vlm_lit.training.doctor": fake}): out = run("doctor")
+        with patch.dict(sys.modules, {"vlm_lit.training.doctor": fake}):
+            out = run("doctor")
         assert out.exit_code == code and "python" in out.stdout, out.output
         assert out.stdout.splitlines()[-1] == (problems or ["known answers: all masks are right"])[0]
 
@@ -272,9 +329,9 @@ def test_replay_and_losses_print_and_write_a_page():
     assert run(f"{TRAIN} --name again --training.max_steps 2 --training.save_steps 1").exit_code == 0
     out = run("replay @runs/again --step 2 --watch loss --html @step.html")
     assert out.exit_code == 0 and "equal to the logged one to the bit" in out.stdout, out.output
-    assert "<h1>Step 2 of again</h1>" in (place/"step.html").read_text()
+    assert "<h1>Step 2 of again</h1>" in (place / "step.html").read_text()
     out = run("losses @runs/again @train.json --image-folder @. --worst 2 --html @losses.html")
-    assert out.exit_code == 0 and out.stdout.count(": loss ") == 2 and (place/"losses.html").is_file()
+    assert out.exit_code == 0 and out.stdout.count(": loss ") == 2 and (place / "losses.html").is_file()
     refuses("replay @runs/none --step 1", "no run")
     refuses("replay @runs/again --step 1 --at nothing", "nothing")
     refuses("losses @runs/again @gone.json", "no data file")

@@ -17,11 +17,14 @@ from vlm_lit.commands import *
 def test_errors_are_one_line_and_bugs_keep_their_traceback():
     said = []
     with patch("typer.echo", lambda text, err: said.append(text)):
-        for error, code in [(ConfigError("a\nb\x1b[2J"), 2), (OSError(28, "No space left", "x"), 2),
-                            (KeyboardInterrupt(), 130)]:
+        for error, code in [
+            (ConfigError("a\nb\x1b[2J"), 2),
+            (OSError(28, "No space left", "x"), 2),
+            (KeyboardInterrupt(), 130),
+        ]:
             with pytest.raises(typer.Exit) as found, user_errors(): raise error
             assert found.value.exit_code == code
-        with pytest.raises(ZeroDivisionError), user_errors(): 1/0
+        with pytest.raises(ZeroDivisionError), user_errors(): 1 / 0
     assert said == ["error: a b\\x1b[2J", "error: No space left: x", "interrupted"]
 
 def test_image_tokens_of_presets_without_their_weights():
@@ -32,25 +35,32 @@ def test_image_tokens_of_presets_without_their_weights():
 
 def test_image_files_of_a_folder():
     with TemporaryDirectory() as folder:
-        for name in ("b.PNG", "a.jpg", "notes.txt"): (Path(folder)/name).write_text("")
+        for name in ("b.PNG", "a.jpg", "notes.txt"):
+            (Path(folder) / name).write_text("")
         assert [p.name for p in image_files([folder, f"{folder}/a.jpg"])] == ["a.jpg", "b.PNG", "a.jpg"]
-        with pytest.raises(ConfigError, match="no image file"): image_files([f"{folder}/c.jpg"])
-        (Path(folder)/"empty").mkdir()
-        with pytest.raises(ConfigError, match="no image in"): image_files([f"{folder}/empty"])
+        with pytest.raises(ConfigError, match="no image file"):
+            image_files([f"{folder}/c.jpg"])
+        (Path(folder) / "empty").mkdir()
+        with pytest.raises(ConfigError, match="no image in"):
+            image_files([f"{folder}/empty"])
 
 def test_short_form_is_a_recipe_and_can_be_overridden():
     words = short_recipe("tiny", Path("train.json"), Path("images"), Path("val.json"))
     recipe = load_recipe(overrides=[*words, "--training.learning_rate", "2e-3", "--data.max_length=64"])
     print(recipe.data.train[0])
-    assert (recipe.training["learning_rate"], recipe.data.max_length, len(recipe.data.eval)) == (2e-3, 64, 1)
-    assert load_recipe(overrides=short_recipe("tiny", Path("1.json"))).data.train[0].image_folder is None
-    with pytest.raises(ConfigError, match="give a recipe file, or --preset and --data"): short_recipe("tiny", None)
+    assert (recipe.training["learning_rate"], recipe.data.max_length) == (2e-3, 64)
+    assert len(recipe.data.eval) == 1
+    bare = load_recipe(overrides=short_recipe("tiny", Path("1.json")))
+    assert bare.data.train[0].image_folder is None
+    with pytest.raises(ConfigError, match="give a recipe file, or --preset and --data"):
+        short_recipe("tiny", None)
     with pytest.raises(ConfigError, match="unknown preset 'tinny'; did you mean 'tiny'"):
         load_recipe(overrides=short_recipe("tinny", Path("train.json")))
 
 def test_words_are_files_overrides_or_mistakes():
     files, overrides = split_words(["a.yaml", "--a.b", "1", "--c.d=2", "b.yaml", "--e.f"], [])
-    assert (list(map(str, files)), overrides) == (["a.yaml", "b.yaml"], ["--a.b", "1", "--c.d=2", "--e.f"])
+    assert [str(file) for file in files] == ["a.yaml", "b.yaml"]
+    assert overrides == ["--a.b", "1", "--c.d=2", "--e.f"]
     with pytest.raises(ConfigError, match="has its section, as in --training.learning_rate"):
         split_words(["--learning-rate", "1e-3"], ["--name"])
     with pytest.raises(ConfigError, match="unknown option '--resum'; did you mean '--resume'"):
@@ -59,26 +69,33 @@ def test_words_are_files_overrides_or_mistakes():
 def test_interrupted_runs_exit_as_the_signal_asks():
     def stopped(error, folder):
         "What is said of a run that an error ends, and the exit code."
+
         def train(recipe, folder, resume): raise error
+
         said = []
-        with (patch.dict(sys.modules, {"vlm_lit.training.run": SimpleNamespace(train=train)}),
-              patch("typer.echo", lambda text, err=False: said.append(text)),
-              pytest.raises(typer.Exit) as found): train_run(None, Path(folder))
+        with (
+            patch.dict(sys.modules, {"vlm_lit.training.run": SimpleNamespace(train=train)}),
+            patch("typer.echo", lambda text, err=False: said.append(text)),
+            pytest.raises(typer.Exit) as found,
+        ):
+            train_run(None, Path(folder))
         return found.value.exit_code, said[0]
 
     with TemporaryDirectory() as folder:
         assert stopped(KeyboardInterrupt(), folder) == (130, "interrupted")
-        (Path(folder)/"recipe.yaml").write_text("")
+        (Path(folder) / "recipe.yaml").write_text("")
         for number, code in [(signal.SIGTERM, 0), (signal.SIGINT, 130)]:
             found, said = stopped(Interrupted(number, 7), folder)
             print(found, said.replace(folder, "runs/mine"))
-            assert found == code and said.endswith(f"resume with: vlm-lit train {folder}/recipe.yaml --resume")
+            assert found == code
+            assert said.endswith(f"resume with: vlm-lit train {folder}/recipe.yaml --resume")
 
 def test_run_folder_by_name_by_recipe_or_beside_it():
     with TemporaryDirectory() as folder:
-        own, runs = Path(folder)/"recipe.yaml", Path("runs")
-        assert run_folder([own], None, runs) == runs/"recipe" and run_folder([own], "a", runs) == runs/"a"
+        own, runs = Path(folder) / "recipe.yaml", Path("runs")
+        assert run_folder([own], None, runs) == runs / "recipe"
+        assert run_folder([own], "a", runs) == runs / "a"
         assert run_folder([own], None, runs, resume=True) == own.parent
-        (own.parent/"metrics.jsonl").write_text("")
+        (own.parent / "metrics.jsonl").write_text("")
         assert run_folder([own], None, runs) == own.parent
-        assert run_folder([Path("x/smol.yaml"), own], None, runs) == runs/"smol"
+        assert run_folder([Path("x/smol.yaml"), own], None, runs) == runs / "smol"

@@ -26,62 +26,99 @@ from vlm_lit.processor import VLMProcessor
 from vlm_lit.reports import *
 
 def setup_module():
-    global asked, audited, doubtful, ds, folder, height, k, made_up, report, seed, shape, sheet, show, tok, width
+    global answers, asked, audited, doubtful, ds, folder, height, k, made_up, report, right, seed, shape, sheet, show, tok, width
     def show(figure):
         "A figure as a notebook displays it."
         from IPython import display
+
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=80)
         return display.Image(out.getvalue())
     tok = load_tokenizer("gemma")
     folder = Path(tempfile.mkdtemp())
-    sample_image().save(folder/"photo.png")
-    seed = {"id": "seed", "image": "photo.png", "conversations": [{"from": "human", "value": "What is in the photo?\n<image>"}, {"from": "gpt", "value": "the box chain purse black"}]}
+    sample_image().save(folder / "photo.png")
+    seed = {
+        "id": "seed",
+        "image": "photo.png",
+        "conversations": [
+            {"from": "human", "value": "What is in the photo?\n<image>"},
+            {"from": "gpt", "value": "the box chain purse black"},
+        ],
+    }
     ds = LazySupervisedDataset([seed], VLMProcessor(tok), folder)
     def made_up(n):
         "Lines as a run writes them, values made up."
         rows = []
-        for step in range(10, 10*n + 1, 10):
-            loss = 4*step**-.4 + .1*(step % 30 == 0)
-            rows.append({"step": step, "loss": loss, "loss/captions": 1.1*loss, "loss/talk": .8*loss,
-                         "learning_rate": 1e-3*min(1, step/60), "grad_norm": 1.})
-            if step % 50 == 0: rows.append({"step": step, "eval_loss": 1.05*loss})
+        for step in range(10, 10 * n + 1, 10):
+            loss = 4 * step**-0.4 + 0.1 * (step % 30 == 0)
+            rate = 1e-3 * min(1, step / 60)
+            row = {"step": step, "loss": loss, "loss/captions": 1.1 * loss, "loss/talk": 0.8 * loss}
+            rows.append({**row, "learning_rate": rate, "grad_norm": 1.0})
+            if step % 50 == 0:
+                rows.append({"step": step, "eval_loss": 1.05 * loss})
         return rows
     sheet = []
-    for k,(width,height) in enumerate([(90, 60), (60, 90), (80, 80), (120, 50)]):
-        sample_image(width, height).save(folder/f"{k}.png")
+    for k, (width, height) in enumerate([(90, 60), (60, 90), (80, 80), (120, 50)]):
+        sample_image(width, height).save(folder / f"{k}.png")
         shape = "wide" if width > height else "tall" if width < height else "square"
-        sheet.append({"image": f"{k}.png", "question": "What is its shape?", "answer": shape,
-                      "prediction": "wide", "scores": {"exact": float(shape == "wide")}})
+        sheet.append(
+            {
+                "image": f"{k}.png",
+                "question": "What is its shape?",
+                "answer": shape,
+                "prediction": "wide",
+                "scores": {"exact": float(shape == "wide")},
+            }
+        )
     audited = Path(tempfile.mkdtemp())
-    sample_image(64, 48).save(audited/"a.png")
-    def asked(n, question, answer="a box", **more): return {"id": n, **more, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
-    doubtful = [asked(k, "<image>\nWhat is it?", "a box, " * (k % 5 + 1), image="a.png") for k in range(18)] + [asked("<script>alert(1)</script>", "x<eos>"), asked(19, "<image>\nq", image="gone.png")]
+    sample_image(64, 48).save(audited / "a.png")
+    def asked(n, question, answer="a box", **more):
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        return {"id": n, **more, "conversations": turns}
+    doubtful = [asked("<script>alert(1)</script>", "x<eos>"), asked(19, "<image>\nq", image="gone.png")]
+    answers = ["a box, " * (k % 5 + 1) for k in range(18)]
+    right = [asked(k, "<image>\nWhat is it?", a, image="a.png") for k, a in enumerate(answers)]
+    doubtful = [*right, *doubtful]
     report = audit(doubtful, load_tokenizer("gemma"), AuditSettings(image_folder=audited, batch_size=4))
 
 def test_walk_passes_every_stop_once_and_changes_nothing():
     seen, item = walk_record(ds, 0)
-    test_eq([len(bp.hits) for _,bp in seen], [1]*len(WALK))
-    by_title = {stop.title: bp for stop,bp in seen}
-    test_eq(by_title["join_chunks: what was tokenized, each side by itself"]["prompt_chunks"][0], [2, 106, 1645, 108])
+    test_eq([len(bp.hits) for _, bp in seen], [1] * len(WALK))
+    by_title = {stop.title: bp for stop, bp in seen}
+    chunks = by_title["join_chunks: what was tokenized, each side by itself"]["prompt_chunks"]
+    test_eq(chunks[0], [2, 106, 1645, 108])
     test_eq(by_title["preprocess: the empty conversation"]["conv"].messages, [])
     test_eq(len(by_title["preprocess: the conversation with its messages"]["conv"].messages), 2)
     plain = ds[0]
-    assert all(torch.equal(plain[k], item[k]) for k in plain)     # stopped or not, the same item
-    text_only = LazySupervisedDataset([{"id": 1, "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}], VLMProcessor(tok), folder)
-    assert all(len(bp.hits) == 1 for _,bp in walk_record(text_only, 0)[0])
+    assert all(torch.equal(plain[k], item[k]) for k in plain)  # stopped or not, the same item
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+    text_only = LazySupervisedDataset([{"id": 1, "conversations": turns}], VLMProcessor(tok), folder)
+    assert all(len(bp.hits) == 1 for _, bp in walk_record(text_only, 0)[0])
 
 def test_walk_text_holds_the_values_of_the_seed():
     text = "\n".join(walk_lines(ds, 0))
-    for words in ["pad: ('<pad>', 0)", "prepare_tokenizer('gemma'): nothing", "(3, 768, 768)", "'What is in the photo?\\n<image>'", "'<image>\\nWhat is in the photo?'",
-                  "messages=[], offset=0, sep_style=<SeparatorStyle.GEMMA: 7>", "{'human': 'user', 'gpt': 'model'}", "[[2, 106, 1645, 108], [2, 108, 1841,",
-                  "len(input_ids) = 25", "(3, 336, 336)", "8 of 25 tokens learned"]: assert words in text, words
+    for words in [
+        "pad: ('<pad>', 0)",
+        "prepare_tokenizer('gemma'): nothing",
+        "(3, 768, 768)",
+        "'What is in the photo?\\n<image>'",
+        "'<image>\\nWhat is in the photo?'",
+        "messages=[], offset=0, sep_style=<SeparatorStyle.GEMMA: 7>",
+        "{'human': 'user', 'gpt': 'model'}",
+        "[[2, 106, 1645, 108], [2, 108, 1841,",
+        "len(input_ids) = 25",
+        "(3, 336, 336)",
+        "8 of 25 tokens learned",
+    ]:
+        assert words in text, words
 
 def test_walk_of_a_broken_record_raises_its_error():
     import sys
+
     broken = LazySupervisedDataset([{**seed, "image": "gone.png"}], VLMProcessor(tok), folder)
     before = sys.gettrace()
-    with expect_fail(DataError, contains="record 'seed': no image 'gone.png'"): walk_record(broken, 0)
+    with expect_fail(DataError, contains="record 'seed': no image 'gone.png'"):
+        walk_record(broken, 0)
     assert sys.gettrace() is before
 
 def test_curves_draw_what_there_is():
@@ -92,35 +129,49 @@ def test_curves_draw_what_there_is():
     rows = made_up(10)
     test_eq(drawn(rows), ["training", "captions", "talk", "validation"])
     test_eq(drawn([{k: row[k] for k in ("step", "loss") if k in row} for row in rows]), ["training"])
-    test_eq((drawn([{"step": 5, "eval_loss": 1.}]), drawn([])), (["validation"], []))
+    test_eq((drawn([{"step": 5, "eval_loss": 1.0}]), drawn([])), (["validation"], []))
     test_eq(drawn([{"step": 1, "learning_rate": 1e-3}]), [])
     test_eq([axes.get_yscale() for axes in plot_curves(rows).axes], ["log", "linear"])
-    test_eq(plot_curves([{"step": 1, "loss": 0.}]).axes[0].get_yscale(), "linear")
-    test_eq(running_mean([1., 3., 5.], 2), [1., 2., 4.])
+    test_eq(plot_curves([{"step": 1, "loss": 0.0}]).axes[0].get_yscale(), "linear")
+    test_eq(running_mean([1.0, 3.0, 5.0], 2), [1.0, 2.0, 4.0])
 
 def test_wrong_answers_come_first_up_to_half():
-    test_eq(pick_samples([True]*20, 4), [0, 5, 10, 15])
+    test_eq(pick_samples([True] * 20, 4), [0, 5, 10, 15])
     test_eq(pick_samples([False, True, False, True, True, True], 4), [0, 2, 1, 4])
-    test_eq(len(pick_samples([False]*3 + [True]*1, 8)), 4)
-    test_eq(pick_samples([False]*10, 4), [0, 2, 5, 7])
+    test_eq(len(pick_samples([False] * 3 + [True] * 1, 8)), 4)
+    test_eq(pick_samples([False] * 10, 4), [0, 2, 5, 7])
 
 def test_sheets_show_any_rows():
-    def titles(rows, **kwargs): return [ax.get_title() for ax in plot_samples(rows, ds, **kwargs).axes if ax.get_title()]
-    test_eq(titles(sheet, n=2), ["What is its shape?\nwide\nexpected: tall", "What is its shape?\nwide"])
-    bare = [{k: v for k,v in row.items() if k != "scores"} for row in sheet]
-    test_eq(titles(bare), titles(sheet))                                                # `predict` alone gives no scores
-    odd = {"question": "q\x1b[31m" + "x"*99, "answer": "a", "prediction": "a $x^$ b", "scores": {"exact": 0., "contains": 1.}}
-    test_eq([len(titles([odd], metric=metric)[0].split("\n")) for metric in (None, "contains")], [3, 2])   # text only, another metric
+    def titles(rows, **kwargs):
+        return [ax.get_title() for ax in plot_samples(rows, ds, **kwargs).axes if ax.get_title()]
+
+    two = ["What is its shape?\nwide\nexpected: tall", "What is its shape?\nwide"]
+    test_eq(titles(sheet, n=2), two)
+    bare = [{k: v for k, v in row.items() if k != "scores"} for row in sheet]
+    test_eq(titles(bare), titles(sheet))  # `predict` alone gives no scores
+    odd = {
+        "question": "q\x1b[31m" + "x" * 99,
+        "answer": "a",
+        "prediction": "a $x^$ b",
+        "scores": {"exact": 0.0, "contains": 1.0},
+    }
+    # text only, another metric
+    test_eq([len(titles([odd], metric=metric)[0].split("\n")) for metric in (None, "contains")], [3, 2])
     assert max(len(line) for line in titles([odd])[0].split("\n")) == 42
     test_eq(titles([{**sheet[0], "image": ["0.png", "1.png"]}]), titles(sheet[:1]))
     test_eq(titles([]), [])
 
 def test_audit_page_escapes_what_the_data_says():
     page = audit_page(report, "<Audit>")
-    assert "<script>" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page and "<title>&lt;Audit&gt;</title>" in page
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<title>&lt;Audit&gt;</title>" in page
     assert "NOT OK" in page and "image_missing" in page and "data:image/png;base64," in page
     assert page.count("<tr") == page.count("</tr>") == 1 + 2 + 1 + 7 + len(report["settings"])
     lines = audit_lines(report)
-    assert lines[0] == report["verdict"] and any("control_tokens" in line for line in lines) and any("turn 0" in line for line in lines)
+    assert lines[0] == report["verdict"]
+    assert any("control_tokens" in line for line in lines)
+    assert any("turn 0" in line for line in lines)
     assert not any("\x1b" in line for line in audit_lines({**report, "verdict": "\x1b[31m"}))
-    assert "No findings." in audit_page(audit(doubtful[:3], load_tokenizer("gemma"), AuditSettings(image_folder=audited)))
+    right = audit(doubtful[:3], load_tokenizer("gemma"), AuditSettings(image_folder=audited))
+    assert "No findings." in audit_page(right)

@@ -20,7 +20,8 @@ from vlm_lit.weights.interchange import save_projector
 from vlm_lit.weights.presets import seeded
 from vlm_lit.weights.pretrained import add_lora, has_lora, merge_lora, resolve_model
 from vlm_lit.training.arguments import VLMTrainingArguments
-from vlm_lit.training.callbacks import ConsoleProgress, Interrupted, LossGuard, MetricsFile, StopOnSignal, read_metrics
+from vlm_lit.training.callbacks import ConsoleProgress, Interrupted, LossGuard, MetricsFile
+from vlm_lit.training.callbacks import StopOnSignal, read_metrics
 from vlm_lit.training.doctor import check_samples, environment_info, format_check, known_answers
 from vlm_lit.training.recipe import Recipe, load_recipe, recipe_differences, save_recipe
 from vlm_lit.training.trainer import VLMTrainer, reinit_modules, write_error
@@ -44,133 +45,207 @@ def setup_module():
         tok, bytes_ = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
         tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"), bytes_])
         tok.decoder = decoders.ByteLevel()
-        tok.train_from_iterator(["user model What is it? a box"], trainers.BpeTrainer(
-            vocab_size=300, special_tokens=special, show_progress=False, initial_alphabet=bytes_.alphabet()))
+        alphabet = bytes_.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=300, special_tokens=special, show_progress=False, initial_alphabet=alphabet
+        )
+        tok.train_from_iterator(["user model What is it? a box"], trainer)
         tok.post_processor = processors.TemplateProcessing(
-            single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)])
-        return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<bos>", eos_token="<eos>",
-                                       unk_token="<unk>", pad_token="<pad>")
+            single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)]
+        )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tok,
+            bos_token="<bos>",
+            eos_token="<eos>",
+            unk_token="<unk>",
+            pad_token="<pad>",
+        )
     def write_data(folder):
         "Images, and records with one image, two images, and text only."
-        (folder/"images").mkdir(parents=True)
-        small_tokenizer().save_pretrained(folder/"tokenizer")
-        for k in range(6): sample_image(40 + k, 40).rotate(30*k).save(folder/"images"/f"{k}.png")
+        (folder / "images").mkdir(parents=True)
+        small_tokenizer().save_pretrained(folder / "tokenizer")
+        for k in range(6):
+            sample_image(40 + k, 40).rotate(30 * k).save(folder / "images" / f"{k}.png")
         turns = lambda q, a: [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
         answers = ["a box", "a chain", "a purse"]
-        one = [{"id": f"one-{k}", "image": f"{k % 6}.png", "type": "object",
-                "conversations": turns("<image>\nWhat is it?", answers[k % 3])} for k in range(16)]
-        two = [{"id": f"two-{k}", "image": [f"{k}.png", "0.png"], "type": "pair",
-                "conversations": turns("<image><image>\nThe same?", "no" if k else "yes")} for k in range(4)]
+        one = [
+            {
+                "id": f"one-{k}",
+                "image": f"{k % 6}.png",
+                "type": "object",
+                "conversations": turns("<image>\nWhat is it?", answers[k % 3]),
+            }
+            for k in range(16)
+        ]
+        two = [
+            {
+                "id": f"two-{k}",
+                "image": [f"{k}.png", "0.png"],
+                "type": "pair",
+                "conversations": turns("<image><image>\nThe same?", "no" if k else "yes"),
+            }
+            for k in range(4)
+        ]
         text = [{"id": f"text-{k}", "conversations": turns("Hello", "Hi there")} for k in range(4)]
-        (folder/"train.json").write_text(json.dumps(one + two + text))
-        (folder/"val.json").write_text(json.dumps(one[:4]))
+        (folder / "train.json").write_text(json.dumps(one + two + text))
+        (folder / "val.json").write_text(json.dumps(one[:4]))
         return folder
     def small_recipe(folder, **changes):
         "A recipe on that data with a model of a few layers."
-        text = {"config": {"model_type": "gemma", "hidden_size": 32, "num_hidden_layers": 1, "head_dim": 16,
-                           "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 64}}
-        training = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "logging_steps": 2,
-                    "save_steps": 2, "trainable_modules": ["projector", "mining"], "use_cpu": True, "seed": 0,
-                    "disable_tqdm": True, "log_level": "error", "save_total_limit": 4}
-        source = {"path": str(folder/"train.json"), "image_folder": str(folder/"images")}
-        recipe = {"model": {"preset": "tiny", "tokenizer": str(folder/"tokenizer"), "language_model": text},
-                  "data": {"train": [source], "max_length": 256, "eval_samples": 4},
-                  "training": {**training, **changes.pop("training", {})}, **changes}
-        path = folder/f"recipe-{len(list(folder.glob('recipe*')))}.yaml"
+        text = {
+            "config": {
+                "model_type": "gemma",
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "head_dim": 16,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "intermediate_size": 64,
+            }
+        }
+        training = {
+            "max_steps": 6,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 2,
+            "save_steps": 2,
+            "trainable_modules": ["projector", "mining"],
+            "use_cpu": True,
+            "seed": 0,
+            "disable_tqdm": True,
+            "log_level": "error",
+            "save_total_limit": 4,
+        }
+        source = {"path": str(folder / "train.json"), "image_folder": str(folder / "images")}
+        recipe = {
+            "model": {"preset": "tiny", "tokenizer": str(folder / "tokenizer"), "language_model": text},
+            "data": {"train": [source], "max_length": 256, "eval_samples": 4},
+            "training": {**training, **changes.pop("training", {})},
+            **changes,
+        }
+        path = folder / f"recipe-{len(list(folder.glob('recipe*')))}.yaml"
         import yaml
+
         path.write_text(yaml.safe_dump(recipe))
         return path
     quiet = Console(file=open(os.devnull, "w"), force_jupyter=False, force_terminal=False)
-    place = write_data(Path(tempfile.mkdtemp())/"data")
+    place = write_data(Path(tempfile.mkdtemp()) / "data")
 
 def test_a_run_leaves_a_model_that_opens():
-    folder = write_data(Path(tempfile.mkdtemp())/"data")
-    result = train(load_recipe(small_recipe(folder)), folder/"run", console=quiet)
-    model, processor = open_model(folder/"run")
-    other, _ = open_model(folder/"run/checkpoint-6")
-    for (name, a), b in zip(model.named_parameters(), other.parameters()): assert torch.equal(a, b), name
-    assert result["steps"] == 6 and result["samples"] == 24 and (folder/"run/mm_projector.bin").is_file()
-    rows = read_metrics(folder/"run/metrics.jsonl")
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+    result = train(load_recipe(small_recipe(folder)), folder / "run", console=quiet)
+    model, processor = open_model(folder / "run")
+    other, _ = open_model(folder / "run/checkpoint-6")
+    for (name, a), b in zip(model.named_parameters(), other.parameters()):
+        assert torch.equal(a, b), name
+    assert result["steps"] == 6
+    assert result["samples"] == 24
+    assert (folder / "run/mm_projector.bin").is_file()
+    rows = read_metrics(folder / "run/metrics.jsonl")
     assert [row["step"] for row in rows] == [2, 4, 6] and sum(len(row["losses"]) for row in rows) == 6
-    assert abs(sum(rows[0]["losses"])/2 - rows[0]["loss"]) < 1e-6
+    assert abs(sum(rows[0]["losses"]) / 2 - rows[0]["loss"]) < 1e-6
 
 def test_a_stage_goes_on_from_a_run_with_an_adapter():
-    folder = write_data(Path(tempfile.mkdtemp())/"data")
-    train(load_recipe(small_recipe(folder, training={"max_steps": 2})), folder/"one", console=quiet)
-    second = small_recipe(folder, model={"from": str(folder/"one")}, lora={"r": 4, "alpha": 8.0}, training={"max_steps": 3})
-    before, _ = open_model(folder/"one")
-    train(load_recipe(second), folder/"two", console=quiet)
-    after, _ = open_model(folder/"two")
-    base, _ = open_model(folder/"two/checkpoint-3")
-    changed = {n for (n, a), b in zip(before.named_parameters(), after.parameters()) if not torch.equal(a, b)}
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+    train(load_recipe(small_recipe(folder, training={"max_steps": 2})), folder / "one", console=quiet)
+    lora, start = {"r": 4, "alpha": 8.0}, {"from": str(folder / "one")}
+    second = small_recipe(folder, model=start, lora=lora, training={"max_steps": 3})
+    before, _ = open_model(folder / "one")
+    train(load_recipe(second), folder / "two", console=quiet)
+    after, _ = open_model(folder / "two")
+    base, _ = open_model(folder / "two/checkpoint-3")
+    pairs = zip(before.named_parameters(), after.parameters())
+    changed = {n for (n, a), b in pairs if not torch.equal(a, b)}
     assert any("self_attn" in n for n in changed) and any("mm_projector" in n for n in changed)
     assert not any("embed_tokens" in n or "vision_tower" in n for n in changed)
-    for (n, a), b in zip(base.named_parameters(), after.parameters()): assert torch.allclose(a, b, atol=1e-6), n
-    assert (folder/"two/checkpoint-3/adapter_model.safetensors").is_file()
+    for (n, a), b in zip(base.named_parameters(), after.parameters()):
+        assert torch.allclose(a, b, atol=1e-6), n
+    assert (folder / "two/checkpoint-3/adapter_model.safetensors").is_file()
 
 def test_stopped_run_resumes_to_the_bit():
-    folder = write_data(Path(tempfile.mkdtemp())/"data")
-    train(load_recipe(small_recipe(folder)), folder/"whole", console=quiet)
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+    train(load_recipe(small_recipe(folder)), folder / "whole", console=quiet)
+
     class Killed(Exception): pass
+
     class Kill(module.MetricsFile):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 5: raise Killed
+
     usual, module.MetricsFile = module.MetricsFile, Kill
     try:
-        with pytest.raises(Killed): module.train(load_recipe(small_recipe(folder)), folder/"killed", console=quiet)
+        with pytest.raises(Killed):
+            module.train(load_recipe(small_recipe(folder)), folder / "killed", console=quiet)
     finally: module.MetricsFile = usual
-    train(load_recipe(small_recipe(folder, training={"dataloader_num_workers": 1})), folder/"killed", resume=True, console=quiet)
-    losses = lambda name: [loss for row in read_metrics(folder/name/"metrics.jsonl") for loss in row["losses"]]
+    recipe = load_recipe(small_recipe(folder, training={"dataloader_num_workers": 1}))
+    train(recipe, folder / "killed", resume=True, console=quiet)
+
+    def losses(name):
+        rows = read_metrics(folder / name / "metrics.jsonl")
+        return [loss for row in rows for loss in row["losses"]]
+
     assert losses("whole") == losses("killed") and len(losses("whole")) == 6
-    for (n, a), b in zip(open_model(folder/"whole")[0].named_parameters(), open_model(folder/"killed")[0].parameters()):
+    whole, killed = [open_model(folder / name)[0] for name in ("whole", "killed")]
+    for (n, a), b in zip(whole.named_parameters(), killed.parameters()):
         assert torch.equal(a, b), n
 
 def test_sigterm_before_and_after_the_steps_leaves_a_run_that_resumes():
-    folder = write_data(Path(tempfile.mkdtemp())/"data")
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+
     def terminated(name, **kwargs):
         "Send SIGTERM when a function of the run is called; what `train` raises."
         usual = getattr(module, name)
+
         def kill(*args, **kw):
             os.kill(os.getpid(), signal.SIGTERM)
             return usual(*args, **kw)
+
         setattr(module, name, kill)
         try:
             with pytest.raises(Interrupted) as caught:
-                module.train(load_recipe(small_recipe(folder)), folder/"run", console=quiet, **kwargs)
+                module.train(load_recipe(small_recipe(folder)), folder / "run", console=quiet, **kwargs)
         finally: setattr(module, name, usual)
         return caught.value
+
     handler = signal.getsignal(signal.SIGTERM)
     early = terminated("known_answers")
     assert (early.number, early.step, str(early)) == (signal.SIGTERM, 0, "stopped before step 1")
-    assert not (folder/"run").exists()
+    assert not (folder / "run").exists()
     late = terminated("save_model")
-    assert late.step == 6 and not (folder/"run/result.json").exists()
-    result = module.train(load_recipe(small_recipe(folder)), folder/"run", resume=True, console=quiet)
+    assert late.step == 6 and not (folder / "run/result.json").exists()
+    result = module.train(load_recipe(small_recipe(folder)), folder / "run", resume=True, console=quiet)
     assert result["steps"] == 6 and signal.getsignal(signal.SIGTERM) == handler
 
 def test_validation_keeps_to_its_own_sample():
-    folder = write_data(Path(tempfile.mkdtemp())/"data")
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+
     def with_eval(extra):
-        entry = f"[{{path: {folder/'train.json'}, image_folder: {folder/'images'}, {extra}}}]"
+        entry = f"[{{path: {folder / 'train.json'}, image_folder: {folder / 'images'}, {extra}}}]"
         return load_recipe(small_recipe(folder), overrides=["--data.eval", entry])
-    prepared = module.prepare_run(with_eval("max_samples: 9"), folder/"run")
+
+    prepared = module.prepare_run(with_eval("max_samples: 9"), folder / "run")
     seen = [i for batch in prepared.trainer.get_eval_dataloader() for i in batch["info"].indices]
     assert sorted(seen) == prepared.eval.kept.tolist() and len(seen) == 9
-    assert {row["id"] for rows in module._answered(prepared) for row in rows} <= {prepared.eval.record(i)["id"] for i in seen}
-    with pytest.raises(ConfigError, match="use max_samples"): module.prepare_run(with_eval("weight: 2"), folder/"run")
+    asked = {row["id"] for rows in module._answered(prepared) for row in rows}
+    assert asked <= {prepared.eval.record(i)["id"] for i in seen}
+    with pytest.raises(ConfigError, match="use max_samples"):
+        module.prepare_run(with_eval("weight: 2"), folder / "run")
 
 def test_a_loss_that_is_no_number_stops_before_it_does_harm():
     from vlm_lit.training.callbacks import BadLoss
-    folder = write_data(Path(tempfile.mkdtemp())/"data")
-    prepared = module.prepare_run(load_recipe(small_recipe(folder)), folder/"bad")
+
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+    prepared = module.prepare_run(load_recipe(small_recipe(folder)), folder / "bad")
     usual, calls = prepared.trainer.compute_loss, []
+
     def broken(*args, **kwargs):
         loss, outputs = usual(*args, **{**kwargs, "return_outputs": True})
         calls.append(1)
-        return loss*float("nan") if len(calls) == 4 else loss
+        return loss * float("nan") if len(calls) == 4 else loss
+
     prepared.trainer.compute_loss = broken
     with pytest.raises(BadLoss, match="step 4: the loss is nan. Records: "):
-        module._steps(prepared, folder/"bad", False, quiet)
-    note = json.loads((folder/"bad/bad_steps.jsonl").read_text())
-    assert note["step"] == 4 and len(note["records"]) == 4 and (folder/"bad/checkpoint-3").is_dir()
+        module._steps(prepared, folder / "bad", False, quiet)
+    note = json.loads((folder / "bad/bad_steps.jsonl").read_text())
+    assert note["step"] == 4 and len(note["records"]) == 4 and (folder / "bad/checkpoint-3").is_dir()
     assert all(torch.isfinite(p).all() for p in prepared.model.parameters())

@@ -14,14 +14,18 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 from . import __version__
-from .commands import (
-    CHAT_HELP, check_out, example_record, export_folder, image_files, load, load_preparation, printable,
-    report_found, run_folder, say, short_recipe, split_words, talk, train_run, user_errors)
+from .commands import CHAT_HELP, check_out, example_record, export_folder, image_files, load
+from .commands import load_preparation, printable, report_found, run_folder, say
+from .commands import short_recipe, split_words, talk, train_run, user_errors
 from .core import ConfigError, progress_console
 
 # %% ../nbs/21_cli.ipynb #c005
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False,
-                  rich_markup_mode=None)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 _Model = Annotated[str, Argument(help="A run or its name, a checkpoint, any model folder.")]
 _Data = Annotated[Path, Argument(help="LLaVA records: .json, .jsonl, .parquet, a table folder.")]
 _Images = Annotated[Path | None, Option(help="Image names in the data are relative to it.")]
@@ -40,8 +44,11 @@ def _show_version(wanted: bool):
     raise typer.Exit()
 
 @app.callback()
-def _common(version: Annotated[bool, Option("--version", callback=_show_version, is_eager=True,
-                                            help="Print the version.")] = False):
+def _common(
+    version: Annotated[
+        bool, Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+):
     "Vision-language-model pretraining: check data, train, ask, find out what went wrong."
 
 # %% ../nbs/21_cli.ipynb #c010
@@ -49,15 +56,20 @@ def _common(version: Annotated[bool, Option("--version", callback=_show_version,
 def walk(
     data: Annotated[Path | None, Argument(help="LLaVA records. Default: an example.")] = None,
     index: Annotated[int, Option(help="Which record, counted from 0.")] = 0,
-    image_folder: _Images = None, preset: _Preset = None, template: _Template = None,
-    tokenizer: _Tokenizer = None, control_tokens: _Control = "refuse",
+    image_folder: _Images = None,
+    preset: _Preset = None,
+    template: _Template = None,
+    tokenizer: _Tokenizer = None,
+    control_tokens: _Control = "refuse",
     aspect: Annotated[str | None, Option(help="square (crop the center) or pad.")] = None,
 ):
     "Stop at every step of the data path and show the values."
     with user_errors(), TemporaryDirectory() as folder:
         from vlm_lit.data.dataset import LazySupervisedDataset
         from vlm_lit.reports import walk_lines
-        if data is None: data, image_folder = [example_record(Path(folder))], Path(folder)
+
+        if data is None:
+            data, image_folder = [example_record(Path(folder))], Path(folder)
         processor, _ = load_preparation(preset, tokenizer, template)
         processor.control_tokens = control_tokens
         if aspect is not None: processor.image_processor.aspect = aspect
@@ -69,24 +81,39 @@ def walk(
 # %% ../nbs/21_cli.ipynb #c017
 @app.command("audit")
 def audit_data(
-    data: _Data, image_folder: _Images = None, preset: _Preset = None, template: _Template = None,
-    tokenizer: _Tokenizer = None, control_tokens: _Control = "refuse",
+    data: _Data,
+    image_folder: _Images = None,
+    preset: _Preset = None,
+    template: _Template = None,
+    tokenizer: _Tokenizer = None,
+    control_tokens: _Control = "refuse",
     image_tags: Annotated[str, Option(help="Several tags in a turn: keep, or mgm.")] = "keep",
     decode_images: Annotated[bool, Option("--decode-images", help="Open every image.")] = False,
     max_length: Annotated[int | None, Option(min=1, help="Longer records are errors.")] = None,
     batch_size: Annotated[int, Option(min=1, help="Records per batch, for padding.")] = 16,
     examples: Annotated[int, Option(min=0, help="Most examples of each finding.")] = 5,
     workers: Annotated[int, Option(min=0, help="Processes.")] = min(os.cpu_count() or 1, 8),
-    html: _Html = None, as_json: _Json = False,
+    html: _Html = None,
+    as_json: _Json = False,
 ):
     "Check every record and report what is wrong with the data: exit code 1 if anything is."
     with user_errors():
         from vlm_lit.data.audit import AuditSettings, audit
         from vlm_lit.reports import audit_lines, audit_page
+
         check_out(html)
         processor, num_tokens = load_preparation(preset, tokenizer, template)
-        settings = AuditSettings(processor.template, control_tokens, image_tags, image_folder,
-                                 decode_images, max_length, num_tokens, batch_size, examples)
+        settings = AuditSettings(
+            processor.template,
+            control_tokens,
+            image_tags,
+            image_folder,
+            decode_images,
+            max_length,
+            num_tokens,
+            batch_size,
+            examples,
+        )
         report = audit(data, processor.tokenizer, settings, workers if workers > 1 else 0)
         lines = audit_lines(report, examples)
         typer.echo(json.dumps(report, indent=1) if as_json else "\n".join(lines))
@@ -103,8 +130,9 @@ def train(
     name: Annotated[str | None, Option(help="Of the run. Default: the recipe's.")] = None,
     runs: Annotated[Path, Option(help="Folder that holds the runs.")] = Path("runs"),
     resume: Annotated[bool, Option("--resume", help="Continue a run.")] = False,
-    print_config: Annotated[bool, Option("--print-config", "--print_config",
-                                         help="Print the complete recipe and stop.")] = False,
+    print_config: Annotated[
+        bool, Option("--print-config", "--print_config", help="Print the complete recipe and stop.")
+    ] = False,
     preset: Annotated[str | None, Option(help="Without a recipe: preset or model folder.")] = None,
     data: Annotated[Path | None, Option(help="Without a recipe: records to train on.")] = None,
     image_folder: _Images = None,
@@ -114,13 +142,18 @@ def train(
     with user_errors():
         options = [o for p in context.command.params for o in p.opts if o.startswith("--")]
         files, overrides = split_words(recipe or [], options)
-        if not files and resume and name and data is None: files = [runs/name/"recipe.yaml"]
+        if not files and resume and name and data is None:
+            files = [runs / name / "recipe.yaml"]
         if files and (preset or data or image_folder or val):
-            raise ConfigError("--preset, --data, --image-folder and --val are for training without "
-                              "a recipe; change its settings, as in --data.train.0.path new.json")
-        if not files: overrides = short_recipe(preset, data, image_folder, val) + overrides
+            raise ConfigError(
+                "--preset, --data, --image-folder and --val are for training without "
+                "a recipe; change its settings, as in --data.train.0.path new.json"
+            )
+        if not files:
+            overrides = short_recipe(preset, data, image_folder, val) + overrides
         folder = run_folder(files or [data], name, runs, resume)
         from vlm_lit.training.recipe import format_recipe, load_recipe
+
         found = load_recipe(*files, overrides=overrides)
         if print_config: typer.echo(format_recipe(found))
         else: train_run(found, folder, resume)
@@ -132,17 +165,22 @@ def generate(
     images: Annotated[list[Path], Argument(help="Image files, or folders of them.")],
     question: Annotated[str, Option("--question", "-q", help="The same about every image.")],
     out: Annotated[Path | None, Option(help="A new .jsonl file for the answers.")] = None,
-    batch_size: _Batch = 16, max_new_tokens: _Tokens = 64, control_tokens: _Control = None,
+    batch_size: _Batch = 16,
+    max_new_tokens: _Tokens = 64,
+    control_tokens: _Control = None,
 ):
     "Answer a question about each image: a line per image."
     with user_errors():
         files = image_files(images)
-        if not question.strip(): raise ConfigError("the question is empty; give one with -q")
+        if not question.strip():
+            raise ConfigError("the question is empty; give one with -q")
         check_out(out, new=True)
         from vlm_lit.evaluation.generation import answer_batch
-        links = [p.resolve() if p.is_symlink() else p for p in files]   # named by the user
-        answers = answer_batch(*load(model, control_tokens), question, links, batch_size,
-                               max_new_tokens)
+
+        links = [p.resolve() if p.is_symlink() else p for p in files]  # named by the user
+        answers = answer_batch(
+            *load(model, control_tokens), question, links, batch_size, max_new_tokens
+        )
         if out is None:
             for path, answer in zip(files, answers):
                 typer.echo(printable(answer if len(files) == 1 else f"{path}\t{answer}", "\t"))
@@ -157,13 +195,15 @@ def generate(
 def chat(
     model: _Model,
     images: Annotated[list[Path] | None, Argument(help="For the first question.")] = None,
-    max_new_tokens: _Tokens = 256, control_tokens: _Control = None,
+    max_new_tokens: _Tokens = 256,
+    control_tokens: _Control = None,
 ):
     "Talk with a model; it is loaded once. In the chat: /image FILE, /clear, /quit."
     with user_errors():
         files = image_files(images or [])
         from vlm_lit.evaluation.generation import Chat
         from vlm_lit.images import read_image
+
         opened = [read_image(path.resolve()) for path in files]
         partner = Chat(*load(model, control_tokens), max_new_tokens=max_new_tokens)
         if sys.stdin.isatty(): say(CHAT_HELP)
@@ -180,19 +220,31 @@ def evaluate_model(
     train: Annotated[Path | None, Option(help="Training records, for baselines.")] = None,
     sample: Annotated[int | None, Option(min=1, help="Only that many, always the same.")] = None,
     blank_images: Annotated[bool, Option("--blank-images", help="Black images.")] = False,
-    batch_size: _Batch = 32, max_new_tokens: _Tokens = 32, as_json: _Json = False,
+    batch_size: _Batch = 32,
+    max_new_tokens: _Tokens = 32,
+    as_json: _Json = False,
 ):
     "Score a model on every question of a data set, by type, with baselines."
     with user_errors():
         from vlm_lit.data.records import Records
         from vlm_lit.evaluation.metrics import evaluate
         from vlm_lit.evaluation.metrics import fixed_sample, format_table, load_metric
+
         check_out(out, new=True)
-        metrics, records = [load_metric(m.strip()) for m in metric.split(",")], Records(data)
-        result = evaluate(*load(model), records, image_folder=image_folder, metrics=metrics,
-                          batch_size=batch_size, max_new_tokens=max_new_tokens, train_data=train,
-                          blank_images=blank_images, out=out,
-                          indices=fixed_sample(len(records), sample) if sample else None)
+        metrics = [load_metric(m.strip()) for m in metric.split(",")]
+        records = Records(data)
+        result = evaluate(
+            *load(model),
+            records,
+            image_folder=image_folder,
+            metrics=metrics,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            train_data=train,
+            blank_images=blank_images,
+            out=out,
+            indices=fixed_sample(len(records), sample) if sample else None,
+        )
         del result["predictions"]
         typer.echo(json.dumps(result, indent=1) if as_json else format_table(result))
 
@@ -215,7 +267,9 @@ def doctor():
     "Test the masks of known conversations; print what belongs in a bug report."
     with user_errors():
         from vlm_lit.training.doctor import environment_info, known_answers
-        for key, value in environment_info().items(): typer.echo(f"{key:<16}{printable(value)}")
+
+        for key, value in environment_info().items():
+            typer.echo(f"{key:<16}{printable(value)}")
         problems = known_answers()
         typer.echo("\n".join(problems) or "known answers: all masks are right")
     if problems: raise typer.Exit(1)
@@ -232,18 +286,23 @@ def replay_step(
     with user_errors():
         check_out(html)
         from vlm_lit.training.replay import replay
+
         found = replay(run, step, at, watch or (), progress_console())
         report_found(str(found), found.to_html(), html)
 
 @app.command()
 def losses(
-    model: _Model, data: _Data, image_folder: _Images = None,
-    worst: Annotated[int, Option(min=1, help="How many records.")] = 20, html: _Html = None,
+    model: _Model,
+    data: _Data,
+    image_folder: _Images = None,
+    worst: Annotated[int, Option(min=1, help="How many records.")] = 20,
+    html: _Html = None,
 ):
     "List the records with the highest loss, each token's loss under its label."
     with user_errors():
         check_out(html)
         from vlm_lit.training.replay import losses_page, worst_records
+
         found = worst_records(*load(model), data, worst, image_folder)
         report_found("\n\n".join(map(str, found)), losses_page(found), html)
 
@@ -253,4 +312,5 @@ def main():
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app()
 
-if __name__ == "__main__" and "__file__" in globals(): main()   # torchrun -m vlm_lit.cli
+if __name__ == "__main__" and "__file__" in globals():
+    main()  # torchrun -m vlm_lit.cli

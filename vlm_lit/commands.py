@@ -18,7 +18,7 @@ from .core import ConfigError, DataError, nearest
 # %% ../nbs/20a_commands.ipynb #c005
 def printable(
     text: str,
-    keep: str = "", # Control characters that may stay, such as a newline
+    keep: str = "",  # Control characters that may stay, such as a newline
 ) -> str:
     "Text without what a terminal would obey."
     return "".join(c if c.isprintable() or c in keep else f"\\x{ord(c):02x}" for c in str(text))
@@ -37,10 +37,11 @@ def user_errors():
         warnings.showwarning = lambda message, *rest, **kw: say(f"warning: {message}")
         try: yield
         except (ConfigError, DataError) as e: text, code = f"error: {e}", 2
-        except BrokenPipeError: raise               # `| head` has read enough
+        except BrokenPipeError: raise  # `| head` has read enough
         except OSError as e:
             what = e.strerror or str(e).strip().split("\n")[0]
-            text, code = f"error: {what}" + (f": {e.filename}" if e.filename else ""), 2
+            where = f": {e.filename}" if e.filename else ""
+            text, code = f"error: {what}{where}", 2
         except KeyboardInterrupt: text, code = "interrupted", 130
         else: return
     say(text.replace("control_tokens='escape'", "--control-tokens escape"))
@@ -48,28 +49,33 @@ def user_errors():
 
 # %% ../nbs/20a_commands.ipynb #c009
 def names_folder(
-    name: str, # A preset, a run or a model folder
+    name: str,  # A preset, a run or a model folder
 ) -> bool:
     "Whether it is a run or a model folder, and no preset."
-    return Path(name).expanduser().is_dir() or (Path("runs")/name).is_dir()
+    return Path(name).expanduser().is_dir() or (Path("runs") / name).is_dir()
 
 def _tower_config(source, image_size):
     "Configuration of a preset's low-resolution tower, without its weights."
     from transformers import AutoConfig
     from vlm_lit.models.towers import EfficientNetLiteConfig
-    if isinstance(source, dict): return source.get("config") or EfficientNetLiteConfig()
+
+    if isinstance(source, dict):
+        return source.get("config") or EfficientNetLiteConfig()
     patch_size = re.search(r"patch(\d+)", source)
     if patch_size:
-        return {"model_type": "clip_vision_model", "patch_size": int(patch_size[1]),
-                "image_size": image_size}
+        return {
+            "model_type": "clip_vision_model",
+            "patch_size": int(patch_size[1]),
+            "image_size": image_size,
+        }
     config = AutoConfig.from_pretrained(source)
     return getattr(config, "vision_config", config)
 
 def load_preparation(
-    preset: str | None = None, # A preset, a run or a model folder; None: MGM's Gemma and CLIP
-    tokenizer: str | None = None, # Another one than the preset's
-    template: str | None = None, # Likewise
-): # `VLMProcessor`, image tokens per image
+    preset: str | None = None,  # A preset, a run or a model folder; None: MGM's Gemma and CLIP
+    tokenizer: str | None = None,  # Another one than the preset's
+    template: str | None = None,  # Likewise
+):  # `VLMProcessor`, image tokens per image
     "How data is prepared for a preset or a model folder; no weights are loaded."
     from vlm_lit.processor import VLMProcessor
     from vlm_lit.models.config import VLMConfig
@@ -77,13 +83,15 @@ def load_preparation(
     from vlm_lit.weights.presets import SETTINGS, load_preset
     from vlm_lit.weights.build import load_preset_tokenizer
     from vlm_lit.weights.pretrained import find_model
+
     if preset is None:
-        return VLMProcessor(load_tokenizer(tokenizer or "gemma"), template=template or "gemma"), 576
+        words = load_tokenizer(tokenizer or "gemma")
+        return VLMProcessor(words, template=template or "gemma"), 576
     if names_folder(preset):
         folder = find_model(preset)
         config, own = VLMConfig.from_pretrained(folder), VLMProcessor.from_pretrained(folder)
-        words, aspect, template = own.tokenizer, own.image_processor.aspect, template or own.template
-        if tokenizer is not None: words = load_tokenizer(tokenizer)
+        words = own.tokenizer if tokenizer is None else load_tokenizer(tokenizer)
+        aspect, template = own.image_processor.aspect, template or own.template
     else:
         own = load_preset(preset)
         given = {name: own[name] for name in SETTINGS if own[name] is not None}
@@ -97,130 +105,173 @@ def load_preparation(
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 def image_files(
-    paths: list, # Files, or folders of them
+    paths: list,  # Files, or folders of them
 ) -> list[Path]:
     "Image files, and those in folders. Raises `ConfigError` for what is not there."
     found = []
     for path in (Path(p).expanduser() for p in paths):
         own = [path]
-        if path.is_dir(): own = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
-        elif not path.is_file(): raise ConfigError(f"no image file {str(path)!r}")
-        if not own: raise ConfigError(f"no image in {str(path)!r}; known: {' '.join(_SUFFIXES)}")
+        if path.is_dir():
+            own = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
+        elif not path.is_file():
+            raise ConfigError(f"no image file {str(path)!r}")
+        if not own:
+            raise ConfigError(f"no image in {str(path)!r}; known: {' '.join(_SUFFIXES)}")
         found += own
     return found
 
 def check_out(
-    path: Path | None, # A file that a command is to write
-    new: bool = False, # Whether it must not be there yet
+    path: Path | None,  # A file that a command is to write
+    new: bool = False,  # Whether it must not be there yet
 ) -> None:
     "Raise `ConfigError` before the work, not after it, if the file cannot be written."
     if path is None: return
-    if new and path.exists(): raise ConfigError(f"{str(path)!r} is there already; choose another")
+    if new and path.exists():
+        raise ConfigError(f"{str(path)!r} is there already; choose another")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"no folder {str(path.parent)!r} for {path.name}; make it first")
 
 def example_record(
-    folder: Path, # Gets the image
+    folder: Path,  # Gets the image
 ) -> dict:
     "The record of the walk-through, with a drawn image."
     from vlm_lit.images import sample_image
-    sample_image().save(folder/"photo.png")
+
+    sample_image().save(folder / "photo.png")
     turns = ("human", "What is in the photo?\n<image>"), ("gpt", "the box chain purse black")
-    return {"id": "example", "image": "photo.png",
-            "conversations": [{"from": role, "value": text} for role, text in turns]}
+    return {
+        "id": "example",
+        "image": "photo.png",
+        "conversations": [{"from": role, "value": text} for role, text in turns],
+    }
 
 # %% ../nbs/20a_commands.ipynb #c014
 def split_words(
-    words: list[str], # What the parser has left
-    known: list[str], # The command's own options
-) -> tuple[list[Path], list[str]]: # Recipe files; `--section.key`, `value`, ...
+    words: list[str],  # What the parser has left
+    known: list[str],  # The command's own options
+) -> tuple[list[Path], list[str]]:  # Recipe files; `--section.key`, `value`, ...
     "Recipe files and overrides. Raises `ConfigError` for an unknown option."
-    files, overrides, rest = [], [], iter(words)
+    files = []
+    overrides = []
+    rest = iter(words)
     for word in rest:
         flag, equals, _ = word.partition("=")
         if not word.startswith("-"): files.append(Path(word))
-        elif "." in flag: overrides += [word] if equals else [word, *islice(rest, 1)]
+        elif "." in flag:
+            overrides += [word] if equals else [word, *islice(rest, 1)]
         else:
             near, key = nearest(flag, known), flag.lstrip("-").replace("-", "_")
-            raise ConfigError(f"unknown option {flag!r}; " + (f"did you mean {near!r}?" if near else
-                              f"a setting of a recipe has its section, as in --training.{key}"))
+            advice = f"a setting of a recipe has its section, as in --training.{key}"
+            if near: advice = f"did you mean {near!r}?"
+            raise ConfigError(f"unknown option {flag!r}; {advice}")
     return files, overrides
 
 def short_recipe(
-    preset: str | None, # Or a model folder
-    data: Path | None, # Records
+    preset: str | None,  # Or a model folder
+    data: Path | None,  # Records
     image_folder: Path | None = None,
-    val: Path | None = None, # Records to validate on
-) -> list[str]: # `--section`, value, ...
+    val: Path | None = None,  # Records to validate on
+) -> list[str]:  # `--section`, value, ...
     "The recipe of a preset and a data file, as overrides of an empty one."
     if preset is None or data is None:
         raise ConfigError("give a recipe file, or --preset and --data (with --image-folder, --val)")
-    def source(path): return {"path": str(path), "image_folder": image_folder and str(image_folder)}
-    training = {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "warmup_steps": .03,
-                "num_train_epochs": 3, "global_batch_size": 16, "per_device_train_batch_size": 4,
-                "batching": "grouped", "save_steps": 100}
+
+    def source(path):
+        return {"path": str(path), "image_folder": image_folder and str(image_folder)}
+
+    training = {
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.03,
+        "num_train_epochs": 3,
+        "global_batch_size": 16,
+        "per_device_train_batch_size": 4,
+        "batching": "grouped",
+        "save_steps": 100,
+    }
     if val is not None:
-        training |= {"eval_strategy": "steps", "eval_steps": 100, "load_best_model_at_end": True,
-                     "metric_for_best_model": "eval_loss"}
-    sections = {"model": {"from" if names_folder(preset) else "preset": preset},
-                "data": {"max_length": 1024, "overlength": "skip", "eval_samples": 64,
-                         "train": [source(data)], "eval": [source(val)] if val else []},
-                "training": training}
+        training |= {
+            "eval_strategy": "steps",
+            "eval_steps": 100,
+            "load_best_model_at_end": True,
+            "metric_for_best_model": "eval_loss",
+        }
+    sections = {
+        "model": {"from" if names_folder(preset) else "preset": preset},
+        "data": {
+            "max_length": 1024,
+            "overlength": "skip",
+            "eval_samples": 64,
+            "train": [source(data)],
+            "eval": [source(val)] if val else [],
+        },
+        "training": training,
+    }
     return [word for key, value in sections.items() for word in (f"--{key}", json.dumps(value))]
 
 # %% ../nbs/20a_commands.ipynb #c018
 def run_folder(
-    files: list[Path], # Recipes, or without any the data
-    name: str | None, # Of the run
-    runs: Path, # Folder of the runs
+    files: list[Path],  # Recipes, or without any the data
+    name: str | None,  # Of the run
+    runs: Path,  # Folder of the runs
     resume: bool = False,
 ) -> Path:
     "Where a run lies: by its name, by its recipe's, or where its own recipe.yaml is."
-    if name is not None: return runs/name
+    if name is not None: return runs / name
     own = files[0].parent
-    if files[0].name == "recipe.yaml" and (resume or (own/"metrics.jsonl").is_file()): return own
-    return runs/files[0].stem
+    if files[0].name == "recipe.yaml" and (resume or (own / "metrics.jsonl").is_file()):
+        return own
+    return runs / files[0].stem
 
 def result_lines(
-    result: dict, # result.json of a run
-) -> list[str]: # Lines of text
+    result: dict,  # result.json of a run
+) -> list[str]:  # Lines of text
     "What a run has reached."
     found = result.get("validation") or {}
     by_type = {f"  {kind}": value for kind, value in (found.get("exact_by_type") or {}).items()}
-    rows = {"steps": result.get("steps"), "best step": result.get("best_step"),
-            "seconds": result.get("train_seconds"), "training loss": result.get("loss"),
-            "validation loss": found.get("loss"), "exact answers": found.get("exact"), **by_type}
+    rows = {
+        "steps": result.get("steps"),
+        "best step": result.get("best_step"),
+        "seconds": result.get("train_seconds"),
+        "training loss": result.get("loss"),
+        "validation loss": found.get("loss"),
+        "exact answers": found.get("exact"),
+        **by_type,
+    }
     write = lambda value: f"{value:.4f}" if isinstance(value, float) else f"{value:,}"
     return [f"{printable(k):<18}{write(v):>10}" for k, v in rows.items() if v is not None]
 
 def train_run(
-    recipe, # `Recipe`
-    folder: Path, # Of the run
+    recipe,  # `Recipe`
+    folder: Path,  # Of the run
     resume: bool = False,
 ) -> None:
     "Train, and print the table and what to do next. Raises `typer.Exit` after an interruption."
     from vlm_lit.training.callbacks import Interrupted
     from vlm_lit.training.run import train
+
     place = shlex.quote(str(folder))
     try: result = train(recipe, folder, resume)
     except (Interrupted, KeyboardInterrupt) as e:
         again = f"; resume with: vlm-lit train {place}/recipe.yaml --resume"
-        say((str(e) or "interrupted") + (again if (folder/"recipe.yaml").is_file() else ""))
+        begun = (folder / "recipe.yaml").is_file()
+        say((str(e) or "interrupted") + (again if begun else ""))
         terminated = getattr(e, "number", signal.SIGINT) == signal.SIGTERM
         raise typer.Exit(0 if terminated else 130) from None
-    if not result: return                           # not the first process
+    if not result: return  # not the first process
     typer.echo("\n".join(result_lines(result)))
     typer.echo(f"everything is in {folder}; try it: vlm-lit chat {place} image.png")
 
 # %% ../nbs/20a_commands.ipynb #c022
-CHAT_HELP = "/image FILE shows an image, /clear starts anew, /quit or Ctrl-D ends"
+CHAT_HELP = "/image FILE shows an image, /clear starts over, /quit or Ctrl-D ends"
 
 def load(
-    model: str, # As in `find_model`
-    control_tokens: str | None = None, # None: as the model was trained
-): # Model, processor
+    model: str,  # As in `find_model`
+    control_tokens: str | None = None,  # None: as the model was trained
+):  # Model, processor
     "A model in evaluation mode and its processor."
     from vlm_lit.weights.pretrained import open_model
+
     if control_tokens not in (None, "refuse", "escape", "allow"):
         raise ConfigError(f"--control-tokens: refuse, escape or allow; got {control_tokens!r}")
     found, processor = open_model(model)
@@ -235,12 +286,13 @@ def _questions(prompt):
         except EOFError: return
 
 def talk(
-    chat, # `Chat`
-    images: list, # The first question is about them
-    prompt: str = "", # Shown before each question, in a terminal
+    chat,  # `Chat`
+    images: list,  # The first question is about them
+    prompt: str = "",  # Shown before each question, in a terminal
 ) -> None:
     "Answer questions from standard input, piece by piece, until it ends."
     from vlm_lit.images import read_image
+
     for line in map(str.strip, _questions(prompt)):
         command, _, rest = line.partition(" ")
         try:
@@ -252,16 +304,18 @@ def talk(
                 images = images + [read_image(p.resolve()) for p in image_files([rest.strip()])]
             elif command.startswith("/"): say(CHAT_HELP)
             elif line:
-                for piece in chat.stream(line, images): typer.echo(printable(piece, "\n"), nl=False)
+                for piece in chat.stream(line, images):
+                    typer.echo(printable(piece, "\n"), nl=False)
                 typer.echo()
                 images = []
         except (ConfigError, DataError) as e: say(f"error: {e}")
-        except KeyboardInterrupt: typer.echo()      # breaks off the answer, not the chat
+        except KeyboardInterrupt:
+            typer.echo()  # breaks off the answer, not the chat
 
 def report_found(
     text: str,
-    page: str, # The same as HTML
-    html: Path | None = None, # Where the page is written; None: nowhere
+    page: str,  # The same as HTML
+    html: Path | None = None,  # Where the page is written; None: nowhere
 ) -> None:
     "Print a result, and perhaps write it as a page."
     typer.echo(printable(text, "\n"))
@@ -270,22 +324,24 @@ def report_found(
     typer.echo(f"the page is in {html}")
 
 def export_folder(
-    model: str, # As in `find_model`
-    to: str = "hf", # Or "mgm"
-    out: Path | None = None, # None: in the model's folder, or its run's
-    dtype: str | None = None, # Of the weights; None: as they are
-) -> Path: # The folder
+    model: str,  # As in `find_model`
+    to: str = "hf",  # Or "mgm"
+    out: Path | None = None,  # None: in the model's folder, or its run's
+    dtype: str | None = None,  # Of the weights; None: as they are
+) -> Path:  # The folder
     "Write a model for others, with the result of its run in the model card."
-    if to not in ("hf", "mgm"): raise ConfigError(f"--to: hf or mgm; got {to!r}")
+    if to not in ("hf", "mgm"):
+        raise ConfigError(f"--to: hf or mgm; got {to!r}")
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype: float32, bfloat16 or float16; got {dtype!r}")
     import torch
     from vlm_lit.weights.towers import cast
     from vlm_lit.weights.saving import export_model
     from vlm_lit.weights.pretrained import _load, find_model
+
     folder = find_model(model)
     run = folder.parent if folder.name == "model" else folder
-    out = out or run/f"export-{to}"
+    out = out or run / f"export-{to}"
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{str(out)!r} is there already; choose another --out")
     found, processor = _load(folder)
@@ -293,8 +349,8 @@ def export_folder(
     if dtype is not None: cast(found, getattr(torch, dtype))
     export_model(found, out, to)
     if to == "hf": processor.save_pretrained(out)
-    if to == "hf" and (run/"result.json").is_file():
-        result = result_lines(json.loads((run/"result.json").read_text(encoding="utf-8")))
-        with open(out/"README.md", "a", encoding="utf-8") as file:
+    if to == "hf" and (run / "result.json").is_file():
+        result = result_lines(json.loads((run / "result.json").read_text(encoding="utf-8")))
+        with open(out / "README.md", "a", encoding="utf-8") as file:
             print("", "## Training", "", "```", *result, "```", sep="\n", file=file)
     return out

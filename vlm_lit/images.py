@@ -20,195 +20,264 @@ from .text.messages import check_path
 
 # %% ../nbs/06_images.ipynb #c006
 def safe_path(
-    name:str, # The record's path, relative to the folder
-    folder:str|Path, # `image_folder`
+    name: str,  # The record's path, relative to the folder
+    folder: str | Path,  # `image_folder`
 ) -> Path:
     "The path of an image, which must lie inside `folder`. Raises `DataError` otherwise."
     try:
         root = Path(folder).resolve()
-        path = (root/str(name)).resolve()
+        path = (root / str(name)).resolve()
         is_file = path.is_file()
-    except (OSError, ValueError, RuntimeError) as e: raise DataError(f"image path {str(name)!r} cannot be used ({e})", kind="image_unreadable") from e
-    if not path.is_relative_to(root): raise DataError(f"image path {str(name)!r} leaves the image folder; paths must be relative and stay inside", kind="image_escapes")
-    if not is_file: raise DataError(f"no image {str(name)!r} in the image folder {str(folder)!r}", kind="image_missing")
+    except (OSError, ValueError, RuntimeError) as e:
+        raise DataError(
+            f"image path {str(name)!r} cannot be used ({e})", kind="image_unreadable"
+        ) from e
+    if not path.is_relative_to(root):
+        raise DataError(
+            f"image path {str(name)!r} leaves the image folder; paths must be relative and stay "
+            "inside",
+            kind="image_escapes",
+        )
+    if not is_file:
+        raise DataError(
+            f"no image {str(name)!r} in the image folder {str(folder)!r}", kind="image_missing"
+        )
     return path
 
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90}   # EXIF's orientation -> what sets it right
+TURNS = {  # EXIF's orientation -> what sets it right
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 def turn_upright(
-    image:Image.Image, # Decoded
+    image: Image.Image,  # Decoded
 ) -> Image.Image:
-    "The picture as it was held: turned as its EXIF note says. A note that cannot be read is no note."
+    """The image as it was held: turned as its EXIF note says. A note that cannot be read is no
+    note."""
     try: turn = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception: return image     # a note is written by cameras and editors, often badly; the pixels are whole all the same
+    # a note is written by cameras and editors, often badly; the pixels are whole all the same
+    except Exception: return image
     return image.transpose(TURNS[turn]) if turn in TURNS else image
 
 def on_white(
-    image:Image.Image, # With transparent parts
-) -> Image.Image: # RGBA, nothing transparent
-    "The picture as a page shows it."
+    image: Image.Image,  # With transparent parts
+) -> Image.Image:  # RGBA, nothing transparent
+    "The image as a page shows it."
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 def decode_image(
-    file,                  # A path, or an open file
-    name: str,             # The record's name for it, for messages
+    file,  # A path, or an open file
+    name: str,  # The record's name for it, for messages
     upright: bool = True,  # Turn as EXIF says; False: as stored, which is MGM's way
-) -> Image.Image:          # RGB, decoded completely
+) -> Image.Image:  # RGB, decoded completely
     "Read an image. Raises `DataError` if it is broken or too large."
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.filterwarnings("ignore", "Corrupt EXIF data|Tag data larger")      # no note, then
+            # no note, then
+            warnings.filterwarnings("ignore", "Corrupt EXIF data|Tag data larger")
             with Image.open(file) as image:
                 if image.mode[0] in "IF":
-                    raise DataError(f"image {str(name)!r} has more than 8 bits a channel (mode "
-                                    f"{image.mode}), which would be cut off; convert it first",
-                                    kind="image_unreadable")
+                    raise DataError(
+                        f"image {str(name)!r} has more than 8 bits a channel (mode "
+                        f"{image.mode}), which would be cut off; convert it first",
+                        kind="image_unreadable",
+                    )
                 image.load()
                 if upright: image = turn_upright(image)
                 return (on_white(image) if image.has_transparency_data else image).convert("RGB")
     except DataError: raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise DataError(f"image {str(name)!r} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make "
-                        "it smaller", kind="image_oversized") from e
+        raise DataError(
+            f"image {str(name)!r} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller",
+            kind="image_oversized",
+        ) from e
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as e:
-        raise DataError(f"image {str(name)!r} cannot be read ({e.__class__.__name__}); is the file "
-                        "complete, and an image?", kind="image_unreadable") from e
+        raise DataError(
+            f"image {str(name)!r} cannot be read ({e.__class__.__name__}); is the file "
+            "complete, and an image?",
+            kind="image_unreadable",
+        ) from e
 
 def open_image(
-    name: str,             # The record's path, relative to the folder
-    folder: str | Path,    # `image_folder`
+    name: str,  # The record's path, relative to the folder
+    folder: str | Path,  # `image_folder`
     upright: bool = True,  # As in `decode_image`
-) -> Image.Image:          # RGB, decoded completely
-    "Read an image file. Raises `DataError` if it is missing, outside the folder, broken or too large."
+) -> Image.Image:  # RGB, decoded completely
+    """Read an image file. Raises `DataError` if it is missing, outside the folder, broken or too
+    large."""
     return decode_image(safe_path(name, folder), name, upright)
 
 def read_image(
-    image,         # PIL image, path, or uint8 tensor (3, height, width)
+    image,  # PIL image, path, or uint8 tensor (3, height, width)
     folder: str | Path | None = None,  # Paths stay inside it; None: a path is taken as it is
 ) -> Image.Image:  # RGB
     "An image of any form. Raises `DataError` for what is none."
     if isinstance(image, (str, Path)):
         path = Path(check_path(str(image), None))
-        return open_image(path.name, path.parent) if folder is None else open_image(str(path), folder)
-    if torch.is_tensor(image) and image.dtype == torch.uint8 and image.dim() == 3 and len(image) == 3:
+        if folder is None: return open_image(path.name, path.parent)
+        return open_image(str(path), folder)
+    is_bytes = torch.is_tensor(image) and image.dtype == torch.uint8
+    if is_bytes and image.dim() == 3 and len(image) == 3:
         return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
     if not isinstance(image, Image.Image):
         found = type(image).__name__
         if hasattr(image, "dtype"):
             found = f"{str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}"
-        raise DataError("an image must be a PIL image, a path, or a uint8 tensor (3, height, width); "
-                        f"got {found}", kind="image_unreadable")
+        raise DataError(
+            "an image must be a PIL image, a path, or a uint8 tensor (3, height, width); got "
+            f"{found}",
+            kind="image_unreadable",
+        )
     if image.mode[0] in "IF":
-        raise DataError(f"the image has more than 8 bits a channel (mode {image.mode}), which would "
-                        "be cut off; convert it first", kind="image_unreadable")
+        raise DataError(
+            f"the image has more than 8 bits a channel (mode {image.mode}), which would "
+            "be cut off; convert it first",
+            kind="image_unreadable",
+        )
     image = turn_upright(image)
     return (on_white(image) if image.has_transparency_data else image).convert("RGB")
 
 # %% ../nbs/06_images.ipynb #c008
 def sample_image(
-    width:int=500, # Pixels
-    height:int=375, # Pixels
-) -> Image.Image: # RGB
-    "A drawn picture: sky, ground, a black box, a circle. For examples that need any photo."
+    width: int = 500,  # Pixels
+    height: int = 375,  # Pixels
+) -> Image.Image:  # RGB
+    "A drawn image: sky, ground, a black box, a circle. For examples that need any photo."
     shade = np.linspace([120, 170, 230], [200, 215, 235], height).astype(np.uint8)
     image = Image.fromarray(np.repeat(shade[:, None], width, axis=1))
     draw = ImageDraw.Draw(image)
-    draw.rectangle([0, int(height*.7), width, height], fill=(96, 140, 72))
-    draw.rectangle([int(width*.15), int(height*.45), int(width*.42), int(height*.8)], fill=(20, 20, 24))
-    draw.ellipse([int(width*.6), int(height*.15), int(width*.85), int(height*.5)], fill=(230, 170, 30))
+    draw.rectangle([0, int(height * 0.7), width, height], fill=(96, 140, 72))
+    draw.rectangle(
+        [int(width * 0.15), int(height * 0.45), int(width * 0.42), int(height * 0.8)],
+        fill=(20, 20, 24),
+    )
+    draw.ellipse(
+        [int(width * 0.6), int(height * 0.15), int(width * 0.85), int(height * 0.5)],
+        fill=(230, 170, 30),
+    )
     return image
 
 # %% ../nbs/06_images.ipynb #c022
 def expand2square(
-    image:Image.Image, # RGB
-    background_color:tuple[int,int,int], # Of the bars, 0 to 255
-) -> Image.Image: # Square, as wide as the longer edge
+    image: Image.Image,  # RGB
+    background_color: tuple[int, int, int],  # Of the bars, 0 to 255
+) -> Image.Image:  # Square, as wide as the longer edge
     "The image in the middle of a square, with bars on both sides."
     side = max(image.size)
     if image.size == (side, side): return image
     out = Image.new(image.mode, (side, side), background_color)
-    out.paste(image, ((side - image.width)//2, (side - image.height)//2))
+    out.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return out
 
 def shortest_size(
-    image:Image.Image, # Any size
-    size:int, # Pixels of the shorter edge afterwards
-) -> tuple[int,int]: # Width and height
+    image: Image.Image,  # Any size
+    size: int,  # Pixels of the shorter edge afterwards
+) -> tuple[int, int]:  # Width and height
     "Size with the proportions kept; the longer edge is rounded down, as CLIP does."
     short, long = sorted(image.size)
-    new_long = int(size*long/short)
+    new_long = int(size * long / short)
     return (size, new_long) if image.width <= image.height else (new_long, size)
 
 def resize_shortest(
-    image:Image.Image, # Any size
-    size:int, # Pixels of the shorter edge afterwards
+    image: Image.Image,  # Any size
+    size: int,  # Pixels of the shorter edge afterwards
 ) -> Image.Image:
     "Bicubic, to `shortest_size`."
     return image.resize(shortest_size(image, size), Image.Resampling.BICUBIC)
 
 def center_crop(
-    image:Image.Image, # At least `size` on both edges
-    size:int, # Pixels
-) -> Image.Image: # size x size
+    image: Image.Image,  # At least `size` on both edges
+    size: int,  # Pixels
+) -> Image.Image:  # size x size
     "The middle of an image."
-    left, top = (image.width - size)//2, (image.height - size)//2
+    left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 def resize_to_square(
-    image:Image.Image, # RGB
-    size:int, # Pixels
-) -> Image.Image: # size x size
-    "The bytes of `center_crop(resize_shortest(image, size), size)`, with less work on what is cut away."
+    image: Image.Image,  # RGB
+    size: int,  # Pixels
+) -> Image.Image:  # size x size
+    """The bytes of `center_crop(resize_shortest(image, size), size)`, with less work on what is cut
+    away."""
     width, height = shortest_size(image, size)
-    if height <= image.height: return center_crop(image.resize((width, height), Image.Resampling.BICUBIC), size)   # the order of Pillow's two passes depends on its version here
-    left, top, scale = (width - size)//2, (height - size)//2, image.height/height
-    box = (left*image.width/width, top*scale, (left + size)*image.width/width, (top + size)*scale)                  # the crop, in pixels of the source
-    if max(image.size) <= size and all(float(np.float32(edge)) == edge for edge in box): return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    first, last = max(int(top*scale) - 4, 0), min(int((top + size)*scale) + 4, image.height)      # bicubic looks two rows up and down
-    strip = image.crop((0, first, image.width, last)).resize((width, last - first), Image.Resampling.BICUBIC)
-    tall = strip.crop((left, -first, left + size, image.height - first))     # rows left out come back black; no pixel of the result sees them
+    # the order of Pillow's two passes depends on its version here
+    if height <= image.height:
+        return center_crop(image.resize((width, height), Image.Resampling.BICUBIC), size)
+    left = (width - size) // 2
+    top = (height - size) // 2
+    scale = image.height / height
+    # the crop, in pixels of the source
+    box = (
+        left * image.width / width,
+        top * scale,
+        (left + size) * image.width / width,
+        (top + size) * scale,
+    )
+    if max(image.size) <= size and all(float(np.float32(edge)) == edge for edge in box):
+        return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    # bicubic looks two rows up and down
+    first, last = max(int(top * scale) - 4, 0), min(int((top + size) * scale) + 4, image.height)
+    strip = image.crop((0, first, image.width, last))
+    strip = strip.resize((width, last - first), Image.Resampling.BICUBIC)
+    # rows left out come back black; no pixel of the result sees them
+    tall = strip.crop((left, -first, left + size, image.height - first))
     whole = tall.resize((size, height), Image.Resampling.BICUBIC)
     return whole.crop((0, top, size, top + size)) if height > size else whole
 
 def make_square(
-    image:Image.Image, # RGB
-    size:int, # Pixels
-    aspect:str="square", # "square": cut the middle out; "pad": bars in the mean colour
-    mean=OPENAI_CLIP_MEAN, # Mean of each channel, 0 to 1
-) -> Image.Image: # size x size
+    image: Image.Image,  # RGB
+    size: int,  # Pixels
+    aspect: str = "square",  # "square": cut the middle out; "pad": bars in the mean colour
+    mean=OPENAI_CLIP_MEAN,  # Mean of each channel, 0 to 1
+) -> Image.Image:  # size x size
     "CLIP's geometry: a square of the given size."
-    if aspect not in ("square", "pad"): raise ConfigError(f"aspect must be 'square' or 'pad', got {aspect!r}")
+    if aspect not in ("square", "pad"):
+        raise ConfigError(f"aspect must be 'square' or 'pad', got {aspect!r}")
     short, long = sorted(image.size)
-    largest = long*long if aspect == "pad" else size*size*long/short
-    if Image.MAX_IMAGE_PIXELS and largest > Image.MAX_IMAGE_PIXELS: raise DataError(f"image of {image.width} x {image.height} pixels is too long and thin to be squared; crop it", kind="image_oversized")
-    if aspect == "pad": image = expand2square(image, tuple(int(255*m) for m in mean))
+    largest = long * long if aspect == "pad" else size * size * long / short
+    if Image.MAX_IMAGE_PIXELS and largest > Image.MAX_IMAGE_PIXELS:
+        raise DataError(
+            f"image of {image.width} x {image.height} pixels is too long and thin to be squared; "
+            "crop it",
+            kind="image_oversized",
+        )
+    if aspect == "pad":
+        image = expand2square(image, tuple(int(255 * m) for m in mean))
     return resize_to_square(image, size)
 
 # %% ../nbs/06_images.ipynb #c032
 def to_bytes(
-    image:Image.Image, # RGB
-) -> torch.Tensor: # uint8, shape (3, height, width)
+    image: Image.Image,  # RGB
+) -> torch.Tensor:  # uint8, shape (3, height, width)
     "Pixels as a tensor, channels first."
     out = np.empty((3, image.height, image.width), dtype=np.uint8)
-    for plane,channel in zip(out, "RGB"): plane[:] = np.frombuffer(image.tobytes("raw", channel), dtype=np.uint8).reshape(plane.shape)
+    for plane, channel in zip(out, "RGB"):
+        plane[:] = np.frombuffer(image.tobytes("raw", channel), dtype=np.uint8).reshape(plane.shape)
     return torch.from_numpy(out)
 
 def normalise(
-    pixels:torch.Tensor, # uint8, shape (..., 3, height, width)
-    mean=OPENAI_CLIP_MEAN, # Mean of each channel, 0 to 1
-    std=OPENAI_CLIP_STD, # Standard deviation of each channel, 0 to 1
-) -> torch.Tensor: # float32, the same shape
+    pixels: torch.Tensor,  # uint8, shape (..., 3, height, width)
+    mean=OPENAI_CLIP_MEAN,  # Mean of each channel, 0 to 1
+    std=OPENAI_CLIP_STD,  # Standard deviation of each channel, 0 to 1
+) -> torch.Tensor:  # float32, the same shape
     "Bytes to floats with mean 0 and deviation 1 over the data the values were taken from."
-    mean, std = [torch.tensor(v, dtype=torch.float32, device=pixels.device)[:, None, None] for v in (mean, std)]
-    return (pixels.float()/255 - mean)/std
+    mean, std = [
+        torch.tensor(v, dtype=torch.float32, device=pixels.device)[:, None, None]
+        for v in (mean, std)
+    ]
+    return (pixels.float() / 255 - mean) / std
 
 def interpolate_image(
-    image_aux:torch.Tensor, # float, shape (..., 3, height, width)
-    image_size:int=336, # Pixels
-) -> torch.Tensor: # (..., 3, image_size, image_size)
+    image_aux: torch.Tensor,  # float, shape (..., 3, height, width)
+    image_size: int = 336,  # Pixels
+) -> torch.Tensor:  # (..., 3, image_size, image_size)
     "The small image, made from the large one."
     flat = image_aux.reshape(-1, *image_aux.shape[-3:])
     small = F.interpolate(flat, (image_size, image_size), mode="bilinear", align_corners=False)
@@ -216,56 +285,88 @@ def interpolate_image(
 
 # %% ../nbs/06_images.ipynb #c036
 def grid_crops(
-    image_aux:torch.Tensor, # float, shape (..., 3, height, width)
-    image_size:int=336, # Pixels of a crop
-    image_grid:int=1, # Crops along a side; 1: no crops, the small image as it is
-    image_global:bool=False, # Whether the whole picture follows the crops
-) -> torch.Tensor: # (..., 3, image_size, image_size); with a grid (..., image_grid**2 [+1], 3, image_size, image_size)
-    "The small image, or its crops in row order and then the whole of it, as MGM's `_sample_item` makes them."
-    if image_grid < 1: raise ConfigError(f"image_grid must be at least 1, got {image_grid}")
-    if image_grid == 1 and image_global: raise ConfigError("image_global needs an image_grid of at least 2; without crops the small image is the whole picture")
-    large = interpolate_image(image_aux, image_size*image_grid)
+    image_aux: torch.Tensor,  # float, shape (..., 3, height, width)
+    image_size: int = 336,  # Pixels of a crop
+    image_grid: int = 1,  # Crops along a side; 1: no crops, the small image as it is
+    image_global: bool = False,  # Whether the whole image follows the crops
+    # (..., 3, image_size, image_size); with a grid (..., image_grid**2 [+1], 3, image_size,
+    # image_size)
+) -> torch.Tensor:
+    """The small image, or its crops in row order and then the whole of it, as MGM's `_sample_item`
+    makes them."""
+    if image_grid < 1:
+        raise ConfigError(f"image_grid must be at least 1, got {image_grid}")
+    if image_grid == 1 and image_global:
+        raise ConfigError(
+            "image_global needs an image_grid of at least 2; without crops the small image is the "
+            "whole image"
+        )
+    large = interpolate_image(image_aux, image_size * image_grid)
     if image_grid == 1: return large
-    cut = large.reshape(*large.shape[:-2], image_grid, image_size, image_grid, image_size).movedim((-4, -2), (-5, -4)).flatten(-5, -4)
-    return torch.cat([cut, interpolate_image(large, image_size)[..., None, :, :, :]], -4) if image_global else cut
+    cut = (
+        large.reshape(*large.shape[:-2], image_grid, image_size, image_grid, image_size)
+        .movedim((-4, -2), (-5, -4))
+        .flatten(-5, -4)
+    )
+    if not image_global: return cut
+    whole = interpolate_image(large, image_size)
+    return torch.cat([cut, whole[..., None, :, :, :]], -4)
 
 def rows_per_image(
-    image_size:int=336, # Pixels of the small square, or of a crop
-    patch_size:int=14, # Pixels of a patch
-    image_grid:int=1, # Crops along a side
-    image_global:bool=False, # Whether the whole picture is read too
+    image_size: int = 336,  # Pixels of the small square, or of a crop
+    patch_size: int = 14,  # Pixels of a patch
+    image_grid: int = 1,  # Crops along a side
+    image_global: bool = False,  # Whether the whole image is read too
 ) -> int:
-    "Rows that one sentinel becomes in the language model, known before any picture is opened."
-    if image_size % patch_size: raise ConfigError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
-    if image_grid == 1 and image_global: raise ConfigError("image_global needs an image_grid of at least 2; without crops the small image is the whole picture")
-    return (image_size//patch_size)**2*(image_grid**2 + int(image_global))
+    "Rows that one sentinel becomes in the language model, known before any image is opened."
+    if image_size % patch_size:
+        raise ConfigError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
+    if image_grid == 1 and image_global:
+        raise ConfigError(
+            "image_global needs an image_grid of at least 2; without crops the small image is the "
+            "whole image"
+        )
+    return (image_size // patch_size) ** 2 * (image_grid**2 + int(image_global))
 
 # %% ../nbs/06_images.ipynb #c045
 def prepare_image(
-    image:Image.Image, # RGB, any size
-    image_size_aux:int=768, # Pixels of the large square
-    image_size:int=336, # Pixels of the small square
-    aspect:str="square", # "square" or "pad", as in `make_square`
-    mean=OPENAI_CLIP_MEAN, # Mean of each channel, 0 to 1
-    std=OPENAI_CLIP_STD, # Standard deviation of each channel, 0 to 1
-    image_grid:int=1, # Crops along a side, as in `grid_crops`
-    image_global:bool=False, # Whether the whole picture follows the crops
-) -> dict[str, torch.Tensor]: # `image` ([crops,] 3, image_size, image_size), `image_aux` (3, image_size_aux, image_size_aux), float32
-    "Both tensors that the model sees of one picture."
+    image: Image.Image,  # RGB, any size
+    image_size_aux: int = 768,  # Pixels of the large square
+    image_size: int = 336,  # Pixels of the small square
+    aspect: str = "square",  # "square" or "pad", as in `make_square`
+    mean=OPENAI_CLIP_MEAN,  # Mean of each channel, 0 to 1
+    std=OPENAI_CLIP_STD,  # Standard deviation of each channel, 0 to 1
+    image_grid: int = 1,  # Crops along a side, as in `grid_crops`
+    image_global: bool = False,  # Whether the whole image follows the crops
+    # `image` ([crops,] 3, image_size, image_size), `image_aux` (3, image_size_aux, image_size_aux),
+    # float32
+) -> dict[str, torch.Tensor]:
+    "Both tensors that the model sees of one image."
     image_aux = normalise(to_bytes(make_square(image, image_size_aux, aspect, mean)), mean, std)
-    return {"image": grid_crops(image_aux, image_size, image_grid, image_global), "image_aux": image_aux}
+    return {
+        "image": grid_crops(image_aux, image_size, image_grid, image_global),
+        "image_aux": image_aux,
+    }
 
 # %% ../nbs/06_images.ipynb #c055
 def finish_images(
-    images_aux:torch.Tensor, # uint8, shape (n_images, 3, height, width), on any device
-    image_size:int=336, # Pixels of the small square
-    mean=OPENAI_CLIP_MEAN, # Mean of each channel, 0 to 1
-    std=OPENAI_CLIP_STD, # Standard deviation of each channel, 0 to 1
-    image_grid:int=1, # Crops along a side, as in `grid_crops`
-    image_global:bool=False, # Whether the whole picture follows the crops
-    dtype:torch.dtype=torch.float32, # Of the result; computed in float32
-) -> dict[str, torch.Tensor]: # `images` (n_images, [crops,] 3, image_size, image_size), `images_aux` (n_images, 3, height, width)
+    images_aux: torch.Tensor,  # uint8, shape (n_images, 3, height, width), on any device
+    image_size: int = 336,  # Pixels of the small square
+    mean=OPENAI_CLIP_MEAN,  # Mean of each channel, 0 to 1
+    std=OPENAI_CLIP_STD,  # Standard deviation of each channel, 0 to 1
+    image_grid: int = 1,  # Crops along a side, as in `grid_crops`
+    image_global: bool = False,  # Whether the whole image follows the crops
+    dtype: torch.dtype = torch.float32,  # Of the result; computed in float32
+    # `images` (n_images, [crops,] 3, image_size, image_size), `images_aux` (n_images, 3, height,
+    # width)
+) -> dict[str, torch.Tensor]:
     "Both batches that the model sees, on the device where the bytes are."
-    if images_aux.dtype != torch.uint8: raise DataError(f"images_aux must be bytes (uint8), got {images_aux.dtype}; floats are finished already")
+    if images_aux.dtype != torch.uint8:
+        raise DataError(
+            f"images_aux must be bytes (uint8), got {images_aux.dtype}; floats are finished already"
+        )
     done = normalise(images_aux, mean, std)
-    return {"images": grid_crops(done, image_size, image_grid, image_global).to(dtype), "images_aux": done.to(dtype)}
+    return {
+        "images": grid_crops(done, image_size, image_grid, image_global).to(dtype),
+        "images_aux": done.to(dtype),
+    }

@@ -27,134 +27,199 @@ from .evaluation.metrics import exact
 @dataclass(frozen=True)
 class WalkStop:
     "A place where the walk stops."
-    title: str     # What happens there
+
+    title: str  # What happens there
     function: object  # A function of the data path
-    at: str        # Text of a line of it
-    watch: tuple   # Expressions to show
+    at: str  # Text of a line of it
+    watch: tuple  # Expressions to show
     only_images: bool = False  # Whether records without images pass it by
 
 WALK = (
-    WalkStop("image: opened, squared, normalised", LazySupervisedDataset.__getitem__, "data = self.texts([i])[0]", ("image_aux[0]",), True),
-    WalkStop("preprocess_multimodal: the turns as they came", preprocess_multimodal, "tag = IM_START_TOKEN", ("sources[0]",), True),
-    WalkStop("preprocess_multimodal: the tag has moved to the front", preprocess_multimodal, "return moved", ("moved[0]",), True),
+    WalkStop(
+        "image: opened, squared, normalised",
+        LazySupervisedDataset.__getitem__,
+        "data = self.texts([i])[0]",
+        ("image_aux[0]",),
+        True,
+    ),
+    WalkStop(
+        "preprocess_multimodal: the turns as they came",
+        preprocess_multimodal,
+        "tag = IM_START_TOKEN",
+        ("sources[0]",),
+        True,
+    ),
+    WalkStop(
+        "preprocess_multimodal: the tag has moved to the front",
+        preprocess_multimodal,
+        "return moved",
+        ("moved[0]",),
+        True,
+    ),
     WalkStop("preprocess: the empty conversation", fill_template, "roles = {", ("conv",)),
-    WalkStop("preprocess: who is who", fill_template, "source = drop_greeting", ("roles", "source")),
-    WalkStop("preprocess: the conversation with its messages", fill_template, "return conv", ("conv",)),
+    WalkStop(
+        "preprocess: who is who", fill_template, "source = drop_greeting", ("roles", "source")
+    ),
+    WalkStop(
+        "preprocess: the conversation with its messages", fill_template, "return conv", ("conv",)
+    ),
     WalkStop("render: the prompt, in parts", render, "return Rendered", ("text", "parts")),
-    WalkStop("join_chunks: what was tokenized, each side by itself", join_chunks, "input_ids = insert_separator", ("prompt_chunks",)),
-    WalkStop("join_chunks: a sentinel in each gap", join_chunks, "return input_ids", ("input_ids", "len(input_ids)")),
-    WalkStop("mask: what is learned", preprocess, 'return {"input_ids"', ("input_ids[0]", "encoded.segments", "labels[0]")),
-    WalkStop("image: interpolated to the small size", LazySupervisedDataset.__getitem__, 'return {**data, "image"', ("image", "image_aux"), True),
+    WalkStop(
+        "join_chunks: what was tokenized, each side by itself",
+        join_chunks,
+        "input_ids = insert_separator",
+        ("prompt_chunks",),
+    ),
+    WalkStop(
+        "join_chunks: a sentinel in each gap",
+        join_chunks,
+        "return input_ids",
+        ("input_ids", "len(input_ids)"),
+    ),
+    WalkStop(
+        "mask: what is learned",
+        preprocess,
+        'return {"input_ids"',
+        ("input_ids[0]", "encoded.segments", "labels[0]"),
+    ),
+    WalkStop(
+        "image: interpolated to the small size",
+        LazySupervisedDataset.__getitem__,
+        'return {**data, "image"',
+        ("image", "image_aux"),
+        True,
+    ),
 )
 
 def walk_record(
-    dataset:LazySupervisedDataset, # Not cached in memory
-    i:int, # Index of a record
-) -> tuple[list[tuple[WalkStop,Breakpoint]], dict]: # The stops with what was seen there, and the item itself
+    dataset: LazySupervisedDataset,  # Not cached in memory
+    i: int,  # Index of a record
+    # The stops with what was seen there, and the item itself
+) -> tuple[list[tuple[WalkStop, Breakpoint]], dict]:
     "Run `dataset[i]` once with every stop of the walk set."
     stops = [stop for stop in WALK if not stop.only_images or image_names(dataset.records[i])]
     with ExitStack() as stack:
-        seen = [(stop, stack.enter_context(Breakpoint(stop.function, at=stop.at, watch=list(stop.watch)))) for stop in stops]
+        seen = []
+        for stop in stops:
+            bp = Breakpoint(stop.function, at=stop.at, watch=list(stop.watch))
+            seen.append((stop, stack.enter_context(bp)))
         item = dataset[i]
     return seen, item
 
 # %% ../nbs/15_reports.ipynb #c011
 def show_value(
-    value, # Anything
+    value,  # Anything
 ) -> str:
     "A tensor by shape and first elements; anything else as Python writes it."
     if isinstance(value, torch.Tensor): return "  ".join(describe(value))
     return repr(value)
 
 def walk_lines(
-    dataset:LazySupervisedDataset, # Not cached in memory
-    i:int, # Index of a record
-    version:str|None=None, # For `prepare_tokenizer`; None: the dataset's template
-) -> list[str]: # Lines of text
+    dataset: LazySupervisedDataset,  # Not cached in memory
+    i: int,  # Index of a record
+    version: str | None = None,  # For `prepare_tokenizer`; None: the dataset's template
+) -> list[str]:  # Lines of text
     "The walk of a record: tokenizer, every stop, and the mask."
     tokenizer, version = dataset.tokenizer, version or dataset.template
-    changed = prepare_tokenizer(copy.deepcopy(tokenizer), version) or "nothing"      # a copy: looking changes nothing
-    lines = ["tokenizer: special tokens", *(f"    {role}: {found}" for role,found in special_tokens(tokenizer).items()),
-             f"    begins every text with BOS: {adds_bos(tokenizer)}", f"    changed by prepare_tokenizer({version!r}): {changed}"]
+    # a copy: looking changes nothing
+    changed = prepare_tokenizer(copy.deepcopy(tokenizer), version) or "nothing"
+    lines = [
+        "tokenizer: special tokens",
+        *(f"    {role}: {found}" for role, found in special_tokens(tokenizer).items()),
+        f"    begins every text with BOS: {adds_bos(tokenizer)}",
+        f"    changed by prepare_tokenizer({version!r}): {changed}",
+    ]
     seen, item = walk_record(dataset, i)
-    for stop,bp in seen:
+    for stop, bp in seen:
         lines += ["", f"{stop.title}", f"    at {bp.where}: {stop.at} …"]
         lines += [f"    {name} = {show_value(bp[name])}" for name in stop.watch]
-    segments = next(bp for stop,bp in seen if stop.function is preprocess)["encoded.segments"]
+    segments = next(bp for stop, bp in seen if stop.function is preprocess)["encoded.segments"]
     strip = LabelStrip(item["input_ids"], item["labels"], tokenizer, segments)
-    return [*lines, "", "the mask, token by token", *(f"    {line}" for line in repr(strip).splitlines())]
+    return [
+        *lines,
+        "",
+        "the mask, token by token",
+        *(f"    {line}" for line in repr(strip).splitlines()),
+    ]
 
 # %% ../nbs/15_reports.ipynb #c017
 def running_mean(
-    values:list[float],
-    width:int=10, # How many of the last values are averaged
-) -> list[float]: # As many as came in
+    values: list[float],
+    width: int = 10,  # How many of the last values are averaged
+) -> list[float]:  # As many as came in
     "Mean over the last values."
-    windows = [values[max(0, n + 1 - width):n + 1] for n in range(len(values))]
-    return [sum(window)/len(window) for window in windows]
+    windows = [values[max(0, n + 1 - width) : n + 1] for n in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
-def _curve(rows:list[dict], key:str) -> tuple[list, list]: # Steps, values
+def _curve(rows: list[dict], key: str) -> tuple[list, list]:  # Steps, values
     "What the rows tell under one key."
     found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-    return [step for step,_ in found], [value for _,value in found]
+    return [step for step, _ in found], [value for _, value in found]
 
 def plot_curves(
-    rows:list[dict], # Lines of metrics.jsonl; all have `step`
+    rows: list[dict],  # Lines of metrics.jsonl; all have `step`
 ) -> Figure:
     "`loss`, `loss/NAME` and `eval_loss`, those that there are, and `learning_rate` below."
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=[2, 1])
     steps, values = _curve(rows, "loss")
-    loss.plot(steps, values, color="C0", alpha=.3, lw=.8)
-    if values: loss.plot(steps, running_mean(values), color="C0", label="training")
+    loss.plot(steps, values, color="C0", alpha=0.3, lw=0.8)
+    if values:
+        loss.plot(steps, running_mean(values), color="C0", label="training")
     sources = sorted({key for row in rows for key in row if key.startswith("loss/")})
-    for n,key in enumerate(sources, 4):
+    for n, key in enumerate(sources, 4):
         steps, values = _curve(rows, key)
-        loss.plot(steps, running_mean(values), f"C{n}--", lw=.9, label=key.removeprefix("loss/"))
+        loss.plot(steps, running_mean(values), f"C{n}--", lw=0.9, label=key.removeprefix("loss/"))
     steps, values = _curve(rows, "eval_loss")
-    if values: loss.plot(steps, values, "o-", color="C3", ms=4, label="validation")
+    if values:
+        loss.plot(steps, values, "o-", color="C3", ms=4, label="validation")
     drawn = [value for line in loss.lines for value in line.get_ydata()]
     if drawn and min(drawn) > 0: loss.set_yscale("log")
     rate.plot(*_curve(rows, "learning_rate"), color="C0")
     loss.set_ylabel("loss per supervised token")
     rate.set(xlabel="step", ylabel="learning rate")
-    for axes in (loss, rate): axes.grid(alpha=.2)
+    for axes in (loss, rate): axes.grid(alpha=0.2)
     if loss.get_legend_handles_labels()[1]: loss.legend()
     return figure
 
 # %% ../nbs/15_reports.ipynb #c022
 def pick_samples(
-    right:list[bool], # For each question whether it was answered right
-    n:int=12, # How many to show
-) -> list[int]: # Places in the list: wrong ones first, up to half
+    right: list[bool],  # For each question whether it was answered right
+    n: int = 12,  # How many to show
+) -> list[int]:  # Places in the list: wrong ones first, up to half
     "Which questions go on a sheet; spread evenly over each kind."
-    def spread(numbers, k): return [numbers[j*len(numbers)//k] for j in range(k)] if k else []
-    wrong, good = [i for i,r in enumerate(right) if not r], [i for i,r in enumerate(right) if r]
-    n_wrong = min(len(wrong), max(n//2, n - len(good)))
+
+    def spread(numbers, k):
+        return [numbers[j * len(numbers) // k] for j in range(k)] if k else []
+
+    wrong = [i for i, r in enumerate(right) if not r]
+    good = [i for i, r in enumerate(right) if r]
+    n_wrong = min(len(wrong), max(n // 2, n - len(good)))
     return spread(wrong, n_wrong) + spread(good, min(len(good), n - n_wrong))
 
-def _short(text:str, limit:int=42) -> str:
+def _short(text: str, limit: int = 42) -> str:
     "A line of a caption."
     text = "".join(c if c.isprintable() else " " for c in text)
-    return text if len(text) <= limit else text[:limit - 1] + "…"
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 def plot_samples(
-    rows:list[dict], # Predictions of `evaluate`
-    dataset, # Whose images they are
-    metric:str|None=None, # Whose score says what is right, above 0.5; None: the first
-    n:int=12, # How many to show
+    rows: list[dict],  # Predictions of `evaluate`
+    dataset,  # Whose images they are
+    metric: str | None = None,  # Whose score says what is right, above 0.5; None: the first
+    n: int = 12,  # How many to show
 ) -> Figure:
     "A sheet of images with question, prediction and, where it is wrong, the expected answer."
+
     def is_right(row):
         scores = row.get("scores") or {"exact": exact(row["prediction"], row["answer"])}
-        return scores[metric or next(iter(scores))] > .5
+        return scores[metric or next(iter(scores))] > 0.5
 
     chosen = [rows[k] for k in pick_samples([is_right(row) for row in rows], n)]
-    height = max(1, -(-len(chosen)//4))
-    figure = Figure(figsize=(9, 2.3*height), layout="constrained")
+    height = max(1, -(-len(chosen) // 4))
+    figure = Figure(figsize=(9, 2.3 * height), layout="constrained")
     axes = figure.subplots(height, 4, squeeze=False).flatten()
     for ax in axes: ax.axis("off")
-    for ax,row in zip(axes, chosen):
+    for ax, row in zip(axes, chosen):
         if names := image_names(row): ax.imshow(dataset.open_image(names[0]))
         right = is_right(row)
         lines = [row["question"], row["prediction"]]
@@ -165,62 +230,121 @@ def plot_samples(
 
 # %% ../nbs/15_reports.ipynb #c029
 def audit_lines(
-    report:dict, # From `audit`
-    n_examples:int=3, # Examples of each finding
-) -> list[str]: # Lines of text
+    report: dict,  # From `audit`
+    n_examples: int = 3,  # Examples of each finding
+) -> list[str]:  # Lines of text
     "An audit for a terminal."
-    segments, lengths, padding = report["segments"], report["lengths"], report["padding"]
-    learned = sum(s["share"] for s in segments.values() if s["learned"])
-    lines = [report["verdict"], f"images looked for: {report['settings']['images_checked']}; template {report['settings']['template']}, control tokens: {report['settings']['control_tokens']}", ""]
-    for kind,found in report["findings"].items():
-        lines.append(f"{found['severity']:8}{kind:17}{found['count']:>9,}  {found['share']:8.3%}  {found['means']}")
+    segments = report["segments"]
+    lengths = report["lengths"]
+    padding = report["padding"]
+    settings = report["settings"]
+    lines = [
+        report["verdict"],
+        (
+            f"images looked for: {settings['images_checked']}; template {settings['template']}, "
+            f"control tokens: {settings['control_tokens']}"
+        ),
+        "",
+    ]
+    for kind, found in report["findings"].items():
+        lines.append(
+            f"{found['severity']:8}{kind:17}{found['count']:>9,}  {found['share']:8.3%}  "
+            f"{found['means']}"
+        )
         for e in found["examples"][:n_examples]:
-            where = f"record {e['id']!r}" + (f" (number {e['index']})" if e["id"] != e["index"] else "") + (f", turn {e['turn']}" if e["turn"] is not None else "")
+            where = f"record {e['id']!r}"
+            if e["id"] != e["index"]: where += f" (number {e['index']})"
+            if e["turn"] is not None: where += f", turn {e['turn']}"
             lines.append(f"            {where}: {e['what']}"[:200])
-    lines += ["" if report["findings"] else "no findings", f"positions: {sum(s['positions'] for s in segments.values()):,}, {learned:.2%} of them learned"]
-    lines += [f"    {name:8}{s['positions']:>15,}  {s['share']:8.3%}{'  learned' if s['learned'] else ''}" for name,s in segments.items()]
-    lines += [f"length, images expanded: median {lengths['median']:.0f}, mean {lengths['mean']:.1f}, 95 % within {lengths['p95']:.0f}, longest {lengths['max']:.0f}",
-              f"padding in batches of {padding['batch_size']}: {padding['random']:.1%} drawn at random, {padding['grouped']:.1%} grouped by length"]
+    lines.append("" if report["findings"] else "no findings")
+    positions = sum(s["positions"] for s in segments.values())
+    learned = sum(s["share"] for s in segments.values() if s["learned"])
+    lines.append(f"positions: {positions:,}, {learned:.2%} of them learned")
+    for name, s in segments.items():
+        mark = "  learned" if s["learned"] else ""
+        lines.append(f"    {name:8}{s['positions']:>15,}  {s['share']:8.3%}{mark}")
+    lines += [
+        (
+            f"length, images expanded: median {lengths['median']:.0f}, mean "
+            f"{lengths['mean']:.1f}, 95 % within {lengths['p95']:.0f}, longest "
+            f"{lengths['max']:.0f}"
+        ),
+        (
+            f"padding in batches of {padding['batch_size']}: {padding['random']:.1%} drawn "
+            f"at random, {padding['grouped']:.1%} grouped by length"
+        ),
+    ]
     return ["".join(c if c.isprintable() else "\\x%02x" % ord(c) for c in line) for line in lines]
 
 def plot_audit(
-    report:dict, # From `audit`
+    report: dict,  # From `audit`
 ) -> Figure:
     "Label histogram and lengths."
     figure = Figure(figsize=(8, 3), layout="constrained")
     left, right = figure.subplots(1, 2)
-    names = list(report["segments"])
-    left.barh(names, [max(s["share"], 1e-6) for s in report["segments"].values()], color=["#2e7d32" if s["learned"] else "#9e9e9e" for s in report["segments"].values()])
+    segments = report["segments"].values()
+    shares = [max(s["share"], 1e-6) for s in segments]
+    colors = ["#2e7d32" if s["learned"] else "#9e9e9e" for s in segments]
+    left.barh(list(report["segments"]), shares, color=colors)
     left.set(xscale="log", xlabel="share of positions (green: learned)", title="label histogram")
     histogram = report["lengths"]["histogram"]
     right.stairs(histogram["counts"], histogram["edges"], fill=True, color="#1565c0")
     right.set(xlabel="positions, images expanded", ylabel="records", title="lengths")
     return figure
 
+def _style(ok: bool) -> str:
+    "The page's CSS."
+    color = "#e8f5e9" if ok else "#ffebee"
+    return (
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;"
+        "color:#222}table{border-collapse:collapse;width:100%;margin:1rem 0}\n"
+        "td,th{border-bottom:1px solid #ddd;padding:.4rem .6rem;text-align:left;vertical-align:top}"
+        "ul{margin:0;padding-left:1rem}"
+        ".error td:first-child{color:#b71c1c}.warning td:first-child{color:#e65100}\n"
+        f".verdict{{padding:.8rem 1rem;border-radius:6px;background:{color}}}"
+        "img{max-width:100%}code{word-break:break-all}"
+    )
+
 def audit_page(
-    report:dict, # From `audit`
-    title:str="Audit", # Of the page
-) -> str: # HTML, whole and in one piece
+    report: dict,  # From `audit`
+    title: str = "Audit",  # Of the page
+) -> str:  # HTML, whole and in one piece
     "An audit as a page."
     safe = lambda value: html.escape(str(value))
     turn = lambda example: "" if example["turn"] is None else f", turn {example['turn']}"
-    picture = io.BytesIO()
-    plot_audit(report).savefig(picture, format="png", dpi=130)
-    rows = []
-    for kind,found in report["findings"].items():
-        examples = "".join(f"<li><code>{safe(e['id'])}</code> (number {e['index']}{turn(e)}): {safe(e['what'])}</li>" for e in found["examples"])
-        rows.append(f"<tr class={found['severity']}><td>{found['severity']}</td><td><b>{safe(kind)}</b><br>{safe(found['means'])}</td><td>{found['count']:,}</td><td>{found['share']:.3%}</td><td><ul>{examples}</ul></td></tr>")
-    findings = f"<table><tr><th></th><th>finding</th><th>records</th><th>share</th><th>examples</th></tr>{''.join(rows)}</table>" if rows else "<p>No findings.</p>"
-    segments = "".join(f"<tr><td>{safe(name)}</td><td>{s['positions']:,}</td><td>{s['share']:.3%}</td><td>{'learned' if s['learned'] else ''}</td></tr>" for name,s in report["segments"].items())
-    settings = "".join(f"<tr><td>{safe(k)}</td><td>{safe(v)}</td></tr>" for k,v in report["settings"].items())
+    cells = lambda *texts: "".join(f"<td>{text}</td>" for text in texts)
+    rows = ""
+    for kind, found in report["findings"].items():
+        examples = ""
+        for e in found["examples"]:
+            where = f"<code>{safe(e['id'])}</code> (number {e['index']}{turn(e)})"
+            examples += f"<li>{where}: {safe(e['what'])}</li>"
+        what = f"<b>{safe(kind)}</b><br>{safe(found['means'])}"
+        count, share = f"{found['count']:,}", f"{found['share']:.3%}"
+        own = cells(found["severity"], what, count, share, f"<ul>{examples}</ul>")
+        rows += f"<tr class={found['severity']}>{own}</tr>"
+    head = "<tr><th></th><th>finding</th><th>records</th><th>share</th><th>examples</th></tr>"
+    findings = f"<table>{head}{rows}</table>" if rows else "<p>No findings.</p>"
+    segments = ""
+    for name, s in report["segments"].items():
+        learned = "learned" if s["learned"] else ""
+        own = cells(safe(name), f"{s['positions']:,}", f"{s['share']:.3%}", learned)
+        segments += f"<tr>{own}</tr>"
+    own = [cells(safe(k), safe(v)) for k, v in report["settings"].items()]
+    settings = "".join(f"<tr>{row}</tr>" for row in own)
+    image = io.BytesIO()
+    plot_audit(report).savefig(image, format="png", dpi=130)
+    png = base64.b64encode(image.getvalue()).decode()
+    image = f'<img alt="label histogram and lengths" src="data:image/png;base64,{png}">'
+    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    verdict = f"<b>{'OK' if report['ok'] else 'NOT OK'}</b> &middot; {safe(report['verdict'])}"
     padding = report["padding"]
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{safe(title)}</title>
-<style>body{{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}table{{border-collapse:collapse;width:100%;margin:1rem 0}}
-td,th{{border-bottom:1px solid #ddd;padding:.4rem .6rem;text-align:left;vertical-align:top}}ul{{margin:0;padding-left:1rem}}.error td:first-child{{color:#b71c1c}}.warning td:first-child{{color:#e65100}}
-.verdict{{padding:.8rem 1rem;border-radius:6px;background:{'#e8f5e9' if report['ok'] else '#ffebee'}}}img{{max-width:100%}}code{{word-break:break-all}}</style>
-<h1>{safe(title)}</h1><p class="verdict"><b>{'OK' if report['ok'] else 'NOT OK'}</b> &middot; {safe(report['verdict'])}</p>
+    shares = f"{padding['random']:.1%} drawn at random, {padding['grouped']:.1%} grouped by length"
+    return f"""<!doctype html><html lang="en">{meta}<title>{safe(title)}</title>
+<style>{_style(report['ok'])}</style>
+<h1>{safe(title)}</h1><p class="verdict">{verdict}</p>
 <h2>Findings</h2>{findings}
-<h2>What is learned</h2><img alt="label histogram and lengths" src="data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}">
+<h2>What is learned</h2>{image}
 <table><tr><th>segment</th><th>positions</th><th>share</th><th></th></tr>{segments}</table>
-<p>Padding in batches of {padding['batch_size']}: {padding['random']:.1%} drawn at random, {padding['grouped']:.1%} grouped by length.</p>
+<p>Padding in batches of {padding['batch_size']}: {shares}.</p>
 <h2>Settings</h2><table>{settings}</table></html>"""

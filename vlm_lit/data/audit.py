@@ -20,7 +20,8 @@ import warnings
 from ..core import ConfigError, DataError, progress_console
 from ..debug.label_view import Segment
 from ..text.sentinels import check_image_count
-from ..text.labels import check_policy, check_tokenizer, check_turns, control_pattern, first_turn
+from ..text.labels import check_policy, check_tokenizer, check_turns, control_pattern
+from ..text.labels import first_turn
 from ..images import rows_per_image, safe_path
 from .records import Records
 from ..text.encode import encode_records, bisect_failures
@@ -29,55 +30,73 @@ from ..text.messages import image_names
 from .samplers import GlobalBatchSampler, mixture_draws, padding_ratio
 
 # %% ../../nbs/14_audit.ipynb #c007
-ERRORS = {"broken_record": "not a record: no conversation, wrong types, not readable", "roles": "roles out of order or unknown, no question, a turn without text",
-          "tags": "as many image tags as images are needed, and there are more or fewer", "control_tokens": "a message spells a control token or a marker of the template",
-          "image_missing": "no such image file", "image_escapes": "the image path leaves the image folder", "image_unreadable": "the image cannot be decoded, or has more than 8 bits a channel",
-          "image_oversized": "the image has too many pixels", "nothing_learned": "no answer: not one token is learned", "over_length": "longer than max_length, images expanded",
-          "template": "the template cannot write this conversation", "data": "refused by the data path for another reason"}
-WARNINGS = {"empty_answer": "an answer without visible text; an empty one is not learned, blanks are", "greeting": "begins with a turn of the model, which is dropped", "duplicate_id": "an id that another record has, too"}
+ERRORS = {
+    "broken_record": "not a record: no conversation, wrong types, not readable",
+    "roles": "roles out of order or unknown, no question, a turn without text",
+    "tags": "as many image tags as images are needed, and there are more or fewer",
+    "control_tokens": "a message spells a control token or a marker of the template",
+    "image_missing": "no such image file",
+    "image_escapes": "the image path leaves the image folder",
+    "image_unreadable": "the image cannot be decoded, or has more than 8 bits a channel",
+    "image_oversized": "the image has too many pixels",
+    "nothing_learned": "no answer: not one token is learned",
+    "over_length": "longer than max_length, images expanded",
+    "template": "the template cannot write this conversation",
+    "data": "refused by the data path for another reason",
+}
+WARNINGS = {
+    "empty_answer": "an answer without visible text; an empty one is not learned, blanks are",
+    "greeting": "begins with a turn of the model, which is dropped",
+    "duplicate_id": "an id that another record has, too",
+}
 
 def severity(
-    kind:str, # A key of `ERRORS` or `WARNINGS`
-) -> str: # "error" or "warning"
+    kind: str,  # A key of `ERRORS` or `WARNINGS`
+) -> str:  # "error" or "warning"
     "Whether a finding stops training."
     return "warning" if kind in WARNINGS else "error"
 
 @dataclass
 class AuditSettings:
     "How a data set is looked at; the same values as for training give the same refusals."
+
     template: str = "gemma"
     control_tokens: str = "refuse"
     image_tags: str = "keep"
-    image_folder: Path|None = None     # None: images are not looked for
-    decode_images: bool = False        # open every image, not only look whether it is there
-    max_length: int|None = None        # positions, images expanded; None: no limit
-    image_rows: int = rows_per_image() # feature rows that stand for one image
-    batch_size: int = 16               # for the padding
-    n_examples: int = 5                # most examples of each finding
+    image_folder: Path | None = None  # None: images are not looked for
+    decode_images: bool = False  # open every image, not only look whether it is there
+    max_length: int | None = None  # positions, images expanded; None: no limit
+    image_rows: int = rows_per_image()  # feature rows that stand for one image
+    batch_size: int = 16  # for the padding
+    n_examples: int = 5  # most examples of each finding
 
 # %% ../../nbs/14_audit.ipynb #c009
 @dataclass(frozen=True)
 class Finding:
     "Something wrong with a record."
-    kind: str           # a key of `ERRORS` or `WARNINGS`
-    index: int          # of the record, counted from 0
-    record: object      # its id
-    what: str           # the error's words
-    turn: int|None = None
+
+    kind: str  # a key of `ERRORS` or `WARNINGS`
+    index: int  # of the record, counted from 0
+    record: object  # its id
+    what: str  # the error's words
+    turn: int | None = None
 
 def attempt(
-    findings:list, # Gets a `Finding` if the check fails
-    index:int, # Of the record
-    name, # Its id
-    check, # A function
-    *args, # For it
-): # What the check returns; None if it fails
+    findings: list,  # Gets a `Finding` if the check fails
+    index: int,  # Of the record
+    name,  # Its id
+    check,  # A function
+    *args,  # For it
+):  # What the check returns; None if it fails
     "Run a check and keep its error."
     try: return check(*args)
-    except DataError as e: findings.append(Finding(e.kind if e.kind in ERRORS else "data", index, name if e.record is None else e.record, e.message, e.turn))
+    except DataError as e:
+        kind = e.kind if e.kind in ERRORS else "data"
+        record = name if e.record is None else e.record
+        findings.append(Finding(kind, index, record, e.message, e.turn))
 
 def check_image(
-    name: str,         # Of an image, from `image_names`
+    name: str,  # Of an image, from `image_names`
     records: Records,  # Whose image it is
     settings: AuditSettings,
 ) -> None:
@@ -86,24 +105,36 @@ def check_image(
     elif not records.is_embedded(name): safe_path(name, settings.image_folder)
 
 def inspect_record(
-    records:Records,
-    index:int, # Of the record, counted from 0
-    settings:AuditSettings,
-    pattern, # From `control_pattern`
-) -> tuple[dict|None, list[Finding], int]: # The record if its text can be tokenized, what is wrong, and how many images it names
+    records: Records,
+    index: int,  # Of the record, counted from 0
+    settings: AuditSettings,
+    pattern,  # From `control_pattern`
+    # The record if its text can be tokenized, what is wrong, and how many images it names
+) -> tuple[dict | None, list[Finding], int]:
     "All checks of one record that need no tokenizer."
     found = []
     try: record = records[index]
-    except DataError as e: return None, [Finding(e.kind if e.kind != "data" else "broken_record", index, index if e.record is None else e.record, e.message, e.turn)], 0
-    name, turns, images = record["id"], record["conversations"], image_names(record)
+    except DataError as e:
+        kind = "broken_record" if e.kind == "data" else e.kind
+        name = index if e.record is None else e.record
+        return None, [Finding(kind, index, name, e.message, e.turn)], 0
+    name = record["id"]
+    turns = record["conversations"]
+    images = image_names(record)
     if settings.image_folder is not None:
-        for image in images: attempt(found, index, name, check_image, image, records, settings)
+        for image in images:
+            attempt(found, index, name, check_image, image, records, settings)
     attempt(found, index, name, check_turns, turns, name)
     if found and found[-1].kind == "roles": return None, found, len(images)
     attempt(found, index, name, check_image_count, turns, len(images), name)
-    attempt(found, index, name, check_policy, turns, settings.control_tokens, pattern, bool(images), name)
-    if turns[first_turn(turns)]["from"] == "gpt": found.append(Finding("greeting", index, name, WARNINGS["greeting"], first_turn(turns)))
-    found += [Finding("empty_answer", index, name, WARNINGS["empty_answer"], n) for n,turn in enumerate(turns) if turn["from"] == "gpt" and not any(c.isprintable() and not c.isspace() for c in turn["value"])]
+    policy = settings.control_tokens
+    attempt(found, index, name, check_policy, turns, policy, pattern, bool(images), name)
+    if turns[first_turn(turns)]["from"] == "gpt":
+        found.append(Finding("greeting", index, name, WARNINGS["greeting"], first_turn(turns)))
+    for n, turn in enumerate(turns):
+        if turn["from"] != "gpt": continue
+        if not any(c.isprintable() and not c.isspace() for c in turn["value"]):
+            found.append(Finding("empty_answer", index, name, WARNINGS["empty_answer"], n))
     refused = any(f.kind in ("tags", "control_tokens") for f in found)
     return None if refused else record, found, len(images)
 
@@ -111,28 +142,37 @@ def inspect_record(
 @dataclass
 class Tally:
     "What has been counted so far; tallies of chunks add up."
+
     n_records: int = 0
     n_images: int = 0
-    counts: Counter = field(default_factory=Counter)                                       # finding -> records
-    examples: dict = field(default_factory=dict)                                           # finding -> a few `Finding`s
-    tokens: np.ndarray = field(default_factory=lambda: np.zeros(len(Segment), np.int64))   # positions of each segment, images expanded
-    lengths: list = field(default_factory=list)                                            # arrays of expanded lengths, of records that can be trained on
-    pictured: list = field(default_factory=list)                                           # arrays: whether they have an image
-    ids: list = field(default_factory=list)                                                # arrays of hashes, one a record
+    counts: Counter = field(default_factory=Counter)  # finding -> records
+    examples: dict = field(default_factory=dict)  # finding -> a few `Finding`s
+    # positions of each segment, images expanded
+    tokens: np.ndarray = field(default_factory=lambda: np.zeros(len(Segment), np.int64))
+    # arrays of expanded lengths, of records that can be trained on
+    lengths: list = field(default_factory=list)
+    pictured: list = field(default_factory=list)  # arrays: whether they have an image
+    ids: list = field(default_factory=list)  # arrays of hashes, one a record
 
-    def add(self,
-        other:"Tally", # Of later records
-        n_examples:int, # Most examples kept of each finding
+    def add(
+        self,
+        other: "Tally",  # Of later records
+        n_examples: int,  # Most examples kept of each finding
     ) -> None:
         "Take another tally in."
-        self.n_records, self.n_images, self.tokens = self.n_records + other.n_records, self.n_images + other.n_images, self.tokens + other.tokens
+        self.n_records += other.n_records
+        self.n_images += other.n_images
+        self.tokens = self.tokens + other.tokens
         self.counts.update(other.counts)
-        for kind,found in other.examples.items(): self.examples[kind] = (self.examples.get(kind, []) + found)[:n_examples]
-        for name in ("lengths", "pictured", "ids"): getattr(self, name).extend(getattr(other, name))
+        for kind, found in other.examples.items():
+            self.examples[kind] = (self.examples.get(kind, []) + found)[:n_examples]
+        for name in ("lengths", "pictured", "ids"):
+            getattr(self, name).extend(getattr(other, name))
 
-    def note(self,
-        findings:list[Finding], # Of one record
-        n_examples:int, # Most examples kept of each finding
+    def note(
+        self,
+        findings: list[Finding],  # Of one record
+        n_examples: int,  # Most examples kept of each finding
     ) -> None:
         "Count what is wrong with a record, each kind once."
         self.counts.update({f.kind for f in findings})
@@ -148,63 +188,79 @@ def id_hash(
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 def inspect_chunk(
-    records:Records,
-    start:int, # First record
-    stop:int, # Record behind the last
-    tokenizer, # A fast Hugging Face tokenizer
-    settings:AuditSettings,
+    records: Records,
+    start: int,  # First record
+    stop: int,  # Record after the last
+    tokenizer,  # A fast Hugging Face tokenizer
+    settings: AuditSettings,
 ) -> Tally:
     "Count what is wrong with some records, and their tokens."
     tally, pattern = Tally(n_records=stop - start), control_pattern(tokenizer, settings.template)
     inspected = [inspect_record(records, n, settings, pattern) for n in range(start, stop)]
-    standing = [(n, record) for n,(record,*_) in enumerate(inspected, start) if record is not None]
-    encode = lambda some: encode_records([record for _,record in some], tokenizer, settings.template, settings.control_tokens, settings.image_tags)
+    standing = [(n, own) for n, (own, *_) in enumerate(inspected, start) if own is not None]
+
+    def encode(some):
+        own, policy = [record for _, record in some], settings.control_tokens
+        return encode_records(own, tokenizer, settings.template, policy, settings.image_tags)
+
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                     # greetings and empty answers are findings of their own
+        warnings.simplefilter("ignore")  # greetings and empty answers are findings of their own
         encoded = bisect_failures(standing, encode)
     lengths, pictured = [], []
-    for (n,record),out in zip(standing, encoded):
+    for (n, record), out in zip(standing, encoded):
         found = inspected[n - start][1]
         if isinstance(out, DataError):
-            found.append(Finding(out.kind if out.kind in ERRORS else "data", n, record["id"], out.message, out.turn))
+            kind = out.kind if out.kind in ERRORS else "data"
+            found.append(Finding(kind, n, record["id"], out.message, out.turn))
             continue
         counts = np.bincount(out["segments"].numpy(), minlength=len(Segment))
         counts[Segment.IMAGE] *= settings.image_rows
-        if not counts[Segment.ANSWER] + counts[Segment.STOP]: found.append(Finding("nothing_learned", n, record["id"], ERRORS["nothing_learned"]))
+        if not counts[Segment.ANSWER] + counts[Segment.STOP]:
+            found.append(Finding("nothing_learned", n, record["id"], ERRORS["nothing_learned"]))
         length = int(counts.sum())
-        if settings.max_length and length > settings.max_length: found.append(Finding("over_length", n, record["id"], f"{length} positions, max_length is {settings.max_length}"))
+        if settings.max_length and length > settings.max_length:
+            what = f"{length} positions, max_length is {settings.max_length}"
+            found.append(Finding("over_length", n, record["id"], what))
         tally.tokens += counts
         lengths.append(length)
         pictured.append(counts[Segment.IMAGE] > 0)
-    for _,found,_ in inspected: tally.note(found, settings.n_examples)
+    for _, found, _ in inspected: tally.note(found, settings.n_examples)
     tally.lengths, tally.pictured = [np.array(lengths, np.int32)], [np.array(pictured, bool)]
-    tally.n_images = sum(n_images for *_,n_images in inspected)
-    ids = [found[0].record if record is None else record["id"] for record,found,_ in inspected]
+    tally.n_images = sum(n_images for *_, n_images in inspected)
+    ids = [found[0].record if record is None else record["id"] for record, found, _ in inspected]
     tally.ids = [np.array([id_hash(name) for name in ids], np.uint64)]
     return tally
 
 # %% ../../nbs/14_audit.ipynb #c017
 class AuditChunks(Dataset):
     "Chunks of records, for the processes that look at them."
-    def __init__(self, records:Records, tokenizer, settings:AuditSettings, size:int=512):
-        self.records, self.tokenizer, self.settings, self.size = records, tokenizer, settings, size
 
-    def __len__(self): return -(-len(self.records)//self.size)
+    def __init__(self, records: Records, tokenizer, settings: AuditSettings, size: int = 512):
+        self.records = records
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.size = size
 
-    def __getitem__(self, k:int) -> Tally:
+    def __len__(self): return -(-len(self.records) // self.size)
+
+    def __getitem__(self, k: int) -> Tally:
         if k >= len(self): raise IndexError(k)
-        return inspect_chunk(self.records, k*self.size, min((k + 1)*self.size, len(self.records)), self.tokenizer, self.settings)
+        start, stop = k * self.size, min((k + 1) * self.size, len(self.records))
+        return inspect_chunk(self.records, start, stop, self.tokenizer, self.settings)
 
 def count_all(
-    chunks:AuditChunks,
-    n_workers:int=0, # Processes beside this one
-    console:Console|None=None, # Where progress is shown; None: standard error
+    chunks: AuditChunks,
+    n_workers: int = 0,  # Processes besides this one
+    console: Console | None = None,  # Where progress is shown; None: standard error
 ) -> Tally:
     "Look at every chunk; shows progress in a terminal."
     console, tally = console or progress_console(), Tally()
     loader = DataLoader(chunks, batch_size=None, num_workers=n_workers, worker_init_fn=one_thread)
-    columns = [TextColumn("auditing"), BarColumn(), TaskProgressColumn(), TextColumn("{task.completed:,.0f} of {task.total:,.0f} records, {task.fields[bad]} finding(s)"), TimeRemainingColumn()]
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    said = "{task.completed:,.0f} of {task.total:,.0f} records, {task.fields[bad]} finding(s)"
+    columns = [TextColumn("auditing"), BarColumn(), TaskProgressColumn(), TextColumn(said)]
+    columns.append(TimeRemainingColumn())
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
         task = bar.add_task("audit", total=len(chunks.records), bad=0)
         for part in loader:
             tally.add(part, chunks.settings.n_examples)
@@ -212,81 +268,172 @@ def count_all(
     return tally
 
 def duplicates(
-    tally:Tally, # Of all records
-    records:Records,
-    n_examples:int, # Most examples
-) -> tuple[int,list[Finding]]: # Number of records whose id came before, and the first of them
+    tally: Tally,  # Of all records
+    records: Records,
+    n_examples: int,  # Most examples
+) -> tuple[int, list[Finding]]:  # Number of records whose id came before, and the first of them
     "Ids that occur more than once."
     ids = np.concatenate(tally.ids) if tally.ids else np.zeros(0, np.uint64)
     again = np.setdiff1d(np.arange(len(ids)), np.unique(ids, return_index=True)[1])
-    return len(again), [Finding("duplicate_id", n, records.name(n), WARNINGS["duplicate_id"]) for n in again[:n_examples].tolist()]
+    return len(again), [
+        Finding("duplicate_id", n, records.name(n), WARNINGS["duplicate_id"])
+        for n in again[:n_examples].tolist()
+    ]
 
 def batch_lengths(
-    order:np.ndarray, # Lengths in the order of training
-    batch_size:int,
-) -> list[list[int]]: # Of each batch
+    order: np.ndarray,  # Lengths in the order of training
+    batch_size: int,
+) -> list[list[int]]:  # Of each batch
     "Lengths cut into batches."
-    return [order[k:k+batch_size].tolist() for k in range(0, len(order), batch_size)]
+    return [order[k : k + batch_size].tolist() for k in range(0, len(order), batch_size)]
 
 def padding_of(
-    lengths:np.ndarray, # Expanded lengths
-    pictured:np.ndarray, # Whether each has an image
-    batch_size:int,
-) -> dict: # Shares, 0 to 1, and positions of padding in random batches
+    lengths: np.ndarray,  # Expanded lengths
+    pictured: np.ndarray,  # Whether each has an image
+    batch_size: int,
+) -> dict:  # Shares, 0 to 1, and positions of padding in random batches
     "How much of the batches is padding, drawn at random and grouped by length."
-    if len(lengths) < 2: return {"batch_size": batch_size, "random": 0.0, "grouped": 0.0, "tokens": 0}
+    if len(lengths) < 2:
+        return {"batch_size": batch_size, "random": 0.0, "grouped": 0.0, "tokens": 0}
     shuffled = batch_lengths(np.random.default_rng(0).permutation(lengths), batch_size)
-    plan = GlobalBatchSampler(mixture_draws([len(lengths)]), min(batch_size, len(lengths)), batching="grouped", lengths=lengths, has_image=pictured)
-    grouped = [lengths[np.concatenate(plan.global_batch(step)).astype(int)].tolist() for step in range(plan.steps)]
-    padded = sum(max(own)*len(own) for own in shuffled) - int(lengths.sum())
-    return {"batch_size": batch_size, "random": round(padding_ratio(shuffled), 4), "grouped": round(padding_ratio(grouped), 4), "tokens": padded}
+    plan = GlobalBatchSampler(
+        mixture_draws([len(lengths)]),
+        min(batch_size, len(lengths)),
+        batching="grouped",
+        lengths=lengths,
+        has_image=pictured,
+    )
+    batches = [np.concatenate(plan.global_batch(step)).astype(int) for step in range(plan.steps)]
+    grouped = [lengths[batch].tolist() for batch in batches]
+    padded = sum(max(own) * len(own) for own in shuffled) - int(lengths.sum())
+    return {
+        "batch_size": batch_size,
+        "random": round(padding_ratio(shuffled), 4),
+        "grouped": round(padding_ratio(grouped), 4),
+        "tokens": padded,
+    }
 
 # %% ../../nbs/14_audit.ipynb #c020
 def length_histogram(
-    lengths:np.ndarray,
-    bins:int=24,
-) -> dict: # `edges` and `counts`
+    lengths: np.ndarray,
+    bins: int = 24,
+) -> dict:  # `edges` and `counts`
     "Lengths in bins of equal width."
-    counts, edges = np.histogram(lengths, bins=min(bins, max(int(np.ptp(lengths)), 1)) if len(lengths) else 1)
+    n = min(bins, max(int(np.ptp(lengths)), 1)) if len(lengths) else 1
+    counts, edges = np.histogram(lengths, bins=n)
     return {"edges": [round(float(e), 1) for e in edges], "counts": counts.tolist()}
 
+def _findings(tally: Tally) -> dict:
+    "Findings by kind, errors before warnings."
+    findings = {}
+    for kind in (*ERRORS, *WARNINGS):
+        if not tally.counts[kind]: continue
+        findings[kind] = {
+            "severity": severity(kind),
+            "means": (ERRORS | WARNINGS)[kind],
+            "count": tally.counts[kind],
+            "share": round(tally.counts[kind] / max(tally.n_records, 1), 6),
+            "examples": [
+                {"index": f.index, "id": f.record, "turn": f.turn, "what": f.what}
+                for f in tally.examples.get(kind, [])
+            ],
+        }
+    return findings
+
+def _verdict(tally: Tally, settings: AuditSettings, n_errors: int, n_warnings: int) -> str:
+    "What was counted, and what to do."
+    if n_errors: advice = "mend or leave out what is listed before training"
+    elif settings.image_folder is not None or not tally.n_images:
+        advice = "ready for training"
+    else: advice = "the text is ready for training; images were not looked for"
+    found = f"{n_errors:,} error(s), {n_warnings:,} warning(s)"
+    return f"{tally.n_records:,} records, {found}: {advice}"
+
+def _segments(tokens: np.ndarray) -> dict:  # By name
+    "Positions of each segment, and whether it is learned."
+    total, segments = max(int(tokens.sum()), 1), {}
+    for s in Segment:
+        segments[s.name.lower()] = {
+            "positions": int(tokens[s]),
+            "share": round(int(tokens[s]) / total, 6),
+            "learned": s in (Segment.ANSWER, Segment.STOP),
+        }
+    return segments
+
+def _lengths(lengths: np.ndarray) -> dict:
+    "Percentiles, mean and histogram."
+    found = {"min": 0.0, "median": 0.0, "p95": 0.0, "max": 0.0, "mean": 0.0}
+    if len(lengths):
+        for name, q in [("min", 0), ("median", 50), ("p95", 95), ("max", 100)]:
+            found[name] = float(np.percentile(lengths, q))
+        found["mean"] = round(float(lengths.mean()), 2)
+    return {**found, "histogram": length_histogram(lengths)}
+
+def _settings(settings: AuditSettings) -> dict:  # JSON
+    "The settings, and how images were looked at."
+    if settings.decode_images: looked = "decoded"
+    elif settings.image_folder is None: looked = "no"
+    else: looked = "present"
+    own = {k: str(v) if isinstance(v, Path) else v for k, v in vars(settings).items()}
+    return {**own, "images_checked": looked}
+
 def summarise(
-    tally:Tally, # Of all records
-    records:Records,
-    settings:AuditSettings,
-) -> dict: # JSON
+    tally: Tally,  # Of all records
+    records: Records,
+    settings: AuditSettings,
+) -> dict:  # JSON
     "The report."
     lengths = np.concatenate(tally.lengths) if tally.lengths else np.zeros(0, np.int32)
     n_twice, twice = duplicates(tally, records, settings.n_examples)
-    if n_twice: tally.counts["duplicate_id"], tally.examples["duplicate_id"] = n_twice, twice
-    padding = padding_of(lengths, np.concatenate(tally.pictured) if tally.pictured else np.zeros(0, bool), settings.batch_size)
+    if n_twice:
+        tally.counts["duplicate_id"], tally.examples["duplicate_id"] = n_twice, twice
+    pictured = np.concatenate(tally.pictured) if tally.pictured else np.zeros(0, bool)
+    padding = padding_of(lengths, pictured, settings.batch_size)
     tokens = tally.tokens.copy()
     tokens[Segment.PAD] = padding["tokens"]
-    findings = {kind: {"severity": severity(kind), "means": (ERRORS | WARNINGS)[kind], "count": tally.counts[kind], "share": round(tally.counts[kind]/max(tally.n_records, 1), 6),
-                       "examples": [{"index": f.index, "id": f.record, "turn": f.turn, "what": f.what} for f in tally.examples.get(kind, [])]}
-                for kind in (*ERRORS, *WARNINGS) if tally.counts[kind]}
-    n_errors, n_warnings = (sum(f["count"] for f in findings.values() if f["severity"] == which) for which in ("error", "warning"))
-    middle = {name: float(np.percentile(lengths, q)) if len(lengths) else 0.0 for name,q in [("min", 0), ("median", 50), ("p95", 95), ("max", 100)]}
-    verdict = f"{tally.n_records:,} records, {n_errors:,} error(s), {n_warnings:,} warning(s): " + ("mend or leave out what is listed before training" if n_errors else "ready for training" if settings.image_folder is not None or not tally.n_images else "the text is ready for training; images were not looked for")
-    return {"ok": n_errors == 0, "verdict": verdict, "records": tally.n_records, "trainable": len(lengths), "images": tally.n_images, "errors": n_errors, "warnings": n_warnings, "findings": findings,
-            "segments": {s.name.lower(): {"positions": int(tokens[s]), "share": round(int(tokens[s])/max(int(tokens.sum()), 1), 6), "learned": s in (Segment.ANSWER, Segment.STOP)} for s in Segment},
-            "lengths": {**middle, "mean": round(float(lengths.mean()), 2) if len(lengths) else 0.0, "histogram": length_histogram(lengths)},
-            "padding": {k: v for k,v in padding.items() if k != "tokens"},
-            "settings": {**{k: str(v) if isinstance(v, Path) else v for k,v in vars(settings).items()}, "images_checked": "decoded" if settings.decode_images else "no" if settings.image_folder is None else "present"}}
+    findings, counts = _findings(tally), Counter()
+    for found in findings.values(): counts[found["severity"]] += found["count"]
+    n_errors, n_warnings = counts["error"], counts["warning"]
+    return {
+        "ok": n_errors == 0,
+        "verdict": _verdict(tally, settings, n_errors, n_warnings),
+        "records": tally.n_records,
+        "trainable": len(lengths),
+        "images": tally.n_images,
+        "errors": n_errors,
+        "warnings": n_warnings,
+        "findings": findings,
+        "segments": _segments(tokens),
+        "lengths": _lengths(lengths),
+        "padding": {k: v for k, v in padding.items() if k != "tokens"},
+        "settings": _settings(settings),
+    }
 
 def audit(
-    data, # What `Records` reads: a file of records, a folder of tables, or a list
-    tokenizer, # A fast Hugging Face tokenizer
-    settings:AuditSettings|None=None, # None: the defaults, images not looked for
-    n_workers:int=0, # Processes beside this one
-    console:Console|None=None, # Where progress is shown; None: standard error
-) -> dict: # The report, as JSON
+    data,  # What `Records` reads: a file of records, a folder of tables, or a list
+    tokenizer,  # A fast Hugging Face tokenizer
+    settings: AuditSettings | None = None,  # None: the defaults, images not looked for
+    n_workers: int = 0,  # Processes besides this one
+    console: Console | None = None,  # Where progress is shown; None: standard error
+) -> dict:  # The report, as JSON
     "Look at every record of a data set and say what is wrong with it."
     settings, records = settings or AuditSettings(), Records(data)
     check_tokenizer(tokenizer, settings.template)
-    if settings.image_folder is not None and not Path(settings.image_folder).is_dir(): raise ConfigError(f"no image folder {str(settings.image_folder)!r}")
-    if settings.decode_images and settings.image_folder is None: raise ConfigError("decode_images needs an image_folder")
-    for name,allowed in [("control_tokens", ("refuse", "escape", "allow")), ("image_tags", ("keep", "mgm"))]:
-        if getattr(settings, name) not in allowed: raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(settings, name)!r}")
-    if settings.batch_size < 1 or settings.n_examples < 0: raise ConfigError(f"batch_size must be at least 1 and n_examples at least 0, got {settings.batch_size} and {settings.n_examples}")
-    return summarise(count_all(AuditChunks(records, tokenizer, settings), n_workers, console), records, settings)
+    if settings.image_folder is not None and not Path(settings.image_folder).is_dir():
+        raise ConfigError(f"no image folder {str(settings.image_folder)!r}")
+    if settings.decode_images and settings.image_folder is None:
+        raise ConfigError("decode_images needs an image_folder")
+    for name, allowed in [
+        ("control_tokens", ("refuse", "escape", "allow")),
+        ("image_tags", ("keep", "mgm")),
+    ]:
+        found, known = getattr(settings, name), ", ".join(map(repr, allowed))
+        if found not in allowed:
+            raise ConfigError(f"{name} must be one of {known}, got {found!r}")
+    if settings.batch_size < 1 or settings.n_examples < 0:
+        raise ConfigError(
+            f"batch_size must be at least 1 and n_examples at least 0, got {settings.batch_size} "
+            f"and {settings.n_examples}"
+        )
+    tally = count_all(AuditChunks(records, tokenizer, settings), n_workers, console)
+    return summarise(tally, records, settings)

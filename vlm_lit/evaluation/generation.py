@@ -25,80 +25,99 @@ AutoImageProcessor.register(VLMConfig, slow_image_processor_class=VLMImageProces
 
 # %% ../../nbs/12_generation.ipynb #c024
 def generate_ids(
-    model:VLM, # In evaluation mode
-    samples:list[dict], # From `VLMProcessor.samples`, or a dataset's samples cut before the answer
-    tokenizer, # A fast Hugging Face tokenizer
-    template:str="gemma", # The one the model was trained with
-    max_new_tokens:int=64, # Most tokens of an answer
-    **kwargs, # For `VLM.generate`; greedy unless it says otherwise
-) -> list[list[int]]: # For each sample the ids it wrote, the stop token excluded
+    model: VLM,  # In evaluation mode
+    # From `VLMProcessor.samples`, or a dataset's samples cut before the answer
+    samples: list[dict],
+    tokenizer,  # A fast Hugging Face tokenizer
+    template: str = "gemma",  # The one the model was trained with
+    max_new_tokens: int = 64,  # Most tokens of an answer
+    **kwargs,  # For `VLM.generate`; greedy unless it says otherwise
+) -> list[list[int]]:  # For each sample the ids it wrote, the stop token excluded
     "Answers to a batch of questions."
     pad, stops = pad_id(tokenizer), stop_ids(tokenizer, template)
-    batch = {k: v.to(model.device) for k,v in DataCollatorForSupervisedDataset(pad)(samples).items() if k != "labels"}
-    rows = model.generate(**batch, **{"do_sample": False, "max_new_tokens": max_new_tokens, "eos_token_id": stops, "pad_token_id": pad, **kwargs})
+    batch = DataCollatorForSupervisedDataset(pad)(samples)
+    batch = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
+    settings = {"do_sample": False, "max_new_tokens": max_new_tokens}
+    settings |= {"eos_token_id": stops, "pad_token_id": pad, **kwargs}
+    rows = model.generate(**batch, **settings)
     return [cut_at_stop(row, stops) for row in rows]
 
 def answer_batch(
-    model:VLM, # In evaluation mode
-    processor:VLMProcessor, # The model's
-    questions, # A list of questions or conversations; one question for all images
-    images=None, # For each question an image, a list of images, or None
-    batch_size:int=16, # Questions per forward pass
-    max_new_tokens:int=64, # Most tokens of an answer
-    **kwargs, # For `VLM.generate`; greedy unless it says otherwise
-): # Yields str
+    model: VLM,  # In evaluation mode
+    processor: VLMProcessor,  # The model's
+    questions,  # A list of questions or conversations; one question for all images
+    images=None,  # For each question an image, a list of images, or None
+    batch_size: int = 16,  # Questions per forward pass
+    max_new_tokens: int = 64,  # Most tokens of an answer
+    **kwargs,  # For `VLM.generate`; greedy unless it says otherwise
+):  # Yields str
     "Answers in order. Raises `DataError` naming an image that cannot be read."
-    images = [None]*len(questions) if images is None else list(images)
-    questions = [questions]*len(images) if isinstance(questions, str) else list(questions)
-    if len(questions) != len(images): raise DataError(f"{len(questions)} questions for {len(images)} entries in images")
+    images = [None] * len(questions) if images is None else list(images)
+    questions = [questions] * len(images) if isinstance(questions, str) else list(questions)
+    if len(questions) != len(images):
+        raise DataError(f"{len(questions)} questions for {len(images)} entries in images")
     for start in range(0, len(questions), batch_size):
-        own = images[start:start + batch_size]
-        try: samples = processor.samples(questions[start:start + batch_size], own)
+        own = images[start : start + batch_size]
+        try:
+            samples = processor.samples(questions[start : start + batch_size], own)
         except DataError as e:
             image = own[e.record] if isinstance(e.record, int) else None
             e.record = str(image) if isinstance(image, (str, Path)) else start + (e.record or 0)
             raise
-        ids = generate_ids(model, samples, processor.tokenizer, processor.template, max_new_tokens, **kwargs)
+        ids = generate_ids(
+            model, samples, processor.tokenizer, processor.template, max_new_tokens, **kwargs
+        )
         yield from map(processor.decode, ids)
 
 # %% ../../nbs/12_generation.ipynb #c027
 class _IdQueue(BaseStreamer):
     "What `generate` writes to; closing it ends the generation at the next id."
+
     def __init__(self): self.queue, self.closed = Queue(), False
+
     def put(self, value):
-        if self.closed: raise InterruptedError("nobody reads the answer any more")
+        if self.closed:
+            raise InterruptedError("nobody reads the answer any more")
         self.queue.put(value.flatten().tolist())
+
     def end(self): self.queue.put(None)
 
 class Chat:
     "Turns with a model, each answered in the light of those before."
-    def __init__(self,
-        model:VLM, # In evaluation mode
-        processor:VLMProcessor, # The model's
-        max_new_tokens:int=64, # Most tokens of an answer
-        **kwargs, # For `generate_ids`: `num_beams`, `do_sample`, ...
+
+    def __init__(
+        self,
+        model: VLM,  # In evaluation mode
+        processor: VLMProcessor,  # The model's
+        max_new_tokens: int = 64,  # Most tokens of an answer
+        **kwargs,  # For `generate_ids`: `num_beams`, `do_sample`, ...
     ):
-        self.model, self.processor, self.kwargs = model, processor, {"max_new_tokens": max_new_tokens, **kwargs}
+        self.model = model
+        self.processor = processor
+        self.kwargs = {"max_new_tokens": max_new_tokens, **kwargs}
         self.clear()
 
     def clear(self) -> None:
         "Forget the conversation; the model stays loaded."
-        self.turns, self.images = [], []     # so far, in LLaVA's form; their images in order
+        self.turns, self.images = [], []  # so far, in LLaVA's form; their images in order
 
     def _ask(self, question, images):
-        "Turns and images with the question, and its sample. Raises `DataError` for a question that is refused."
+        """Turns and images with the question, and its sample. Raises `DataError` for a question
+        that is refused."""
         new = as_list(images)
-        turns = [*self.turns, *insert_image_tokens([{"from": "human", "value": question}], len(new))]
-        return turns, [*self.images, *new], self.processor.samples([turns], [[*self.images, *new]])[0]
+        asked = insert_image_tokens([{"from": "human", "value": question}], len(new))
+        turns, images = [*self.turns, *asked], [*self.images, *new]
+        return turns, images, self.processor.samples([turns], [images])[0]
 
     def _generate(self, sample, **kwargs):
         "The ids of an answer."
         tokenizer, template = self.processor.tokenizer, self.processor.template
         return generate_ids(self.model, [sample], tokenizer, template, **self.kwargs, **kwargs)[0]
 
-    def __call__(self,
-        question:str, # With or without `<image>`
-        images=None, # Images that come with this question: one, or a list
+    def __call__(
+        self,
+        question: str,  # With or without `<image>`
+        images=None,  # Images that come with this question: one, or a list
     ) -> str:
         "The model's answer. A question that is refused leaves no trace."
         turns, images, sample = self._ask(question, images)
@@ -106,18 +125,22 @@ class Chat:
         self.turns, self.images = [*turns, {"from": "gpt", "value": text}], images
         return text
 
-    def stream(self,
-        question:str, # With or without `<image>`
-        images=None, # Images that come with this question: one, or a list
-    ): # Yields str; joined they are what a call returns
-        "The model's answer, piece by piece. A question that is refused, or a broken-off answer, leaves no trace."
+    def stream(
+        self,
+        question: str,  # With or without `<image>`
+        images=None,  # Images that come with this question: one, or a list
+    ):  # Yields str; joined they are what a call returns
+        """The model's answer, piece by piece. A question that is refused, or a broken-off answer,
+        leaves no trace."""
         turns, images, sample = self._ask(question, images)
         queue, errors = _IdQueue(), []
+
         def work():
             try: self._generate(sample, streamer=queue)
             except InterruptedError: pass
             except BaseException as e: errors.append(e)
             finally: queue.end()
+
         thread = Thread(target=work, daemon=True)
         thread.start()
         try: text = yield from _decoded(queue.queue, self.processor)
@@ -129,12 +152,14 @@ class Chat:
 
 def _decoded(queue, processor):
     "Yield the text of the ids in a queue as it grows; return all of it."
-    ids, shown, text = [], "", ""
+    ids = []
+    shown = ""
+    text = ""
     for new in iter(queue.get, None):
         ids += new
         text = processor.decode(ids)
         if text.startswith(shown) and not text.endswith("\ufffd") and text != shown:
-            yield text[len(shown):]
+            yield text[len(shown) :]
             shown = text
-    if text != shown: yield text[len(shown):]
+    if text != shown: yield text[len(shown) :]
     return text

@@ -24,45 +24,48 @@ from .generation import generate_ids
 
 # %% ../../nbs/13_evaluation.ipynb #c008
 def normalize_answer(
-    text:str, # An answer
-) -> str: # Lower case, single spaces, no final period
+    text: str,  # An answer
+) -> str:  # Lower case, single spaces, no final period
     "The form in which answers are compared."
     text = re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).strip()
     return text.rstrip(".").rstrip().lower()
 
-def exact(prediction:str, answer:str, record:dict|None=None) -> float: # 0 or 1
+def exact(prediction: str, answer: str, record: dict | None = None) -> float:  # 0 or 1
     "Whether prediction and answer are equal once normalized."
     return float(normalize_answer(prediction) == normalize_answer(answer))
 
-_LETTER = r"[^\W\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]"    # of scripts with spaces between words
+_LETTER = r"[^\W\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]"  # of scripts with spaces between words
 
-def contains(prediction:str, answer:str, record:dict|None=None) -> float: # 0 or 1
+def contains(prediction: str, answer: str, record: dict | None = None) -> float:  # 0 or 1
     "Whether the answer occurs in the prediction, as whole words."
     answer, prediction = normalize_answer(answer), normalize_answer(prediction)
     if not answer: return float(not prediction)
     return float(bool(re.search(f"(?<!{_LETTER}){re.escape(answer)}(?!{_LETTER})", prediction)))
 
-def _edit_distance(a:str, b:str) -> int:
+def _edit_distance(a: str, b: str) -> int:
     "Levenshtein distance: insertions, deletions and replacements that turn `a` into `b`."
     above = list(range(len(b) + 1))
-    for i,x in enumerate(a, 1):
+    for i, x in enumerate(a, 1):
         row = [i]
-        for j,y in enumerate(b): row.append(min(above[j+1] + 1, row[j] + 1, above[j] + (x != y)))
+        for j, y in enumerate(b):
+            row.append(min(above[j + 1] + 1, row[j] + 1, above[j] + (x != y)))
         above = row
     return above[-1]
 
-def anls(prediction:str, answer:str, record:dict|None=None) -> float: # 0, or more than 0.5 up to 1
+def anls(
+    prediction: str, answer: str, record: dict | None = None
+) -> float:  # 0, or more than 0.5 up to 1
     "Normalized Levenshtein similarity of Biten et al. 2019, with their threshold of 0.5."
     a, b = [" ".join(text.lower().split()) for text in (prediction, answer)]
-    distance = _edit_distance(a, b)/max(len(a), len(b), 1)
-    return 1 - distance if distance < .5 else 0.
+    distance = _edit_distance(a, b) / max(len(a), len(b), 1)
+    return 1 - distance if distance < 0.5 else 0.0
 
 # %% ../../nbs/13_evaluation.ipynb #c012
 _METRICS = {metric.__name__: metric for metric in (exact, contains, anls)}
 
 def load_metric(
-    name, # "exact", "contains", "anls" or "FILE.py:FUNCTION"; a function is returned as it is
-): # `score(prediction, answer, record) -> float`
+    name,  # "exact", "contains", "anls" or "FILE.py:FUNCTION"; a function is returned as it is
+):  # `score(prediction, answer, record) -> float`
     "A metric by its name."
     if callable(name): return name
     if name in _METRICS: return _METRICS[name]
@@ -71,62 +74,66 @@ def load_metric(
         known = ", ".join(_METRICS)
         raise ConfigError(f"unknown metric {name!r}; choose one of {known}, or FILE.py:FUNCTION")
     file = Path(path).expanduser()
-    if not file.is_file(): raise ConfigError(f"metric {name!r}: no file {path!r}")
+    if not file.is_file():
+        raise ConfigError(f"metric {name!r}: no file {path!r}")
     spec = importlib.util.spec_from_file_location(f"_metric_{file.stem}", file)
     module = importlib.util.module_from_spec(spec)
     try: spec.loader.exec_module(module)
-    except Exception as e:      # whatever the user's file raises
+    except Exception as e:  # whatever the user's file raises
         why = f"{type(e).__name__}: {e}"
         raise ConfigError(f"metric {name!r}: the file cannot be loaded ({why})") from e
     if not callable(found := getattr(module, function, None)):
         raise ConfigError(f"metric {name!r}: no function {function!r} in {file.name}")
     return found
 
-def _score(metric, prediction:str, answer:str, record:dict) -> float:
+def _score(metric, prediction: str, answer: str, record: dict) -> float:
     "One score of a metric from `load_metric`, checked."
     where = f"metric {metric.__name__!r}, record {record['id']!r}"
     try: value = float(metric(prediction, answer, record))
-    except Exception as e:      # whatever the user's function raises
+    except Exception as e:  # whatever the user's function raises
         raise ConfigError(f"{where}: no score ({type(e).__name__}: {e})") from e
     if math.isfinite(value): return value
     raise ConfigError(f"{where}: the score is {value}; it must be a finite number")
 
 # %% ../../nbs/13_evaluation.ipynb #c015
-def _most_frequent(counts:Counter) -> str:
+def _most_frequent(counts: Counter) -> str:
     "The most frequent answer; among equals the first in the alphabet."
     return min(counts, key=lambda answer: (-counts[answer], answer))
 
 def majority_baseline(
-    train:list[tuple[str,str]], # Questions and answers of the training data
-    questions:list[str], # To be answered
-) -> list[str]: # One answer per question
+    train: list[tuple[str, str]],  # Questions and answers of the training data
+    questions: list[str],  # To be answered
+) -> list[str]:  # One answer per question
     "The most frequent training answer, for every question."
-    return [_most_frequent(Counter(answer.strip() for _,answer in train))]*len(questions)
+    return [_most_frequent(Counter(answer.strip() for _, answer in train))] * len(questions)
 
 def question_only_baseline(
-    train:list[tuple[str,str]], # Questions and answers of the training data
-    questions:list[str], # To be answered
-) -> list[str]: # One answer per question
+    train: list[tuple[str, str]],  # Questions and answers of the training data
+    questions: list[str],  # To be answered
+) -> list[str]:  # One answer per question
     "For each question its most frequent training answer; for a new one the majority answer."
     answers = {}
-    for question,answer in train:
+    for question, answer in train:
         answers.setdefault(normalize_answer(question), Counter())[answer.strip()] += 1
-    best = {question: _most_frequent(counts) for question,counts in answers.items()}
-    other, = majority_baseline(train, [""])
+    best = {question: _most_frequent(counts) for question, counts in answers.items()}
+    (other,) = majority_baseline(train, [""])
     return [best.get(normalize_answer(question), other) for question in questions]
 
 # %% ../../nbs/13_evaluation.ipynb #c018
-def _turns(record:dict) -> list[tuple[int,str,str]]: # Number of the turn, question, answer
+def _turns(record: dict) -> list[tuple[int, str, str]]:  # Number of the turn, question, answer
     "The questions of a record. Raises `DataError` if one has no answer."
     turns = record["conversations"]
-    pairs = [(n, *pair) for n,pair in enumerate(zip(turns, turns[1:]))]
-    found = [(n, q["value"].replace(IMAGE_TOKEN, "").strip(), a["value"])
-             for n,q,a in pairs if (q["from"], a["from"]) == ("human", "gpt")]
+    pairs = [(n, *pair) for n, pair in enumerate(zip(turns, turns[1:]))]
+    found = [
+        (n, q["value"].replace(IMAGE_TOKEN, "").strip(), a["value"])
+        for n, q, a in pairs
+        if (q["from"], a["from"]) == ("human", "gpt")
+    ]
     if found and turns[-1]["from"] == "gpt": return found
     message = "a question without an answer cannot be scored; add the answer, or remove the turn"
     raise DataError(message, record["id"], max(len(turns) - 1, 0))
 
-def _prompts(sample:dict) -> list[dict]: # The sample up to each of its answers
+def _prompts(sample: dict) -> list[dict]:  # The sample up to each of its answers
     "One prompt per answer, with the images that it shows."
     supervised = sample["labels"] != IGNORE_INDEX
     starts = supervised & ~torch.cat([supervised.new_zeros(1), supervised[:-1]])
@@ -135,31 +142,33 @@ def _prompts(sample:dict) -> list[dict]: # The sample up to each of its answers
     images = {k: sample[k] for k in kept if k in sample}
     for end in starts.nonzero().flatten().tolist():
         n, own = int(is_image[:end].sum()), images
-        if n < is_image.sum(): own = {k: image[:n] for k,image in images.items() if n}
+        if n < is_image.sum():
+            own = {k: image[:n] for k, image in images.items() if n}
         prompts.append({**{k: sample[k][:end] for k in ("input_ids", "labels")}, **own})
     return prompts
 
 # %% ../../nbs/13_evaluation.ipynb #c021
 def batch_by_image(
-    keys:list, # For each question its images' names; empty: none
-    batch_size:int, # Most questions in a batch
-) -> list[list[int]]: # Places in `keys`
+    keys: list,  # For each question its images' names; empty: none
+    batch_size: int,  # Most questions in a batch
+) -> list[list[int]]:  # Places in `keys`
     "Batches in which questions about the same image meet."
-    if batch_size < 1: raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
     groups, batches = {}, [[]]
-    for n,key in enumerate(keys): groups.setdefault(key or n, []).append(n)
+    for n, key in enumerate(keys): groups.setdefault(key or n, []).append(n)
     for own in groups.values():
-        for part in (own[k:k + batch_size] for k in range(0, len(own), batch_size)):
+        for part in (own[k : k + batch_size] for k in range(0, len(own), batch_size)):
             if len(batches[-1]) + len(part) > batch_size: batches.append([])
             batches[-1] += part
     return [batch for batch in batches if batch]
 
 # %% ../../nbs/13_evaluation.ipynb #c024
 def fixed_sample(
-    n_records:int, # Records there are
-    sample:int|None=None, # How many to take; None, or more than there are: all
-    seed:int=0, # Another seed, another sample
-) -> list[int]: # Record numbers, rising
+    n_records: int,  # Records there are
+    sample: int | None = None,  # How many to take; None, or more than there are: all
+    seed: int = 0,  # Another seed, another sample
+) -> list[int]:  # Record numbers, rising
     "A choice of records that is the same everywhere: the smallest SHA-256 of seed and number."
     if sample is not None and sample < 1:
         raise ConfigError(f"sample must be at least 1, got {sample}")
@@ -167,24 +176,26 @@ def fixed_sample(
     return sorted(sorted(range(n_records), key=digest)[:sample])
 
 # %% ../../nbs/13_evaluation.ipynb #c027
-def _ask(dataset:LazySupervisedDataset, index:int) -> list[dict]:
+def _ask(dataset: LazySupervisedDataset, index: int) -> list[dict]:
     "The questions of a record, as rows of the predictions."
     record = dataset.records[index]
-    told = {key: record[key] for key in ("image", "type") if key in record}
-    if told.get("type") == "all":
+    known = {key: record[key] for key in ("image", "type") if key in record}
+    if known.get("type") == "all":
         raise DataError("the type 'all' is taken by the table; give it another name", record["id"])
-    told = {"id": record["id"], "index": index, **told}
-    return [{**told, "turn": turn, "question": q, "answer": a} for turn,q,a in _turns(record)]
+    known = {"id": record["id"], "index": index, **known}
+    return [{**known, "turn": turn, "question": q, "answer": a} for turn, q, a in _turns(record)]
 
-def _batch_prompts(dataset:LazySupervisedDataset, indices:list[int]) -> tuple[dict, dict]:
+def _batch_prompts(dataset: LazySupervisedDataset, indices: list[int]) -> tuple[dict, dict]:
     "Prompts by (record, turn), and errors by record; an image of several records is opened once."
-    prompts, failed, images = {}, {}, {}
-    for i,text in zip(indices, bisect_failures(indices, dataset.texts)):
+    prompts = {}
+    failed = {}
+    images = {}
+    for i, text in zip(indices, bisect_failures(indices, dataset.texts)):
         try:
             if isinstance(text, DataError): raise text
             record = dataset.records[i]
             turns = _turns(record)
-            key = tuple(image_names(record)[:int((text["input_ids"] == IMAGE_TOKEN_INDEX).sum())])
+            key = tuple(image_names(record)[: int((text["input_ids"] == IMAGE_TOKEN_INDEX).sum())])
             if key not in images:
                 sample = dataset.with_names(i, dataset.__getitem__(i, text))
                 kept = ("image", "image_aux", "image_keys")
@@ -193,37 +204,40 @@ def _batch_prompts(dataset:LazySupervisedDataset, indices:list[int]) -> tuple[di
             if len(own) < len(turns):
                 kept = f"{len(own)} of {len(turns)} answers are left after truncation"
                 raise DataError(f"{kept}; evaluate without max_length")
-            for (turn,*_),prompt in zip(turns, own):
+            for (turn, *_), prompt in zip(turns, own):
                 prompts[i, turn] = {**prompt, "id": record["id"]}
         except DataError as e: failed[i] = e
     return prompts, failed
 
-def _answer_batch(model, dataset, rows:list[dict], max_new_tokens:int) -> dict[int, DataError]:
+def _answer_batch(model, dataset, rows: list[dict], max_new_tokens: int) -> dict[int, DataError]:
     "Give the rows of a batch their `prediction`; returns errors by record."
     prompts, failed = _batch_prompts(dataset, list(dict.fromkeys(row["index"] for row in rows)))
     rows = [row for row in rows if row["index"] not in failed]
     if not rows: return failed
     own = [prompts[row["index"], row["turn"]] for row in rows]
     answers = generate_ids(model, own, dataset.tokenizer, dataset.template, max_new_tokens)
-    for row,ids in zip(rows, answers):
+    for row, ids in zip(rows, answers):
         row["prediction"] = dataset.tokenizer.decode(ids, skip_special_tokens=True).strip()
     return failed
 
-def _skipped(records:Records, i:int, error:DataError) -> dict:
-    "What is told of a record that is left out."
+def _skipped(records: Records, i: int, error: DataError) -> dict:
+    "What is kept of a record that is left out."
     return {"id": records.name(i), "index": i, "reason": str(error.at(records.name(i)))}
 
 def predict(
-    model, # `VLM`, in any mode; it is left as it was
-    dataset:LazySupervisedDataset, # Of any template
-    batch_size:int=32, # Questions per batch
-    max_new_tokens:int=32, # Most tokens of an answer
-    indices=None, # Which records, in which order; None: all
-    strict:bool=True, # Whether a record that cannot be used raises
-    show:bool=True, # Whether to show a progress bar, where there is a terminal
-) -> tuple[list[dict], list[dict]]: # A row with `prediction` per question; the records left out
+    model,  # `VLM`, in any mode; it is left as it was
+    dataset: LazySupervisedDataset,  # Of any template
+    batch_size: int = 32,  # Questions per batch
+    max_new_tokens: int = 32,  # Most tokens of an answer
+    indices=None,  # Which records, in which order; None: all
+    strict: bool = True,  # Whether a record that cannot be used raises
+    show: bool = True,  # Whether to show a progress bar, where there is a terminal
+) -> tuple[list[dict], list[dict]]:  # A row with `prediction` per question; the records left out
     "Greedy answers to every question of a dataset, with the true earlier turns as history."
-    rows, failed, console, was_training = [], {}, progress_console(), model.training
+    rows = []
+    failed = {}
+    console = progress_console()
+    was_training = model.training
     for i in map(int, range(len(dataset)) if indices is None else indices):
         try: rows += _ask(dataset, i)
         except DataError as e:
@@ -235,55 +249,58 @@ def predict(
     try:
         for batch in track(batches, "answering", console=console, transient=True, disable=hidden):
             wrong = _answer_batch(model, dataset, [rows[n] for n in batch], max_new_tokens)
-            for i,error in wrong.items():
+            for i, error in wrong.items():
                 if strict: raise error.at(dataset.name(i))
             failed |= wrong
     finally: model.train(was_training)
-    skipped = [_skipped(dataset.records, i, error) for i,error in failed.items()]
+    skipped = [_skipped(dataset.records, i, error) for i, error in failed.items()]
     return [row for row in rows if row["index"] not in failed], skipped
 
 # %% ../../nbs/13_evaluation.ipynb #c036
-def _training_pairs(data, strict:bool, skipped:list[dict]) -> list[tuple[str,str]]:
+def _training_pairs(data, strict: bool, skipped: list[dict]) -> list[tuple[str, str]]:
     "Questions and answers of the training data; `skipped` gets the records that have none."
     records, pairs = getattr(data, "records", None) or Records(data), []
     for i in range(len(records)):
-        try: pairs += [pair for _,*pair in _turns(records[i])]
+        try: pairs += [pair for _, *pair in _turns(records[i])]
         except DataError as e:
             if strict: raise
             skipped.append({**_skipped(records, i, e), "data": "train"})
-    if not pairs: raise DataError("the training data holds no answered question")
+    if not pairs:
+        raise DataError("the training data holds no answered question")
     return pairs
 
-def _means(scores:list[float], rows:list[dict]) -> dict[str, float]:
+def _means(scores: list[float], rows: list[dict]) -> dict[str, float]:
     "Mean scores, over all questions and by type."
     groups = {"all": scores}
     for name in sorted({row["type"] for row in rows if "type" in row}):
-        groups[name] = [score for score,row in zip(scores, rows) if row.get("type") == name]
-    return {name: sum(own)/len(own) for name,own in groups.items()}
+        groups[name] = [score for score, row in zip(scores, rows) if row.get("type") == name]
+    return {name: sum(own) / len(own) for name, own in groups.items()}
 
 def evaluate(
-    model, # `VLM`
-    processor:VLMProcessor|None, # The model's; a dataset does without
-    data, # A `LazySupervisedDataset`, a file, a folder of tables or a list of records
+    model,  # `VLM`
+    processor: VLMProcessor | None,  # The model's; a dataset does without
+    data,  # A `LazySupervisedDataset`, a file, a folder of tables or a list of records
     *,
-    image_folder:str|Path|None=None, # Of the images, unless `data` is a dataset
-    metrics=("exact",), # Names or functions, for `load_metric`
-    batch_size:int=32, # Questions per batch
-    max_new_tokens:int=32, # Most tokens of an answer
-    train_data=None, # As `data`: what the baselines learn from; None: no baselines
-    blank_images:bool=False, # Black images instead of the real ones, unless `data` is a dataset
-    indices=None, # Which records, such as `fixed_sample` chooses; None: all
-    strict:bool=True, # Whether a record that cannot be used raises; else `skipped` lists it
-    out:str|Path|None=None, # A JSONL file for the predictions
-    show:bool=True, # Whether to show a progress bar, where there is a terminal
-) -> dict: # `n`, `n_by_type`, `metrics`, `baselines`, `skipped`, `predictions`
+    image_folder: str | Path | None = None,  # Of the images, unless `data` is a dataset
+    metrics=("exact",),  # Names or functions, for `load_metric`
+    batch_size: int = 32,  # Questions per batch
+    max_new_tokens: int = 32,  # Most tokens of an answer
+    train_data=None,  # As `data`: what the baselines learn from; None: no baselines
+    blank_images: bool = False,  # Black images instead of the real ones, unless `data` is a dataset
+    indices=None,  # Which records, such as `fixed_sample` chooses; None: all
+    strict: bool = True,  # Whether a record that cannot be used raises; else `skipped` lists it
+    out: str | Path | None = None,  # A JSONL file for the predictions
+    show: bool = True,  # Whether to show a progress bar, where there is a terminal
+) -> dict:  # `n`, `n_by_type`, `metrics`, `baselines`, `skipped`, `predictions`
     "Scores of a model on all questions of a data set, and of the baselines that need no model."
     metrics = [metrics] if isinstance(metrics, str) else metrics
     scorers = {f.__name__: f for f in map(load_metric, metrics)}
     if out is not None and not Path(out).absolute().parent.is_dir():
         raise ConfigError(f"no folder for {str(out)!r}; make it first")
     if not isinstance(data, LazySupervisedDataset):
-        data = LazySupervisedDataset(data, processor, image_folder, blank_images=blank_images, uint8=True)
+        data = LazySupervisedDataset(
+            data, processor, image_folder, blank_images=blank_images, uint8=True
+        )
     elif image_folder is not None or blank_images:
         raise ConfigError("image_folder and blank_images belong to the dataset; give them to it")
     skipped = []
@@ -297,34 +314,46 @@ def evaluate(
     asked = [(row["answer"], data.records[row["index"]]) for row in rows]
 
     def score(predictions):
-        own = [(prediction, *pair) for prediction,pair in zip(predictions, asked)]
-        return {name: [_score(metric, *args) for args in own] for name,metric in scorers.items()}
+        own = [(prediction, *pair) for prediction, pair in zip(predictions, asked)]
+        return {name: [_score(metric, *args) for args in own] for name, metric in scorers.items()}
 
-    def means(scores): return {name: _means(own, rows) for name,own in scores.items()}
+    def means(scores):
+        return {name: _means(own, rows) for name, own in scores.items()}
 
     questions = [row["question"] for row in rows]
     scores = score([row["prediction"] for row in rows])
-    for n,row in enumerate(rows): row["scores"] = {name: own[n] for name,own in scores.items()}
+    for n, row in enumerate(rows):
+        row["scores"] = {name: own[n] for name, own in scores.items()}
     if out is not None: write_rows(Path(out), rows)
-    baselines = {"majority": majority_baseline, "question_only": question_only_baseline}
-    baselines = {name: means(score(answers(train, questions)))
-                 for name,answers in baselines.items() if train is not None}
+    known = {"majority": majority_baseline, "question_only": question_only_baseline}
+    if train is None: known = {}
+    baselines = {name: means(score(own(train, questions))) for name, own in known.items()}
     by_type = Counter(row["type"] for row in rows if "type" in row)
-    return {"n": len(rows), "n_by_type": dict(sorted(by_type.items())), "metrics": means(scores),
-            "baselines": baselines, "skipped": skipped, "predictions": rows}
+    return {
+        "n": len(rows),
+        "n_by_type": dict(sorted(by_type.items())),
+        "metrics": means(scores),
+        "baselines": baselines,
+        "skipped": skipped,
+        "predictions": rows,
+    }
 
 def format_table(
-    result:dict, # From `evaluate`
-) -> str: # Lines of text
+    result: dict,  # From `evaluate`
+) -> str:  # Lines of text
     "Scores as a table for a terminal: a line per metric and baseline, a column per type."
     kinds, baselines = ["all", *result["n_by_type"]], result["baselines"]
     lines = [("mean score", *kinds)]
-    for metric,scores in result["metrics"].items():
-        own = {metric: scores, **{f"  {name}": found[metric] for name,found in baselines.items()}}
-        lines += [(name, *(f"{scores[kind]:.4f}" for kind in kinds)) for name,scores in own.items()]
-    lines.append(("questions", *(f"{n:,}" for n in (result["n"], *result["n_by_type"].values()))))
+    for metric, scores in result["metrics"].items():
+        own = {metric: scores, **{f"  {name}": found[metric] for name, found in baselines.items()}}
+        for name, values in own.items():
+            lines.append((name, *(f"{values[kind]:.4f}" for kind in kinds)))
+    counts = result["n"], *result["n_by_type"].values()
+    lines.append(("questions", *(f"{n:,}" for n in counts)))
     first, *widths = [max(map(len, column)) for column in zip(*lines)]
-    text = ["  ".join([name.ljust(first), *map(str.rjust, cells, widths)]) for name,*cells in lines]
+    text = [
+        "  ".join([name.ljust(first), *map(str.rjust, cells, widths)]) for name, *cells in lines
+    ]
     if skipped := result["skipped"]:
         text.append(f"{len(skipped)} records skipped, the first: {skipped[0]['reason']}")
     safe = lambda line: "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)

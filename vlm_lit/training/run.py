@@ -27,7 +27,8 @@ from ..weights.interchange import save_projector
 from ..weights.presets import seeded
 from ..weights.pretrained import add_lora, has_lora, merge_lora, resolve_model
 from .arguments import VLMTrainingArguments
-from .callbacks import ConsoleProgress, Interrupted, LossGuard, MetricsFile, StopOnSignal, read_metrics
+from .callbacks import ConsoleProgress, Interrupted, LossGuard, MetricsFile
+from .callbacks import StopOnSignal, read_metrics
 from .doctor import check_samples, environment_info, format_check, known_answers
 from .recipe import Recipe, load_recipe, recipe_differences, save_recipe
 from .trainer import VLMTrainer, reinit_modules, write_error
@@ -36,19 +37,26 @@ from ..data.dataset import LazySupervisedDataset
 # %% ../../nbs/19_run.ipynb #c005
 def build_sources(
     recipe: Recipe,
-    sources: list, # `recipe.data.train` or `.eval`
+    sources: list,  # `recipe.data.train` or `.eval`
     processor: VLMProcessor,
-    folder: Path | None = None, # Gets bad_samples.jsonl; None: a bad sample raises
-    seed: int = 0, # Of flips
+    folder: Path | None = None,  # Gets bad_samples.jsonl; None: a bad sample raises
+    seed: int = 0,  # Of flips
     hflip_prob: float = 0.0,
 ) -> Mixture:
     "The sources of a recipe as one list of records."
     data = recipe.data
-    settings = dict(max_length=data.max_length, overlength=data.overlength,
-                    image_tags=data.image_tags, blank_images=data.blank_images, uint8=True)
+    settings = dict(
+        max_length=data.max_length,
+        overlength=data.overlength,
+        image_tags=data.image_tags,
+        blank_images=data.blank_images,
+        uint8=True,
+    )
     if folder is not None and (data.bad_samples.max_fraction or data.overlength == "skip"):
-        settings |= dict(skip_bad=min(data.bad_samples.max_fraction or 1e-9, 0.999),
-                         bad_samples=folder/"bad_samples.jsonl")
+        settings |= dict(
+            skip_bad=min(data.bad_samples.max_fraction or 1e-9, 0.999),
+            bad_samples=folder / "bad_samples.jsonl",
+        )
     found = []
     for source in sources:
         try:
@@ -56,8 +64,15 @@ def build_sources(
             found.append(own)
         except (ConfigError, DataError) as error:
             raise type(error)(f"data source {source.path}: {error}") from error
-    return Mixture(found, _source_names(sources), [s.weight for s in sources],
-                   [s.repeat for s in sources], [s.max_samples for s in sources], hflip_prob, seed)
+    return Mixture(
+        found,
+        _source_names(sources),
+        [s.weight for s in sources],
+        [s.repeat for s in sources],
+        [s.max_samples for s in sources],
+        hflip_prob,
+        seed,
+    )
 
 def _source_names(sources) -> list[str]:
     "A name for each source, none twice."
@@ -68,7 +83,8 @@ def _source_names(sources) -> list[str]:
 @dataclass
 class Prepared:
     "What a recipe describes, ready to train."
-    recipe: Recipe             # with the global batch size filled in
+
+    recipe: Recipe  # with the global batch size filled in
     model: VLM
     processor: VLMProcessor
     trainer: VLMTrainer
@@ -77,7 +93,7 @@ class Prepared:
 
 def training_arguments(
     recipe: Recipe,
-    folder: Path, # Of the run
+    folder: Path,  # Of the run
 ) -> VLMTrainingArguments:
     "transformers' arguments of a recipe. Raises `ConfigError`."
     try: return VLMTrainingArguments(output_dir=str(folder), **recipe.training)
@@ -87,36 +103,42 @@ def training_arguments(
 
 def prepare_run(
     recipe: Recipe,
-    folder: Path, # Of the run; checkpoints are written there
-    console: Console | None = None, # Tells what was found; None: nothing is told
-    notes: Path | None = None, # Gets bad_samples.jsonl; None: `folder`
-    check=None, # Called with training and validation data before an image is needed
+    folder: Path,  # Of the run; checkpoints are written there
+    console: Console | None = None,  # Where to print what was found; None: nowhere
+    notes: Path | None = None,  # Gets bad_samples.jsonl; None: `folder`
+    check=None,  # Called with training and validation data before an image is needed
 ) -> Prepared:
     "Model, data and trainer of a recipe, without a step taken."
     args = training_arguments(recipe, folder)
     (notes or folder).mkdir(parents=True, exist_ok=True)
     training = {**recipe.training, "global_batch_size": args.units_per_step}
     recipe, section = replace(recipe, training=training), dict(recipe.model)
-    if recipe.data.template is not None: section["template"] = recipe.data.template
+    if recipe.data.template is not None:
+        section["template"] = recipe.data.template
     model, processor = resolve_model(section, args.seed)
     processor.control_tokens = recipe.data.control_tokens
     lora = None if recipe.lora is None else asdict(recipe.lora)
     if lora is not None:
         with seeded(args.seed): add_lora(model, lora)
     reinit_modules(model, args.reinit_modules, args.seed)
-    build = lambda sources, flips: build_sources(recipe, sources, processor, notes or folder,
-                                                 args.seed, flips)
+
+    def build(sources, flips):
+        return build_sources(recipe, sources, processor, notes or folder, args.seed, flips)
+
     train = build(recipe.data.train, args.hflip_prob)
     if any(s.weight is not None or s.repeat is not None for s in recipe.data.eval):
         raise ConfigError("data.eval: weight and repeat are for training; use max_samples")
     held_out = build(recipe.data.eval, 0.0) if recipe.data.eval else None
-    if held_out is None and str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no":
+    strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
+    if held_out is None and strategy != "no":
         raise ConfigError("training.eval_strategy asks for evaluation; name records in data.eval")
     if len(train) < max(args.world_size, 1):
-        raise ConfigError(f"data.train has {len(train)} record(s) for {args.world_size} processes; "
-                          "start fewer processes")
-    trainer = VLMTrainer(model, args, train, held_out, processor,
-                         base={"section": section, "seed": args.seed, "lora": lora})
+        raise ConfigError(
+            f"data.train has {len(train)} record(s) for {args.world_size} processes; "
+            "start fewer processes"
+        )
+    base = {"section": section, "seed": args.seed, "lora": lora}
+    trainer = VLMTrainer(model, args, train, held_out, processor, base=base)
     if check is not None: check(train, held_out)
     _match_scale(trainer, section)
     return Prepared(recipe, model, processor, trainer, train, held_out)
@@ -124,8 +146,8 @@ def prepare_run(
 def _match_scale(trainer, section):
     "Scale a new projector to the text embeddings, measured on the first records with an image."
     args, data = trainer.args, trainer.train_mixture
-    new = ("preset" in section and not section.get("projector")) or any(
-        name in ("projector", "all") for name in args.reinit_modules)
+    renewed = any(name in ("projector", "all") for name in args.reinit_modules)
+    new = renewed or ("preset" in section and not section.get("projector"))
     wanted = args.match_embedding_scale
     if not (new if wanted is None else wanted): return
     order = data.draws.order(args.seed, 0)
@@ -138,32 +160,44 @@ def _match_scale(trainer, section):
 
 # %% ../../nbs/19_run.ipynb #c007
 def open_run(
-    recipe: Recipe, # With its global batch size
+    recipe: Recipe,  # With its global batch size
     folder: Path,
     resume: bool,
 ) -> None:
     "Make the folder of a new run, or check that this is the run to go on with. `ConfigError`."
-    path = folder/"recipe.yaml"
+    path = folder / "recipe.yaml"
     if resume:
         if not path.is_file():
-            raise ConfigError(f"no run in {str(folder)!r} to resume; leave --resume out to begin one")
-        if (folder/"result.json").is_file():
-            raise ConfigError(f"the run in {str(folder)!r} is finished; train on from it with "
-                              f"model: {{from: {folder}}}")
+            raise ConfigError(
+                f"no run in {str(folder)!r} to resume; leave --resume out to begin one"
+            )
+        if (folder / "result.json").is_file():
+            raise ConfigError(
+                f"the run in {str(folder)!r} is finished; train on from it with "
+                f"model: {{from: {folder}}}"
+            )
         differs = recipe_differences(load_recipe(path), recipe)
         if differs:
-            raise ConfigError(f"the run in {str(folder)!r} was started with other settings: "
-                              f"{'; '.join(differs[:6])}. Resume it with: "
-                              f"vlm-lit train {path} --resume, or choose another --name")
+            raise ConfigError(
+                f"the run in {str(folder)!r} was started with other settings: "
+                f"{'; '.join(differs[:6])}. Resume it with: "
+                f"vlm-lit train {path} --resume, or choose another --name"
+            )
         return
-    if (folder/"result.json").is_file():
-        raise ConfigError(f"{str(folder)!r} holds a finished run; train on from it with "
-                          f"model: {{from: {folder}}}, or choose another --name")
+    if (folder / "result.json").is_file():
+        raise ConfigError(
+            f"{str(folder)!r} holds a finished run; train on from it with "
+            f"model: {{from: {folder}}}, or choose another --name"
+        )
     if path.is_file():
-        raise ConfigError(f"{str(folder)!r} already holds a run; go on with it: "
-                          f"vlm-lit train {path} --resume, or choose another --name")
+        raise ConfigError(
+            f"{str(folder)!r} already holds a run; go on with it: "
+            f"vlm-lit train {path} --resume, or choose another --name"
+        )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{str(folder)!r} is there already and holds no run; choose another --name")
+        raise ConfigError(
+            f"{str(folder)!r} is there already and holds no run; choose another --name"
+        )
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot make the folder {str(folder)!r}: {error.strerror}") from error
@@ -175,10 +209,13 @@ def _told(prepared, console):
     total = sum(p.numel() for p in model.parameters())
     trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
     args = trainer.args
-    console.print(f"{total:,} weights, {trains:,} train ({', '.join(args.trainable_modules)}"
-                  f"{', lora' if has_lora(model) else ''}); {args.units_per_step} per step "
-                  f"({args.batching}) on {max(args.world_size, 1)} process(es), {args.device}",
-                  highlight=False, soft_wrap=True)
+    console.print(
+        f"{total:,} weights, {trains:,} train ({', '.join(args.trainable_modules)}"
+        f"{', lora' if has_lora(model) else ''}); {args.units_per_step} per step "
+        f"({args.batching}) on {max(args.world_size, 1)} process(es), {args.device}",
+        highlight=False,
+        soft_wrap=True,
+    )
     if trainer.meter.peak is None:
         console.print("MFU is left out: this device's peak is not known", highlight=False)
 
@@ -188,24 +225,26 @@ def _check(data, train, held_out, console):
         if mixture is None or not data.check_samples: continue
         found = check_samples(mixture, data.check_samples, data.bad_samples.max_fraction, name=name)
         if console is not None:
-            console.print(format_check(found), highlight=False, markup=False,
-                          soft_wrap=True)
+            console.print(format_check(found), highlight=False, markup=False, soft_wrap=True)
 
 # %% ../../nbs/19_run.ipynb #c009
 def train(
-    recipe: Recipe | str | Path, # Or the path of one
-    folder: str | Path, # Of the run
-    resume: bool = False, # Go on with the run in the folder
-    console: Console | None = None, # Where to tell; None: standard error
-) -> dict: # What result.json holds
+    recipe: Recipe | str | Path,  # Or the path of one
+    folder: str | Path,  # Of the run
+    resume: bool = False,  # Go on with the run in the folder
+    console: Console | None = None,  # Where to tell; None: standard error
+) -> dict:  # What result.json holds
     "A whole run. Raises `ConfigError`, `DataError`, `BadLoss`, and `Interrupted` after a signal."
-    with _terminable() as progress: return _train(recipe, folder, resume, console, progress)
+    with _terminable() as progress:
+        return _train(recipe, folder, resume, console, progress)
 
 @contextmanager
 def _terminable():
     "Before the first step and after the last one a SIGTERM raises `Interrupted`, too."
     progress = {"step": 0}
+
     def stop(number, frame): raise Interrupted(number, progress["step"])
+
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, stop) if is_main else None
     try: yield progress
@@ -217,14 +256,17 @@ def _train(recipe, folder, resume, console, progress):
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     folder, console = Path(folder), console or progress_console()
     args = training_arguments(recipe, folder)
-    is_main, fresh = args.process_index == 0, not (folder/"recipe.yaml").is_file()
-    complete = replace(recipe, training={**recipe.training, "global_batch_size": args.units_per_step})
+    is_main, fresh = args.process_index == 0, not (folder / "recipe.yaml").is_file()
+    training = {**recipe.training, "global_batch_size": args.units_per_step}
+    complete = replace(recipe, training=training)
     if is_main: open_run(complete, folder, resume)
     try:
         prepared = _ready(complete, folder, console if is_main else None)
-        if is_main: _check_records(prepared.train, folder/"data.json", resume)
+        if is_main:
+            _check_records(prepared.train, folder / "data.json", resume)
     except BaseException:
-        if is_main and fresh and not resume: shutil.rmtree(folder, ignore_errors=True)
+        if is_main and fresh and not resume:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
     _steps(prepared, folder, resume, console)
     progress["step"] = prepared.trainer.state.global_step
@@ -232,15 +274,18 @@ def _train(recipe, folder, resume, console, progress):
     except Exception as error:
         reason = write_error(error)
         if reason is None: raise
-        raise ConfigError(f"all steps are taken, but the model cannot be written to {folder}: "
-                          f"{reason}; make room, then go on with --resume") from error
+        raise ConfigError(
+            f"all steps are taken, but the model cannot be written to {folder}: "
+            f"{reason}; make room, then go on with --resume"
+        ) from error
 
 def _ready(recipe, folder, console):
     "A prepared and checked run."
     check = lambda train, held_out: _check(recipe.data, train, held_out, console)
     prepared = prepare_run(recipe, folder, check=check)
     wrong = known_answers(prepared.processor)
-    if wrong: raise DataError(f"the mask of a known conversation is wrong: {wrong[0]}")
+    if wrong:
+        raise DataError(f"the mask of a known conversation is wrong: {wrong[0]}")
     if console is not None: _told(prepared, console)
     return prepared
 
@@ -250,13 +295,17 @@ def _check_records(mixture, path, resume):
     before = read_json(path) if resume and path.is_file() else {}
     for name, now in found.items():
         if before.get(name, now) != now:
-            raise ConfigError(f"data source {name!r} has changed: it had {before[name]}, now {now}; "
-                              "put its records back, or choose another --name")
+            raise ConfigError(
+                f"data source {name!r} has changed: it had {before[name]}, now {now}; "
+                "put its records back, or choose another --name"
+            )
     if not before: write_json(path, found)
 
 def _checksum(records, n=64):
     "Number of records, and a checksum of some, spread over all."
-    some = [records[k*(len(records) - 1)//max(n - 1, 1)] for k in range(n)] if len(records) else []
+    last = len(records) - 1
+    places = [k * last // max(n - 1, 1) for k in range(n)] if len(records) else []
+    some = [records[place] for place in places]
     text = json.dumps(some, sort_keys=True, default=str)
     return f"{len(records)} records, checksum {zlib.crc32(text.encode()):08x}"
 
@@ -264,8 +313,9 @@ def _steps(prepared, folder, resume, console):
     "Take the steps."
     trainer = prepared.trainer
     stop = StopOnSignal(agree=trainer.largest)
-    progress, metrics = ConsoleProgress(console), MetricsFile(folder/"metrics.jsonl", trainer.meter)
-    callbacks = (metrics, progress, stop, LossGuard(trainer, folder/"bad_steps.jsonl"))
+    progress = ConsoleProgress(console)
+    metrics = MetricsFile(folder / "metrics.jsonl", trainer.meter)
+    callbacks = (metrics, progress, stop, LossGuard(trainer, folder / "bad_steps.jsonl"))
     for callback in callbacks: trainer.add_callback(callback)
     if prepared.eval is not None and prepared.recipe.data.eval_samples:
         trainer.answer_metrics = lambda: _answers(prepared)
@@ -284,7 +334,7 @@ def _steps(prepared, folder, resume, console):
 
 def _is_done(checkpoint):
     "Whether a checkpoint is the last one of its run."
-    state = read_json(Path(checkpoint)/"trainer_state.json")
+    state = read_json(Path(checkpoint) / "trainer_state.json")
     return state["global_step"] >= state["max_steps"]
 
 def _answers(prepared) -> dict[str, float]:
@@ -294,19 +344,22 @@ def _answers(prepared) -> dict[str, float]:
         found = [{"exact": _exact(sum(_answered(prepared), []))}]
     return broadcast_object_list(found)[0] if prepared.trainer.args.world_size > 1 else found[0]
 
-def _answered(prepared) -> list[list[dict]]: # For each source of validation
+def _answered(prepared) -> list[list[dict]]:  # For each source of validation
     "Predictions for a fixed sample of the validation records, each source with its share."
     data, n = prepared.eval, prepared.recipe.data.eval_samples
-    own = [[data.place(i)[1] for i in data.kept if data.place(i)[0] == k]
-           for k in range(len(data.datasets))]
-    chosen = [[numbers[j] for j in fixed_sample(len(numbers), max(1, round(n*len(numbers)
-              / len(data.kept))))] for numbers in own]
-    return [evaluate(prepared.model, None, dataset, indices=numbers, strict=False,
-                     show=False)["predictions"] for dataset, numbers in zip(data.datasets, chosen)]
+    places = [data.place(i) for i in data.kept]
+    answered = []
+    for k, dataset in enumerate(data.datasets):
+        numbers = [place[1] for place in places if place[0] == k]
+        share = max(1, round(n * len(numbers) / len(data.kept)))
+        chosen = [numbers[j] for j in fixed_sample(len(numbers), share)]
+        found = evaluate(prepared.model, None, dataset, indices=chosen, strict=False, show=False)
+        answered.append(found["predictions"])
+    return answered
 
 def _exact(rows) -> float:
     "Share of exact answers."
-    return sum(row["scores"]["exact"] for row in rows)/len(rows)
+    return sum(row["scores"]["exact"] for row in rows) / len(rows)
 
 # %% ../../nbs/19_run.ipynb #c011
 def _finish(prepared, folder) -> dict:
@@ -314,22 +367,26 @@ def _finish(prepared, folder) -> dict:
     trainer, model = prepared.trainer, prepared.model
     if trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint:
         trainer._load_best_model()
-    rows = read_metrics(folder/"metrics.jsonl")
+    rows = read_metrics(folder / "metrics.jsonl")
     result = _result(prepared, rows)
-    if prepared.eval is not None: result["validation"] = _validate(prepared, folder)
+    if prepared.eval is not None:
+        result["validation"] = _validate(prepared, folder)
     if has_lora(model): merge_lora(model)
-    model.to("cpu").float() if trainer.args.bf16 else model.to("cpu")
+    model.to("cpu")
+    if trainer.args.bf16: model.float()
     prepared.processor.set_generation_config(model)
-    part = folder/".model"
-    for rest in (part, folder/".saving"): shutil.rmtree(rest, ignore_errors=True)
+    part = folder / ".model"
+    for rest in (part, folder / ".saving"):
+        shutil.rmtree(rest, ignore_errors=True)
     save_model(model, part)
     prepared.processor.save_pretrained(part)
     if {"projector", "mining", "all"} & set(trainer.args.trainable_modules):
-        save_projector(model, folder/"mm_projector.bin")
-    shutil.rmtree(folder/"model", ignore_errors=True)
-    part.rename(folder/"model")
-    if plots := _plots(): plots.plot_curves(rows).savefig(folder/"curves.png", dpi=120)
-    write_json(folder/"result.json", result)
+        save_projector(model, folder / "mm_projector.bin")
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    part.rename(folder / "model")
+    if plots := _plots():
+        plots.plot_curves(rows).savefig(folder / "curves.png", dpi=120)
+    write_json(folder / "result.json", result)
     return result
 
 def _plots():
@@ -343,18 +400,23 @@ def _result(prepared, rows) -> dict:
     logged = [row for row in rows if "loss" in row]
     seconds = sum(row.get("seconds", 0) for row in logged)
     best = prepared.trainer.state.best_global_step
-    return {"steps": prepared.trainer.state.global_step, "loss": logged[-1]["loss"] if logged else None,
-            "train_seconds": round(seconds, 1), "best_step": best or None,
-            "supervised_tokens": sum(row.get("supervised_tokens", 0) for row in logged),
-            "samples": sum(row.get("samples", 0) for row in logged),
-            "model": prepared.recipe.model, "environment": environment_info()}
+    return {
+        "steps": prepared.trainer.state.global_step,
+        "loss": logged[-1]["loss"] if logged else None,
+        "train_seconds": round(seconds, 1),
+        "best_step": best or None,
+        "supervised_tokens": sum(row.get("supervised_tokens", 0) for row in logged),
+        "samples": sum(row.get("samples", 0) for row in logged),
+        "model": prepared.recipe.model,
+        "environment": environment_info(),
+    }
 
 def _validate(prepared, folder) -> dict:
     "Loss and answers of the final weights on the validation records, with a sheet of samples."
     trainer = prepared.trainer
     trainer.answer_metrics = None
     loss = None
-    if trainer.args.world_size <= 1:                 # the other processes are gone; not logged
+    if trainer.args.world_size <= 1:  # the other processes are gone; not logged
         held_out = trainer.evaluation_loop(trainer.get_eval_dataloader(), "validation")
         loss = held_out.metrics["eval_loss"]
     if not prepared.recipe.data.eval_samples: return {"loss": loss}
@@ -362,7 +424,7 @@ def _validate(prepared, folder) -> dict:
     rows = sum(answered, [])
     if plots := _plots():
         figure = plots.plot_samples(answered[0], prepared.eval.datasets[0])
-        figure.savefig(folder/"samples.png", dpi=120)
+        figure.savefig(folder / "samples.png", dpi=120)
     kinds = sorted({row["type"] for row in rows if "type" in row})
     by_type = {kind: _exact([row for row in rows if row.get("type") == kind]) for kind in kinds}
     return {"loss": loss, "n": len(rows), "exact": _exact(rows), "exact_by_type": by_type}
