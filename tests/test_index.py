@@ -2,7 +2,6 @@
 import json, tempfile
 from pathlib import Path
 from fastcore.test import test_eq
-from vlm_lit.processor import VLMProcessor
 
 def setup_module():
     global results, root
@@ -10,11 +9,9 @@ def setup_module():
     results = root/"benchmarks/results"
 
 def test_ten_lines_of_the_readme():
-    from vlm_lit.debug.breakpoints import Breakpoint
-    from vlm_lit.data.dataset import LazySupervisedDataset
+    from vlm_lit import Breakpoint, LazySupervisedDataset, VLMProcessor
+    from vlm_lit import load_tokenizer, preprocess
     from vlm_lit.images import sample_image
-    from vlm_lit.text.labels import preprocess
-    from vlm_lit.text.tokenizer import load_tokenizer
     folder = Path(tempfile.mkdtemp())
     sample_image().save(folder/"photo.png")
     record = {"id": "seed", "image": "photo.png", "conversations": [

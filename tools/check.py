@@ -69,7 +69,24 @@ def check_lint():
     code, text = sh(BIN/"ruff", "check", "--no-cache", "--quiet", ".")
     return text if code else ""
 
-CHECKS = [check_lint, check_export, check_clean, check_outputs, check_derived, check_readme]
+WORDS = {      # words that have a better one in this field
+    "picture": "image", "pictures": "images", "anew": "again", "told": "shown, known",
+    "beside": "next to, besides", "behind": "after",
+}
+
+def check_words():
+    "Code, docstrings and messages use the field's words."
+    pattern, found = re.compile(rf"\b({'|'.join(WORDS)})\b"), []
+    for path in sorted((build.ROOT/"vlm_lit").rglob("*.py")):
+        if path.name == "_modidx.py": continue
+        # the first line is the notebook's promise, which is prose
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[1:], 2):
+            for word in pattern.findall(line):
+                place = f"{path.relative_to(build.ROOT)}:{number}"
+                found.append(f"{place}: {word!r}; better: {WORDS[word]}")
+    return "\n".join(found)
+
+CHECKS = [check_lint, check_words, check_export, check_clean, check_outputs, check_derived, check_readme]
 
 def run_all(workers, slow):
     """Every notebook from top to bottom, its marked cells being tests; then the same tests as they

@@ -22,6 +22,7 @@ from ..core import ConfigError, nearest
 from ..data.collator import DataCollatorForSupervisedDataset
 from ..debug.breakpoints import same_randomness
 from ..data.mixture import Mixture
+from ..data.dataset import one_thread
 from ..data.samplers import GlobalBatchSampler
 from ..text.encode import pad_id
 from ..models.speed import compile_layers
@@ -127,8 +128,7 @@ def _one_thread(worker):
     "Keep a loader worker to one thread, and signals to the process that saves."
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(1)
+    one_thread(worker)
 
 def _batches(numbers, size):
     "Numbers of records, as `(0, number)`, in batches."
