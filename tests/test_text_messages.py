@@ -5,9 +5,15 @@ from fastcore.test import test_eq, expect_fail
 from vlm_lit.text.messages import *
 
 def test_records_of_all_forms_become_llava_records():
-    llava = {"id": "a", "image": "x.png", "conversations": [
-        {"from": "system", "value": "Be brief."}, {"from": "human", "value": "<image>What is this?"},
-        {"from": "gpt", "value": "A cat"}]}
+    llava = {
+        "id": "a",
+        "image": "x.png",
+        "conversations": [
+            {"from": "system", "value": "Be brief."},
+            {"from": "human", "value": "<image>What is this?"},
+            {"from": "gpt", "value": "A cat"},
+        ],
+    }
     test_eq(read_record({**llava, "image": ["x.png"]}), llava)
     test_eq(read_record({**llava, "image": ["x.png", "y.png"]})["image"], ["x.png", "y.png"])
     described = {**llava, "type": "color", "source": "web"}
@@ -17,40 +23,57 @@ def test_records_of_all_forms_become_llava_records():
     def chat(part, content=None, key="messages", **extra):
         question = [part, {"type": "text", "text": "What is this?"}] if part else content
         answer = [{"type": "text", "text": "A "}, {"type": "text", "text": "cat"}]
-        return {"id": "a", **extra, key: [{"role": "system", "content": "Be brief."},
-                {"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        messages = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+        return {"id": "a", **extra, key: messages}
 
-    forms = [llava, chat({"type": "image", "image": "x.png"}),
-             chat({"type": "image", "image": None, "path": "x.png"}),
-             chat({"type": "image_url", "image_url": {"url": "x.png"}}),
-             chat({"type": "image"}, images=["x.png"]),
-             chat({"type": "image", "text": None}, key="conversations", image=["x.png"]),
-             chat(None, "<image>What is this?", images=["x.png"])]
+    forms = [
+        llava,
+        chat({"type": "image", "image": "x.png"}),
+        chat({"type": "image", "image": None, "path": "x.png"}),
+        chat({"type": "image_url", "image_url": {"url": "x.png"}}),
+        chat({"type": "image"}, images=["x.png"]),
+        chat({"type": "image", "text": None}, key="conversations", image=["x.png"]),
+        chat(None, "<image>What is this?", images=["x.png"]),
+    ]
     for form in forms: test_eq(read_record(form), llava)
     without = {"image": "p.png", "conversations": []}
     test_eq(read_record(without, 7), {"id": 7, **without})
-    names = [image_names(read_record({"image": i, "conversations": []})) for i in ("p", ["p", "q"], None, [])]
+    records = [{"image": image, "conversations": []} for image in ("p", ["p", "q"], None, [])]
+    names = [image_names(read_record(record)) for record in records]
     test_eq(names, [["p"], ["p", "q"], [], []])
 
 def test_records_that_cannot_be_read_say_why():
     IMAGE, TEXT = {"type": "image", "image": "x.png"}, {"type": "text", "text": "q"}
 
     def user(*parts, **extra):
-        return {"id": 7, **extra, "messages": [{"role": "user", "content": list(parts)},
-                                               {"role": "assistant", "content": "a"}]}
+        question, answer = (
+            {"role": "user", "content": list(parts)},
+            {"role": "assistant", "content": "a"},
+        )
+        return {"id": 7, **extra, "messages": [question, answer]}
 
     def turn(role, content, **extra):
-        return {"id": 7, "messages": [{"role": "user", "content": "q"},
-                                      {"role": role, "content": content, **extra}]}
+        own = {"role": role, "content": content, **extra}
+        return {"id": 7, "messages": [{"role": "user", "content": "q"}, own]}
 
-    greeting = [{"from": "gpt", "value": "see <image>"}, {"from": "human", "value": "q"},
-                {"from": "gpt", "value": "a"}]
+    greeting = [
+        {"from": "gpt", "value": "see <image>"},
+        {"from": "human", "value": "q"},
+        {"from": "gpt", "value": "a"},
+    ]
+    bare = {"id": 7, "conversations": []}
     spelled = {"type": "text", "text": "a <image>"}
     url = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
     wrong = {
         "record 0: a record must be a JSON object": [3],
-        "record 7: no 'conversations' and no 'messages'; the record has ['id', 'image']":
-            {"id": 7, "image": "x.png"},
+        "record 7: no 'conversations' and no 'messages'; the record has ['id', 'image']": {
+            "id": 7,
+            "image": "x.png",
+        },
         "record 7: a conversation must be a list": {"id": 7, "conversations": "q"},
         "record 0: 'id' must be": {"id": [1], "conversations": []},
         "record 7: 'type' must be a text, got list": {"id": 7, "conversations": [], "type": ["color"]},
@@ -59,11 +82,9 @@ def test_records_that_cannot_be_read_say_why():
         "record 7: an image must be given as a path": {"id": 7, "image": 3, "conversations": []},
         "record 7: an image must": {"id": 7, "image": ["x", ""], "conversations": []},
         "record 7: an image path holds half": {"id": 7, "image": "\ud83d", "conversations": []},
-        "record 7: image 'https://x/y.png' is an address":
-            {"id": 7, "image": "https://x/y.png", "conversations": []},
+        "record 7: image 'https://x/y.png' is an address": {**bare, "image": "https://x/y.png"},
         "record 7, turn 0: image 'data:": user(url),
-        "record 7: both 'image' and 'images'":
-            {"id": 7, "image": "x", "images": ["x"], "conversations": []},
+        "record 7: both 'image' and 'images'": {**bare, "image": "x", "images": ["x"]},
         "record 7: some images are named in": user(IMAGE, TEXT, image="y.png"),
         "record 7: some images are named": user(IMAGE, {"type": "image"}, TEXT),
         "record 7: the messages hold 1 image(s), and 'image' names 0": user({"type": "image"}, TEXT),
@@ -76,8 +97,11 @@ def test_records_that_cannot_be_read_say_why():
         "record 7, turn 1: the turn has 'tool_calls'": turn("assistant", "a", tool_calls=[{"id": 1}]),
         "record 7, turn 1: the turn has 'refusal'": turn("assistant", "a", refusal="no"),
         "record 7, turn 1: an image in a turn of 'gpt'": turn("assistant", [IMAGE]),
-        "record 7, turn 0: the turn answers nothing":
-            {"id": 7, "image": "x.png", "conversations": greeting},
+    }
+    wrong["record 7, turn 0: the turn answers nothing"] = {
+        "id": 7,
+        "image": "x.png",
+        "conversations": greeting,
     }
     for message, record in wrong.items():
         with expect_fail(DataError, contains=message): read_record(record)

@@ -12,20 +12,22 @@ from ..core import IMAGE_TOKEN, DataError
 # %% ../../nbs/03a_messages.ipynb #c006
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 UNSUPPORTED_KEYS = ("tool_calls", "function_call", "refusal", "weight")
-EMPTY = (None, [], 1, "")       # values of these keys that change nothing
+EMPTY = (None, [], 1, "")  # values of these keys that change nothing
 
 def check_path(
-    path,                       # What a record gives as an image
-    record,                     # The record's id, for messages
-    turn: int | None = None,    # The turn it is in, if it is in one
-) -> str:                       # The same path
+    path,  # What a record gives as an image
+    record,  # The record's id, for messages
+    turn: int | None = None,  # The turn it is in, if it is in one
+) -> str:  # The same path
     "Raise `DataError` unless an image is given by a path."
     if not isinstance(path, str) or not path:
         message = f"an image must be given as a path or a list of paths, got {str(path)[:40]!r}"
         raise DataError(message, record, turn)
     if re.match(r"data:|\w+://", path):
-        message = (f"image {path[:40]!r} is an address, not a path; save the image as a file in "
-                   "the image folder and give its path")
+        message = (
+            f"image {path[:40]!r} is an address, not a path; save the image as a file in "
+            "the image folder and give its path"
+        )
         raise DataError(message, record, turn)
     return _check_utf8(path, "an image path", record, turn)
 
@@ -33,31 +35,36 @@ def _check_utf8(text: str, what: str, record, turn: int | None = None) -> str:
     "The same text. Raises `DataError` if UTF-8 cannot hold it."
     try: text.encode("utf-8")
     except UnicodeEncodeError:
-        message = (f"{what} holds half a character (a lone surrogate such as \\ud83d); repair the "
-                   "escape in the file")
+        message = (
+            f"{what} holds half a character (a lone surrogate such as \\ud83d); repair the "
+            "escape in the file"
+        )
         raise DataError(message, record, turn) from None
     return text
 
 def _read_part(
-    part,       # One entry of a message's content
-    record,     # The record's id, for messages
+    part,  # One entry of a message's content
+    record,  # The record's id, for messages
     turn: int,  # The turn it is in
 ) -> tuple[str | None, str | None]:  # Text and None; None and an image's path; or None twice
     "A part of a message: a text or an image. An image that the record names elsewhere has no path."
     given = isinstance(part, dict)
     part = {k: v for k, v in part.items() if v is not None} if given else {}
     kind, url = part.get("type"), part.get("image_url")
-    if kind == "text" and isinstance(part.get("text"), str): return part["text"], None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"], None
     if kind not in ("image", "image_url"):
-        message = ("a part of a message must be {'type': 'text', 'text': …} or "
-                   f"{{'type': 'image', 'image': path}}, got {str(part)[:60]}")
+        message = (
+            "a part of a message must be {'type': 'text', 'text': …} or "
+            f"{{'type': 'image', 'image': path}}, got {str(part)[:60]}"
+        )
         raise DataError(message, record, turn)
     if isinstance(url, dict): url = url.get("url")
     path = part.get("image", part.get("path", url))
     return None, path if path is None else check_path(path, record, turn)
 
 def _read_turn(
-    turn,    # `from` and `value`, or `role` and `content`
+    turn,  # `from` and `value`, or `role` and `content`
     record,  # The record's id, for messages
     n: int,  # Its place in the conversation
 ) -> tuple[str, list[tuple]]:  # Role, and the parts from `_read_part`
@@ -66,16 +73,19 @@ def _read_turn(
     keys = ("from", "value") if "from" in turn else ("role", "content")
     role, content = turn.get(keys[0]), turn.get(keys[1])
     if not isinstance(role, str) or not isinstance(content, (str, list)):
-        message = ("a turn must be {'from': …, 'value': text} or {'role': …, 'content': text or "
-                   "parts}")
+        message = (
+            "a turn must be {'from': …, 'value': text} or {'role': …, 'content': text or parts}"
+        )
         raise DataError(message, record, n, "roles")
     if role not in ROLES:
         message = f"unknown role {role!r}; there are: {', '.join(map(repr, ROLES))}"
         raise DataError(message, record, n, "roles")
     unsupported = [key for key in UNSUPPORTED_KEYS if turn.get(key) not in EMPTY]
     if unsupported:
-        message = (f"the turn has {unsupported[0]!r}, which is not supported and would be lost; "
-                   "leave the record or the key out")
+        message = (
+            f"the turn has {unsupported[0]!r}, which is not supported and would be lost; "
+            "leave the record or the key out"
+        )
         raise DataError(message, record, n)
     if isinstance(content, str): parts = [(content, None)]
     else: parts = [_read_part(part, record, n) for part in content]
@@ -84,10 +94,10 @@ def _read_turn(
 
 # %% ../../nbs/03a_messages.ipynb #c008
 def _one_of(
-    raw: dict,   # A record as it was read
+    raw: dict,  # A record as it was read
     names: tuple[str, str],  # Two keys with the same meaning
-    record,      # The record's id, for messages
-):               # None if neither has a value
+    record,  # The record's id, for messages
+):  # None if neither has a value
     "The value of the key that is there."
     found = [raw[name] for name in names if raw.get(name) is not None]
     if len(found) > 1:
@@ -96,11 +106,16 @@ def _one_of(
 
 def _part_images(
     turns: list[tuple[str, list[tuple]]],  # From `_read_turn`
-    record,                                # The record's id, for messages
+    record,  # The record's id, for messages
 ) -> list[str | None]:  # Paths; None for a part that names none
-    "Images among the parts of messages, in order. Raises `DataError` if a text spells a tag as well."
-    images = [(n, role, path) for n, (role, parts) in enumerate(turns)
-              for text, path in parts if text is None]
+    """Images among the parts of messages, in order. Raises `DataError` if a text spells a tag as
+    well."""
+    images = [
+        (n, role, path)
+        for n, (role, parts) in enumerate(turns)
+        for text, path in parts
+        if text is None
+    ]
     for n, role, _ in images:
         if role != "human":
             message = f"an image in a turn of {role!r}; images belong into the user's turns"
@@ -108,60 +123,72 @@ def _part_images(
     texts = [(n, text) for n, (_, parts) in enumerate(turns) for text, _ in parts if text]
     for n, text in texts:
         if images and IMAGE_TOKEN in text:
-            message = (f"the text spells {IMAGE_TOKEN} in a record whose images are parts of "
-                       "messages; it would stand for one image more")
+            message = (
+                f"the text spells {IMAGE_TOKEN} in a record whose images are parts of "
+                "messages; it would stand for one image more"
+            )
             raise DataError(message, record, n)
     return [path for *_, path in images]
 
 def _text_keys(
     raw: dict,  # A record as it was read
-    record,     # The record's id, for messages
+    record,  # The record's id, for messages
 ) -> dict[str, str]:  # Those of `type` and `source` that are given
     "What a record says about itself: the kind of its question, and where it comes from."
     found = {key: raw[key] for key in ("type", "source") if raw.get(key) is not None}
     for key, value in found.items():
         if not isinstance(value, str):
-            message = f"{key!r} must be a text, got {type(value).__name__}; make it one, or rename the key"
+            message = (
+                f"{key!r} must be a text, got {type(value).__name__}; make it one, or rename the "
+                "key"
+            )
             raise DataError(message, record)
         _check_utf8(value, repr(key), record)
     return found
 
 def _image_paths(
-    raw: dict,    # A record as it was read
+    raw: dict,  # A record as it was read
     turns: list,  # From `_read_turn`
-    record,       # The record's id, for messages
+    record,  # The record's id, for messages
 ) -> list[str]:
     "Paths of a record's images, from `image` or from the parts of its messages."
     images = _one_of(raw, ("image", "images"), record)
-    if not isinstance(images, list): images = [] if images is None else [images]
+    if not isinstance(images, list):
+        images = [] if images is None else [images]
     paths = [check_path(path, record) for path in images]
     inside = _part_images(turns, record)
     if any(inside) and (paths or not all(inside)):
-        message = ("some images are named in the messages and some are not; name all of them "
-                   "there, or all in 'image'")
+        message = (
+            "some images are named in the messages and some are not; name all of them "
+            "there, or all in 'image'"
+        )
         raise DataError(message, record)
     if inside and not any(inside) and len(inside) != len(paths):
-        message = (f"the messages hold {len(inside)} image(s), and 'image' names {len(paths)}; "
-                   "name each of them")
+        message = (
+            f"the messages hold {len(inside)} image(s), and 'image' names {len(paths)}; "
+            "name each of them"
+        )
         raise DataError(message, record)
     return paths or [path for path in inside if path]
 
 def _check_first_turn(
     conversations: list[dict],  # In LLaVA's form
-    record,                     # The record's id, for messages
+    record,  # The record's id, for messages
 ) -> None:
     "Raise `DataError` if the turn that the path drops, an answer to nothing, holds an image."
     first = int(conversations[:1] != [] and conversations[0]["from"] == "system")
-    for turn in conversations[first:first + 1]:
+    for turn in conversations[first : first + 1]:
         if turn["from"] == "gpt" and IMAGE_TOKEN in turn["value"]:
-            message = ("the turn answers nothing and would be dropped, and with it its image; "
-                       "move the tag into the question")
+            message = (
+                "the turn answers nothing and would be dropped, and with it its image; "
+                "move the tag into the question"
+            )
             raise DataError(message, record, first)
 
 def read_record(
-    raw,         # One record as its file has it
+    raw,  # One record as its file has it
     n: int = 0,  # Its place in the file, counted from 0: its id when it has none
-) -> dict:       # `id`, `conversations`, and `image`, `type` and `source` if given
+) -> dict:  # `id`, `conversations`, and `image`, `type` and `source` if given
     "A record of any form in LLaVA's form. Raises `DataError` with record and turn."
     if not isinstance(raw, dict):
         raise DataError(f"a record must be a JSON object, got {type(raw).__name__}", n)
@@ -186,7 +213,7 @@ def read_record(
 
 def image_names(
     record: dict,  # From `read_record`
-) -> list[str]:    # Empty for a record of text only
+) -> list[str]:  # Empty for a record of text only
     "The record's image paths."
     image = record.get("image")
     if image is None: return []
