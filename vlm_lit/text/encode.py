@@ -15,58 +15,64 @@ from .labels import check_turns, generation_ids, preprocess
 
 # %% ../../nbs/05a_encode.ipynb #c005
 def encode_records(
-    records: list[dict],            # From `read_record`
-    tokenizer,                      # A fast Hugging Face tokenizer
-    template: str = "gemma",        # A name in `conv_templates`, or "hf"
-    control_tokens: str = "refuse", # As in `preprocess`
-    image_tags: str = "keep",       # As in `preprocess_multimodal`
-) -> list[dict[str, torch.Tensor]]: # For each `input_ids`, `labels` and `segments`, each (seq_len,)
+    records: list[dict],  # From `read_record`
+    tokenizer,  # A fast Hugging Face tokenizer
+    template: str = "gemma",  # A name in `conv_templates`, or "hf"
+    control_tokens: str = "refuse",  # As in `preprocess`
+    image_tags: str = "keep",  # As in `preprocess_multimodal`
+    # For each `input_ids`, `labels` and `segments`, each (seq_len,)
+) -> list[dict[str, torch.Tensor]]:
     "Ids, labels and segments of records in one call of the tokenizer; opens no image."
     names = [record["id"] for record in records]
     n_images = [len(image_names(record)) for record in records]
     conversations = [record["conversations"] for record in records]
-    for name, turns in zip(names, conversations): check_turns(turns, name)   # before the texts are read
+    # before the texts are read
+    for name, turns in zip(names, conversations): check_turns(turns, name)
     moved = preprocess_multimodal(conversations, image_tags, mmtag="mmtag" in template)
     sources = [own if n else turns for own, turns, n in zip(moved, conversations, n_images)]
     has_image = [n > 0 for n in n_images]
-    data = preprocess(sources, tokenizer, template, has_image, control_tokens, records=names,
-                      return_segments=True)
+    data = preprocess(
+        sources, tokenizer, template, has_image, control_tokens, records=names, return_segments=True
+    )
     for name, source, n in zip(names, sources, n_images):
         if n: check_image_count(source, n, record=name)
     return [dict(zip(data, text)) for text in zip(*data.values())]
 
 def bisect_failures(
     items: list,
-    work,     # Called with some items; returns one result each, or raises `DataError`
-) -> list:    # For each item its result, or the `DataError`
+    work,  # Called with some items; returns one result each, or raises `DataError`
+) -> list:  # For each item its result, or the `DataError`
     "Work on all items at once; one that fails does not affect the others."
     try: return work(items) if items else []
     except DataError as e: error = e
     if len(items) == 1: return [error]
-    half = len(items)//2
+    half = len(items) // 2
     return bisect_failures(items[:half], work) + bisect_failures(items[half:], work)
 
 # %% ../../nbs/05a_encode.ipynb #c008
 def prompt_ids(
-    record: dict,                    # From `read_record`, ending in a question
-    tokenizer,                       # A fast Hugging Face tokenizer
-    template: str = "gemma",         # A name in `conv_templates`, or "hf"
+    record: dict,  # From `read_record`, ending in a question
+    tokenizer,  # A fast Hugging Face tokenizer
+    template: str = "gemma",  # A name in `conv_templates`, or "hf"
     control_tokens: str = "refuse",  # What to do with control tokens in messages
-) -> torch.LongTensor:               # (seq_len,)
+) -> torch.LongTensor:  # (seq_len,)
     "The ids of a conversation, up to where the answer begins."
-    source, n_images, name = record["conversations"], len(image_names(record)), record["id"]
+    source = record["conversations"]
+    n_images = len(image_names(record))
+    name = record["id"]
     check_turns(source, name)
     if n_images:
         check_image_count(source, n_images, name)
         source = preprocess_multimodal([source], mmtag="mmtag" in template)[0]
-    try: return generation_ids(source, tokenizer, template, n_images > 0, control_tokens)
+    try:
+        return generation_ids(source, tokenizer, template, n_images > 0, control_tokens)
     except DataError as e: raise e.at(name)
 
 # %% ../../nbs/05a_encode.ipynb #c013
 def stop_ids(
-    tokenizer,                # A fast Hugging Face tokenizer
+    tokenizer,  # A fast Hugging Face tokenizer
     template: str = "gemma",  # The one the model was trained with
-) -> list[int]:               # Any of them ends an answer
+) -> list[int]:  # Any of them ends an answer
     "The first token that is supervised after an answer and is no space, and EOS."
     turns = [{"from": "human", "value": f"{IMAGE_TOKEN}\nHi"}, {"from": "gpt", "value": "a"}]
     out = preprocess([turns], tokenizer, template, return_segments=True)
@@ -83,9 +89,9 @@ def pad_id(
     return next(i for i in known if i is not None)
 
 def cut_at_stop(
-    ids,               # What a model wrote, list or tensor
+    ids,  # What a model wrote, list or tensor
     stops: list[int],  # From `stop_ids`
-) -> list[int]:        # Without the stop token and what follows it
+) -> list[int]:  # Without the stop token and what follows it
     "An answer's own ids."
     ids = ids.tolist() if torch.is_tensor(ids) else list(ids)
-    return ids[:next((n for n, i in enumerate(ids) if i in stops), len(ids))]
+    return ids[: next((n for n, i in enumerate(ids) if i in stops), len(ids))]
