@@ -15,28 +15,55 @@ from vlm_lit.image_processor import *
 
 def test_image_processor_is_the_image_path():
     photo, other = sample_image(500, 375), sample_image(40, 90)
-    for settings in ({}, {"aspect": "pad", "image_size": 42, "image_size_aux": 96},
-                     {"image_size": 42, "image_size_aux": 96, "image_grid": 2, "image_global": True,
-                      "image_mean": (.1, .2, .3), "image_std": (.4, .5, .6)}):
+    for settings in (
+        {},
+        {"aspect": "pad", "image_size": 42, "image_size_aux": 96},
+        {
+            "image_size": 42,
+            "image_size_aux": 96,
+            "image_grid": 2,
+            "image_global": True,
+            "image_mean": (0.1, 0.2, 0.3),
+            "image_std": (0.4, 0.5, 0.6),
+        },
+    ):
         own = VLMImageProcessor(**settings)
         out = own([photo, other])
         names = {"image_mean": "mean", "image_std": "std"}
-        want = prepare_image(other, **{names.get(k, k): v for k, v in {"image_size": 336, "image_size_aux": 768, **settings}.items()})
-        assert torch.equal(out["images"][1], want["image"]) and torch.equal(out["images_aux"][1], want["image_aux"])
+        want = prepare_image(
+            other,
+            **{
+                names.get(k, k): v
+                for k, v in {"image_size": 336, "image_size_aux": 768, **settings}.items()
+            },
+        )
+        assert torch.equal(out["images"][1], want["image"])
+        assert torch.equal(out["images_aux"][1], want["image_aux"])
         raw = own(photo, as_bytes=True)["images_aux"]
-        assert raw.dtype == torch.uint8 and torch.equal(own.normalize_square(raw)[0], out["images_aux"][0])
-    test_eq([VLMImageProcessor(**s).num_image_tokens for s in ({}, {"image_size": 30}, {"image_size": 28, "image_grid": 2}, {"num_image_tokens": 16})], [576, None, 16, 16])
+        assert raw.dtype == torch.uint8
+        assert torch.equal(own.normalize_square(raw)[0], out["images_aux"][0])
+    several = ({}, {"image_size": 30}, {"image_size": 28, "image_grid": 2}, {"num_image_tokens": 16})
+    found = [VLMImageProcessor(**s).num_image_tokens for s in several]
+    test_eq(found, [576, None, 16, 16])
 
 def test_image_settings_come_back_from_a_folder():
     folder = Path(tempfile.mkdtemp())
-    own = VLMImageProcessor(image_size=28, image_size_aux=56, aspect="pad", image_mean=[.5]*3, num_image_tokens=7)
+    own = VLMImageProcessor(
+        image_size=28, image_size_aux=56, aspect="pad", image_mean=[0.5] * 3, num_image_tokens=7
+    )
     own.save_pretrained(folder)
-    print(sorted(p.name for p in folder.iterdir()), sorted(json.loads((folder/"preprocessor_config.json").read_text())))
+    kept = json.loads((folder / "preprocessor_config.json").read_text())
+    print(sorted(p.name for p in folder.iterdir()), sorted(kept))
     again = VLMImageProcessor.from_pretrained(folder)
     test_eq(again.to_dict(), own.to_dict())
-    test_eq((again.aspect, again.image_mean, again.num_image_tokens), ("pad", [.5]*3, 7))
-    for wrong, message in [({"aspect": "round"}, "aspect must be one of"), ({"image_size": 0}, "image sizes must be at least 1"),
-                           ({"image_size": 28, "image_global": True}, "image_global needs an image_grid")]:
+    test_eq((again.aspect, again.image_mean, again.num_image_tokens), ("pad", [0.5] * 3, 7))
+    for wrong, message in [
+        ({"aspect": "round"}, "aspect must be one of"),
+        ({"image_size": 0}, "image sizes must be at least 1"),
+        ({"image_size": 28, "image_global": True}, "image_global needs an image_grid"),
+    ]:
         with expect_fail(ConfigError, contains=message): VLMImageProcessor(**wrong)
-    with expect_fail(ConfigError, contains="must be 'pt'"): own(sample_image(), return_tensors="np")
-    with expect_fail(ConfigError, contains="no argument 'do_resize'"): own(sample_image(), do_resize=False)
+    with expect_fail(ConfigError, contains="must be 'pt'"):
+        own(sample_image(), return_tensors="np")
+    with expect_fail(ConfigError, contains="no argument 'do_resize'"):
+        own(sample_image(), do_resize=False)

@@ -17,59 +17,73 @@ from .images import grid_crops, make_square, normalise, read_image, rows_per_ima
 # %% ../nbs/06a_image_processor.ipynb #c005
 class VLMImageProcessor(BaseImageProcessor):
     "Images of any form as a model takes them; the one home of all image settings."
+
     model_input_names = ["images_aux", "images"]
 
-    def __init__(self,
-        image_size: int = 336,            # Pixels of the small square, or of a crop
-        image_size_aux: int = 768,        # Pixels of the large square
-        aspect: str = "square",           # "square": cut the middle out; "pad": bars in the mean color
-        image_mean=OPENAI_CLIP_MEAN,      # Of each channel, 0 to 1
-        image_std=OPENAI_CLIP_STD,        # Of each channel, 0 to 1
-        image_grid: int = 1,              # Crops along a side; `image_size_aux` is as many times larger
-        image_global: bool = False,       # Whether the whole image follows the crops
-        num_image_tokens: int | None = None,  # Of one image; None: one per 14 x 14 pixels of every crop
-        **kwargs,                         # For transformers
+    def __init__(
+        self,
+        image_size: int = 336,  # Pixels of the small square, or of a crop
+        image_size_aux: int = 768,  # Pixels of the large square
+        aspect: str = "square",  # "square": cut the middle out; "pad": bars in the mean color
+        image_mean=OPENAI_CLIP_MEAN,  # Of each channel, 0 to 1
+        image_std=OPENAI_CLIP_STD,  # Of each channel, 0 to 1
+        image_grid: int = 1,  # Crops along a side; `image_size_aux` is as many times larger
+        image_global: bool = False,  # Whether the whole image follows the crops
+        # Of one image; None: one per 14 x 14 pixels of every crop
+        num_image_tokens: int | None = None,
+        **kwargs,  # For transformers
     ):
         super().__init__(**kwargs)
         if aspect not in ("square", "pad"):
             raise ConfigError(f"aspect must be one of 'square', 'pad', got {aspect!r}")
         if image_size < 1 or image_size_aux < 1:
-            raise ConfigError(f"image sizes must be at least 1, got {image_size} and {image_size_aux}")
+            raise ConfigError(
+                f"image sizes must be at least 1, got {image_size} and {image_size_aux}"
+            )
         if num_image_tokens is None and image_size % 14 == 0:
             num_image_tokens = rows_per_image(image_size, 14, image_grid, image_global)
-        self.image_size, self.image_size_aux, self.aspect = image_size, image_size_aux, aspect
+        self.image_size = image_size
+        self.image_size_aux = image_size_aux
+        self.aspect = aspect
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.image_grid, self.image_global = image_grid, image_global
         self.num_image_tokens = num_image_tokens
 
-    def square(self,
+    def square(
+        self,
         image: Image.Image,  # RGB, any size
-    ) -> torch.Tensor:       # uint8, (3, image_size_aux, image_size_aux)
+    ) -> torch.Tensor:  # uint8, (3, image_size_aux, image_size_aux)
         "The large square, as bytes."
         return to_bytes(make_square(image, self.image_size_aux, self.aspect, self.image_mean))
 
-    def normalize_square(self,
+    def normalize_square(
+        self,
         pixels: torch.Tensor,  # uint8, (..., 3, image_size_aux, image_size_aux)
-    ) -> torch.Tensor:         # float32, the same shape
+    ) -> torch.Tensor:  # float32, the same shape
         "`image_aux` from bytes."
         return normalise(pixels, self.image_mean, self.image_std)
 
-    def small(self,
+    def small(
+        self,
         image_aux: torch.Tensor,  # float32, (..., 3, image_size_aux, image_size_aux)
-    ) -> torch.Tensor:            # (..., 3, image_size, image_size), with crops one axis more
+    ) -> torch.Tensor:  # (..., 3, image_size, image_size), with crops one axis more
         "`image`, made from `image_aux`."
         return grid_crops(image_aux, self.image_size, self.image_grid, self.image_global)
 
-    def preprocess(self,
-        images,                      # An image of any form, or a list of them
+    def preprocess(
+        self,
+        images,  # An image of any form, or a list of them
         return_tensors: str = "pt",  # The only kind there is
-        as_bytes: bool = False,      # `images_aux` alone, uint8: the model finishes it on its device
-        **kwargs,                    # None is known
-    ) -> BatchFeature:               # `images` and `images_aux`, float32, one per image
+        as_bytes: bool = False,  # `images_aux` alone, uint8: the model finishes it on its device
+        **kwargs,  # None is known
+    ) -> BatchFeature:  # `images` and `images_aux`, float32, one per image
         "Images as a model takes them. Raises `DataError` for what is no image."
         if return_tensors not in ("pt", None):
             raise ConfigError(f"return_tensors must be 'pt', got {return_tensors!r}")
-        if kwargs: raise ConfigError(f"no argument {sorted(kwargs)[0]!r}; settings are the processor's own")
+        if kwargs:
+            raise ConfigError(
+                f"no argument {sorted(kwargs)[0]!r}; settings are the processor's own"
+            )
         if not isinstance(images, (list, tuple)): images = [images]
         pixels = torch.stack([self.square(read_image(image)) for image in images])
         if as_bytes: return BatchFeature({"images_aux": pixels})
