@@ -63,7 +63,8 @@ def stack_images(
         )
     n_images = [count_images(s) for s in samples]
     keys = []
-    for s, n in zip(samples, n_images): keys += s.get("image_keys") or [object() for _ in range(n)]
+    for s, n in zip(samples, n_images):
+        keys += s.get("image_keys") or [object() for _ in range(n)]
     first = {}
     order = [first.setdefault(key, len(first)) for key in keys]
     kept = [order.index(n) for n in range(len(first))]
