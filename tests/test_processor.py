@@ -25,78 +25,135 @@ def setup_module():
     golden = next(p for p in (Path("../tests/golden"), Path("tests/golden")) if p.is_dir())
     def golden_tokenizer(name, bos, eos, unk):
         "A tokenizer cut down for tests."
-        text = lzma.decompress((golden/f"{name}.tokenizer.json.xz").read_bytes()).decode()
-        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(text), bos_token=bos,
-                                       eos_token=eos, unk_token=unk, pad_token=unk)
+        text = lzma.decompress((golden / f"{name}.tokenizer.json.xz").read_bytes()).decode()
+        return PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(text),
+            bos_token=bos,
+            eos_token=eos,
+            unk_token=unk,
+            pad_token=unk,
+        )
     tok = load_tokenizer("gemma")
     llama = golden_tokenizer("sentencepiece_like", "<s>", "</s>", "<unk>")
     qwen = golden_tokenizer("chatml_no_bos", None, "<|im_end|>", "<|endoftext|>")
-    qwen.chat_template = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-                      "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    qwen.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
     photo, other = sample_image(90, 60), sample_image(40, 70)
     processor = VLMProcessor(tok, image_size=32, image_size_aux=64)
 
 def test_conversations_of_any_form_are_read_alike():
-    ways = ["what is it?", [{"from": "human", "value": "<image>\nwhat is it?"}], [{"role": "user", "content": [{"type": "image", "image": photo}, {"type": "text", "text": "\nwhat is it?"}]}],
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nwhat is it?"}]}]]
-    for n,way in enumerate(ways):
+    text = {"type": "text", "text": "\nwhat is it?"}
+    ways = [
+        "what is it?",
+        [{"from": "human", "value": "<image>\nwhat is it?"}],
+        [{"role": "user", "content": [{"type": "image", "image": photo}, text]}],
+        [{"role": "user", "content": [{"type": "image"}, text]}],
+    ]
+    for n, way in enumerate(ways):
         record, pictures = read_conversation(way, [] if n == 2 else [photo])
         test_eq(record["conversations"], [{"from": "human", "value": "<image>\nwhat is it?"}])
         assert pictures == [photo]
-    test_eq(read_conversation("compare", [photo, other])[0]["conversations"][0]["value"], "<image>\n<image>\ncompare")
+    two = read_conversation("compare", [photo, other])[0]["conversations"]
+    test_eq(two[0]["value"], "<image>\n<image>\ncompare")
     test_eq(read_conversation("hello", [])[0]["conversations"][0]["value"], "hello")
-    talk = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes?"}, {"role": "user", "content": "what?"}]
-    test_eq([t["value"] for t in read_conversation(talk, [photo])[0]["conversations"]], ["be brief", "<image>\nhi", "yes?", "what?"])
+    talk = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes?"},
+        {"role": "user", "content": "what?"},
+    ]
+    talk = read_conversation(talk, [photo])[0]["conversations"]
+    test_eq([t["value"] for t in talk], ["be brief", "<image>\nhi", "yes?", "what?"])
 
 def test_images_are_given_to_conversations():
     from vlm_lit.processor import _split_conversations, _split_images
+
     test_eq(_split_images(None, 3), [[], [], []])
-    assert _split_images(photo, 2) == [[photo], [photo]] and _split_images([photo, None], 2) == [[photo], []] and _split_images([[photo, other], other], 2) == [[photo, other], [other]]
-    assert _split_images(photo, 1) == _split_images([photo], 1) == _split_images([[photo]], 1) == [[photo]] and _split_images([photo, other], 1) == [[photo, other]]
+    assert _split_images(photo, 2) == [[photo], [photo]]
+    assert _split_images([photo, None], 2) == [[photo], []]
+    assert _split_images([[photo, other], other], 2) == [[photo, other], [other]]
+    for one in (photo, [photo], [[photo]]):
+        assert _split_images(one, 1) == [[photo]]
+    assert _split_images([photo, other], 1) == [[photo, other]]
     pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     test_eq([len(own) for own in _split_images(pixels, 1)], [2])
     test_eq([len(own) for own in _split_images(pixels, 2)], [1, 1])
-    test_eq((_split_conversations("a"), _split_conversations(["a", "b"]), _split_conversations([{"from": "human", "value": "a"}])), (["a"], ["a", "b"], [[{"from": "human", "value": "a"}]]))
-    with expect_fail(DataError, contains="2 conversations and a list of 3 images"): _split_images([photo]*3, 2)
+    test_eq((_split_conversations("a"), _split_conversations(["a", "b"])), (["a"], ["a", "b"]))
+    turns = [{"from": "human", "value": "a"}]
+    test_eq(_split_conversations(turns), [turns])
+    with expect_fail(DataError, contains="2 conversations and a list of 3 images"):
+        _split_images([photo] * 3, 2)
     for wrong in ([], None, 7):
-        with expect_fail(DataError, contains="a question or a list of turns"): _split_conversations(wrong)
+        with expect_fail(DataError, contains="a question or a list of turns"):
+            _split_conversations(wrong)
 
 def test_paths_in_messages_need_a_folder():
-    ask = lambda **part: [{"role": "user", "content": [{"type": "image", **part}, {"type": "text", "text": "what?"}]}]
-    with expect_fail(DataError, contains="record 'q', turn 0: the message names the image 'a.png' by its path; pass image_folder"): read_conversation(ask(image="a.png"), [], "q")
+    def ask(**part):
+        parts = [{"type": "image", **part}, {"type": "text", "text": "what?"}]
+        return [{"role": "user", "content": parts}]
+
+    refused = "record 'q', turn 0: the message names the image 'a.png' by its path; pass image_folder"
+    with expect_fail(DataError, contains=refused):
+        read_conversation(ask(image="a.png"), [], "q")
     test_eq(read_conversation(ask(path="a.png"), [], image_folder=".")[1], ["a.png"])
-    with expect_fail(DataError, contains="an address, not a path"): read_conversation(ask(url="https://example.org/a.png"), [], image_folder=".")
-    with expect_fail(DataError, contains="some images stand in the messages and some do not"): read_conversation(ask(image=photo), [other])
-    with expect_fail(DataError, contains="hold 1 image(s), and 'image' names 2"): read_conversation(ask(), [photo, other])
+    with expect_fail(DataError, contains="an address, not a path"):
+        read_conversation(ask(url="https://example.org/a.png"), [], image_folder=".")
+    with expect_fail(DataError, contains="some images stand in the messages and some do not"):
+        read_conversation(ask(image=photo), [other])
+    with expect_fail(DataError, contains="hold 1 image(s), and 'image' names 2"):
+        read_conversation(ask(), [photo, other])
 
 def test_processor_pads_and_keeps_equal_images_once():
     inputs = processor(["what is it?", "which one is blue?", "hello"], [photo, [photo, other], None])
     test_eq((inputs["input_ids"] == IMAGE_TOKEN_INDEX).sum(1).tolist(), [1, 2, 0])
-    test_eq((inputs["images_aux"].dtype, tuple(inputs["images_aux"].shape), inputs["image_index"].tolist()), (torch.uint8, (2, 3, 64, 64), [0, 0, 1]))
-    for n,question in enumerate(["what is it?", "<image>\n<image>\nwhich one is blue?", "hello"]):
+    pixels = inputs["images_aux"]
+    test_eq((pixels.dtype, tuple(pixels.shape)), (torch.uint8, (2, 3, 64, 64)))
+    test_eq(inputs["image_index"].tolist(), [0, 0, 1])
+    for n, question in enumerate(["what is it?", "<image>\n<image>\nwhich one is blue?", "hello"]):
         alone = processor(question, [photo, [photo, other], None][n])
-        test_eq(inputs["input_ids"][n][inputs["attention_mask"][n]].tolist(), alone["input_ids"][0].tolist())
+        ids = inputs["input_ids"][n][inputs["attention_mask"][n]]
+        test_eq(ids.tolist(), alone["input_ids"][0].tolist())
     test_eq(sorted(processor("hello")), ["attention_mask", "input_ids"])
-    test_eq(processor(["a", "b"], photo)["image_index"].tolist(), [0, 0])                        # one image, shown to all
+    test_eq(processor(["a", "b"], photo)["image_index"].tolist(), [0, 0])  # one image, shown to all
 
 def test_processor_takes_what_the_model_holds_and_cuts_at_stops():
-    config = SimpleNamespace(image_size=32, image_size_aux=48, image_grid=2, image_global=True, num_patches=9,
-                             image_mean=(.1, .2, .3), image_std=(.4, .5, .6))
+    config = SimpleNamespace(
+        image_size=32,
+        image_size_aux=48,
+        image_grid=2,
+        image_global=True,
+        num_patches=9,
+        image_mean=(0.1, 0.2, 0.3),
+        image_std=(0.4, 0.5, 0.6),
+    )
     own = VLMProcessor.for_model(config, tok, aspect="pad")
     kept = own.to_dict()
-    want = {"image_size": 32, "image_size_aux": 48, "image_grid": 2, "image_global": True, "aspect": "pad",
-            "image_mean": [.1, .2, .3], "image_std": [.4, .5, .6], "num_image_tokens": 9}
+    want = {
+        "image_size": 32,
+        "image_size_aux": 48,
+        "image_grid": 2,
+        "image_global": True,
+        "aspect": "pad",
+        "image_mean": [0.1, 0.2, 0.3],
+        "image_std": [0.4, 0.5, 0.6],
+        "num_image_tokens": 9,
+    }
     test_eq({key: kept["image_processor"][key] for key in want}, want)
     test_eq((kept["template"], kept["control_tokens"]), ("gemma", "refuse"))
     test_eq(tuple(own("a", photo)["images_aux"].shape), (1, 3, 48, 48))
     written = tok("blue<end_of_turn>\nred", add_special_tokens=False).input_ids
-    test_eq((own.decode(written), own.batch_decode(torch.tensor([written, written]))), ("blue", ["blue"]*2))
+    test_eq(own.decode(written), "blue")
+    test_eq(own.batch_decode(torch.tensor([written, written])), ["blue"] * 2)
     plain = VLMProcessor(tok, template="plain")
     test_eq(plain.decode(tok("blue\nred").input_ids), "blue")
-    test_eq((own.decode([107, 0]), own.batch_decode([[], [1, 5]])), ("", ["", ""]))    # an answer that ends at once
+    # an answer that ends at once
+    test_eq((own.decode([107, 0]), own.batch_decode([[], [1, 5]])), ("", ["", ""]))
     bare = golden_tokenizer("chatml_no_bos", None, "<|im_end|>", "<|endoftext|>")
     given = VLMProcessor(bare, template="hf", chat_template=qwen.chat_template)
-    test_eq(given("a")["input_ids"].tolist(), VLMProcessor(qwen, template="hf")("a")["input_ids"].tolist())
+    whole = VLMProcessor(qwen, template="hf")
+    test_eq(given("a")["input_ids"].tolist(), whole("a")["input_ids"].tolist())
     model = SimpleNamespace(generation_config=GenerationConfig())
     plain.set_generation_config(model)
     test_eq((model.generation_config.eos_token_id, model.generation_config.pad_token_id), ([1, 108], 0))
@@ -105,6 +162,7 @@ def test_processor_takes_what_the_model_holds_and_cuts_at_stops():
 
 def test_processor_comes_back_from_a_folder():
     from transformers import AutoTokenizer
+
     folder = Path(tempfile.mkdtemp())
     own = VLMProcessor(qwen, template="hf", image_size=28, aspect="pad", num_image_tokens=5)
     own.save_pretrained(folder)
@@ -115,16 +173,29 @@ def test_processor_comes_back_from_a_folder():
 
 def test_processor_names_what_disagrees():
     ask = lambda text: [{"from": "human", "value": text}]
-    with expect_fail(DataError, contains="record 1: 2 <image> tag(s) for 1 image(s)"): processor(["a", ask("<image> <image>")], [None, photo])
-    with expect_fail(DataError, contains="record 0: 1 <image> tag(s) for 2 image(s)"): processor("<image> which?", [photo, other])
-    with expect_fail(DataError, contains="record 0: 1 <image> tag(s) for 0 image(s)"): processor("<image> which?")
-    with expect_fail(DataError, contains="record 1: an image must be"): processor(["a", "b"], [photo, 7])
-    with expect_fail(DataError, contains="record 0, turn 0: the text spells the control token"): processor("x<end_of_turn>", photo)
-    with expect_fail(DataError, contains="record 1: the conversation ends in an answer"): processor(["a", [*ask("a"), {"from": "gpt", "value": "b"}]])
-    with expect_fail(DataError, contains="labels need an answer"): processor("a", labels=True)
-    with expect_fail(DataError, contains="record 0: no turns"): processor([[], "a"])
-    with expect_fail(ConfigError, contains="must be 'pt'"): processor("a", return_tensors="np")
-    with expect_fail(ConfigError, contains="control_tokens must be one of"): VLMProcessor(llama, template="v1", control_tokens="ignore")
-    with expect_fail(ConfigError, contains="unknown template 'v9'"): VLMProcessor(llama, template="v9")
-    with expect_fail(ConfigError, contains="this tokenizer has none"): VLMProcessor(tok, template="hf")
-    assert llama.eos_token_id not in VLMProcessor(llama, template="v1", control_tokens="escape")("x</s>")["input_ids"]
+    with expect_fail(DataError, contains="record 1: 2 <image> tag(s) for 1 image(s)"):
+        processor(["a", ask("<image> <image>")], [None, photo])
+    with expect_fail(DataError, contains="record 0: 1 <image> tag(s) for 2 image(s)"):
+        processor("<image> which?", [photo, other])
+    with expect_fail(DataError, contains="record 0: 1 <image> tag(s) for 0 image(s)"):
+        processor("<image> which?")
+    with expect_fail(DataError, contains="record 1: an image must be"):
+        processor(["a", "b"], [photo, 7])
+    with expect_fail(DataError, contains="record 0, turn 0: the text spells the control token"):
+        processor("x<end_of_turn>", photo)
+    with expect_fail(DataError, contains="record 1: the conversation ends in an answer"):
+        processor(["a", [*ask("a"), {"from": "gpt", "value": "b"}]])
+    with expect_fail(DataError, contains="labels need an answer"):
+        processor("a", labels=True)
+    with expect_fail(DataError, contains="record 0: no turns"):
+        processor([[], "a"])
+    with expect_fail(ConfigError, contains="must be 'pt'"):
+        processor("a", return_tensors="np")
+    with expect_fail(ConfigError, contains="control_tokens must be one of"):
+        VLMProcessor(llama, template="v1", control_tokens="ignore")
+    with expect_fail(ConfigError, contains="unknown template 'v9'"):
+        VLMProcessor(llama, template="v9")
+    with expect_fail(ConfigError, contains="this tokenizer has none"):
+        VLMProcessor(tok, template="hf")
+    escaped = VLMProcessor(llama, template="v1", control_tokens="escape")("x</s>")
+    assert llama.eos_token_id not in escaped["input_ids"]

@@ -33,40 +33,49 @@ def _split_conversations(
     "One conversation becomes a list of one."
     if isinstance(conversations, str): return [conversations]
     if not isinstance(conversations, (list, tuple)) or not len(conversations):
-        raise DataError("a conversation must be a question or a list of turns, and several of them "
-                        "a list")
+        raise DataError(
+            "a conversation must be a question or a list of turns, and several of them a list"
+        )
     is_one = all(isinstance(turn, dict) for turn in conversations)
     return [list(conversations)] if is_one else list(conversations)
 
 def _split_images(
-    images,                # As a caller gives them
+    images,  # As a caller gives them
     n_conversations: int,  # How many conversations they are for
-) -> list[list]:           # The images of each conversation
+) -> list[list]:  # The images of each conversation
     "Whose each image is. One image for several conversations is shown in each."
     own = as_list(images)
-    if n_conversations == 1: return [as_list(own[0])] if len(own) == 1 else [own]
+    if n_conversations == 1:
+        return [as_list(own[0])] if len(own) == 1 else [own]
     is_shared = not isinstance(images, (list, tuple)) and len(own) == 1
-    if images is None or is_shared: return [own]*n_conversations
+    if images is None or is_shared: return [own] * n_conversations
     if len(own) != n_conversations:
-        raise DataError(f"{n_conversations} conversations and a list of {len(own)} images; give one "
-                        "entry per conversation: an image, a list of images, or None")
+        raise DataError(
+            f"{n_conversations} conversations and a list of {len(own)} images; give one "
+            "entry per conversation: an image, a list of images, or None"
+        )
     return [as_list(entry) for entry in own]
 
 def _part_image(
     part: dict,  # A part of a message that stands for an image
-    record,      # The conversation's name, for messages
-    turn: int,   # The turn it is in
+    record,  # The conversation's name, for messages
+    turn: int,  # The turn it is in
     image_folder: str | Path | None = None,  # Paths stay inside it; None: paths are refused
-):               # What the part holds: an image, a path; None when it holds nothing
-    "The image of a part. A path in a message opens nothing outside a folder that the program names."
+):  # What the part holds: an image, a path; None when it holds nothing
+    """The image of a part. A path in a message opens nothing outside a folder that the program
+    names."""
     keys = ("image", "path", "url", "image_url")
     found = next((part[key] for key in keys if part.get(key) is not None), None)
     if isinstance(found, dict): found = found.get("url")
     if not isinstance(found, (str, Path)): return found
     path = check_path(str(found), record, turn)
     if image_folder is None:
-        raise DataError(f"the message names the image {path!r} by its path; pass image_folder, the "
-                        "folder in which it must lie, or the opened image", record, turn)
+        raise DataError(
+            f"the message names the image {path!r} by its path; pass image_folder, the "
+            "folder in which it must lie, or the opened image",
+            record,
+            turn,
+        )
     return path
 
 def _is_image(part) -> bool:
@@ -75,7 +84,7 @@ def _is_image(part) -> bool:
 
 def extract_images(
     turns: list,  # As they came
-    record,       # The conversation's name, for messages
+    record,  # The conversation's name, for messages
     image_folder: str | Path | None = None,  # Paths stay inside it; None: paths are refused
 ) -> tuple[list, list]:  # The turns, their image parts empty; what the parts held, None for nothing
     "Take the images out of messages."
@@ -84,27 +93,28 @@ def extract_images(
         key = "value" if isinstance(turn, dict) and "from" in turn else "content"
         parts = turn.get(key) if isinstance(turn, dict) else None
         if isinstance(parts, list):
-            images += [_part_image(part, record, n, image_folder) for part in parts if _is_image(part)]
+            own = [part for part in parts if _is_image(part)]
+            images += [_part_image(part, record, n, image_folder) for part in own]
             turn = {**turn, key: [{"type": "image"} if _is_image(part) else part for part in parts]}
         bare.append(turn)
     return bare, images
 
 def insert_image_tokens(
     turns: list[dict],  # In LLaVA's form
-    n_images: int,      # Images that come along
-) -> list[dict]:        # The same, or with tags before the first question
+    n_images: int,  # Images that come along
+) -> list[dict]:  # The same, or with tags before the first question
     "Give images their place when no tag says where they go."
     humans = [n for n, turn in enumerate(turns) if turn["from"] == "human"]
     has_tags = any(IMAGE_TOKEN in turns[n]["value"] for n in humans)
     if not n_images or not humans or has_tags: return turns
     first = humans[0]
-    tagged = {**turns[first], "value": f"{IMAGE_TOKEN}\n"*n_images + turns[first]["value"]}
-    return [*turns[:first], tagged, *turns[first + 1:]]
+    tagged = {**turns[first], "value": f"{IMAGE_TOKEN}\n" * n_images + turns[first]["value"]}
+    return [*turns[:first], tagged, *turns[first + 1 :]]
 
 def read_conversation(
     conversation,  # A question, or turns of any form
     images: list,  # Its images, unless they stand in its messages
-    name=0,        # How errors call it
+    name=0,  # How errors call it
     image_folder: str | Path | None = None,  # Paths stay inside it; None: paths are refused
 ) -> tuple[dict, list]:  # A record of LLaVA's form, with a tag per image; the images as they came
     "A conversation as the dataset would read it."
@@ -113,8 +123,11 @@ def read_conversation(
     turns, inside = extract_images(turns, name, image_folder)
     held = sum(image is not None for image in inside)
     if held and (images or held < len(inside)):
-        raise DataError("some images stand in the messages and some do not; put all of them there, "
-                        "or all in `images`", record=name)
+        raise DataError(
+            "some images stand in the messages and some do not; put all of them there, "
+            "or all in `images`",
+            record=name,
+        )
     images = inside if held else list(images)
     names = [str(n) for n in range(len(images))]
     record = read_record({"id": name, "conversations": turns, "image": names or None})
@@ -124,22 +137,28 @@ def read_conversation(
 # %% ../nbs/06c_processor.ipynb #c014
 class VLMProcessor(ProcessorMixin):
     "Conversations and images in, a model's inputs out; and what the model writes back into text."
-    def __init__(self,
-        tokenizer,                       # A fast Hugging Face tokenizer
+
+    def __init__(
+        self,
+        tokenizer,  # A fast Hugging Face tokenizer
         image_processor: VLMImageProcessor | None = None,  # None: one of `image_settings`
-        template: str = "gemma",         # A name in `conv_templates`, or "hf" for the tokenizer's own
+        template: str = "gemma",  # A name in `conv_templates`, or "hf" for the tokenizer's own
         control_tokens: str = "refuse",  # Control tokens in messages: "refuse", "escape" or "allow"
-        chat_template=None,              # The tokenizer's, kept in a file of its own; None: it has it
-        **image_settings,                # Of `VLMImageProcessor`: `image_size`, `aspect` and others
+        chat_template=None,  # The tokenizer's, kept in a file of its own; None: it has it
+        **image_settings,  # Of `VLMImageProcessor`: `image_size`, `aspect` and others
     ):
         if control_tokens not in ("refuse", "escape", "allow"):
-            raise ConfigError("control_tokens must be one of 'refuse', 'escape', 'allow', got "
-                              f"{control_tokens!r}")
+            raise ConfigError(
+                f"control_tokens must be one of 'refuse', 'escape', 'allow', got {control_tokens!r}"
+            )
         if chat_template is not None: tokenizer.chat_template = chat_template
         check_tokenizer(tokenizer, template)
-        if image_processor is None: image_processor = VLMImageProcessor(**image_settings)
+        if image_processor is None:
+            image_processor = VLMImageProcessor(**image_settings)
         elif image_settings:
-            raise ConfigError(f"{sorted(image_settings)[0]} belongs to the image processor that is given")
+            raise ConfigError(
+                f"{sorted(image_settings)[0]} belongs to the image processor that is given"
+            )
         self.template, self.control_tokens = template, control_tokens
         chat_template = getattr(tokenizer, "chat_template", None)
         super().__init__(tokenizer, image_processor, chat_template=chat_template)
@@ -151,40 +170,47 @@ class VLMProcessor(ProcessorMixin):
         return [tokenizer, VLMImageProcessor.from_pretrained(path, **kwargs)]
 
     @classmethod
-    def for_model(cls,
-        config,                   # `VLMConfig` of the model
-        tokenizer,                # Its own
+    def for_model(
+        cls,
+        config,  # `VLMConfig` of the model
+        tokenizer,  # Its own
         template: str = "gemma",  # The one it was trained with
         control_tokens: str = "refuse",
-        **changes,                # Of image settings: `aspect`
+        **changes,  # Of image settings: `aspect`
     ) -> "VLMProcessor":
         "A processor whose images are those that the model expects."
-        names = ("image_size", "image_size_aux", "image_grid", "image_global", "image_mean", "image_std")
+        names = ["image_size", "image_size_aux", "image_grid", "image_global"]
+        names += ["image_mean", "image_std"]
         own = {name: getattr(config, name) for name in names}
         own["num_image_tokens"] = config.num_patches
         return cls(tokenizer, VLMImageProcessor(**{**own, **changes}), template, control_tokens)
 
-    def texts(self,
-        records: list[dict],          # From `read_conversation`
-        labels: bool | None = None,   # As in `__call__`
+    def texts(
+        self,
+        records: list[dict],  # From `read_conversation`
+        labels: bool | None = None,  # As in `__call__`
     ) -> list[dict[str, torch.LongTensor]]:  # For each `input_ids` and, for answers, `labels`
         "Ids as training makes them, or up to where the answer begins."
-        for record in records: check_turns(record["conversations"], record["id"])
+        for record in records:
+            check_turns(record["conversations"], record["id"])
         answered = [record["conversations"][-1]["from"] == "gpt" for record in records]
         if labels is None: labels = all(answered)
         for record, own in zip(records, answered):
             if own == labels: continue
             message = "the conversation ends in an answer; leave it out to have one written"
-            if labels: message = "the conversation ends in a question; labels need an answer at the end"
+            if labels:
+                message = "the conversation ends in a question; labels need an answer at the end"
             raise DataError(message, record=record["id"])
         settings = (self.tokenizer, self.template, self.control_tokens)
-        if not labels: return [{"input_ids": prompt_ids(record, *settings)} for record in records]
+        if not labels:
+            return [{"input_ids": prompt_ids(record, *settings)} for record in records]
         keys = ("input_ids", "labels")
         return [{key: text[key] for key in keys} for text in encode_records(records, *settings)]
 
-    def samples(self,
-        conversations,               # As in `__call__`
-        images=None,                 # As in `__call__`
+    def samples(
+        self,
+        conversations,  # As in `__call__`
+        images=None,  # As in `__call__`
         labels: bool | None = None,  # As in `__call__`
         image_folder: str | Path | None = None,  # As in `__call__`
     ) -> list[dict]:  # For each conversation what a dataset gives for a record, images as bytes
@@ -201,15 +227,17 @@ class VLMProcessor(ProcessorMixin):
             keys = [str(image) if isinstance(image, (str, Path)) else id(image) for image in own]
             for key, image in zip(keys, own):
                 if key in opened: continue
-                try: opened[key] = self.image_processor.square(read_image(image, image_folder))
+                try:
+                    opened[key] = self.image_processor.square(read_image(image, image_folder))
                 except DataError as e: raise e.at(record["id"])
             if own: sample["image_aux"] = [opened[key] for key in keys]
             if own: sample["image_keys"] = keys
         return samples
 
-    def __call__(self,
+    def __call__(
+        self,
         conversations,  # A question; turns of LLaVA's or a chat's form; or a list of these
-        images=None,    # An image of any form or a list; for several conversations one entry for each
+        images=None,  # An image of any form or a list; for several conversations one entry for each
         labels: bool | None = None,  # Whether all end in answers, to be learned; None: as they end
         image_folder: str | Path | None = None,  # Where paths in messages, and in `images`, start
         return_tensors: str = "pt",  # The only kind there is
@@ -218,30 +246,34 @@ class VLMProcessor(ProcessorMixin):
         if return_tensors != "pt":
             raise ConfigError(f"return_tensors must be 'pt', got {return_tensors!r}")
         samples = self.samples(conversations, images, labels, image_folder)
-        return BatchFeature({**pad_samples(samples, pad_id(self.tokenizer)), **stack_images(samples)})
+        rows = pad_samples(samples, pad_id(self.tokenizer))
+        return BatchFeature({**rows, **stack_images(samples)})
 
     def generation_settings(self) -> dict:  # `eos_token_id` (a list) and `pad_token_id`
         "What `generate` must know to end an answer where training ended it."
         stops = stop_ids(self.tokenizer, self.template)
         return {"eos_token_id": stops, "pad_token_id": pad_id(self.tokenizer)}
 
-    def set_generation_config(self,
+    def set_generation_config(
+        self,
         model,  # Its `generation_config` is changed, and saved with it
     ) -> None:
         "Tell a model where answers end."
         model.generation_config.update(**self.generation_settings())
 
-    def decode(self,
-        token_ids,                         # Of one answer
+    def decode(
+        self,
+        token_ids,  # Of one answer
         skip_special_tokens: bool = True,  # Leave control tokens out of the text
-        **kwargs,                          # For the tokenizer
+        **kwargs,  # For the tokenizer
     ) -> str:
         "The text of an answer, up to its stop token."
         return self.batch_decode([token_ids], skip_special_tokens=skip_special_tokens, **kwargs)[0]
 
-    def batch_decode(self,
+    def batch_decode(
+        self,
         sequences,  # From `VLM.generate`
-        **kwargs,   # As in `decode`
+        **kwargs,  # As in `decode`
     ) -> list[str]:
         "The texts of answers, each up to its stop token."
         stops = stop_ids(self.tokenizer, self.template)
