@@ -25,48 +25,68 @@ def setup_module():
     os.environ["VLM_LIT_CACHE"] = tempfile.mkdtemp()
     def mixed_records():
         turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "é 🙂\u2028"}]
-        return [{"id": "a", "image": "x.png", "conversations": turns}, {"id": "b", "conversations": turns},
-                {"id": "c", "image": ["x.png", "y.png"], "conversations": turns},
-                {"id": "d", "image": [], "conversations": turns}]
+        return [
+            {"id": "a", "image": "x.png", "conversations": turns},
+            {"id": "b", "conversations": turns},
+            {"id": "c", "image": ["x.png", "y.png"], "conversations": turns},
+            {"id": "d", "image": [], "conversations": turns},
+        ]
     def write_all_kinds(records, folder):
         "The records as files and folders of every kind; a column `image` has to be a list in a table."
         for indent, name in ((None, "flat.json"), (2, "pretty.json")):
             text = json.dumps(records, indent=indent, ensure_ascii=False)
-            (folder/name).write_text(text, encoding="utf-8")
+            (folder / name).write_text(text, encoding="utf-8")
         lines = "\n".join(json.dumps(r) for r in records)
-        (folder/"lines.jsonl").write_text(lines, encoding="utf-8")
+        (folder / "lines.jsonl").write_text(lines, encoding="utf-8")
         rows = [{**r, "image": image_names(r) or None, "source": "web", "score": 1} for r in records]
-        pq.write_table(pa.Table.from_pylist(rows), folder/"one.parquet")
-        (folder/"parts").mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), folder / "one.parquet")
+        (folder / "parts").mkdir()
+        schema = pa.Table.from_pylist(rows).schema
         for n, half in enumerate((rows[:1], rows[1:])):
-            pq.write_table(pa.Table.from_pylist(half, pa.Table.from_pylist(rows).schema), folder/f"parts/{n}.parquet")
-        Table.from_list(rows).save_to_disk(folder/"saved")
+            pq.write_table(pa.Table.from_pylist(half, schema), folder / f"parts/{n}.parquet")
+        Table.from_list(rows).save_to_disk(folder / "saved")
         return sorted(p for p in folder.iterdir())
     def large_file(n=9000):
         "A list of records that needs a store."
-        path = Path(tempfile.mkdtemp())/"large.json"
+        path = Path(tempfile.mkdtemp()) / "large.json"
+
         def record(k):
-            turns = [{"from": "human", "value": "What is in the photo?\n<image>"},
-                     {"from": "gpt", "value": f"the number {k:06}"}]
+            turns = [
+                {"from": "human", "value": "What is in the photo?\n<image>"},
+                {"from": "gpt", "value": f"the number {k:06}"},
+            ]
             return {"id": f"{k:06}", "image": f"{k}.png", "conversations": turns}
+
         path.write_text(json.dumps([record(k) for k in range(n)], indent=1))
         return path
 
 def test_no_record_is_lost_or_changed_in_any_layout():
-    def one_level(inner): return st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    def one_level(inner):
+        return st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+
     leaves = st.none() | st.booleans() | st.integers() | st.text(max_size=20) | st.just("\ud83d")
-    values = st.dictionaries(st.text(max_size=5), st.recursive(leaves, one_level, max_leaves=6), max_size=4)
+    trees = st.recursive(leaves, one_level, max_leaves=6)
+    values = st.dictionaries(st.text(max_size=5), trees, max_size=4)
 
     @settings(max_examples=200, deadline=None, derandomize=True)
-    @given(st.lists(values, min_size=1, max_size=6), st.booleans(), st.sampled_from([None, 1, "\t"]),
-           st.booleans(), st.booleans(), st.integers(1, 40))
+    @given(
+        st.lists(values, min_size=1, max_size=6),
+        st.booleans(),
+        st.sampled_from([None, 1, "\t"]),
+        st.booleans(),
+        st.booleans(),
+        st.integers(1, 40),
+    )
     def check(records, lines, indent, ascii, bom, block):
-        if not ascii:       # UTF-8 has no half characters
+        if not ascii:  # UTF-8 has no half characters
             records = json.loads(json.dumps(records).replace("\\ud83d", "x"))
-        if lines: text = "\r\n".join(json.dumps(r, ensure_ascii=ascii) for r in records) + "\n"
-        else: text = "\n " + json.dumps(records, indent=indent, ensure_ascii=ascii) + "\n"
-        data = codecs.BOM_UTF8*bom + text.encode("utf-8")
+        if lines:
+            text = "\r\n".join(json.dumps(r, ensure_ascii=ascii) for r in records) + "\n"
+        else:
+            text = "\n " + json.dumps(records, indent=indent, ensure_ascii=ascii) + "\n"
+        data = codecs.BOM_UTF8 * bom + text.encode("utf-8")
         assert list(_scan_records(io.BytesIO(data), "any.json", block)) == records
+
     check()
 
 def test_broken_files_are_refused_with_their_line():
@@ -78,8 +98,8 @@ def test_broken_files_are_refused_with_their_line():
         f"[{good},\n\n{{'id': 3}}]": "line 3: not JSON",
         f"[{good}] x": "line 1: not JSON (text after the list)",
         "[" + good: "line 1: not JSON (the list is not closed",
-        "[\n" + "["*100_000: "line 2: not JSON (maximum recursion",
-        "[\n1" + "0"*5000 + "]": "line 2: not JSON (Exceeds the limit",
+        "[\n" + "[" * 100_000: "line 2: not JSON (maximum recursion",
+        "[\n1" + "0" * 5000 + "]": "line 2: not JSON (Exceeds the limit",
         "{}}": "line 1: not JSON",
     }
     for text, message in wrong.items():
@@ -90,14 +110,14 @@ def test_broken_files_are_refused_with_their_line():
         with expect_fail(DataError, contains="bad.json, line 2: not UTF-8"):
             list(_scan_records(io.BytesIO((text % "é").encode("latin-1")), "bad.json", 4))
         with expect_fail(DataError, contains="a record of more than 1,000 characters"):
-            list(_scan_records(io.BytesIO((text % ("x"*3000)).encode()), "bad.json", 64, 1000))
+            list(_scan_records(io.BytesIO((text % ("x" * 3000)).encode()), "bad.json", 64, 1000))
 
 def test_a_changed_file_has_another_fingerprint():
-    place = Path(tempfile.mkdtemp())/"data.bin"
+    place = Path(tempfile.mkdtemp()) / "data.bin"
     place.write_bytes(bytes(1_000_000))
     before, stamp = fingerprint(place), place.stat()
     test_eq(fingerprint(place), before)
-    for at in (0, 999_999):             # the first or the last byte, size and time as they were
+    for at in (0, 999_999):  # the first or the last byte, size and time as they were
         data = bytearray(1_000_000)
         data[at] = 1
         place.write_bytes(data)
@@ -105,39 +125,50 @@ def test_a_changed_file_has_another_fingerprint():
         assert fingerprint(place) != before
     place.write_bytes(bytes(1_000_000))
     os.utime(place, ns=(0, 0))
-    assert fingerprint(place) != before         # only the time
+    assert fingerprint(place) != before  # only the time
 
 def test_records_are_the_same_from_every_kind_of_file():
     import vlm_lit.data.records as module
+
     wanted = [read_record(r) for r in mixed_records()]
     files = write_all_kinds(mixed_records(), Path(tempfile.mkdtemp()))
     small = module.SMALL
-    for module.SMALL in (0, small):             # with a store and without one
+    for module.SMALL in (0, small):  # with a store and without one
         for file in files:
             records = Records(file)
-            if module.SMALL: print(f"{file.name:12}", len(records), records.n_images.tolist())
+            if module.SMALL:
+                print(f"{file.name:12}", len(records), records.n_images.tolist())
             source = {} if file.suffix in (".json", ".jsonl") else {"source": "web"}
             test_eq(list(records), [{**r, **source} for r in wanted])
             test_eq(records.n_images.tolist(), [1, 0, 2, 0])
             test_eq((records[-1]["id"], [r["id"] for r in records[1:3]]), ("d", ["b", "c"]))
             with expect_fail(IndexError): records[4]
-    test_eq([f.name for f in files], ["flat.json", "lines.jsonl", "one.parquet", "parts", "pretty.json", "saved"])
+    test_eq(
+        [f.name for f in files],
+        ["flat.json", "lines.jsonl", "one.parquet", "parts", "pretty.json", "saved"],
+    )
     test_eq(list(Records(Table.from_list([{**r, "image": image_names(r)} for r in wanted]))), wanted)
 
 def test_messages_and_images_of_tables():
     from datasets import Features, Image as ImageFeature, List, Value
+
     def png(color):
         Image.new("RGB", (8, 8), color).save(out := io.BytesIO(), "PNG")
         return out.getvalue()
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]},
-                {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]
-    rows = [{"id": n, "images": [{"bytes": png(c), "path": None}], "messages": messages}
-            for n, c in enumerate(["red", "blue", "red"])]
-    place = Path(tempfile.mkdtemp())/"images.parquet"
+
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
+    ]
+    rows = [
+        {"id": n, "images": [{"bytes": png(c), "path": None}], "messages": messages}
+        for n, c in enumerate(["red", "blue", "red"])
+    ]
+    place = Path(tempfile.mkdtemp()) / "images.parquet"
     pq.write_table(pa.Table.from_pylist(rows), place)
     turns = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
-    decoded = Table.from_list([{"image": png(c), "conversations": turns} for c in ("red", "blue", "red")])
-    decoded = decoded.cast_column("image", ImageFeature())
+    decoded = [{"image": png(c), "conversations": turns} for c in ("red", "blue", "red")]
+    decoded = Table.from_list(decoded).cast_column("image", ImageFeature())
     for source in (place, decoded):
         records = Records(source)
         test_eq(records[1]["conversations"], turns)
@@ -148,14 +179,19 @@ def test_messages_and_images_of_tables():
         test_eq(records.n_images.tolist(), [1, 1, 1])
     print(records[1])
     for name in ("embedded:0/1", "embedded:3/0", "embedded:x"):
-        with expect_fail(DataError, contains=f"no image '{name}' in the table"): records.open_image(name)
-    for name in ("embedded:0/0", "x.png"):      # a list has no images inside
-        with expect_fail(DataError, contains=f"no image '{name}'"): Records([]).open_image(name, place.parent)
-    row = {"id": b"a\xc3\xa9", "conversations": {"from": ["human", "gpt"], "value": ["q", b"a"]}}
-    pq.write_table(pa.Table.from_pylist([{**row, "conversations": {"from": ["human", "gpt"], "value": [b"q", b"a"]}}]), place)
-    test_eq(Records(place)[0], {"id": "aé", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]})
-    pq.write_table(pa.Table.from_pylist([{"id": "a", "conversations": [{"from": "human", "value": b"\xff"}]}]), place)
-    with expect_fail(DataError, contains="record 0: bytes that are no text"): Records(place)[0]
+        with expect_fail(DataError, contains=f"no image '{name}' in the table"):
+            records.open_image(name)
+    for name in ("embedded:0/0", "x.png"):  # a list has no images inside
+        with expect_fail(DataError, contains=f"no image '{name}'"):
+            Records([]).open_image(name, place.parent)
+    row = {"id": b"a\xc3\xa9", "conversations": {"from": ["human", "gpt"], "value": [b"q", b"a"]}}
+    pq.write_table(pa.Table.from_pylist([row]), place)
+    talk = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    test_eq(Records(place)[0], {"id": "aé", "conversations": talk})
+    row = {"id": "a", "conversations": [{"from": "human", "value": b"\xff"}]}
+    pq.write_table(pa.Table.from_pylist([row]), place)
+    with expect_fail(DataError, contains="record 0: bytes that are no text"):
+        Records(place)[0]
     test_eq(Records(place).n_images.tolist(), [-1])
 
 def test_a_changed_file_is_never_read_from_an_old_store():
@@ -167,13 +203,13 @@ def test_a_changed_file_is_never_read_from_an_old_store():
     path.write_text(path.read_text().replace("008999", "oo8999"))
     test_eq(records[8999]["id"], "008999")
     again = Records(path)
-    test_eq((again[8999]["id"], folder.exists()), ("oo8999", False))    # a new store; the old one is gone
+    test_eq((again[8999]["id"], folder.exists()), ("oo8999", False))  # a new store; the old one is gone
     with Breakpoint(_build_store, at="with new_folder") as bp: Records(path)
-    test_eq(len(bp.hits), 0)                                            # the second open builds nothing
+    test_eq(len(bp.hits), 0)  # the second open builds nothing
     store = Path(again.table.cache_files[0]["filename"])
     for half in (b"half", store.read_bytes()[:-2000]):
         store.write_bytes(half)
-        test_eq(Records(path)[8998]["id"], "008998")                    # half a store is written again
+        test_eq(Records(path)[8998]["id"], "008998")  # half a store is written again
     path.unlink()
     with expect_fail(DataError, contains="no data file"): Records(path)
 
@@ -185,26 +221,37 @@ def test_a_worker_gets_a_path_and_no_records():
 
 def test_data_that_is_not_there_or_no_data():
     place = Path(tempfile.mkdtemp())
-    with expect_fail(DataError, contains="no data file"): Records(place/"gone.json")
-    with expect_fail(DataError, contains="is a folder without Parquet files"): Records(place)
-    for text in (" \n", "[ ]", " "*(2 << 20)):
-        (place/"empty.json").write_text(text)
-        with expect_fail(DataError, contains="no records in empty.json"): Records(place/"empty.json")
-    (place/"bad.parquet").write_bytes(b"x"*10)
-    with expect_fail(DataError, contains="bad.parquet: cannot be read as a table"): Records(place/"bad.parquet")
-    (place/"splits").mkdir()
-    (place/"splits/dataset_dict.json").write_text("{}")
-    with expect_fail(DataError, contains="splits holds several splits"): Records(place/"splits")
+    with expect_fail(DataError, contains="no data file"):
+        Records(place / "gone.json")
+    with expect_fail(DataError, contains="is a folder without Parquet files"):
+        Records(place)
+    for text in (" \n", "[ ]", " " * (2 << 20)):
+        (place / "empty.json").write_text(text)
+        with expect_fail(DataError, contains="no records in empty.json"):
+            Records(place / "empty.json")
+    (place / "bad.parquet").write_bytes(b"x" * 10)
+    with expect_fail(DataError, contains="bad.parquet: cannot be read as a table"):
+        Records(place / "bad.parquet")
+    (place / "splits").mkdir()
+    (place / "splits/dataset_dict.json").write_text("{}")
+    with expect_fail(DataError, contains="splits holds several splits"):
+        Records(place / "splits")
     from datasets import DatasetDict
+
+    table = Table.from_list([{"id": 1}])
     with expect_fail(DataError, contains="several splits; give one of them: train, test"):
-        Records(DatasetDict(train=Table.from_list([{"id": 1}]), test=Table.from_list([{"id": 1}])))
+        Records(DatasetDict(train=table, test=table))
     broken = Records([{"id": "x"}, 3, {"conversations": []}])
     test_eq(([broken.name(i) for i in range(3)], broken.n_images.tolist()), (["x", 1, 2], [-1, -1, 0]))
-    with expect_fail(DataError, contains="record 1: a record must be a JSON object"): broken[1]
+    with expect_fail(DataError, contains="record 1: a record must be a JSON object"):
+        broken[1]
 
 def test_a_name_without_a_file_is_looked_for_on_the_hub():
     import datasets
-    def hub(name, split): return {"user/set": Table.from_list(mixed_records()[1:2])}[name]
+
+    def hub(name, split):
+        return {"user/set": Table.from_list(mixed_records()[1:2])}[name]
+
     usual, datasets.load_dataset = datasets.load_dataset, hub
     try:
         test_eq(Records("user/set")[0]["id"], "b")

@@ -19,14 +19,15 @@ from ..text.messages import image_names, read_record
 from ..images import decode_image, open_image
 
 # %% ../../nbs/07_records.ipynb #c006
-BLOCK = 1 << 18         # bytes read at a time
-MAX_RECORD = 1 << 24    # characters of the largest record
+BLOCK = 1 << 18  # bytes read at a time
+MAX_RECORD = 1 << 24  # characters of the largest record
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 def _not_json(name: str, line: int, why: str) -> DataError:
     "The error for text that is not JSON."
-    return DataError(f"{name}, line {line}: not JSON ({why}); expected a LLaVA JSON list or one "
-                     "record per line")
+    return DataError(
+        f"{name}, line {line}: not JSON ({why}); expected a LLaVA JSON list or one record per line"
+    )
 
 def _not_utf8(name: str, line: int) -> DataError:
     "The error for text that is not UTF-8."
@@ -34,26 +35,33 @@ def _not_utf8(name: str, line: int) -> DataError:
 
 class _JsonList:
     "The values of a JSON list, of which only a block of text is held."
-    def __init__(self,
-        file,                         # Open for reading bytes, at the list's begin
-        name: str,                    # Of the file, for messages
-        block: int = BLOCK,           # Bytes read at a time
-        max_record: int = MAX_RECORD, # Most characters that a value may have
-        line: int = 1,                # In which the list begins
+
+    def __init__(
+        self,
+        file,  # Open for reading bytes, at the list's begin
+        name: str,  # Of the file, for messages
+        block: int = BLOCK,  # Bytes read at a time
+        max_record: int = MAX_RECORD,  # Most characters that a value may have
+        line: int = 1,  # In which the list begins
     ):
-        self.file, self.name, self.block, self.max_record = file, name, block, max_record
+        self.file = file
+        self.name = name
+        self.block = block
+        self.max_record = max_record
         self.decode = codecs.getincrementaldecoder("utf-8")().decode
         self.parse = json.JSONDecoder().raw_decode
-        self.text, self.i, self.line = "", 0, line  # `line` is that of the text's begin
+        self.text = ""
+        self.i = 0
+        self.line = line  # that of the text's begin
 
     def more(self) -> bool:  # False at the end of the file
         "Drop the text before `i` and read on."
         self.line += self.text.count("\n", 0, self.i)
-        self.text, self.i = self.text[self.i:], 0
+        self.text, self.i = self.text[self.i :], 0
         data = self.file.read(max(self.block, len(self.text)))
         try: self.text += self.decode(data, final=not data)
         except UnicodeDecodeError as e:
-            line = self.line + self.text.count("\n") + e.object[:e.start].count(b"\n")
+            line = self.line + self.text.count("\n") + e.object[: e.start].count(b"\n")
             raise _not_utf8(self.name, line) from e
         return bool(data)
 
@@ -61,7 +69,8 @@ class _JsonList:
         "The next character that is not a space."
         while True:
             self.i = _SPACE.match(self.text, self.i).end()
-            if self.i < len(self.text) or not self.more(): return self.text[self.i:self.i + 1]
+            if self.i < len(self.text) or not self.more():
+                return self.text[self.i : self.i + 1]
 
     def error(self, why: str, i: int) -> DataError:
         "What is wrong at character `i` of the text."
@@ -77,24 +86,28 @@ class _JsonList:
                 if size - start > self.max_record:
                     why = f"{e.msg}; or a record of more than {self.max_record:,} characters"
                     raise self.error(why, e.pos) from e
-                if not self.more(): raise self.error(e.msg, e.pos - start) from e
-            except (ValueError, RecursionError) as e: raise self.error(str(e)[:80], start) from e
+                if not self.more():
+                    raise self.error(e.msg, e.pos - start) from e
+            except (ValueError, RecursionError) as e:
+                raise self.error(str(e)[:80], start) from e
             else:
                 self.i = end
                 if end < size: return value
-                self.i = start              # a value at the text's end may go on after it
+                self.i = start  # a value at the text's end may go on after it
                 if not self.more():
                     self.i = end - start
                     return value
 
     def __iter__(self):
         self.peek()
-        self.i += 1                         # the "["
+        self.i += 1  # the "["
         first = True
         while self.peek() != "]":
             if not first:
-                if not self.peek(): raise self.error("the list is not closed; is the file complete?", self.i)
-                if self.peek() != ",": raise self.error("expected ',' or ']' after a record", self.i)
+                if not self.peek():
+                    raise self.error("the list is not closed; is the file complete?", self.i)
+                if self.peek() != ",":
+                    raise self.error("expected ',' or ']' after a record", self.i)
                 self.i += 1
             first = False
             yield self.value()
@@ -102,27 +115,31 @@ class _JsonList:
         if self.peek(): raise self.error("text after the list", self.i)
 
 def _scan_lines(
-    file,                          # Open for reading bytes
-    name: str,                     # Of the file, for messages
+    file,  # Open for reading bytes
+    name: str,  # Of the file, for messages
     max_record: int = MAX_RECORD,  # Bytes
-    line: int = 1,                 # In which the file stands
+    line: int = 1,  # In which the file stands
 ) -> Iterator:
     "The records of a JSONL file."
     while data := file.readline(max_record + 1):
         if len(data) > max_record:
-            raise DataError(f"{name}, line {line}: a record of more than {max_record:,} "
-                            "characters; is it one record per line?")
+            raise DataError(
+                f"{name}, line {line}: a record of more than {max_record:,} "
+                "characters; is it one record per line?"
+            )
         try:
             if data.strip(): yield json.loads(data.decode("utf-8"))
         except UnicodeDecodeError as e: raise _not_utf8(name, line) from e
-        except json.JSONDecodeError as e: raise _not_json(name, line, e.msg) from e
-        except (ValueError, RecursionError) as e: raise _not_json(name, line, str(e)[:80]) from e
+        except json.JSONDecodeError as e:
+            raise _not_json(name, line, e.msg) from e
+        except (ValueError, RecursionError) as e:
+            raise _not_json(name, line, str(e)[:80]) from e
         line += 1
 
 def _scan_records(
-    file,                          # Open for reading bytes
-    name: str,                     # Of the file, for messages
-    block: int = BLOCK,            # Bytes read at a time
+    file,  # Open for reading bytes
+    name: str,  # Of the file, for messages
+    block: int = BLOCK,  # Bytes read at a time
     max_record: int = MAX_RECORD,  # Characters of the largest record
 ) -> Iterator:
     "The records of a JSON list or a JSONL file, one after the other."
@@ -136,21 +153,30 @@ def _scan_records(
     else: yield from _scan_lines(file, name, max_record, line)
 
 # %% ../../nbs/07_records.ipynb #c013
-STORE_VERSION = 1       # to be raised when the columns or `read_record` change
+STORE_VERSION = 1  # to be raised when the columns or `read_record` change
 
 def _schema():
     "Columns of the store."
     import pyarrow as pa
+
     text = pa.string()
     turn = pa.struct([("from", text), ("value", text)])
-    return pa.schema([
-        ("id", text), ("image", pa.list_(text)), ("conversations", pa.list_(turn)), ("type", text),
-        ("source", text), ("error", text), ("n_images", pa.int32())])
+    return pa.schema(
+        [
+            ("id", text),
+            ("image", pa.list_(text)),
+            ("conversations", pa.list_(turn)),
+            ("type", text),
+            ("source", text),
+            ("error", text),
+            ("n_images", pa.int32()),
+        ]
+    )
 
 def _store_row(
-    raw,     # A record as its file has it
+    raw,  # A record as its file has it
     n: int,  # Its place in the file
-) -> dict:   # Columns of `_schema`
+) -> dict:  # Columns of `_schema`
     "A row of the store."
     try: record = read_record(raw, n)
     except DataError as e:
@@ -171,15 +197,21 @@ def _stored_record(
     return record | {key: row[key] for key in ("type", "source") if row[key] is not None}
 
 def _store(
-    raws: Iterator,    # Records as their file has them
-    path: Path,        # Of the Arrow file to write
+    raws: Iterator,  # Records as their file has them
+    path: Path,  # Of the Arrow file to write
     size: int = 2000,  # Rows per batch
-) -> int:              # Number of records
+) -> int:  # Number of records
     "Write a store."
     import pyarrow as pa
-    schema, rows, n = _schema(), [], 0
+
+    schema = _schema()
+    rows = []
+    n = 0
     with pa.OSFile(str(path), "wb") as out, pa.ipc.new_stream(out, schema) as writer:
-        def flush(): writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+
+        def flush():
+            writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
+
         for n, raw in enumerate(raws, 1):
             rows.append(_store_row(raw, n - 1))
             if len(rows) == size:
@@ -190,19 +222,22 @@ def _store(
 
 # %% ../../nbs/07_records.ipynb #c016
 IMAGE_KEYS = ("image", "images")
-RECORD_KEYS = ("id", *IMAGE_KEYS, "conversations", "messages", "type", "source")   # columns that are read
+# columns that are read
+RECORD_KEYS = ("id", *IMAGE_KEYS, "conversations", "messages", "type", "source")
 
 def _plain(
     value,  # A cell of a table, or a part of one
-    save,   # Called with the bytes of an image; returns its name
+    save,  # Called with the bytes of an image; returns its name
     is_image: bool = False,  # Whether bytes are an image
-):          # What JSON can express
+):  # What JSON can express
     "A cell as JSON: what is null left out, images by their names."
     if isinstance(value, bytes):
         if is_image: return save(value)
         try: return value.decode("utf-8")
-        except UnicodeDecodeError: raise DataError("bytes that are no text, in a column that is not for images") from None
-    if isinstance(value, list): return [_plain(v, save, is_image) for v in value]
+        except UnicodeDecodeError:
+            raise DataError("bytes that are no text, in a column that is not for images") from None
+    if isinstance(value, list):
+        return [_plain(v, save, is_image) for v in value]
     if not isinstance(value, dict): return value
     if value.keys() == {"bytes", "path"}:
         return value["path"] if value["bytes"] is None else save(value["bytes"])
@@ -210,12 +245,12 @@ def _plain(
 
 def _row_record(
     row: dict,  # Of a table
-    save,       # As in `_plain`
-) -> dict:      # As a JSON file would have it
+    save,  # As in `_plain`
+) -> dict:  # As a JSON file would have it
     "A row of a table as a record of some form."
     known = {key: value for key, value in row.items() if key in RECORD_KEYS}
     record = _plain(known, save)
-    for key in ("conversations", "messages"):       # a list of dicts may be kept as a dict of lists
+    for key in ("conversations", "messages"):  # a list of dicts may be kept as a dict of lists
         turns = record.get(key)
         if isinstance(turns, dict) and turns and all(isinstance(v, list) for v in turns.values()):
             record[key] = [dict(zip(turns, turn)) for turn in zip(*turns.values(), strict=True)]
@@ -223,16 +258,19 @@ def _row_record(
 
 def _table_record(
     row: dict,  # Of a table
-    n: int,     # Its place in the table
-) -> dict:      # In LLaVA's form
+    n: int,  # Its place in the table
+) -> dict:  # In LLaVA's form
     "A row of a table as a record. Raises `DataError`."
     images = []
+
     def save(data):
         images.append(data)
         return f"embedded:{n}/{len(images) - 1}"
+
     try: raw = _row_record(row, save)
     except DataError as e: raise e.at(record=n)
-    except ValueError as e: raise DataError(f"turns of unequal length ({e})", n) from e
+    except ValueError as e:
+        raise DataError(f"turns of unequal length ({e})", n) from e
     return read_record(raw, n)
 
 def _row_images(
@@ -244,8 +282,8 @@ def _row_images(
     return images
 
 def _count_images(
-    batch,                # Rows of a table in Arrow's form
-    indices: list[int],   # Their places in the table
+    batch,  # Rows of a table in Arrow's form
+    indices: list[int],  # Their places in the table
 ) -> dict[str, list[int]]:
     "Number of images of rows; -1 for one that cannot be read."
     found = []
@@ -260,12 +298,13 @@ def _table_files(
 ) -> list[Path]:
     "The files that the data consists of."
     if not path.is_dir(): return [path]
-    return sorted(p for p in path.iterdir() if p.suffix in (".parquet", ".arrow", ".json") and p.is_file())
+    kinds = (".parquet", ".arrow", ".json")
+    return sorted(p for p in path.iterdir() if p.suffix in kinds and p.is_file())
 
 def _file_samples(path: Path, n_samples: int = 64, size: int = 4096) -> list[bytes]:
     "Stretches from all over a file, its first and last bytes among them."
     last = path.stat().st_size - size
-    places = [k*last//(n_samples - 1) for k in range(n_samples)] if last > 0 else [0]
+    places = [k * last // (n_samples - 1) for k in range(n_samples)] if last > 0 else [0]
     with open(path, "rb") as file:
         return [file.read(size) for place in places if file.seek(place) >= 0]
 
@@ -279,42 +318,48 @@ def fingerprint(
     return digest(*parts)
 
 # %% ../../nbs/07_records.ipynb #c021
-SMALL = 1 << 20     # bytes of a text file that needs no store
+SMALL = 1 << 20  # bytes of a text file that needs no store
 
 def _is_saved(path: Path) -> bool:
     "Whether `datasets` has saved this folder."
-    return (path/"state.json").is_file() or (path/"dataset_dict.json").is_file()
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 def _check_source(
     path: Path,  # Of the data
 ) -> None:
     "Raise `DataError` unless there is something to read."
     if not path.exists(): raise DataError(f"no data file {str(path)!r}")
-    if (path/"dataset_dict.json").is_file():
+    if (path / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(str(p.parent) for p in path.glob("*/state.json")))
         raise DataError(f"{path.name} holds several splits; give one of them: {splits}")
     if path.is_dir() and not _is_saved(path) and not any(path.glob("*.parquet")):
-        raise DataError(f"{str(path)!r} is a folder without Parquet files and not one that "
-                        "`datasets` has saved; give the file of records itself")
+        raise DataError(
+            f"{str(path)!r} is a folder without Parquet files and not one that "
+            "`datasets` has saved; give the file of records itself"
+        )
 
 def _hub_table(
     name: str,  # `user/collection`
-):              # A `datasets.Dataset`
+):  # A `datasets.Dataset`
     "A data set of the hub, its split `train`. Raises `DataError`."
     from datasets import load_dataset
+
     try: return load_dataset(name, split="train")
-    except Exception as e:      # of many libraries: no network, no such name, no such split
+    except Exception as e:  # of many libraries: no network, no such name, no such split
         why = str(e).splitlines()[0][:80] if str(e) else type(e).__name__
-        raise DataError(f"no data file {name!r}, and the hub gives no data set of that name "
-                        f"({why}); is it a path, and is it right?") from e
+        raise DataError(
+            f"no data file {name!r}, and the hub gives no data set of that name "
+            f"({why}); is it a path, and is it right?"
+        ) from e
 
 def _copy_parquet(
     path: Path,  # A file, or a folder of files
-    out: Path,   # Of the Arrow file to write
-) -> int:        # Number of rows
+    out: Path,  # Of the Arrow file to write
+) -> int:  # Number of rows
     "Parquet as Arrow: the columns of records only."
     import pyarrow as pa
     from pyarrow import parquet
+
     n, files = 0, sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     try:
         full = parquet.read_schema(files[0])
@@ -330,44 +375,56 @@ def _copy_parquet(
     return n
 
 def _build_store(
-    path: Path,    # Of the data
+    path: Path,  # Of the data
     folder: Path,  # Of the store
 ) -> None:
     "Read a file once; shows progress in a terminal."
     with new_folder(folder) as part:
-        before, out = fingerprint(path), part/"records.arrow"
+        before, out = fingerprint(path), part / "records.arrow"
         console, size = progress_console(), path.stat().st_size
         is_short = not console.is_terminal or size < 50 << 20
-        if path.is_dir() or path.suffix == ".parquet": n = _copy_parquet(path, out)
+        if path.is_dir() or path.suffix == ".parquet":
+            n = _copy_parquet(path, out)
         else:
             with Progress(console=console, disable=is_short, transient=True) as bar:
                 with bar.open(path, "rb", description=f"reading {path.name}") as file:
                     n = _store(_scan_records(file, path.name), out)
         if not n: raise DataError(f"no records in {path.name}")
         if fingerprint(path) != before:
-            raise DataError(f"{path.name} has changed while it was read; wait until it is "
-                            "written, and open it again")
-        (part/"meta.json").write_text(json.dumps({"n": n, "of": path.name}), encoding="utf-8")
-    for old in folder.parent.iterdir():         # stores of what the file was before
-        if old != folder and old.suffix != ".part": shutil.rmtree(old, ignore_errors=True)
+            raise DataError(
+                f"{path.name} has changed while it was read; wait until it is "
+                "written, and open it again"
+            )
+        (part / "meta.json").write_text(json.dumps({"n": n, "of": path.name}), encoding="utf-8")
+    for old in folder.parent.iterdir():  # stores of what the file was before
+        if old != folder and old.suffix != ".part":
+            shutil.rmtree(old, ignore_errors=True)
 
 def _open_store(
     folder: Path,  # Of the store
-):                 # A `datasets.Dataset`
+):  # A `datasets.Dataset`
     "Map a store into memory. Raises `ValueError` or `OSError` if it is not whole."
     from datasets import Dataset
-    n = json.loads((folder/"meta.json").read_text(encoding="utf-8"))["n"]
-    table = Dataset.from_file(str(folder/"records.arrow"))
-    if len(table) != n: raise ValueError(f"a store of {len(table)} records instead of {n}")
+
+    n = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["n"]
+    table = Dataset.from_file(str(folder / "records.arrow"))
+    if len(table) != n:
+        raise ValueError(f"a store of {len(table)} records instead of {n}")
     return table
 
 class Records(Sequence):
     "Records of a file, a table or a list. Of a file nothing stays in memory."
-    def __init__(self,
-        data,  # .json, .jsonl or .parquet, a folder of Parquet or of `datasets`, a `Dataset`, or a list
+
+    def __init__(
+        self,
+        # .json, .jsonl or .parquet, a folder of Parquet or of `datasets`, a `Dataset`, or a list
+        data,
     ):
-        self.items, self.table, self.path = None, None, None
-        self.fingerprint, self.in_form = None, False   # whether the table's rows are in LLaVA's form
+        self.items = None
+        self.table = None
+        self.path = None
+        self.fingerprint = None
+        self.in_form = False  # whether the table's rows are in LLaVA's form
         if isinstance(data, Records): self.__dict__.update(data.__dict__)
         elif isinstance(data, (str, Path)): self._open(Path(data))
         elif type(data).__module__.startswith("datasets."): self._take(data)
@@ -376,7 +433,9 @@ class Records(Sequence):
     def _take(self, table) -> None:
         "Keep a table of `datasets` as it is."
         if isinstance(table, dict):
-            raise DataError(f"the data set holds several splits; give one of them: {', '.join(table)}")
+            raise DataError(
+                f"the data set holds several splits; give one of them: {', '.join(table)}"
+            )
         self.table = table.with_format("arrow")
 
     def _open(self, path: Path) -> None:
@@ -387,31 +446,37 @@ class Records(Sequence):
         self.path, self.fingerprint = path, fingerprint(path)
         if _is_saved(path):
             from datasets import load_from_disk
-            try: return self._take(load_from_disk(str(path), keep_in_memory=False))
+
+            try:
+                return self._take(load_from_disk(str(path), keep_in_memory=False))
             except (ValueError, OSError, KeyError, TypeError) as e:
                 raise DataError(f"{path.name}: cannot be read as a table ({str(e)[:80]})") from e
         is_text = path.is_file() and path.suffix != ".parquet"
         if is_text and path.stat().st_size < SMALL:
-            with open(path, "rb") as file: self.items = list(_scan_records(file, path.name))
+            with open(path, "rb") as file:
+                self.items = list(_scan_records(file, path.name))
             if not self.items: raise DataError(f"no records in {path.name}")
             return
         key = digest(self.fingerprint, STORE_VERSION)
-        folder = cache_folder()/"records"/digest(path.absolute())/key
+        folder = cache_folder() / "records" / digest(path.absolute()) / key
         try: table = _open_store(folder)
         except (OSError, ValueError, KeyError):
-            shutil.rmtree(folder, ignore_errors=True)    # half of a store, from a full disk perhaps
+            shutil.rmtree(folder, ignore_errors=True)  # half of a store, from a full disk perhaps
             _build_store(path, folder)
             table = _open_store(folder)
         self.table, self.in_form = table.with_format("arrow"), is_text
 
-    def __len__(self): return len(self.table if self.items is None else self.items)
+    def __len__(self):
+        return len(self.table if self.items is None else self.items)
 
-    def read(self,
+    def read(
+        self,
         indices: Sequence[int],  # Numbers of records
     ) -> list[dict]:
         "Several records at once. Raises `DataError` for the first that cannot be read."
         indices = [range(len(self))[i] for i in indices]
-        if self.items is not None: return [read_record(self.items[i], i) for i in indices]
+        if self.items is not None:
+            return [read_record(self.items[i], i) for i in indices]
         rows = self.table[indices].to_pylist()
         if self.in_form: return [_stored_record(row) for row in rows]
         return [_table_record(row, i) for row, i in zip(rows, indices)]
@@ -420,9 +485,10 @@ class Records(Sequence):
         if isinstance(i, slice): return self.read(range(len(self))[i])
         return self.read([i])[0]
 
-    def name(self,
+    def name(
+        self,
         i: int,  # Number of a record
-    ):           # Its id, or its place when it has none or cannot be read
+    ):  # Its id, or its place when it has none or cannot be read
         "How messages call a record."
         try: return self[i]["id"]
         except DataError as e: return i if e.record is None else e.record
@@ -437,35 +503,45 @@ class Records(Sequence):
         else: counts = self.map("images", _count_images, 64, STORE_VERSION)
         return counts.data.column("n_images").to_numpy()
 
-    def map(self,
-        what: str,        # Is counted, for the cache's name and the progress bar
-        function,         # Called with rows in Arrow's form and their places; returns columns
+    def map(
+        self,
+        what: str,  # Is counted, for the cache's name and the progress bar
+        function,  # Called with rows in Arrow's form and their places; returns columns
         size: int = 256,  # Rows per call
-        *key,             # What the counts depend on, besides the records
-    ):                    # A `datasets.Dataset` of these columns
+        *key,  # What the counts depend on, besides the records
+    ):  # A `datasets.Dataset` of these columns
         "Count something in every row of the table, once: the counts are kept in the user's cache."
         key = digest(self.table._fingerprint, *key)
-        cache = cache_folder()/what
+        cache = cache_folder() / what
         cache.mkdir(parents=True, exist_ok=True)
         return self.table.map(
-            function, with_indices=True, batched=True, batch_size=size, new_fingerprint=key,
-            remove_columns=self.table.column_names, cache_file_name=str(cache/f"{key}.arrow"),
-            desc=f"counting {what}")
+            function,
+            with_indices=True,
+            batched=True,
+            batch_size=size,
+            new_fingerprint=key,
+            remove_columns=self.table.column_names,
+            cache_file_name=str(cache / f"{key}.arrow"),
+            desc=f"counting {what}",
+        )
 
-    def is_embedded(self,
+    def is_embedded(
+        self,
         name: str,  # Of an image, from `image_names`
     ) -> bool:
         "Whether an image stands inside the table."
         return self.table is not None and not self.in_form and name.startswith("embedded:")
 
-    def open_image(self,
-        name: str,                   # From `image_names`
+    def open_image(
+        self,
+        name: str,  # From `image_names`
         image_folder: str | Path | None = None,  # Of images that are files
-    ) -> Image.Image:                # RGB, decoded completely
+    ) -> Image.Image:  # RGB, decoded completely
         "Read an image, from its file or from the table. Raises `DataError`."
         if not self.is_embedded(name): return open_image(name, image_folder)
         place = re.fullmatch(r"embedded:(\d+)/(\d+)", name)
         row, k = map(int, place.groups()) if place else (len(self), 0)
         images = _row_images(self.table[row].to_pylist()[0]) if row < len(self) else []
-        if k >= len(images): raise DataError(f"no image {name!r} in the table", kind="image_missing")
+        if k >= len(images):
+            raise DataError(f"no image {name!r} in the table", kind="image_missing")
         return decode_image(io.BytesIO(images[k]), name)
