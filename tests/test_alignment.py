@@ -20,9 +20,9 @@ from vlm_lit.weights.pretrained import resolve_model
 def setup_module():
     global ask, asked, easy, embed, encoder, folder, ids, model, new_projector, processor, results, root, shown, tokenizer
     disable_progress_bar()
-    root = next(p for p in (Path(".."), Path(".")) if (p/"examples/easy_vqa").is_dir())
-    easy = SimpleNamespace(**runpy.run_path(str(root/"examples/easy_vqa/prepare.py")))
-    folder, results = easy.package_folder(), root/"benchmarks/results"
+    root = next(p for p in (Path(".."), Path(".")) if (p / "examples/easy_vqa").is_dir())
+    easy = SimpleNamespace(**runpy.run_path(str(root / "examples/easy_vqa/prepare.py")))
+    folder, results = easy.package_folder(), root / "benchmarks/results"
     with quiet(): model, processor = resolve_model({"preset": "smol"})
     tokenizer, encoder = processor.tokenizer, model.image_encoder
     ids = lambda text: torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
@@ -32,18 +32,18 @@ def setup_module():
     def new_projector():
         "Projector and mining as at the start of stage 1."
         reinit_modules(model, ["projector", "mining"], seed=0)
-        calibrate_projector(model, None, torch.stack([processor.pixels(folder/n) for n in shown]))
+        calibrate_projector(model, None, torch.stack([processor.pixels(folder / n) for n in shown]))
     def ask(names, max_new_tokens=8):
         "What the model answers: three questions about each image."
-        images = [folder/name for name in names for _ in asked]
-        inputs = processor(asked*len(names), images=images, return_tensors="pt")
+        images = [folder / name for name in names for _ in asked]
+        inputs = processor(asked * len(names), images=images, return_tensors="pt")
         written = model.eval().generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         texts = processor.batch_decode(written, skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
 
 def test_frozen_language_model_answers_through_the_kept_projector():
     frozen = {name: w.clone() for name, w in model.language_model.named_parameters()}
-    load_projector(model, results/"smol_mm_projector.bin")
+    load_projector(model, results / "smol_mm_projector.bin")
     answers = ask(shown[:2], 4)
     print(answers)
     test_eq([answers[0], answers[3]], ["triangle", "circle"])

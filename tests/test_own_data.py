@@ -27,7 +27,7 @@ def setup_module():
     def show(line, output, code):
         "A command and what it printed, without progress and seconds."
         lines = [t for t in output.rstrip().split("\n") if not re.match(r"step \d|seconds", t)]
-        print(f"$ {line}", *lines, *[f"(exit code {code})"]*(code != 0), sep="\n")
+        print(f"$ {line}", *lines, *[f"(exit code {code})"] * (code != 0), sep="\n")
     CAPTIONS = {
         "skimage/data/astronaut.png": "an astronaut in an orange suit",
         "skimage/data/chelsea.png": "a cat",
@@ -43,15 +43,16 @@ def setup_module():
         "skimage/data/gravel.png": "gravel",
         "sklearn/datasets/images/china.jpg": "a temple by a lake",
         "sklearn/datasets/images/flower.jpg": "an orange flower",
-        "matplotlib/mpl-data/sample_data/grace_hopper.jpg": "a woman in uniform"}
+        "matplotlib/mpl-data/sample_data/grace_hopper.jpg": "a woman in uniform",
+    }
     def open_photo(name):
         "A photograph inside an installed package."
         package, rest = name.split("/", 1)
-        return Image.open(Path(find_spec(package).origin).parent/rest).convert("RGB")
+        return Image.open(Path(find_spec(package).origin).parent / rest).convert("RGB")
     def crop(photo):
         "A square region of it, 64 to 96 % of its height, at a random place near the middle."
-        side = rng.uniform(.64, .96)*photo.height
-        x, y = [rng.uniform(.3, .7)*max(n - side, 0) for n in photo.size]
+        side = rng.uniform(0.64, 0.96) * photo.height
+        x, y = [rng.uniform(0.3, 0.7) * max(n - side, 0) for n in photo.size]
         return photo.crop((int(x), int(y), int(x + side), int(y + side))).resize((128, 128))
     rng = random.Random(0)
     photos = {Path(name).stem: open_photo(name) for name in CAPTIONS}
@@ -64,8 +65,12 @@ def setup_module():
         for n in range(10):
             crop(photo).save(f"data/photos/{name}-{n}.jpg", quality=90)
             conversation = turns("<image>\nWhat is in the photograph?", captions[name])
-            record = {"id": f"{name}-{n}", "image": f"{name}-{n}.jpg", "type": "caption",
-                      "conversations": conversation}
+            record = {
+                "id": f"{name}-{n}",
+                "image": f"{name}-{n}.jpg",
+                "type": "caption",
+                "conversations": conversation,
+            }
             (train if n < 8 else held_out).append(record)
     wrong = next(record for record in train if record["id"] == "coffee-5")
     wrong["conversations"][1]["value"] = "galaxies"
@@ -75,18 +80,26 @@ def setup_module():
     def brightness(image): return ImageStat.Stat(image.convert("L")).mean[0]
     def pair(n):
         "A record with two images, which are written below data/pairs."
-        is_same, names = rng.random() < .5, rng.sample(sorted(photos), 2)
+        is_same, names = rng.random() < 0.5, rng.sample(sorted(photos), 2)
         first = crop(photos[names[0]])
         second = crop(photos[names[0 if n % 2 == 0 and is_same else 1]])
-        for side, image in zip("ab", (first, second)): image.save(f"data/pairs/{n}-{side}.jpg")
-        question, answer, kind = "Are they from one photograph?", "yes" if is_same else "no", "same"
+        for side, image in zip("ab", (first, second)):
+            image.save(f"data/pairs/{n}-{side}.jpg")
+        question = "Are they from one photograph?"
+        answer = "yes" if is_same else "no"
+        kind = "same"
         if n % 2:
             question, kind = "Which one is brighter?", "brighter"
             answer = "the first" if brightness(first) > brightness(second) else "the second"
         parts = [{"type": "image", "image": f"{n}-{side}.jpg"} for side in "ab"]
-        return {"id": f"pair-{n}", "type": kind, "messages": [
-            {"role": "user", "content": [*parts, {"type": "text", "text": question}]},
-            {"role": "assistant", "content": answer}]}
+        return {
+            "id": f"pair-{n}",
+            "type": kind,
+            "messages": [
+                {"role": "user", "content": [*parts, {"type": "text", "text": question}]},
+                {"role": "assistant", "content": answer},
+            ],
+        }
     Path("data/pairs").mkdir()
     lines = [json.dumps(pair(n)) + "\n" for n in range(100)]
     Path("data/pairs.jsonl").write_text("".join(lines[:72]))
@@ -94,10 +107,10 @@ def setup_module():
     facts = []
     for path in CAPTIONS:
         file, package = Path(path).name, path.split("/")[0]
-        facts += [{"id": f"package-{file}", "type": "text",
-                   "conversations": turns(f"Which package has {file}?", package)},
-                  {"id": f"color-{file}", "type": "text",
-                   "conversations": turns(f"What is in {file}?", captions[Path(path).stem])}]
+        asked = turns(f"Which package has {file}?", package)
+        facts.append({"id": f"package-{file}", "type": "text", "conversations": asked})
+        asked = turns(f"What is in {file}?", captions[Path(path).stem])
+        facts.append({"id": f"color-{file}", "type": "text", "conversations": asked})
     parquet.write_table(pa.Table.from_pylist(facts), "data/facts.parquet")
     gemma = load_tokenizer("gemma")
     gemma.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
@@ -105,7 +118,7 @@ def setup_module():
     texts = [*captions.values(), *asked, "yes no the first the second", " user model\n"]
     texts += [t["value"] for fact in facts for t in fact["conversations"]]
     letters = [chr(n) for n in range(32, 127)]
-    tokenizer = gemma.train_new_from_iterator(texts*4 + letters, 600, show_progress=False)
+    tokenizer = gemma.train_new_from_iterator(texts * 4 + letters, 600, show_progress=False)
     tokenizer.save_pretrained("data/tokenizer")
     mended = [record for record in train if Path("data/photos", record["image"]).is_file()]
     Path("data/captions.json").write_text(json.dumps(mended, indent=1))
@@ -145,8 +158,10 @@ training:
     os.chdir(start)
 
 def test_own_data_audit_names_the_lost_image():
-    line = ("audit data/broken.json --image-folder data/photos --preset tiny"
-        " --tokenizer data/tokenizer --workers 0 --json")
+    line = (
+        "audit data/broken.json --image-folder data/photos --preset tiny"
+    " --tokenizer data/tokenizer --workers 0 --json"
+    )
     with chdir(project):
         Path("data/broken.json").write_text(json.dumps(train))
         done = CliRunner().invoke(app, shlex.split(line))
@@ -159,8 +174,10 @@ def test_own_data_trains_resumes_and_opens():
     from vlm_lit.training.recipe import load_recipe
     from vlm_lit.training.run import train as run_recipe
     from vlm_lit.weights.pretrained import open_model
+
     def logged(name):
-        return [row[name] for row in read_metrics(run/"metrics.jsonl") if name in row]
+        return [row[name] for row in read_metrics(run / "metrics.jsonl") if name in row]
+
     short = {"max_steps": 6, "save_steps": 3, "logging_steps": 1, "eval_strategy": "no"}
     words = [w for key, value in short.items() for w in (f"--training.{key}", str(value))]
     words += ["--data.eval", "[]", "--data.check_samples", "8"]
@@ -168,8 +185,9 @@ def test_own_data_trains_resumes_and_opens():
         recipe, run = load_recipe("recipe.yaml", overrides=words), Path("runs/short")
         run_recipe(recipe, run)
         whole = logged("losses")
-        for name in ("checkpoint-6", "model"): shutil.rmtree(run/name)  # as if killed after step 5
-        (run/"result.json").unlink()
+        for name in ("checkpoint-6", "model"):
+            shutil.rmtree(run / name)  # as if killed after step 5
+        (run / "result.json").unlink()
         run_recipe(recipe, run, resume=True)
         resumed = logged("losses")
         draws = [sum(logged(f"draws/{name}")) for name in ("captions", "pairs", "facts")]
@@ -182,10 +200,11 @@ def test_own_data_counts_kinds_of_records():
     from vlm_lit.training.doctor import check_samples
     from vlm_lit.training.recipe import load_recipe
     from vlm_lit.training.run import prepare_run
+
     with chdir(project):
         recipe = load_recipe("recipe.yaml")
         prepared = prepare_run(recipe, Path("runs/counted"), notes=Path("data"))
-        found = check_samples(prepared.train, 512, .01)
+        found = check_samples(prepared.train, 512, 0.01)
     kinds = found["sources"]
     assert kinds["captions"]["one_image"] == 119 and kinds["pairs"]["several_images"] == 72
     assert kinds["facts"]["text_only"] == 30 and not found["problems"] and found["images"] == 263

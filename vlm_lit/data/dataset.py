@@ -21,53 +21,64 @@ from .records import Records
 # %% ../../nbs/07a_dataset.ipynb #c006
 class TooLong(DataError):
     "A record longer than `max_length`."
+
     def __init__(self, message, record=None, turn=None, kind="over_length"):
         super().__init__(message, record, turn, kind)
 
 def truncate_to_complete_turns(
     input_ids: torch.LongTensor,  # shape (seq_len,)
-    labels: torch.LongTensor,     # shape (seq_len,)
-    num_image_tokens: int,        # Image tokens that take the place of one image
-    max_length: int,              # Most tokens, images expanded
+    labels: torch.LongTensor,  # shape (seq_len,)
+    num_image_tokens: int,  # Image tokens that take the place of one image
+    max_length: int,  # Most tokens, images expanded
 ) -> tuple[torch.LongTensor, torch.LongTensor]:  # Both up to the end of the last answer that fits
     "Keep the turns that fit. Raises `TooLong` if not even the first pair does."
     sizes = torch.where(input_ids == IMAGE_TOKEN_INDEX, num_image_tokens, 1)
-    ends = sizes.cumsum(0)                          # length up to and with each id
+    ends = sizes.cumsum(0)  # length up to and with each id
     if ends[-1] <= max_length: return input_ids, labels
     is_supervised = labels != IGNORE_INDEX
     goes_on = torch.cat([is_supervised[1:], is_supervised.new_zeros(1)])
-    is_last = is_supervised & ~goes_on              # the last id of each answer
+    is_last = is_supervised & ~goes_on  # the last id of each answer
     fits = (is_last & (ends <= max_length)).nonzero()
     if not len(fits):
         shortest = int(ends[is_last][0]) if is_last.any() else int(ends[-1])
-        raise TooLong(f"its first question and answer do not fit: {shortest} tokens with an image "
-                      f"of {num_image_tokens} tokens, max_length is {max_length}")
+        raise TooLong(
+            f"its first question and answer do not fit: {shortest} tokens with an image "
+            f"of {num_image_tokens} tokens, max_length is {max_length}"
+        )
     keep = int(fits[-1]) + 1
     return input_ids[:keep], labels[:keep]
 
 # %% ../../nbs/07a_dataset.ipynb #c010
 class BadSamples:
     "Writes down the bad samples of a training run, and stops it when there are too many."
-    def __init__(self,
+
+    def __init__(
+        self,
         path: str | Path,  # Of the file to append to, one JSON object per line
-        allowed: float,    # Share of samples that may be skipped, 0 to 1
-        n: int,            # Records in the data
+        allowed: float,  # Share of samples that may be skipped, 0 to 1
+        n: int,  # Records in the data
     ):
         if not 0 < allowed < 1:
-            raise ConfigError(f"the share of samples to skip must lie between 0 and 1, got {allowed}")
-        self.path, self.allowed, self.at_least = Path(path).absolute(), allowed, min(n, 1000)
+            raise ConfigError(
+                f"the share of samples to skip must lie between 0 and 1, got {allowed}"
+            )
+        self.path = Path(path).absolute()
+        self.allowed = allowed
+        self.at_least = min(n, 1000)
         if not self.path.parent.is_dir():
             raise ConfigError(f"no folder {str(self.path.parent)!r} for {self.path.name}")
-        self.counts = torch.zeros(1024, 2, dtype=torch.int64).share_memory_()  # (seen, bad) of each worker
-        self.is_bad = torch.zeros(n, dtype=torch.bool).share_memory_()         # a record counts once
+        # (seen, bad) of each worker
+        self.counts = torch.zeros(1024, 2, dtype=torch.int64).share_memory_()
+        self.is_bad = torch.zeros(n, dtype=torch.bool).share_memory_()  # a record counts once
 
     @property
     def totals(self) -> tuple[int, int]:  # Samples seen, samples skipped
         "Of all workers together."
         return tuple(self.counts.sum(0).tolist())
 
-    def count(self,
-        seen: int,             # Samples
+    def count(
+        self,
+        seen: int,  # Samples
         bad: list[dict] = (),  # `index`, `id` and `reason` of those that were skipped
     ) -> None:
         "Count some samples. Raises `DataError` if too many are bad."
@@ -79,10 +90,12 @@ class BadSamples:
             self.is_bad[row["index"]] = True
             append_line(self.path, row)
         n_seen, n_bad = min(self.totals[0], len(self.is_bad)), int(self.is_bad.sum())
-        if new and n_bad > self.allowed*max(n_seen, self.at_least):
-            raise DataError(f"{n_bad} of {n_seen} records are bad, more than the share of "
-                            f"{self.allowed} that may be skipped; see {self.path.name}. "
-                            f"The last: {bad[-1]['reason']}")
+        if new and n_bad > self.allowed * max(n_seen, self.at_least):
+            raise DataError(
+                f"{n_bad} of {n_seen} records are bad, more than the share of "
+                f"{self.allowed} that may be skipped; see {self.path.name}. "
+                f"The last: {bad[-1]['reason']}"
+            )
 
 def one_thread(worker):
     "Keep a worker process to one thread; there are other workers."
@@ -91,7 +104,7 @@ def one_thread(worker):
 
 def append_line(
     path: Path,  # Of a JSONL file
-    row: dict,   # JSON
+    row: dict,  # JSON
 ) -> None:
     "Append a line in one write, whoever else is appending."
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -101,30 +114,38 @@ def append_line(
 # %% ../../nbs/07a_dataset.ipynb #c013
 class LazySupervisedDataset(Dataset):
     "Records as `input_ids`, `labels`, `image` and `image_aux`, read when asked for."
-    def __init__(self,
-        data,                            # What `Records` opens: a file, a folder of tables, or a list
-        processor: VLMProcessor,         # Tokenizer, template, image settings, control tokens
+
+    def __init__(
+        self,
+        data,  # What `Records` opens: a file, a folder of tables, or a list
+        processor: VLMProcessor,  # Tokenizer, template, image settings, control tokens
         image_folder: str | Path | None = None,  # Image paths stay inside it; None: the data's own
-        image_tags: str = "keep",        # Several tags in a turn: "keep", or collapse as "mgm"
-        blank_images: bool = False,      # Black images: a model trained so is blind
-        uint8: bool = False,             # `image_aux` as bytes and no `image`: the device finishes it
-        max_length: int | None = None,   # Most tokens of a sample, images expanded; None: no limit
-        overlength: str = "error",       # "error" (stop), "skip" or "truncate" (keep complete turns)
-        skip_bad: float = 0,             # Share of bad samples that a DataLoader may skip; 0: none
+        image_tags: str = "keep",  # Several tags in a turn: "keep", or collapse as "mgm"
+        blank_images: bool = False,  # Black images: a model trained so is blind
+        uint8: bool = False,  # `image_aux` as bytes and no `image`: the device finishes it
+        max_length: int | None = None,  # Most tokens of a sample, images expanded; None: no limit
+        overlength: str = "error",  # "error" (stop), "skip" or "truncate" (keep complete turns)
+        skip_bad: float = 0,  # Share of bad samples that a DataLoader may skip; 0: none
         bad_samples: str | Path | None = None,  # Where skipped samples are written down
     ):
         if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
             raise ConfigError(f"max_length must be at least 1, got {max_length!r}")
-        for name, value, allowed in [("image_tags", image_tags, ("keep", "mgm")),
-                                     ("overlength", overlength, ("error", "skip", "truncate"))]:
+        for name, value, allowed in [
+            ("image_tags", image_tags, ("keep", "mgm")),
+            ("overlength", overlength, ("error", "skip", "truncate")),
+        ]:
             if value in allowed: continue
-            raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+            raise ConfigError(
+                f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}"
+            )
         self.processor, self.image_tags = processor, image_tags
         self.blank_images, self.uint8 = blank_images, uint8
         self.max_length, self.overlength = max_length, overlength
         if max_length is not None: self.check_image_tokens("max_length")
         if skip_bad and bad_samples is None:
-            raise ConfigError("skip_bad needs bad_samples, the file in which skipped samples are noted")
+            raise ConfigError(
+                "skip_bad needs bad_samples, the file in which skipped samples are noted"
+            )
         self.records = Records(data)
         self.image_folder = self.find_images(image_folder)
         self.opened, self.items = None, None
@@ -137,17 +158,22 @@ class LazySupervisedDataset(Dataset):
     def template(self) -> str: return self.processor.template
 
     @property
-    def num_image_tokens(self) -> int | None: return self.processor.image_processor.num_image_tokens
+    def num_image_tokens(self) -> int | None:
+        return self.processor.image_processor.num_image_tokens
 
-    def check_image_tokens(self,
+    def check_image_tokens(
+        self,
         what: str,  # Needs them
     ) -> None:
         "Raise `ConfigError` unless it is known how many tokens an image has."
         if self.num_image_tokens is None:
             size = self.processor.image_processor.image_size
-            raise ConfigError(f"{what} needs num_image_tokens: {size} pixels are no whole patches of 14")
+            raise ConfigError(
+                f"{what} needs num_image_tokens: {size} pixels are no whole patches of 14"
+            )
 
-    def find_images(self,
+    def find_images(
+        self,
         image_folder,  # As given
     ) -> Path:
         "The folder of the images. Raises `ConfigError` if there is none."
@@ -155,43 +181,52 @@ class LazySupervisedDataset(Dataset):
         if image_folder is not None: folder = Path(image_folder)
         elif path is None: folder = Path()
         else: folder = path if path.is_dir() else path.parent
-        if not folder.is_dir(): raise ConfigError(f"no image folder {str(folder)!r}")
+        if not folder.is_dir():
+            raise ConfigError(f"no image folder {str(folder)!r}")
         return folder
 
     def __len__(self): return len(self.records)
 
-    def name(self,
+    def name(
+        self,
         i: int,  # Index of a record
-    ):           # Its id, or its place in the file when it has none
+    ):  # Its id, or its place in the file when it has none
         "How messages call a record."
         return self.records.name(i)
 
-    def image_key(self,
+    def image_key(
+        self,
         name: str,  # Of an image, from `image_names`
     ) -> str:
         "What tells an image from those of all data sets."
-        if self.records.is_embedded(name): return f"{self.records.table._fingerprint}/{name}"
+        if self.records.is_embedded(name):
+            return f"{self.records.table._fingerprint}/{name}"
         return f"{self.image_folder}/{name}"
 
-    def open_image(self,
-        name: str,      # Of an image, from `image_names`
-    ) -> Image.Image:   # RGB
+    def open_image(
+        self,
+        name: str,  # Of an image, from `image_names`
+    ) -> Image.Image:  # RGB
         "An image as it is in its file, or in the table. Raises `DataError`."
         return self.records.open_image(name, self.image_folder)
 
-    def pixels(self,
-        name: str,       # Of an image
-    ) -> torch.Tensor:   # uint8, (3, image_size_aux, image_size_aux)
+    def pixels(
+        self,
+        name: str,  # Of an image
+    ) -> torch.Tensor:  # uint8, (3, image_size_aux, image_size_aux)
         "One image, squared, as bytes."
         images = self.processor.image_processor
         size = images.image_size_aux
-        if self.blank_images: return torch.zeros(3, size, size, dtype=torch.uint8)
-        if self.opened is not None and name in self.opened: return self.opened[name]
+        if self.blank_images:
+            return torch.zeros(3, size, size, dtype=torch.uint8)
+        if self.opened is not None and name in self.opened:
+            return self.opened[name]
         found = images.square(self.open_image(name))
         if self.opened is not None: self.opened[name] = found
         return found
 
-    def encode(self,
+    def encode(
+        self,
         records: list[dict],  # From `Records`
     ) -> list[dict[str, torch.LongTensor]]:  # For each `input_ids` and `labels`, each (seq_len,)
         "Ids and labels of several records in one call of the tokenizer, of any length."
@@ -199,36 +234,46 @@ class LazySupervisedDataset(Dataset):
         found = encode_records(records, *settings)
         return [{key: text[key] for key in ("input_ids", "labels")} for text in found]
 
-    def tokenize(self,
+    def tokenize(
+        self,
         indices: list[int],  # Of records
     ) -> list[dict[str, torch.LongTensor]]:  # As `encode`
         "`encode` of records by their index."
         return self.encode(self.records.read(indices))
 
-    def fit(self,
+    def fit(
+        self,
         text: dict[str, torch.LongTensor],  # `input_ids` and `labels`
-        i: int,                             # Index of its record
-    ) -> dict[str, torch.LongTensor]:       # The same, or truncated
+        i: int,  # Index of its record
+    ) -> dict[str, torch.LongTensor]:  # The same, or truncated
         "A text within `max_length`. Raises `TooLong`."
         if self.max_length is None: return text
         length = num_tokens_with_images(text["input_ids"], self.num_image_tokens)
         if length <= self.max_length: return text
         if self.overlength != "truncate":
-            raise TooLong(f"{length} tokens with images of {self.num_image_tokens} tokens each, "
-                          f"max_length is {self.max_length}; shorten it, or set overlength to "
-                          "'truncate' or 'skip'", record=self.name(i))
-        try: kept = truncate_to_complete_turns(**text, num_image_tokens=self.num_image_tokens, max_length=self.max_length)
+            raise TooLong(
+                f"{length} tokens with images of {self.num_image_tokens} tokens each, "
+                f"max_length is {self.max_length}; shorten it, or set overlength to "
+                "'truncate' or 'skip'",
+                record=self.name(i),
+            )
+        try:
+            kept = truncate_to_complete_turns(
+                **text, num_image_tokens=self.num_image_tokens, max_length=self.max_length
+            )
         except TooLong as e: raise e.at(record=self.name(i))
         return dict(zip(("input_ids", "labels"), kept))
 
-    def texts(self,
+    def texts(
+        self,
         indices: list[int],  # Of records
     ) -> list[dict[str, torch.LongTensor]]:  # For each `input_ids` and `labels`, each (seq_len,)
         "Ids and labels of several records within `max_length`; opens no image."
         return [self.fit(text, i) for text, i in zip(self.tokenize(indices), indices)]
 
-    def __getitem__(self,
-        i: int,                    # Index of a record
+    def __getitem__(
+        self,
+        i: int,  # Index of a record
         text: dict | None = None,  # Its `input_ids` and `labels`, when they are known already
     ) -> dict[str, torch.Tensor]:  # `input_ids`, `labels`; with images also `image` and `image_aux`
         "One training sample. Raises `DataError` with the record's id; never another sample."
@@ -238,9 +283,10 @@ class LazySupervisedDataset(Dataset):
         try:
             record = self.records[i]
             names = image_names(record)
-            if self.max_length is not None: text = text or self.fit(self.encode([record])[0], i)
-            if text is not None:    # images that are truncated away are not opened
-                names = names[:int((text["input_ids"] == IMAGE_TOKEN_INDEX).sum())]
+            if self.max_length is not None:
+                text = text or self.fit(self.encode([record])[0], i)
+            if text is not None:  # images that are truncated away are not opened
+                names = names[: int((text["input_ids"] == IMAGE_TOKEN_INDEX).sum())]
             pixels = [self.pixels(name) for name in names]
             images = self.processor.image_processor
             image_aux = pixels if self.uint8 else [images.normalize_square(p) for p in pixels]
@@ -252,20 +298,25 @@ class LazySupervisedDataset(Dataset):
         image = images.small(image_aux)
         return {**data, "image": image, "image_aux": image_aux}
 
-    def __getitems__(self,
+    def __getitems__(
+        self,
         indices: list[int],  # Of a batch
     ) -> list[dict[str, torch.Tensor]]:  # Without those that are skipped; empty if all are
-        "What a DataLoader asks for: samples with the `index` of their records, each image opened once."
+        """What a DataLoader asks for: samples with the `index` of their records, each image opened
+        once."""
         self.opened = {}
         try: return self.fetch(indices)
         finally: self.opened = None
 
-    def fetch(self,
+    def fetch(
+        self,
         indices: list[int],  # Of a batch
     ) -> list[dict[str, torch.Tensor]]:  # As `__getitems__`
-        "Samples of a batch. Bad ones raise, or are written down and left out as far as `skip_bad` allows."
-        try: texts = {} if self.items is not None else dict(zip(indices, self.texts(indices)))
-        except DataError: texts = {}            # the bad one is found below
+        """Samples of a batch. Bad ones raise, or are written down and left out as far as `skip_bad`
+        allows."""
+        try:
+            texts = {} if self.items is not None else dict(zip(indices, self.texts(indices)))
+        except DataError: texts = {}  # the bad one is found below
         sample = lambda i: self.with_names(i, self.__getitem__(i, texts.get(i)))
         if self.bad is None: return [sample(i) for i in indices]
         kept, bad = [], []
@@ -279,11 +330,13 @@ class LazySupervisedDataset(Dataset):
         self.bad.count(len(indices), [row for row in bad if not is_wanted(row)])
         return kept
 
-    def with_names(self,
-        i: int,        # Index of a record
+    def with_names(
+        self,
+        i: int,  # Index of a record
         sample: dict,  # From `__getitem__`
-    ) -> dict:         # The same with `index` and, with images, `image_keys`
-        "What a collator needs to know of a sample: which record it is, and which images are the same."
+    ) -> dict:  # The same with `index` and, with images, `image_keys`
+        """What a collator needs to know of a sample: which record it is, and which images are the
+        same."""
         if "image_aux" not in sample: return {**sample, "index": int(i)}
         n_images = int((sample["input_ids"] == IMAGE_TOKEN_INDEX).sum())
         names = image_names(self.records[i])[:n_images]
@@ -294,9 +347,10 @@ class LazySupervisedDataset(Dataset):
         "Which records have images, known without reading them."
         return self.records.n_images > 0
 
-    def count_tokens(self,
-        rows,                 # Rows of the table
-        indices: list[int],   # Their places
+    def count_tokens(
+        self,
+        rows,  # Rows of the table
+        indices: list[int],  # Their places
     ) -> dict[str, list[int]]:  # `n_ids` and `n_images`; zeros for a record that cannot be used
         "Lengths of several records before images are expanded."
         texts = bisect_failures(indices, self.tokenize) if self.bad else self.tokenize(indices)
@@ -306,24 +360,32 @@ class LazySupervisedDataset(Dataset):
 
     def token_counts(self) -> dict[str, np.ndarray]:  # `n_ids` and `n_images` of each record
         "`count_tokens` of all records, kept in the user's cache if the records are a table."
+        names = ("n_ids", "n_images")
         if self.records.table is None:
-            parts = [self.count_tokens(None, list(range(len(self)))[k:k + 256])
-                     for k in range(0, len(self), 256)]
-            return {key: np.array(sum((part[key] for part in parts), [])) for key in ("n_ids", "n_images")}
-        key = (self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, self.template,
-               self.processor.control_tokens, self.image_tags, self.bad is not None)
+            indices = list(range(len(self)))
+            parts = [self.count_tokens(None, indices[k : k + 256]) for k in indices[::256]]
+            return {name: np.array(sum((part[name] for part in parts), [])) for name in names}
+        key = (
+            self.tokenizer.backend_tokenizer.to_str(),
+            self.tokenizer.chat_template,
+            self.template,
+            self.processor.control_tokens,
+            self.image_tags,
+            self.bad is not None,
+        )
         counts = self.records.map("tokens", self.count_tokens, 256, *key)
-        return {name: counts.data.column(name).to_numpy() for name in ("n_ids", "n_images")}
+        return {name: counts.data.column(name).to_numpy() for name in names}
 
     @property
     def lengths(self) -> np.ndarray:  # (n,) int64; 0 for a record that `skip_bad` leaves out
         "Lengths of all records, images expanded. Tokenizes everything once."
         self.check_image_tokens("lengths")
         counts = self.token_counts()
-        found = counts["n_ids"] + counts["n_images"]*(self.num_image_tokens - 1)
+        found = counts["n_ids"] + counts["n_images"] * (self.num_image_tokens - 1)
         found = found.astype(np.int64)
         if self.max_length is None or self.overlength == "error": return found
-        if self.overlength == "truncate": return np.minimum(found, self.max_length)
+        if self.overlength == "truncate":
+            return np.minimum(found, self.max_length)
         return np.where(found > self.max_length, 0, found)
 
     def cache_in_memory(self) -> "LazySupervisedDataset":
