@@ -45,7 +45,7 @@ def setup_module():
 
 def test_frozen_language_model_answers_through_the_kept_projector():
     frozen = {name: w.clone() for name, w in model.language_model.named_parameters()}
-    load_projector(model, results / "smol_mm_projector.bin")
+    load_projector(model, results / "smol_mm_projector.safetensors")
     answers = ask(shown[:2], 4)
     print(answers)
     test_eq([answers[0], answers[3]], ["triangle", "circle"])
