@@ -2,8 +2,9 @@
 from pathlib import Path
 from queue import Queue
 from threading import Thread
-from transformers import AutoImageProcessor, AutoProcessor
+from transformers import AutoProcessor
 from transformers.generation import BaseStreamer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from vlm_lit.core import DataError
 from vlm_lit.text.encode import cut_at_stop, pad_id, stop_ids
 from vlm_lit.image_processor import VLMImageProcessor

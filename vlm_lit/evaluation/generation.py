@@ -9,8 +9,9 @@ __all__ = ['generate_ids', 'answer_batch', 'Chat']
 from pathlib import Path
 from queue import Queue
 from threading import Thread
-from transformers import AutoImageProcessor, AutoProcessor
+from transformers import AutoProcessor
 from transformers.generation import BaseStreamer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from ..core import DataError
 from ..text.encode import cut_at_stop, pad_id, stop_ids
 from ..image_processor import VLMImageProcessor
