@@ -1,17 +1,24 @@
-# Two commands do everything: `make pretrain` and `make test`. Both make .venv once from constraints.txt.
+# `make pretrain` and `make test` do everything, `make one NB=05_labels` is the daily loop. All make .venv once from constraints.txt.
 # `make pretrain` stops if runs/$(RUN) is there; go on with a stopped run by the command that it prints.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= easy-vqa
 
-.PHONY: pretrain test test-all notebooks tests readme bench clean help
+.PHONY: one export lint format pretrain test test-all notebooks tests readme bench clean help
 
 help:
+	@echo "make one NB=05_labels    the daily loop: export, run that notebook, derive tests, run its own, check layout"
+	@echo "make export      export the package from the notebooks"
+	@echo "make format NB=05_labels  lay out the code of that notebook; without NB, of everything"
+	@echo "make lint        ruff, and whether the layout is as make format makes it"
 	@echo "make pretrain    train a small vision-language model on easy-vqa into runs/$(RUN)"
 	@echo "make test        export, clean, notebooks and tests, with one line of totals"
 	@echo "make test-all    the same, and derived tests that take more than a second as well"
+	@echo "make tests       derive the tests from the notebooks' marked cells"
+	@echo "make readme      make README.md from nbs/index.ipynb"
 	@echo "make notebooks   export the package, run every notebook, derive tests and README"
 	@echo "make bench       measure against named peers into benchmarks/results"
+	@echo "make clean       remove .venv and what builds leave"
 
 .venv/.made: constraints.txt settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -25,6 +32,19 @@ pretrain: .venv/.made
 	$(BIN)/vlm-lit train examples/easy_vqa/stage2.yaml --name $(RUN) --model.from runs/$(RUN)-1
 	$(BIN)/vlm-lit eval $(RUN) --data data/easy_vqa/test.jsonl --image-folder data/easy_vqa \
 	    --train data/easy_vqa/train.jsonl
+
+one: .venv/.made
+	$(BIN)/python tools/one.py $(NB)
+
+export: .venv/.made
+	$(BIN)/python tools/build.py package
+
+format: .venv/.made
+	$(BIN)/python tools/format.py $(NB)
+
+lint: .venv/.made
+	$(BIN)/ruff check --no-cache --quiet .
+	$(BIN)/python tools/format.py --check $(NB)
 
 test: .venv/.made
 	$(BIN)/python tools/check.py

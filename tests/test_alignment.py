@@ -32,7 +32,9 @@ def setup_module():
     def new_projector():
         "Projector and mining as at the start of stage 1."
         reinit_modules(model, ["projector", "mining"], seed=0)
-        calibrate_projector(model, None, torch.stack([processor.pixels(folder / n) for n in shown]))
+        images = [open_image(name, folder) for name in shown]
+        pixels = torch.stack([processor.image_processor.square(image) for image in images])
+        calibrate_projector(model, None, pixels)
     def ask(names, max_new_tokens=8):
         "What the model answers: three questions about each image."
         images = [folder / name for name in names for _ in asked]
@@ -43,7 +45,7 @@ def setup_module():
 
 def test_frozen_language_model_answers_through_the_kept_projector():
     frozen = {name: w.clone() for name, w in model.language_model.named_parameters()}
-    load_projector(model, results / "smol_mm_projector.bin")
+    load_projector(model, results / "smol_mm_projector.safetensors")
     answers = ask(shown[:2], 4)
     print(answers)
     test_eq([answers[0], answers[3]], ["triangle", "circle"])

@@ -154,16 +154,22 @@ def readme():
     text = MarkdownExporter().from_notebook_node(nb)[0]
     return re.sub(r"\]\((\w+\.ipynb)\)", r"](nbs/\1)", text).replace("](../", "](").strip() + "\n"
 
+def write_readme():
+    "Write README.md anew from nbs/index.ipynb."
+    (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+
 def export():
     "nbs/*.ipynb -> vlm_lit/*.py, by nbdev."
     subprocess.run([Path(sys.executable).with_name("nbdev_export")], check=True)
 
 def run(names):
-    "Execute notebooks in place, top to bottom, and clean what is stored."
+    "Execute notebooks in place, top to bottom, and clean what is stored; seconds of marked cells."
+    from datetime import datetime
     import nbformat
     from nbclient import NotebookClient
     from nbdev.clean import nbdev_clean
 
+    seconds = {}
     for path in notebooks(names):
         print(f"running {path.name}", flush=True)
         nb = nbformat.read(path, as_version=4)
@@ -179,11 +185,19 @@ def run(names):
         ).execute()
         for n, cell in enumerate(nb.cells):
             cell.id = f"c{n:03d}"
+            if name := directives(cell.source).get("test"):
+                times = cell.metadata["execution"]
+                began, ended = (
+                    datetime.fromisoformat(times[key])
+                    for key in ("iopub.status.busy", "shell.execute_reply")
+                )
+                seconds[name] = (ended - began).total_seconds()
             cell.metadata = {}
             for output in cell.get("outputs", []):
                 output.get("metadata", {}).clear()
         nbformat.write(nb, path)
         nbdev_clean(str(path))
+    return seconds
 
 def main():
     parser = argparse.ArgumentParser(
@@ -196,7 +210,6 @@ def main():
     if args.what in ("package", "all"): export()
     if args.what in ("run", "all"): run(args.names)
     if args.what in ("tests", "all"): write_tests()
-    if args.what in ("readme", "all"):
-        (ROOT / "README.md").write_text(readme(), encoding="utf-8")
+    if args.what in ("readme", "all"): write_readme()
 
 if __name__ == "__main__": main()

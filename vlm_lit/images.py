@@ -81,7 +81,9 @@ def decode_image(
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             # no note, then
-            warnings.filterwarnings("ignore", "Corrupt EXIF data|Tag data larger")
+            # a note that is broken is no note
+            notes = "Corrupt EXIF data|Tag data larger|Truncated File Read"
+            warnings.filterwarnings("ignore", notes)
             with Image.open(file) as image:
                 if image.mode[0] in "IF":
                     raise DataError(
