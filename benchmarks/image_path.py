@@ -3,11 +3,14 @@
     python benchmarks/image_path.py            -> benchmarks/results/image_path.json
     python benchmarks/image_path.py --quick    a few pictures, nothing written
 
-Reference: what MGM does: open, RGB, `CLIPImageProcessor` at 768 (transformers' Pillow version), clone, interpolate to 336.
-Ours: `open_image`, `make_square`, `to_bytes`: the squared bytes; the device normalises and interpolates (`finish_images`).
-Pictures are generated: 1/f noise with flat shapes and edges, JPEG of quality 90, in the sizes of LLaVA's pretraining data
-(CC3M with a shorter edge of 336, COCO), and larger ones.
+Reference: what MGM does: open, RGB, `CLIPImageProcessor` at 768 (transformers' Pillow version),
+clone, interpolate to 336.
+Ours: `open_image`, `make_square`, `to_bytes`: the squared bytes; the device normalises and
+interpolates (`finish_images`).
+Pictures are generated: 1/f noise with flat shapes and edges, JPEG of quality 90, in the sizes of
+LLaVA's pretraining data (CC3M with a shorter edge of 336, COCO), and larger ones.
 """
+
 import argparse, json, os, platform, statistics, tempfile, time
 from importlib.metadata import version
 from pathlib import Path
@@ -17,32 +20,42 @@ from PIL import Image, ImageDraw
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from vlm_lit.images import finish_images, make_square, open_image, to_bytes
 
-RESULT = Path(__file__).resolve().parent/"results/image_path.json"
-SETS = {"typical": [(448, 336), (336, 448), (500, 336), (336, 500), (504, 336), (500, 375), (375, 500), (640, 427), (640, 480), (480, 640)],
-        "large": [(1024, 768), (768, 1024), (1600, 1200)]}
+RESULT = Path(__file__).resolve().parent / "results/image_path.json"
+SETS = {"typical": [(448, 336), (336, 448), (500, 336), (336, 500), (504, 336)]}
+SETS["typical"] += [(500, 375), (375, 500), (640, 427), (640, 480), (480, 640)]
+SETS["large"] = [(1024, 768), (768, 1024), (1600, 1200)]
 CLIP = CLIPImageProcessorPil(size={"shortest_edge": 768}, crop_size={"height": 768, "width": 768})
 
 def picture(
-    width, # Pixels
-    height, # Pixels
-    rng, # numpy's
+    width,  # Pixels
+    height,  # Pixels
+    rng,  # numpy's
 ):
     "A picture with the statistics of a photograph: noise at every scale, and things with edges."
     out = torch.zeros(3, height, width)
     for step in (2, 4, 8, 16, 32, 64, 128):
-        coarse = torch.from_numpy(rng.normal(size=(1, 3, height//step + 2, width//step + 2)).astype(np.float32))
-        out += step**.9*F.interpolate(coarse, (height, width), mode="bicubic")[0]
-    image = Image.fromarray(((out - out.mean())/out.std()*48 + 118).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy())
+        coarse = torch.from_numpy(
+            rng.normal(size=(1, 3, height // step + 2, width // step + 2)).astype(np.float32)
+        )
+        out += step**0.9 * F.interpolate(coarse, (height, width), mode="bicubic")[0]
+    image = Image.fromarray(
+        ((out - out.mean()) / out.std() * 48 + 118)
+        .clamp(0, 255)
+        .to(torch.uint8)
+        .permute(1, 2, 0)
+        .numpy()
+    )
     draw = ImageDraw.Draw(image)
     for _ in range(6):
-        x, y, w, h = (rng.random(4)*[width, height, width/3, height/3]).astype(int).tolist()
+        x, y, w, h = (rng.random(4) * [width, height, width / 3, height / 3]).astype(int).tolist()
         draw.rectangle([x, y, x + w, y + h], fill=tuple(rng.integers(0, 256, 3).tolist()))
     return image
 
 def reference(path):
     "MGM's `_sample_item`, for one picture: `image` and `image_aux`."
     image = CLIP.preprocess(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"][0]
-    return F.interpolate(image[None], size=[336, 336], mode="bilinear", align_corners=False)[0], image.clone()
+    small = F.interpolate(image[None], size=[336, 336], mode="bilinear", align_corners=False)
+    return small[0], image.clone()
 
 def ours(path):
     "The squared bytes."
@@ -51,7 +64,10 @@ def ours(path):
 def difference(path):
     "How far the two are apart at most, after the device's part."
     (image, image_aux), done = reference(path), finish_images(ours(path)[None])
-    return max(float((done["images"][0] - image).abs().max()), float((done["images_aux"][0] - image_aux).abs().max()))
+    return max(
+        float((done["images"][0] - image).abs().max()),
+        float((done["images_aux"][0] - image_aux).abs().max()),
+    )
 
 def clock(f, *args):
     "Processor seconds of a call, and its result; time that other programs took does not count."
@@ -62,11 +78,20 @@ def clock(f, *args):
 def reference_parts(path):
     "Seconds of each part, run on its real input."
     opened, image = clock(lambda: Image.open(path).convert("RGB"))
-    resized, _ = clock(lambda: CLIP.preprocess(image, do_rescale=False, do_normalize=False)["pixel_values"][0])
+    resized, _ = clock(
+        lambda: CLIP.preprocess(image, do_rescale=False, do_normalize=False)["pixel_values"][0]
+    )
     whole, pixels = clock(lambda: CLIP.preprocess(image, return_tensors="pt")["pixel_values"][0])
     copied, _ = clock(pixels.clone)
-    interpolated, _ = clock(lambda: F.interpolate(pixels[None], size=[336, 336], mode="bilinear", align_corners=False)[0])
-    return {"decode": opened, "resize": resized, "normalise": whole - resized, "copy": copied, "interpolate": interpolated}
+    sizes = dict(size=[336, 336], mode="bilinear", align_corners=False)
+    interpolated, _ = clock(lambda: F.interpolate(pixels[None], **sizes)[0])
+    return {
+        "decode": opened,
+        "resize": resized,
+        "normalise": whole - resized,
+        "copy": copied,
+        "interpolate": interpolated,
+    }
 
 def our_parts(path):
     "Likewise."
@@ -76,49 +101,91 @@ def our_parts(path):
     return {"decode": opened, "resize": resized, "to tensor": packed}
 
 def measure_set(
-    folder, # Of the JPEG files
-    repeats, # How often each is timed; the median counts
+    folder,  # Of the JPEG files
+    repeats,  # How often each is timed; the median counts
 ):
     "Mean seconds a picture of both paths, with their parts, and how far their results differ."
     paths = sorted(folder.glob("*.jpg"))
-    far = max(difference(path) for path in paths)                # also warms the file cache
-    whole = {"reference": reference, "ours": ours, "decode_only": lambda path: Image.open(path).convert("RGB")}
+    far = max(difference(path) for path in paths)  # also warms the file cache
+    whole = {
+        "reference": reference,
+        "ours": ours,
+        "decode_only": lambda path: Image.open(path).convert("RGB"),
+    }
     rounds = []
-    for _ in range(repeats):     # whole passes in turns: both paths meet the same machine, neither the other's memory
-        times = {name: [clock(f, path)[0] for path in paths] for name,f in whole.items()}
-        rounds.append({**times, **{side: [f(path) for path in paths] for side,f in (("parts of reference", reference_parts), ("parts of ours", our_parts))}})
-    mean = lambda pick: statistics.fmean(statistics.median(pick(r, n) for r in rounds) for n in range(len(paths)))
+    # whole passes in turns: both paths meet the same machine, neither the other's memory
+    for _ in range(repeats):
+        times = {name: [clock(f, path)[0] for path in paths] for name, f in whole.items()}
+        times["parts of reference"] = [reference_parts(path) for path in paths]
+        times["parts of ours"] = [our_parts(path) for path in paths]
+        rounds.append(times)
+
+    def mean(pick):
+        middle = [statistics.median(pick(r, n) for r in rounds) for n in range(len(paths))]
+        return statistics.fmean(middle)
+
     seconds = {name: mean(lambda r, n: r[name][n]) for name in whole}
-    parts = {side: {name: mean(lambda r, n: r[f"parts of {side}"][n][name]) for name in rounds[0][f"parts of {side}"][0]} for side in ("reference", "ours")}
-    return {**{f"{name}_seconds": value for name,value in seconds.items()}, "ratio": seconds["reference"]/seconds["ours"],
-            "decode_only_ratio": seconds["reference"]/seconds["decode_only"], "largest_difference": far, "n": len(paths), "repeats": repeats, "stages": parts}
+    parts = {
+        side: {
+            name: mean(lambda r, n: r[f"parts of {side}"][n][name])
+            for name in rounds[0][f"parts of {side}"][0]
+        }
+        for side in ("reference", "ours")
+    }
+    return {
+        **{f"{name}_seconds": value for name, value in seconds.items()},
+        "ratio": seconds["reference"] / seconds["ours"],
+        "decode_only_ratio": seconds["reference"] / seconds["decode_only"],
+        "largest_difference": far,
+        "n": len(paths),
+        "repeats": repeats,
+        "stages": parts,
+    }
 
 def measure(
-    quick=False, # One picture a size and few repeats
+    quick=False,  # One picture a size and few repeats
 ):
-    "Both paths over generated JPEG files, one thread: processor seconds a picture, ratio, parts, machine, versions."
+    """Both paths over generated JPEG files, one thread: processor seconds a picture, ratio, parts,
+    machine, versions."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
             rng, out = np.random.default_rng(0), {}
-            for name,sizes in SETS.items():
-                (Path(folder)/name).mkdir()
-                for n,(width,height) in enumerate(sizes*(1 if quick or name == "large" else 3)): picture(width, height, rng).save(Path(folder)/name/f"{n}.jpg", quality=90)
-                out[name] = {"sizes": [list(size) for size in sizes], **measure_set(Path(folder)/name, 3 if quick else 9)}
+            for name, sizes in SETS.items():
+                (Path(folder) / name).mkdir()
+                for n, (width, height) in enumerate(sizes * (1 if quick or name == "large" else 3)):
+                    picture(width, height, rng).save(Path(folder) / name / f"{n}.jpg", quality=90)
+                out[name] = {
+                    "sizes": [list(size) for size in sizes],
+                    **measure_set(Path(folder) / name, 3 if quick else 9),
+                }
     finally: torch.set_num_threads(threads)
     names = ("vlm_lit", "torch", "transformers", "pillow", "numpy")
-    return {"command": "python benchmarks/image_path.py", **out, "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, 1 thread",
-            "versions": {"python": platform.python_version(), **{n: version(n) for n in names}}}
+    return {
+        "command": "python benchmarks/image_path.py",
+        **out,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, 1 thread",
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in names}},
+    }
 
 def table(result):
     "The result as lines of text."
     head = f"{'set':10}{'reference':>12}{'ours':>12}{'decode only':>14}{'ratio':>8}{'n':>5}"
-    return "\n".join([head] + [f"{name:10}{r['reference_seconds']*1e3:9.1f} ms{r['ours_seconds']*1e3:9.1f} ms{r['decode_only_seconds']*1e3:11.1f} ms{r['ratio']:8.2f}{r['n']:5}"
-                               for name,r in result.items() if name in SETS])
+    lines = [head]
+    for name in SETS:
+        if name not in result: continue
+        r = result[name]
+        lines.append(
+            f"{name:10}{r['reference_seconds'] * 1e3:9.1f} ms{r['ours_seconds'] * 1e3:9.1f} "
+            f"ms{r['decode_only_seconds'] * 1e3:11.1f} ms{r['ratio']:8.2f}{r['n']:5}"
+        )
+    return "\n".join(lines)
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a few pictures, nothing written")
     args = parser.parse_args()
     result = measure(args.quick)

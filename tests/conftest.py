@@ -1,4 +1,6 @@
-"fastcore's checks are named test_*: keep pytest from collecting them where a derived module imports them."
+"""fastcore's checks are named test_*: keep pytest from collecting them where a derived module
+imports them."""
+
 import fastcore.test
 
 for name in dir(fastcore.test):

@@ -298,7 +298,8 @@ def test_oracle_is_always_right():
             test_eq([row["id"] for row in rows], names)
         oracle = Oracle(ds)
         rows, _ = predict(oracle, ds, batch_size=64)
-        test_eq((len(rows), oracle.shown), (6 * 5 + 3, 6))  # the images of the record "two" are among them
+        # the images of the record "two" are among them
+        test_eq((len(rows), oracle.shown), (6 * 5 + 3, 6))
     print(len(rows), "questions,", oracle.shown, "images encoded")
 
 def test_predictions_do_not_depend_on_their_own_answers():

@@ -1,8 +1,9 @@
 "Runs killed at any moment go on as if nothing had been: three of those of the benchmark."
+
 import subprocess, sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parent.parent/"benchmarks/kills.py"
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks/kills.py"
 
 def test_killed_runs_resume_to_the_bit():
     done = subprocess.run([sys.executable, SCRIPT, "--quick"], capture_output=True, text=True)

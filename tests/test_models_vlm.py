@@ -10,7 +10,8 @@ from vlm_lit.core import IGNORE_INDEX, ConfigError, DataError
 from vlm_lit.images import finish_images
 from vlm_lit.models.towers import PATCH_TOWERS
 from vlm_lit.models.image_encoder import ImageEncoder, last_linear
-from vlm_lit.models.splice import SplicePlan, check_packing, check_pictures, plan_splice, restart_positions, splice, splice_labels, splice_sample_ids
+from vlm_lit.models.splice import SplicePlan, check_packing, check_pictures, plan_splice
+from vlm_lit.models.splice import restart_positions, splice, splice_labels, splice_sample_ids
 from vlm_lit.models.config import VLMConfig
 import re, tempfile, warnings
 from fastcore.test import test_eq, test_close, expect_fail

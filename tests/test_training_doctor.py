@@ -116,7 +116,8 @@ def test_known_answers_see_a_second_bos():
     assert any("2 BOS tokens, expected 1" in line for line in found)
 
 def test_every_source_is_sampled_alike():
-    mixture = Mixture([LazySupervisedDataset(records, processor, folder, uint8=True), LazySupervisedDataset(records[1:9], processor, folder, uint8=True)])
+    parts = (records, records[1:9])
+    mixture = Mixture([LazySupervisedDataset(own, processor, folder, uint8=True) for own in parts])
     from vlm_lit.training.doctor import _sample
 
     chosen = _sample(mixture, 20, 0)
@@ -160,7 +161,9 @@ def test_check_names_kinds_as_the_audit_does():
         {**records[1], "id": "gone", "image": "gone.png"},
         {"id": "none"},
     ]
-    found = check_samples(Mixture([LazySupervisedDataset(bad, processor, folder, uint8=True)]), 10, strict=False)
+    found = check_samples(
+        Mixture([LazySupervisedDataset(bad, processor, folder, uint8=True)]), 10, strict=False
+    )
     want = ["tags", "roles", "control_tokens", "nothing_learned", "image_missing"]
     assert [row["kind"] for row in found["problems"]][:5] == want
     assert len(found["problems"]) == 6
@@ -169,13 +172,16 @@ def test_overlength_is_an_error_where_the_settings_say_so():
     short = Mixture([LazySupervisedDataset(records, processor, folder, max_length=24, uint8=True)])
     with pytest.raises(DataError, match="overlength is 'error'.*over_length") as caught:
         check_samples(short, 40, 0.9)
-    skip = Mixture([LazySupervisedDataset(records, processor, folder, max_length=24, overlength="skip", uint8=True)])
-    lengths = [num_tokens_with_images(text["input_ids"], 4) for text in short.datasets[0].tokenize(range(40))]
+    limits = dict(max_length=24, uint8=True)
+    skip = Mixture([LazySupervisedDataset(records, processor, folder, overlength="skip", **limits)])
+    texts = short.datasets[0].tokenize(range(40))
+    lengths = [num_tokens_with_images(text["input_ids"], 4) for text in texts]
     found = check_samples(skip, 40, 0.1)
     assert found["skipped"] == sum(n > 24 for n in lengths) > 1
     assert set(found["counts"]) <= {"image_missing"}
     assert f"{found['skipped']} too long, skipped" in format_check(found)
-    truncate = Mixture([LazySupervisedDataset(records, processor, folder, max_length=24, overlength="truncate", uint8=True)])
+    cut = LazySupervisedDataset(records, processor, folder, overlength="truncate", **limits)
+    truncate = Mixture([cut])
     assert check_samples(truncate, 40, 0.9)["tokens"]["max"] <= 24
 
 def test_environment_names_versions_and_no_place():

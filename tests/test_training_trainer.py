@@ -308,7 +308,8 @@ def test_two_processes_agree_and_resume_what_one_began():
     assert agree == [True, True] and len(two) == len(resumed) == 8
 
 def test_evaluation_weighs_by_tokens():
-    two = Mixture([dataset, LazySupervisedDataset(records[:5], processor, folder, uint8=True)], ["a", "b"])
+    second = LazySupervisedDataset(records[:5], processor, folder, uint8=True)
+    two = Mixture([dataset, second], ["a", "b"])
     args = arguments(per_device_eval_batch_size=7)
     trainer = VLMTrainer(new_model(), args, dataset, two, processor=processor)
     metrics = trainer.evaluate()
@@ -337,7 +338,8 @@ def test_rates_and_decay_by_part():
     assert not any(id(p) in decayed for p in biases)
 
 def test_losses_by_source_add_up():
-    two = Mixture([dataset, LazySupervisedDataset(records[:9], processor, folder, uint8=True)], ["a", "b"], weight=[1, 1])
+    second = LazySupervisedDataset(records[:9], processor, folder, uint8=True)
+    two = Mixture([dataset, second], ["a", "b"], weight=[1, 1])
     _, trainer = by_trainer(new_model(), arguments(max_steps=3), two)
     for row in trainer.state.log_history:
         if "loss" not in row: continue
@@ -353,7 +355,9 @@ def test_a_step_of_skipped_samples_moves_nothing():
         if not isinstance(record.get("image"), str):
             record = {"id": record["id"], "conversations": turns}
         gone.append({**record, "image": "gone.png"})
-    bad = LazySupervisedDataset(gone, processor, folder, skip_bad=0.999, bad_samples=folder / "bad.jsonl", uint8=True)
+    bad = LazySupervisedDataset(
+        gone, processor, folder, skip_bad=0.999, bad_samples=folder / "bad.jsonl", uint8=True
+    )
     model = new_model()
     before = model.image_encoder.mm_projector[0].weight.clone()
     losses, _ = by_trainer(model, arguments(max_steps=1, weight_decay=0.0), bad)

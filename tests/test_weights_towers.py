@@ -13,7 +13,8 @@ from vlm_lit.files import read_json
 from vlm_lit.models.config import sub_config
 from vlm_lit.models.towers import EfficientNetLiteConfig, EfficientNetLiteModel
 from vlm_lit.models.towers import make_tower
-from vlm_lit.weights.language_models import LOAD_ERRORS, package_file, pretrained, quiet, read_state, say, some
+from vlm_lit.weights.language_models import LOAD_ERRORS, package_file, pretrained, quiet, read_state
+from vlm_lit.weights.language_models import say, some
 from vlm_lit.weights.presets import init_tower_from_scratch, is_scratch, make_places_heard
 import os, tempfile
 import pytest

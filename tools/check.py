@@ -6,20 +6,34 @@
 One line of totals stands at the end. A test counts once: it has passed if its cell has, where the
 notebook ran, and if the derived test has, where that ran.
 """
+
 import argparse, os, re, subprocess, sys, tempfile, time
 from collections import Counter
 from pathlib import Path
 import build, warm
 
 BIN = Path(sys.executable).parent
-ENV = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
-       "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg",
-       "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}     # no CUDA context before the forks
-
+ENV = {
+    **os.environ,
+    "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "Agg",
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # no CUDA context before the forks
+}
 
 def sh(*args, **kwargs):
     "Run a command of the environment; returns its exit code and what it printed."
-    done = subprocess.run([str(a) for a in args], cwd=build.ROOT, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs)
+    done = subprocess.run(
+        [str(a) for a in args],
+        cwd=build.ROOT,
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **kwargs,
+    )
     return done.returncode, done.stdout
 
 def changed(folder, pattern, make):
@@ -28,12 +42,16 @@ def changed(folder, pattern, make):
     make()
     after = {p: p.read_bytes() for p in folder.rglob(pattern)}
     for path in after.keys() - before.keys(): path.unlink()
-    for path,data in before.items(): path.write_bytes(data)
-    return sorted(str(p.relative_to(folder)) for p in before.keys() | after.keys() if before.get(p) != after.get(p))
+    for path, data in before.items(): path.write_bytes(data)
+    return sorted(
+        str(p.relative_to(folder))
+        for p in before.keys() | after.keys()
+        if before.get(p) != after.get(p)
+    )
 
 def check_export():
     "vlm_lit/**/*.py is what the notebooks export."
-    stale = changed(build.ROOT/"vlm_lit", "*.py", build.export)
+    stale = changed(build.ROOT / "vlm_lit", "*.py", build.export)
     return f"stale, run `make notebooks`: {stale}" if stale else ""
 
 def check_derived():
@@ -43,7 +61,8 @@ def check_derived():
 
 def check_readme():
     "README.md is nbs/index.ipynb."
-    return "" if (build.ROOT/"README.md").read_text(encoding="utf-8") == build.readme() else "README.md is stale, run `make readme`"
+    fresh = (build.ROOT / "README.md").read_text(encoding="utf-8") == build.readme()
+    return "" if fresh else "README.md is stale, run `make readme`"
 
 def check_outputs():
     "Stored outputs hold no machine path, no error, and every notebook has outputs."
@@ -51,33 +70,44 @@ def check_outputs():
     for path in build.notebooks():
         outputs = build.stored_outputs(path)
         if not outputs: bad.append(f"{path.name}: no stored output")
-        if any(o.get("output_type") == "error" for o in outputs): bad.append(f"{path.name}: a stored error")
-        if found := re.search(r"/(home|root|Users|tmp|work|private|mnt)/[\w.]+", str(outputs)): bad.append(f"{path.name}: an output holds the path {found[0]}")
+        if any(o.get("output_type") == "error" for o in outputs):
+            bad.append(f"{path.name}: a stored error")
+        if found := re.search(r"/(home|root|Users|tmp|work|private|mnt)/[\w.]+", str(outputs)):
+            bad.append(f"{path.name}: an output holds the path {found[0]}")
     return "\n".join(bad)
 
 def check_clean():
     "nbdev_clean finds nothing to clean."
     import shutil
+
     with tempfile.TemporaryDirectory() as folder:
         for path in build.notebooks(): shutil.copy(path, folder)
-        sh(BIN/"nbdev_clean", "--fname", folder)
-        dirty = [p.name for p in build.notebooks() if p.read_bytes() != (Path(folder)/p.name).read_bytes()]
+        sh(BIN / "nbdev_clean", "--fname", folder)
+        dirty = [
+            p.name
+            for p in build.notebooks()
+            if p.read_bytes() != (Path(folder) / p.name).read_bytes()
+        ]
     return f"not clean, run `nbdev_clean`: {dirty}" if dirty else ""
 
 def check_lint():
     "ruff finds no unused name, no undefined one and no broken syntax."
-    code, text = sh(BIN/"ruff", "check", "--no-cache", "--quiet", ".")
+    code, text = sh(BIN / "ruff", "check", "--no-cache", "--quiet", ".")
     return text if code else ""
 
-WORDS = {      # words that have a better one in this field
-    "picture": "image", "pictures": "images", "anew": "again", "told": "shown, known",
-    "beside": "next to, besides", "behind": "after",
+WORDS = {  # words that have a better one in this field
+    "picture": "image",
+    "pictures": "images",
+    "anew": "again",
+    "told": "shown, known",
+    "beside": "next to, besides",
+    "behind": "after",
 }
 
 def check_words():
     "Code, docstrings and messages use the field's words."
     pattern, found = re.compile(rf"\b({'|'.join(WORDS)})\b"), []
-    for path in sorted((build.ROOT/"vlm_lit").rglob("*.py")):
+    for path in sorted((build.ROOT / "vlm_lit").rglob("*.py")):
         if path.name == "_modidx.py": continue
         # the first line is the notebook's promise, which is prose
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[1:], 2):
@@ -86,7 +116,21 @@ def check_words():
                 found.append(f"{place}: {word!r}; better: {WORDS[word]}")
     return "\n".join(found)
 
-CHECKS = [check_lint, check_words, check_export, check_clean, check_outputs, check_derived, check_readme]
+def check_layout():
+    "Code is laid out by tools/format.py: no line has over 100 columns."
+    code, text = sh(sys.executable, build.ROOT / "tools/format.py", "--check")
+    return f"run `python tools/format.py`:\n{text}" if code else ""
+
+CHECKS = [
+    check_lint,
+    check_layout,
+    check_words,
+    check_export,
+    check_clean,
+    check_outputs,
+    check_derived,
+    check_readme,
+]
 
 def run_all(workers, slow):
     """Every notebook from top to bottom, its marked cells being tests; then the same tests as they
@@ -97,21 +141,22 @@ def run_all(workers, slow):
     jobs = [(warm.run_tests, path) for path in files if not build.is_derived(path)]
     jobs += [(warm.run_notebook, path) for path in reversed(build.notebooks())]
     outcomes, seconds = {}, {}
-    for (function,path,*_),result in warm.in_forks(jobs, workers):
+    for (function, path, *_), result in warm.in_forks(jobs, workers):
         if function is warm.run_notebook:
             found, name = notebook_outcomes(path, result), f"{path.name}: top to bottom"
-            took = {n: s for n,s in result.get("tests", {}).items() if s != "skipped" and s > slow}
-            seconds |= {f"{path.stem}: {n}": s for n,s in took.items()}
+            took = {n: s for n, s in result.get("tests", {}).items() if s != "skipped" and s > slow}
+            seconds |= {f"{path.stem}: {n}": s for n, s in took.items()}
             if path in derived:
                 names = [f"test_{n}" for n in took]
-                jobs.insert(0, (warm.run_tests, build.TESTS/derived[path], names))
+                jobs.insert(0, (warm.run_tests, build.TESTS / derived[path], names))
         else:
             found = test_outcomes(path, result)
             name = f"{path.name}: {len(result.get('results', []))} tests"
         ok = "failed" not in found.values()
         print(f"{'ok' if ok else 'FAILED':7}{name}, {result.get('seconds', 0):.0f} s", flush=True)
-        if not ok: print(result.get("trouble", ""), result.get("log", ""), sep="\n", flush=True)
-        outcomes |= {n: o for n,o in found.items() if outcomes.get(n) != "failed"}
+        if not ok:
+            print(result.get("trouble", ""), result.get("log", ""), sep="\n", flush=True)
+        outcomes |= {n: o for n, o in found.items() if outcomes.get(n) != "failed"}
     return outcomes, seconds
 
 def notebook_outcomes(path, result):
@@ -121,14 +166,14 @@ def notebook_outcomes(path, result):
     derived = build.derive(path)
     if not derived: return found
     reached = result.get("tests", {})
-    tests = {n: "skipped" if s == "skipped" else "passed" for n,s in reached.items()}
+    tests = {n: "skipped" if s == "skipped" else "passed" for n, s in reached.items()}
     if result.get("failed"): tests[result["failed"]] = "failed"
-    return found | {f"{derived[0]}::test_{n}": o for n,o in tests.items()}
+    return found | {f"{derived[0]}::test_{n}": o for n, o in tests.items()}
 
 def test_outcomes(path, result):
     "`{name: outcome}` of a file of tests; where names were resolved, the cell counts."
     results = result.get("results", {})
-    found = {f"{path.name}::{n}": o for n,o in results.items() if o != "checked"}
+    found = {f"{path.name}::{n}": o for n, o in results.items() if o != "checked"}
     if result.get("died"): found[path.name] = "failed"
     return found
 
@@ -151,8 +196,10 @@ def main():
     outcomes |= found
     slow = [f"{n} {seconds[n]:.0f} s" for n in sorted(seconds, key=seconds.get, reverse=True)]
     if slow:
-        print(f"{len(slow)} tests took over {warm.SLOW:.0f} s as cells; as derived tests, only "
-              f"their names are resolved (--all runs them). The slowest: {', '.join(slow[:10])}")
+        print(
+            f"{len(slow)} tests took over {warm.SLOW:.0f} s as cells; as derived tests, only "
+            f"their names are resolved (--all runs them). The slowest: {', '.join(slow[:10])}"
+        )
     counts = Counter(outcomes.values())
     print(f"took {time.time() - began:.0f} s")
     print("totals: " + ", ".join(f"{counts[o]} {o}" for o in ("passed", "failed", "skipped")))

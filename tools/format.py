@@ -148,7 +148,9 @@ def chosen(names):
         raise SystemExit(f"no such notebook: {sorted(unknown)}")
     if names: return [*(build.notebooks(stems) if stems else []), *files]
     found = [path for pattern in PATTERNS for path in sorted(build.ROOT.glob(pattern))]
-    return [*build.notebooks(), *(path for path in found if not build.is_derived(path))]
+    examples = sorted(build.ROOT.glob("examples/*/*.ipynb"))
+    written = [path for path in found if not build.is_derived(path)]
+    return [*build.notebooks(), *examples, *written]
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

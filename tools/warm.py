@@ -3,22 +3,23 @@
 A fork begins with nothing but these imports, so that no notebook and no test file sees another's
 variables, caches or changed settings. Used by `tools/check.py`.
 """
+
 import builtins, dis, multiprocessing, os, sys, tempfile, time, traceback, types
 from multiprocessing.connection import wait
 import build
 
-SLOW = 1.0      # processor seconds; a test that took more as a cell is not run once more
-SKIPPED_CELLS = {"notest", "gpu"}   # nbdev's `tst_flags` in settings.ini
-RELOADED = "ignore::pytest.PytestAssertRewriteWarning"   # of plugins imported before the fork
-
+SLOW = 1.0  # processor seconds; a test that took more as a cell is not run once more
+SKIPPED_CELLS = {"notest", "gpu"}  # nbdev's `tst_flags` in settings.ini
+RELOADED = "ignore::pytest.PytestAssertRewriteWarning"  # of plugins imported before the fork
 
 def import_heavy():
     "Import once what many notebooks and tests need; nothing of the project itself."
     import datasets, hypothesis, matplotlib.pyplot, peft, pytest, torch._dynamo  # noqa: F401
     import execnb.shell, fastcore.test, rich.progress, typer.testing  # noqa: F401
-    from transformers import (AutoModelForCausalLM, AutoProcessor, CLIPModel,  # noqa: F401
-        ConvNextModel, GemmaForCausalLM, GenerationMixin, LlamaForCausalLM,
-        PreTrainedTokenizerFast, SiglipModel, Trainer)
+    from transformers import AutoModelForCausalLM, AutoProcessor, CLIPModel  # noqa: F401
+    from transformers import ConvNextModel, GemmaForCausalLM, GenerationMixin  # noqa: F401
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
+    from transformers import SiglipModel, Trainer  # noqa: F401
 
 def in_forks(jobs, workers):
     "Run `(function, *arguments)`, each in a fork; yields job and result. Jobs may be added."
@@ -46,7 +47,8 @@ def in_fork(pipe, function, *args):
         sys.stdout = sys.stderr = log
         began = time.time()
         try: result = function(*args)
-        except BaseException: result = {"died": True, "trouble": traceback.format_exc()}
+        except BaseException:
+            result = {"died": True, "trouble": traceback.format_exc()}
         log.flush()
         log.seek(0)
         pipe.send({**result, "seconds": time.time() - began, "log": log.read()[-4000:]})
@@ -65,13 +67,16 @@ def run_notebook(path):
     "Run a notebook from top to bottom; which tests passed, and in how many seconds."
     from execnb.nbio import read_nb
     from execnb.shell import CaptureShell
+
     os.environ["IN_TEST"] = "1"
     os.chdir(path.parent)
-    notebook, shell, tests = read_nb(path), CaptureShell(path), {}
+    notebook = read_nb(path)
+    shell = CaptureShell(path)
+    tests = {}
     for cell in filter(is_run, notebook.cells):
         name, began = build.directives(cell.source).get("test"), spent()
         shell.cell(cell)
-        skipped = type(shell.exc).__name__ == "Skipped"      # pytest.skip
+        skipped = type(shell.exc).__name__ == "Skipped"  # pytest.skip
         if name: tests[name] = "skipped" if skipped else spent() - began
         if shell.exc and not skipped:
             tests.pop(name, None)
@@ -80,8 +85,11 @@ def run_notebook(path):
 
 class Selected:
     "A pytest plugin: slow tests are looked at instead of run, results are counted."
+
     def __init__(self, slow):
-        self.slow, self.results, self.trouble = set(slow), {}, []
+        self.slow = set(slow)
+        self.results = {}
+        self.trouble = []
 
     def pytest_collection_modifyitems(self, items):
         for item in items:
@@ -94,7 +102,8 @@ class Selected:
 
     def pytest_runtest_logreport(self, report):
         if report.when != "call" and report.passed: return
-        if self.results.get(report.nodeid) != "failed": self.results[report.nodeid] = report.outcome
+        if self.results.get(report.nodeid) != "failed":
+            self.results[report.nodeid] = report.outcome
 
     def pytest_collectreport(self, report):
         if report.failed: self.results[report.nodeid] = "failed"
@@ -102,11 +111,12 @@ class Selected:
 def run_tests(path, slow=()):
     "Run a file of tests in this process, all but the slow ones, whose names are only resolved."
     import pytest
+
     os.chdir(build.ROOT)
     plugin = Selected(slow)
     quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", RELOADED]
     code = pytest.main([str(path), *quiet], [plugin])
-    results = {name.split("::", 1)[-1]: outcome for name,outcome in plugin.results.items()}
+    results = {name.split("::", 1)[-1]: outcome for name, outcome in plugin.results.items()}
     died = code not in (0, 1, 5) or code == 1 and "failed" not in results.values()
     return {"results": results, "died": died, "trouble": "\n".join(plugin.trouble)}
 

@@ -105,7 +105,8 @@ class Mixture(Dataset):
         names = image_names(self.record(sample["index"]))
         hashes = [zlib.crc32(f"{self.seed}:{epoch}:{name}".encode()) for name in names]
         flips = [number < self.hflip_prob * 2**32 for number in hashes]
-        names = [f"flipped {name}" if flip else name for name, flip in zip(sample["image_keys"], flips)]
+        pairs = zip(sample["image_keys"], flips)
+        names = [f"flipped {name}" if flip else name for name, flip in pairs]
         images = {key: _flip(sample[key], flips, [(key, n) for n in names], cache) for key in keys}
         return {**sample, **images, "image_keys": names}
 

@@ -30,8 +30,13 @@ def tower_depth(
         kinds = ", ".join(PATCH_TOWERS + STAGE_TOWERS)
         raise ConfigError(f"no tower of model type {kind!r}; there are: {kinds}")
     if kind in PATCH_TOWERS:
-        first, most, parts = 0, config.num_hidden_layers, "layers"
-    else: first, most, parts = 1, len(config.hidden_sizes), "stages"
+        first = 0
+        most = config.num_hidden_layers
+        parts = "layers"
+    else:
+        first = 1
+        most = len(config.hidden_sizes)
+        parts = "stages"
     depth = select_layer + (first if select_layer >= 0 else most + 1)
     if not first <= depth <= most:
         raise ConfigError(

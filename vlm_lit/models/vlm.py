@@ -17,7 +17,8 @@ from ..core import IGNORE_INDEX, ConfigError, DataError
 from ..images import finish_images
 from .towers import PATCH_TOWERS
 from .image_encoder import ImageEncoder, last_linear
-from .splice import SplicePlan, check_packing, check_pictures, plan_splice, restart_positions, splice, splice_labels, splice_sample_ids
+from .splice import SplicePlan, check_packing, check_pictures, plan_splice
+from .splice import restart_positions, splice, splice_labels, splice_sample_ids
 from .config import VLMConfig
 
 # %% ../../nbs/09b_model.ipynb #c008

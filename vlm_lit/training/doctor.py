@@ -205,7 +205,8 @@ def check_samples(
                     errors.append((mixture.name(int(mixture.starts[k]) + i), dataset, text))
                     continue
                 n_images = int((text["input_ids"] == IMAGE_TOKEN_INDEX).sum())
-                lengths.append(num_tokens_with_images(text["input_ids"], dataset.num_image_tokens or 1))
+                n_tokens = dataset.num_image_tokens or 1
+                lengths.append(num_tokens_with_images(text["input_ids"], n_tokens))
                 supervised += int((text["labels"][1:] != IGNORE_INDEX).sum())
                 found["images"] += 0 if dataset.blank_images else n_images
     shortest, longest = min(lengths, default=0), max(lengths, default=0)

@@ -16,7 +16,9 @@ from ..text.tokenizer import load_tokenizer
 from ..models.mining import PatchInfoMining
 from ..models.towers import STAGE_TOWERS, tower_depth
 from ..models.image_encoder import make_projector
-from .presets import NO_TOKENIZER, PARTS, combined_config, is_scratch, load_preset, make_model, preset_config, preset_settings, scratch_text_config, seeded
+from .presets import NO_TOKENIZER, PARTS, combined_config, is_scratch, load_preset
+from .presets import make_model, preset_config, preset_settings, scratch_text_config
+from .presets import seeded
 from .language_models import load_language_model, model_folder
 from .towers import load_tower
 

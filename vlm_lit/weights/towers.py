@@ -22,7 +22,8 @@ from ..files import read_json
 from ..models.config import sub_config
 from ..models.towers import EfficientNetLiteConfig, EfficientNetLiteModel
 from ..models.towers import make_tower
-from .language_models import LOAD_ERRORS, package_file, pretrained, quiet, read_state, say, some
+from .language_models import LOAD_ERRORS, package_file, pretrained, quiet, read_state
+from .language_models import say, some
 from .presets import init_tower_from_scratch, is_scratch, make_places_heard
 
 # %% ../../nbs/10b_tower_weights.ipynb #c008
