@@ -157,6 +157,7 @@ for resume in (None, {str(resume)!r}):
     trainer.train(resume_from_checkpoint=resume)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     if trainer.is_world_process_zero(): print("LOSSES", json.dumps(losses))
+torch.distributed.destroy_process_group()  # its threads end before the interpreter does
 """
         script = Path(tempfile.mkdtemp()) / "two.py"
         script.write_text("\n".join([*imports, *parts, body]))
