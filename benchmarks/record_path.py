@@ -80,7 +80,7 @@ def same(x): return x
 def worker_growth(records, indices, context):
     "The growth of a DataLoader worker that reads the records with these numbers."
     from torch.utils.data import DataLoader
-    from vlm_lit.data.dataset import one_thread
+    from vlm_lit.data.records import one_thread
 
     found = [
         g

@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from unittest.mock import patch
 import pytest
+from fastcore.test import expect_fail
 from vlm_lit.images import sample_image
 from vlm_lit.training.callbacks import Interrupted
 from vlm_lit.training.recipe import load_recipe
@@ -29,9 +30,15 @@ def test_errors_are_one_line_and_bugs_keep_their_traceback():
 
 def test_image_tokens_of_presets_without_their_weights():
     for name, count in [(None, 576), ("tiny", 16), ("smol", 16), ("mgm-2b", 576), ("llava-7b", 576)]:
-        processor, tokens = load_preparation(name, "gemma", "gemma")
-        print(f"{name}: {tokens} tokens per image, {processor.image_processor.image_size} pixels")
-        assert tokens == count
+        images = load_preparation(name, "gemma", "gemma").image_processor
+        print(f"{name}: {images.num_image_tokens} tokens per image, {images.image_size} pixels")
+        assert images.num_image_tokens == count
+        assert load_text_settings(name, "gemma", "gemma")[1:] == ("gemma", count)
+    for wrong in ({"aspect": "wide"}, {"control_tokens": "maybe"}):
+        for name in (None, "llava-7b"):
+            message = f"{list(wrong)[0]} must be one of"
+            with expect_fail(ConfigError, contains=message):
+                load_preparation(name, "gemma", **wrong)
 
 def test_image_files_of_a_folder():
     with TemporaryDirectory() as folder:

@@ -16,7 +16,7 @@ from vlm_lit.text.labels import first_turn
 from vlm_lit.images import rows_per_image, safe_path
 from vlm_lit.data.records import Records
 from vlm_lit.text.encode import encode_records, bisect_failures
-from vlm_lit.data.dataset import one_thread
+from vlm_lit.data.records import one_thread
 from vlm_lit.text.messages import image_names
 from vlm_lit.data.samplers import GlobalBatchSampler, mixture_draws, padding_ratio
 import json, tempfile

@@ -1,13 +1,14 @@
 "Derived from nbs/07_records.ipynb by `make tests`; edit the notebook, not this file."
-import codecs, io, json, re, shutil
+import codecs, io, json, os, re, shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-import numpy as np
+import numpy as np, torch
 from PIL import Image
 from rich.progress import Progress
 from vlm_lit.core import DataError, progress_console
-from vlm_lit.files import cache_folder, digest, file_stamp, new_folder
+from vlm_lit.files import cache_folder, digest, file_stamp, new_folder, writable_folder
 from vlm_lit.text.messages import image_names, read_record
 from vlm_lit.images import decode_image, open_image
 import multiprocessing, os, tempfile
@@ -148,6 +149,21 @@ def test_records_are_the_same_from_every_kind_of_file():
         ["flat.json", "lines.jsonl", "one.parquet", "parts", "pretty.json", "saved"],
     )
     test_eq(list(Records(Table.from_list([{**r, "image": image_names(r)} for r in wanted]))), wanted)
+
+def test_files_of_a_folder_may_have_other_columns():
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    folder = Path(tempfile.mkdtemp())
+    pq.write_table(pa.Table.from_pylist([{"id": "a", "conversations": turns}]), folder / "0.parquet")
+    later = [{"source": "web", "image": ["x.png"], "id": "b", "conversations": turns}]
+    pq.write_table(pa.Table.from_pylist(later), folder / "1.parquet")
+    records = Records(folder)
+    print(records[1])
+    test_eq(records[0], {"id": "a", "conversations": turns})
+    test_eq(records[1], {"id": "b", "image": "x.png", "conversations": turns, "source": "web"})
+    test_eq(records.n_images.tolist(), [0, 1])
+    pq.write_table(pa.Table.from_pylist([{"id": 3, "conversations": "text"}]), folder / "2.parquet")
+    with expect_fail(DataError, contains="cannot be read as a table"):
+        Records(folder)
 
 def test_messages_and_images_of_tables():
     from datasets import Features, Image as ImageFeature, List, Value

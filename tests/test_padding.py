@@ -33,5 +33,7 @@ def test_rectangles_keep_every_id_and_say_what_is_real():
     alone = stack_images([{"image_aux": image[0]}, {"image_aux": image[0]}])
     test_eq((sorted(alone), len(alone["images_aux"])), (["images_aux"], 2))
     test_eq([count_images(s) for s in same], [1, 0, 2])
+    with expect_fail(DataError, contains="a sample has 2 image(s) and 1 image_keys"):
+        stack_images([{**same[2], "image_keys": ["b"]}])
     with expect_fail(DataError, contains="images of one batch must be of one kind and size"):
         stack_images([same[0], {"image_aux": torch.zeros(3, 5, 4, dtype=torch.uint8)}])

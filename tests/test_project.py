@@ -57,9 +57,12 @@ MAY_IMPORT = {  # room -> rooms that it may import; arrows run downward only
     "weights": "core files text processor models",
     "evaluation": "core files text image_processor processor data models",
     "training": "core files debug text padding processor data models weights evaluation",
-    "reports": "core debug text data evaluation",
-    "commands": "core text images processor data models weights training evaluation reports",
-    "cli": "core text images processor data models weights training evaluation reports commands",
+    "walk": "core debug text data",
+    "reports": "core text evaluation",
+    "commands": "core text images processor data models weights training evaluation walk reports",
+    "cli": (
+        "core text images processor data models weights training evaluation walk reports commands"
+    ),
 }
 
 def imports_of(module):

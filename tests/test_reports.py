@@ -1,28 +1,14 @@
 "Derived from nbs/15_reports.ipynb by `make tests`; edit the notebook, not this file."
-import base64, copy, html, io
-from contextlib import ExitStack
-from dataclasses import dataclass
-import torch
-from matplotlib.figure import Figure
-from vlm_lit.core import describe
-from vlm_lit.debug.breakpoints import Breakpoint
-from vlm_lit.text.tokenizer import adds_bos, prepare_tokenizer, special_tokens
-from vlm_lit.text.templates import render
-from vlm_lit.text.sentinels import join_chunks, preprocess_multimodal
-from vlm_lit.debug.label_view import LabelStrip
-from vlm_lit.text.labels import fill_template, preprocess
-from vlm_lit.data.dataset import LazySupervisedDataset
+import base64, html, io
 from vlm_lit.text.messages import image_names
-from vlm_lit.evaluation.metrics import exact
-from PIL import Image
 import tempfile
 from pathlib import Path
-from fastcore.test import test_eq, expect_fail
-from vlm_lit.core import DataError
+from fastcore.test import test_eq
 from vlm_lit.images import sample_image
 from vlm_lit.data.audit import AuditSettings, audit
 from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.processor import VLMProcessor
+from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.reports import *
 
 def setup_module():
@@ -80,46 +66,6 @@ def setup_module():
     right = [asked(k, "<image>\nWhat is it?", a, image="a.png") for k, a in enumerate(answers)]
     doubtful = [*right, *doubtful]
     report = audit(doubtful, load_tokenizer("gemma"), AuditSettings(image_folder=audited, batch_size=4))
-
-def test_walk_passes_every_stop_once_and_changes_nothing():
-    seen, item = walk_record(ds, 0)
-    test_eq([len(bp.hits) for _, bp in seen], [1] * len(WALK))
-    by_title = {stop.title: bp for stop, bp in seen}
-    chunks = by_title["join_chunks: what was tokenized, each side by itself"]["prompt_chunks"]
-    test_eq(chunks[0], [2, 106, 1645, 108])
-    test_eq(by_title["preprocess: the empty conversation"]["conv"].messages, [])
-    test_eq(len(by_title["preprocess: the conversation with its messages"]["conv"].messages), 2)
-    plain = ds[0]
-    assert all(torch.equal(plain[k], item[k]) for k in plain)  # stopped or not, the same item
-    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
-    text_only = LazySupervisedDataset([{"id": 1, "conversations": turns}], VLMProcessor(tok), folder)
-    assert all(len(bp.hits) == 1 for _, bp in walk_record(text_only, 0)[0])
-
-def test_walk_text_holds_the_values_of_the_seed():
-    text = "\n".join(walk_lines(ds, 0))
-    for words in [
-        "pad: ('<pad>', 0)",
-        "prepare_tokenizer('gemma'): nothing",
-        "(3, 768, 768)",
-        "'What is in the photo?\\n<image>'",
-        "'<image>\\nWhat is in the photo?'",
-        "messages=[], offset=0, sep_style=<SeparatorStyle.GEMMA: 7>",
-        "{'human': 'user', 'gpt': 'model'}",
-        "[[2, 106, 1645, 108], [2, 108, 1841,",
-        "len(input_ids) = 25",
-        "(3, 336, 336)",
-        "8 of 25 tokens learned",
-    ]:
-        assert words in text, words
-
-def test_walk_of_a_broken_record_raises_its_error():
-    import sys
-
-    broken = LazySupervisedDataset([{**seed, "image": "gone.png"}], VLMProcessor(tok), folder)
-    before = sys.gettrace()
-    with expect_fail(DataError, contains="record 'seed': no image 'gone.png'"):
-        walk_record(broken, 0)
-    assert sys.gettrace() is before
 
 def test_curves_draw_what_there_is():
     def drawn(rows):

@@ -15,7 +15,7 @@ from vlm_lit.core import ConfigError, nearest
 from vlm_lit.data.collator import DataCollatorForSupervisedDataset
 from vlm_lit.debug.breakpoints import same_randomness
 from vlm_lit.data.mixture import Mixture
-from vlm_lit.data.dataset import one_thread
+from vlm_lit.data.records import one_thread
 from vlm_lit.data.samplers import GlobalBatchSampler
 from vlm_lit.text.encode import pad_id
 from vlm_lit.models.speed import compile_layers

@@ -15,7 +15,14 @@ import typer
 from typer import Argument, Option
 from . import __version__
 from .commands import CHAT_HELP, check_out, example_record, export_folder, image_files, load
-from .commands import load_preparation, printable, report_found, run_folder, say
+from vlm_lit.commands import (
+    load_preparation,
+    load_text_settings,
+    printable,
+    report_found,
+    run_folder,
+    say,
+)
 from .commands import short_recipe, split_words, talk, train_run, user_errors
 from .core import ConfigError, progress_console
 
@@ -66,13 +73,11 @@ def walk(
     "Stop at every step of the data path and show the values."
     with user_errors(), TemporaryDirectory() as folder:
         from vlm_lit.data.dataset import LazySupervisedDataset
-        from vlm_lit.reports import walk_lines
+        from vlm_lit.walk import walk_lines
 
         if data is None:
             data, image_folder = [example_record(Path(folder))], Path(folder)
-        processor, _ = load_preparation(preset, tokenizer, template)
-        processor.control_tokens = control_tokens
-        if aspect is not None: processor.image_processor.aspect = aspect
+        processor = load_preparation(preset, tokenizer, template, aspect, control_tokens)
         dataset = LazySupervisedDataset(data, processor, image_folder)
         if not 0 <= index < len(dataset):
             raise ConfigError(f"--index {index}: the data has {len(dataset)} record(s), from 0 on")
@@ -102,9 +107,9 @@ def audit_data(
         from vlm_lit.reports import audit_lines, audit_page
 
         check_out(html)
-        processor, num_tokens = load_preparation(preset, tokenizer, template)
+        words, template, num_tokens = load_text_settings(preset, tokenizer, template)
         settings = AuditSettings(
-            processor.template,
+            template,
             control_tokens,
             image_tags,
             image_folder,
@@ -114,7 +119,7 @@ def audit_data(
             batch_size,
             examples,
         )
-        report = audit(data, processor.tokenizer, settings, workers if workers > 1 else 0)
+        report = audit(data, words, settings, workers if workers > 1 else 0)
         lines = audit_lines(report, examples)
         typer.echo(json.dumps(report, indent=1) if as_json else "\n".join(lines))
         if html is not None:

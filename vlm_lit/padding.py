@@ -64,7 +64,10 @@ def stack_images(
     n_images = [count_images(s) for s in samples]
     keys = []
     for s, n in zip(samples, n_images):
-        keys += s.get("image_keys") or [object() for _ in range(n)]
+        own = s.get("image_keys") or [object() for _ in range(n)]  # an object equals itself only
+        if len(own) != n:
+            raise DataError(f"a sample has {n} image(s) and {len(own)} image_keys", s.get("id"))
+        keys += own
     first = {}
     order = [first.setdefault(key, len(first)) for key in keys]
     kept = [order.index(n) for n in range(len(first))]

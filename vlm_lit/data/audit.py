@@ -25,7 +25,7 @@ from ..text.labels import first_turn
 from ..images import rows_per_image, safe_path
 from .records import Records
 from ..text.encode import encode_records, bisect_failures
-from .dataset import one_thread
+from .records import one_thread
 from ..text.messages import image_names
 from .samplers import GlobalBatchSampler, mixture_draws, padding_ratio
 

@@ -22,7 +22,7 @@ from ..core import ConfigError, nearest
 from ..data.collator import DataCollatorForSupervisedDataset
 from ..debug.breakpoints import same_randomness
 from ..data.mixture import Mixture
-from ..data.dataset import one_thread
+from ..data.records import one_thread
 from ..data.samplers import GlobalBatchSampler
 from ..text.encode import pad_id
 from ..models.speed import compile_layers
