@@ -287,6 +287,27 @@ def test_hd_crops_come_out_of_the_dataset():
     test_eq(tuple(both[0]["image"].shape), (5, 3, 42, 42))
     test_eq((flat.num_image_tokens, both.num_image_tokens), (9, 45))
 
+def test_counts_of_a_large_file_are_kept():
+    def texts(n):
+        return [{**plain, "id": k} for k in range(n)] + [{**seed, "id": "image"}]
+
+    large = Path(tempfile.mkdtemp()) / "large.jsonl"
+    large.write_text("\n".join(json.dumps(record) for record in texts(12000)))
+    assert large.stat().st_size > 1 << 20  # it needs a store
+
+    def lengths(template="gemma", size=32):
+        processor = VLMProcessor(tok, template=template, image_size=size, num_image_tokens=size)
+        with Breakpoint(LazySupervisedDataset.count_tokens, at="texts = ") as bp:
+            found = LazySupervisedDataset(large, processor, folder).lengths
+        return found[-3:].tolist(), len(bp.hits) > 0
+
+    first, again, wider, other = lengths(), lengths(), lengths(size=64), lengths("v0")
+    print(first, again, wider, other)
+    test_eq((first[1], again, wider[1], other[1]), (True, (first[0], False), False, True))
+    small = LazySupervisedDataset(texts(2), VLMProcessor(tok, num_image_tokens=32), folder)
+    test_eq(small.lengths.tolist(), first[0])  # a list is counted each time
+    test_eq(wider[0], [*first[0][:2], first[0][2] + 32])
+
 def test_bytes_become_the_float_picture():
     a, b = limited([seed, two]), limited([seed, two], uint8=True)
     peek(**b[0])

@@ -12,31 +12,23 @@ from vlm_lit.processor import VLMProcessor, as_list, insert_image_tokens
 from vlm_lit.data.collator import DataCollatorForSupervisedDataset
 from vlm_lit.models.vlm import VLM
 from vlm_lit.models.config import VLMConfig
-from vlm_lit.core import IMAGE_TOKEN_INDEX
-import json, lzma, tempfile
-from fastcore.test import test_eq, test_close, expect_fail
-from tokenizers import Tokenizer
-from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedTokenizerFast, TextStreamer
+import sys
+import json, tempfile
+from fastcore.test import test_eq, expect_fail
+from transformers import AutoModelForCausalLM, AutoProcessor, TextStreamer
 from transformers.utils.logging import disable_progress_bar
-from vlm_lit.core import IGNORE_INDEX, DataError, peek
+from vlm_lit.core import IGNORE_INDEX, DataError
 from vlm_lit.images import sample_image
 from vlm_lit.models.vlm import VLM, pad_left
-from vlm_lit.text.tokenizer import load_tokenizer
 import torch
 from vlm_lit.data.dataset import LazySupervisedDataset
+from small_parts import three_tokenizers
 from vlm_lit.evaluation.generation import *
 
 def setup_module():
-    global PICTURES, QUESTIONS, golden, golden_tokenizer, llama, model, other, photo, plain_greedy, processor, qwen, small_model, tok
+    global PICTURES, QUESTIONS, llama, model, other, photo, plain_greedy, processor, qwen, small_model, tok
+    sys.path[:0] = ["../tests", "tests"]
     disable_progress_bar()
-    golden = next(p for p in (Path("../tests/golden"), Path("tests/golden")) if p.is_dir())
-    def golden_tokenizer(name, bos, eos, unk):
-        "A tokenizer cut down for tests."
-        packed = (golden / f"{name}.tokenizer.json.xz").read_bytes()
-        backend = Tokenizer.from_str(lzma.decompress(packed).decode())
-        return PreTrainedTokenizerFast(
-            tokenizer_object=backend, bos_token=bos, eos_token=eos, unk_token=unk, pad_token=unk
-        )
     def small_model(tokenizer, family="llama", seed=0):
         "A small model with random weights, in evaluation mode."
         rows = max(tokenizer.get_vocab().values()) + 1  # a tokenizer that was cut down keeps its ids
@@ -67,13 +59,7 @@ def setup_module():
         torch.manual_seed(seed)
         config = VLMConfig(text, vision, aux, image_size=32, image_size_aux=64, select_layer=-1)
         return VLM(config).eval()
-    tok = load_tokenizer("gemma")
-    llama = golden_tokenizer("sentencepiece_like", "<s>", "</s>", "<unk>")
-    qwen = golden_tokenizer("chatml_no_bos", None, "<|im_end|>", "<|endoftext|>")
-    qwen.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
+    tok, llama, qwen = three_tokenizers()
     photo, other = sample_image(90, 60), sample_image(40, 70)
     model = small_model(tok, "gemma")
     processor = VLMProcessor.for_model(model.config, tok)

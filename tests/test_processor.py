@@ -10,36 +10,20 @@ from vlm_lit.text.encode import cut_at_stop, encode_records, pad_id, prompt_ids,
 from vlm_lit.images import read_image
 from vlm_lit.image_processor import VLMImageProcessor
 from vlm_lit.padding import pad_samples, stack_images
-import lzma, tempfile
+import sys
+import tempfile
 from types import SimpleNamespace
 from fastcore.test import test_eq, expect_fail
-from tokenizers import Tokenizer
-from transformers import GenerationConfig, PreTrainedTokenizerFast
-from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, peek
+from transformers import GenerationConfig
+from vlm_lit.core import IMAGE_TOKEN_INDEX, peek
 from vlm_lit.images import sample_image
-from vlm_lit.text.tokenizer import load_tokenizer
+from small_parts import golden_tokenizer, three_tokenizers
 from vlm_lit.processor import *
 
 def setup_module():
-    global golden, golden_tokenizer, llama, other, photo, processor, qwen, tok
-    golden = next(p for p in (Path("../tests/golden"), Path("tests/golden")) if p.is_dir())
-    def golden_tokenizer(name, bos, eos, unk):
-        "A tokenizer cut down for tests."
-        text = lzma.decompress((golden / f"{name}.tokenizer.json.xz").read_bytes()).decode()
-        return PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(text),
-            bos_token=bos,
-            eos_token=eos,
-            unk_token=unk,
-            pad_token=unk,
-        )
-    tok = load_tokenizer("gemma")
-    llama = golden_tokenizer("sentencepiece_like", "<s>", "</s>", "<unk>")
-    qwen = golden_tokenizer("chatml_no_bos", None, "<|im_end|>", "<|endoftext|>")
-    qwen.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
+    global llama, other, photo, processor, qwen, tok
+    sys.path[:0] = ["../tests", "tests"]
+    tok, llama, qwen = three_tokenizers()
     photo, other = sample_image(90, 60), sample_image(40, 70)
     processor = VLMProcessor(tok, image_size=32, image_size_aux=64)
 

@@ -5,36 +5,17 @@ from vlm_lit.text.messages import image_names
 from vlm_lit.debug.label_view import Segment
 from vlm_lit.text.sentinels import check_image_count, preprocess_multimodal
 from vlm_lit.text.labels import check_turns, generation_ids, preprocess
-import lzma
-from pathlib import Path
+import sys
 from fastcore.test import test_eq, expect_fail
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 from vlm_lit.core import IGNORE_INDEX, peek
 from vlm_lit.text.messages import read_record
-from vlm_lit.text.tokenizer import load_tokenizer
+from small_parts import golden_tokenizer, three_tokenizers
 from vlm_lit.text.encode import *
 
 def setup_module():
-    global asked_ids, golden, golden_tokenizer, llama, qwen, tok
-    golden = next(p for p in (Path("../tests/golden"), Path("tests/golden")) if p.is_dir())
-    def golden_tokenizer(name, bos, eos, unk):
-        "A tokenizer cut down for tests."
-        text = lzma.decompress((golden / f"{name}.tokenizer.json.xz").read_bytes()).decode()
-        return PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(text),
-            bos_token=bos,
-            eos_token=eos,
-            unk_token=unk,
-            pad_token=unk,
-        )
-    tok = load_tokenizer("gemma")
-    llama = golden_tokenizer("sentencepiece_like", "<s>", "</s>", "<unk>")
-    qwen = golden_tokenizer("chatml_no_bos", None, "<|im_end|>", "<|endoftext|>")
-    qwen.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
+    global asked_ids, llama, qwen, tok
+    sys.path[:0] = ["../tests", "tests"]
+    tok, llama, qwen = three_tokenizers()
     def asked_ids(question, tokenizer=tok, template="gemma"):
         "Prompt of a question about one image."
         turns = [{"from": "human", "value": question}]

@@ -12,189 +12,23 @@ from vlm_lit.models.vlm import VLM
 from vlm_lit.models.image_encoder import last_linear
 from vlm_lit.weights.towers import CONVNEXT_NAMES, translated
 from vlm_lit.weights.language_models import read_state, some, weights_of
-import os, tempfile
-import pytest
+import sys
+import tempfile
 from fastcore.test import test_eq, expect_fail
-from transformers import CLIPConfig, CLIPModel, GemmaConfig, LlamaConfig
+from transformers import GemmaConfig
 from vlm_lit.images import finish_images
-import importlib.util, io, struct
-from contextlib import contextmanager, redirect_stderr
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from vlm_lit.files import write_json
 from vlm_lit.models.config import sub_config
 from vlm_lit.weights.build import build_model
-from vlm_lit.weights.language_models import quiet
-import transformers.modeling_gguf_pytorch_utils as conversion
+from small_parts import MGM, TINY_TEXT, mgm_file, mgm_models, mgm_parts, picture_rows, save_as_mgm
 from vlm_lit.weights.interchange import *
 
 def setup_module():
-    global GOLDEN, LLAVA_7B, MAPS, MGM, MGM_2B, OPEN_CLIP, RECORDED, TEXT_TOWER, TINY_TEXT, TINY_VISION, fake_hub, gguf_words, hub_cache, hushed, mgm_file, mgm_hub, mgm_parts, needs, own_cache, own_cache_folder, picture_rows, same, save_as_mgm, save_clip, save_open_clip, write_gguf
-    GOLDEN = next(
-        folder for folder in map(Path, ("tests/golden", "../tests/golden")) if folder.is_dir()
-    )
-    def needs(*packages):
-        "Leave a test out where a package with real weights is not installed."
-        for name in packages:
-            if importlib.util.find_spec(name) is None:
-                pytest.skip(f"{name} is not installed")
-    def hushed(): return redirect_stderr(io.StringIO())
-    def same(a, b):
-        return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-    conversion.tqdm = lambda tensors, **_: tensors
-    TINY_TEXT = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
-    TINY_TEXT |= dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16)
-    TINY_TEXT |= dict(max_position_embeddings=128)
-    def write_gguf(model, path):
-        "A Llama under llama.cpp's names, with a tokenizer of letters."
-        import gguf
-
-        c, w = model.config, gguf.GGUFWriter(path, "llama")
-        letters = [chr(97 + n % 26) * (n // 26 + 1) for n in range(61)]
-        for add, value in [
-            (w.add_block_count, c.num_hidden_layers),
-            (w.add_context_length, c.max_position_embeddings),
-            (w.add_embedding_length, c.hidden_size),
-            (w.add_feed_forward_length, c.intermediate_size),
-            (w.add_head_count, c.num_attention_heads),
-            (w.add_head_count_kv, c.num_key_value_heads),
-            (w.add_layer_norm_rms_eps, c.rms_norm_eps),
-            (w.add_rope_dimension_count, c.head_dim),
-            (w.add_vocab_size, c.vocab_size),
-            (w.add_tokenizer_model, "gpt2"),
-            (w.add_token_list, ["<unk>", "<s>", "</s>", *letters]),
-            (w.add_token_types, [3] * 3 + [1] * 61),
-            (w.add_token_merges, ["a a"]),
-            (w.add_bos_token_id, 1),
-            (w.add_eos_token_id, 2),
-        ]:
-            add(value)
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
-        Kind = gguf.GGMLQuantizationType
-        for name, t in weights_of(model).items():
-            rotary = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}
-            heads = rotary.get(name.split(".")[-2])
-            if heads:  # pairs of rotary halves side by side
-                t = t.reshape(heads, 2, -1, t.shape[1]).transpose(1, 2).reshape(t.shape)
-            kind = Kind.Q8_0 if t.dim() == 2 and t.shape[1] % 32 == 0 else Kind.F32
-            data = gguf.quants.quantize(t.numpy(), kind)
-            w.add_tensor(names.get_name(name, (".weight",)), data, raw_dtype=kind)
-        w.write_header_to_file()
-        w.write_kv_data_to_file()
-        w.write_tensors_to_file()
-        w.close()
-    def own_cache_folder(folder):
-        "VLM_LIT_CACHE in a folder of its own."
-        kept, os.environ["VLM_LIT_CACHE"] = os.environ.get("VLM_LIT_CACHE"), str(folder)
-        try: yield
-        finally:
-            os.environ.pop("VLM_LIT_CACHE")
-            if kept: os.environ["VLM_LIT_CACHE"] = kept
-    own_cache = contextmanager(own_cache_folder)
-    def hub_cache():
-        "A hub's cache to put models into; nothing else can be reached."
-        import huggingface_hub.constants as constants
-
-        with tempfile.TemporaryDirectory() as cache:
-
-            def put(name, make):
-                repo = Path(cache) / f"models--{name.replace('/', '--')}"
-                (repo / "refs").mkdir(parents=True)
-                (repo / "refs/main").write_text("0" * 40)
-                (repo / "snapshots" / ("0" * 40)).mkdir(parents=True)
-                make(repo / "snapshots" / ("0" * 40))
-
-            kept = constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE
-            constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = cache, True
-            try: yield put
-            finally: constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = kept
-    fake_hub = contextmanager(hub_cache)
-    RECORDED = load_file(GOLDEN / "open_clip_convnext.safetensors")
-    OPEN_CLIP = {n: t for n, t in RECORDED.items() if n != "input" and not n.startswith("map.")}
-    MAPS = [RECORDED[f"map.{n}"] for n in range(4)]
-    TINY_VISION = dict(hidden_size=32, intermediate_size=48, image_size=28, patch_size=14)
-    TINY_VISION |= dict(num_hidden_layers=3, num_attention_heads=2)
-    TEXT_TOWER = dict(intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
-    def save_clip(folder):
-        text = dict(hidden_size=16, **TEXT_TOWER)
-        CLIPModel(CLIPConfig(text_config=text, vision_config=TINY_VISION)).save_pretrained(folder)
-    def save_open_clip(folder, name="open_clip_pytorch_model.bin"):
-        vision = {"timm_model_name": "convnext_large", "image_size": 320}
-        write_json(Path(folder) / "open_clip_config.json", {"model_cfg": {"vision_cfg": vision}})
-        save = torch.save if name.endswith(".bin") else save_file
-        save(OPEN_CLIP, Path(folder) / name)
-    def mgm_hub():
-        "MGM-2B's and LLaVA-7B's parts in tiny, by their hub names."
-        torch.manual_seed(0)
-        with fake_hub() as put, quiet(), hushed():
-            gemma = AutoModelForCausalLM.from_config(GemmaConfig(**TINY_TEXT))
-            put("google/gemma-2b-it", gemma.save_pretrained)
-            config = LlamaConfig(**TINY_TEXT, tie_word_embeddings=False)
-            put("lmsys/vicuna-7b-v1.5", AutoModelForCausalLM.from_config(config).save_pretrained)
-            put("openai/clip-vit-large-patch14-336", save_clip)
-            put("laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup", save_open_clip)
-            yield
-    mgm_parts = contextmanager(mgm_hub)
-    MGM = dict(image_size=28, image_size_aux=64)
-    def picture_rows(model, n=2, seed=0):
-        "Rows of the same random pictures; half precision as in training, under autocast."
-        side, rng = model.config.image_size_aux, torch.Generator().manual_seed(seed)
-        pixels = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=rng)
-        half = model.dtype != torch.float32
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
-            return model.encode_images(None, pixels, model.embed(torch.tensor([[1]])))
-    def gguf_words(path, n):
-        """The first tokens of a GGUF file, read off its header; transformers would take half a minute
-    for the whole."""
-        sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-        with path.open("rb") as file:
-
-            def number(kind):
-                return struct.unpack(f"<{kind}", file.read(struct.calcsize(kind)))[0]
-
-            def skip(kind, n=1):
-                if kind in sizes: return file.seek(sizes[kind] * n, 1)
-                for _ in range(n):
-                    file.seek(number("Q"), 1) if kind == 8 else skip(number("I"), number("Q"))
-
-            assert file.read(8) == b"GGUF\x03\x00\x00\x00"
-            number("Q")
-            for _ in range(number("Q")):
-                name, kind = file.read(number("Q")), number("I")
-                if name == b"tokenizer.ggml.tokens":
-                    number("I"), number("Q")
-                    return [file.read(number("Q")).decode() for _ in range(n)]
-                skip(kind)
-    def mgm_file(path, model, prefix="model.", seed=1, **more):
-        "A projector file with random numbers, in bf16 as MGM's are."
-        torch.manual_seed(seed)
-        shapes = {n: t.shape for n, t in projector_tensors(model).items()}
-        state = {prefix + n: torch.randn(shape).bfloat16() for n, shape in shapes.items()}
-        torch.save({**state, **more}, path)
-        return {n.removeprefix(prefix): t for n, t in state.items()}
-    def save_as_mgm(model, folder):
-        "A checkpoint as MGM publishes it, in two shards, with an index."
-        factor, out = mgm_factor(model.config.text_config), {}
-        for name, tensor in weights_of(model).items():
-            if name.startswith("language_model."):
-                out[name.removeprefix("language_model.")] = tensor
-            elif ".vision_tower." in name:
-                inside = name.split("vision_tower.")[1]
-                out["model.vision_tower.vision_tower.vision_model." + inside] = tensor
-            elif "mm_projector" in name:
-                own = tensor / factor if "mm_projector.2" in name else tensor
-                out["model." + name.removeprefix("image_encoder.")] = own
-            elif ".mining." in name:
-                out["model." + name.split("mining.")[1]] = tensor
-        names, index = list(out), {}
-        for n, part in enumerate((names[::2], names[1::2])):
-            file = f"model-0000{n + 1}-of-00002.safetensors"
-            save_file({k: out[k].clone() for k in part}, Path(folder) / file)
-            index |= {k: file for k in part}
-        write_json(Path(folder) / "model.safetensors.index.json", {"weight_map": index})
-    with mgm_parts():
-        MGM_2B, LLAVA_7B = build_model("mgm-2b", **MGM), build_model("llava-7b", **MGM)
+    global LLAVA_7B, MGM_2B
+    sys.path[:0] = ["../tests", "tests"]
+    MGM_2B, LLAVA_7B = mgm_models()
 
 def test_factor_is_that_of_transformers_4():
     kinds = ("gemma", "gemma2", "llama", "qwen2", "gemma3_text")

@@ -15,116 +15,21 @@ from vlm_lit.models.config import sub_config
 from vlm_lit.weights.presets import is_scratch
 import hashlib
 import os, sys, tempfile
-import pytest
 from fastcore.test import test_eq, expect_fail
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import GemmaConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import GemmaConfig, LlamaConfig
 from safetensors.torch import save_file
 from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.weights.presets import load_preset, make_model, preset_config
-import transformers.modeling_gguf_pytorch_utils as conversion
+from small_parts import TINY_TEXT, fake_hub, hushed, needs, own_cache, same, small_tokenizer, write_gguf
 from vlm_lit.weights.language_models import *
 
 def setup_module():
-    global GOLDEN, SMOL, TINY_TEXT, fake_hub, hub_cache, hushed, needs, own_cache, own_cache_folder, same, small_tok, small_tokenizer, tiny, tok, write_gguf
-    GOLDEN = next(
-        folder for folder in map(Path, ("tests/golden", "../tests/golden")) if folder.is_dir()
-    )
-    def needs(*packages):
-        "Leave a test out where a package with real weights is not installed."
-        for name in packages:
-            if importlib.util.find_spec(name) is None:
-                pytest.skip(f"{name} is not installed")
-    def hushed(): return redirect_stderr(io.StringIO())
-    def same(a, b):
-        return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-    def small_tokenizer():
-        "Gemma's control tokens, and what a few sentences need: a vocabulary of 300."
-        control = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
-        backend = Tokenizer(models.BPE(unk_token="<unk>"))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        options = dict(special_tokens=control, initial_alphabet=alphabet, show_progress=False)
-        trainer = trainers.BpeTrainer(vocab_size=300, **options)
-        text = "user\nwhat color is the shape? model\na blue circle"
-        backend.train_from_iterator([text] * 3, trainer)
-        bos = [("<bos>", 2)]
-        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=bos)
-        names = dict(bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>")
-        return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    global SMOL, small_tok, tiny, tok
+    sys.path[:0] = ["../tests", "tests"]
     tok, small_tok = load_tokenizer("gemma"), small_tokenizer()
     SMOL = load_preset("smol")
     def tiny(seed=0, **overrides):
         return make_model(preset_config("tiny", small_tok, **overrides), seed)
-    conversion.tqdm = lambda tensors, **_: tensors
-    TINY_TEXT = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
-    TINY_TEXT |= dict(num_attention_heads=2, num_key_value_heads=1, head_dim=16)
-    TINY_TEXT |= dict(max_position_embeddings=128)
-    def write_gguf(model, path):
-        "A Llama under llama.cpp's names, with a tokenizer of letters."
-        import gguf
-
-        c, w = model.config, gguf.GGUFWriter(path, "llama")
-        letters = [chr(97 + n % 26) * (n // 26 + 1) for n in range(61)]
-        for add, value in [
-            (w.add_block_count, c.num_hidden_layers),
-            (w.add_context_length, c.max_position_embeddings),
-            (w.add_embedding_length, c.hidden_size),
-            (w.add_feed_forward_length, c.intermediate_size),
-            (w.add_head_count, c.num_attention_heads),
-            (w.add_head_count_kv, c.num_key_value_heads),
-            (w.add_layer_norm_rms_eps, c.rms_norm_eps),
-            (w.add_rope_dimension_count, c.head_dim),
-            (w.add_vocab_size, c.vocab_size),
-            (w.add_tokenizer_model, "gpt2"),
-            (w.add_token_list, ["<unk>", "<s>", "</s>", *letters]),
-            (w.add_token_types, [3] * 3 + [1] * 61),
-            (w.add_token_merges, ["a a"]),
-            (w.add_bos_token_id, 1),
-            (w.add_eos_token_id, 2),
-        ]:
-            add(value)
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, c.num_hidden_layers)
-        Kind = gguf.GGMLQuantizationType
-        for name, t in weights_of(model).items():
-            rotary = {"q_proj": c.num_attention_heads, "k_proj": c.num_key_value_heads}
-            heads = rotary.get(name.split(".")[-2])
-            if heads:  # pairs of rotary halves side by side
-                t = t.reshape(heads, 2, -1, t.shape[1]).transpose(1, 2).reshape(t.shape)
-            kind = Kind.Q8_0 if t.dim() == 2 and t.shape[1] % 32 == 0 else Kind.F32
-            data = gguf.quants.quantize(t.numpy(), kind)
-            w.add_tensor(names.get_name(name, (".weight",)), data, raw_dtype=kind)
-        w.write_header_to_file()
-        w.write_kv_data_to_file()
-        w.write_tensors_to_file()
-        w.close()
-    def own_cache_folder(folder):
-        "VLM_LIT_CACHE in a folder of its own."
-        kept, os.environ["VLM_LIT_CACHE"] = os.environ.get("VLM_LIT_CACHE"), str(folder)
-        try: yield
-        finally:
-            os.environ.pop("VLM_LIT_CACHE")
-            if kept: os.environ["VLM_LIT_CACHE"] = kept
-    own_cache = contextmanager(own_cache_folder)
-    def hub_cache():
-        "A hub's cache to put models into; nothing else can be reached."
-        import huggingface_hub.constants as constants
-
-        with tempfile.TemporaryDirectory() as cache:
-
-            def put(name, make):
-                repo = Path(cache) / f"models--{name.replace('/', '--')}"
-                (repo / "refs").mkdir(parents=True)
-                (repo / "refs/main").write_text("0" * 40)
-                (repo / "snapshots" / ("0" * 40)).mkdir(parents=True)
-                make(repo / "snapshots" / ("0" * 40))
-
-            kept = constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE
-            constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = cache, True
-            try: yield put
-            finally: constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE = kept
-    fake_hub = contextmanager(hub_cache)
 
 def test_pickles_are_not_run():
     class Bomb:

@@ -8,45 +8,17 @@ from vlm_lit.core import ConfigError, nearest
 from vlm_lit.files import read_json
 from vlm_lit.models.vlm import VLM
 from vlm_lit.models.config import VLMConfig
+import sys
 import tempfile
-import pytest
 from fastcore.test import test_eq, test_close, expect_fail
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
-import importlib.util, io
-from contextlib import redirect_stderr
 from vlm_lit.files import write_json
 from vlm_lit.text.tokenizer import load_tokenizer
+from small_parts import same, small_tokenizer
 from vlm_lit.weights.presets import *
 
 def setup_module():
-    global GOLDEN, SMOL, hushed, needs, same, small_tok, small_tokenizer, tiny, tok
-    GOLDEN = next(
-        folder for folder in map(Path, ("tests/golden", "../tests/golden")) if folder.is_dir()
-    )
-    def needs(*packages):
-        "Leave a test out where a package with real weights is not installed."
-        for name in packages:
-            if importlib.util.find_spec(name) is None:
-                pytest.skip(f"{name} is not installed")
-    def hushed(): return redirect_stderr(io.StringIO())
-    def same(a, b):
-        return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
-    def small_tokenizer():
-        "Gemma's control tokens, and what a few sentences need: a vocabulary of 300."
-        control = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
-        backend = Tokenizer(models.BPE(unk_token="<unk>"))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        options = dict(special_tokens=control, initial_alphabet=alphabet, show_progress=False)
-        trainer = trainers.BpeTrainer(vocab_size=300, **options)
-        text = "user\nwhat color is the shape? model\na blue circle"
-        backend.train_from_iterator([text] * 3, trainer)
-        bos = [("<bos>", 2)]
-        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=bos)
-        names = dict(bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>")
-        return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    global SMOL, small_tok, tiny, tok
+    sys.path[:0] = ["../tests", "tests"]
     tok, small_tok = load_tokenizer("gemma"), small_tokenizer()
     SMOL = load_preset("smol")
     def tiny(seed=0, **overrides):

@@ -20,33 +20,19 @@ from vlm_lit.weights.presets import preset_settings
 from vlm_lit.weights.language_models import quiet, read_state, some
 from vlm_lit.weights.interchange import save_projector
 from vlm_lit.weights.language_models import weights_of
+import sys
 import os, shutil, tempfile, warnings
 from contextlib import contextmanager
 from fastcore.test import test_eq, test_close, expect_fail
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.images import sample_image
 from vlm_lit.weights.saving import export_model, save_model
+from small_parts import small_tokenizer
 from vlm_lit.weights.pretrained import *
 
 def setup_module():
-    global TINY, empty_folder, logits, make_run, shake, small_tokenizer, workshop
-    def small_tokenizer():
-        "Gemma's control tokens, and what a few sentences need: a vocabulary of about 300."
-        control = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
-        backend = Tokenizer(models.BPE(unk_token="<unk>"))
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        options = dict(special_tokens=control, initial_alphabet=alphabet, show_progress=False)
-        trainer = trainers.BpeTrainer(vocab_size=300, **options)
-        text = "user\nwhat color is the shape? model\na blue circle"
-        backend.train_from_iterator([text] * 3, trainer)
-        bos = [("<bos>", 2)]
-        backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=bos)
-        names = dict(bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>")
-        return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    global TINY, empty_folder, logits, make_run, shake, workshop
+    sys.path[:0] = ["../tests", "tests"]
     def empty_folder():
         "An empty folder to work in, with a tokenizer's folder in it."
         here = os.getcwd()

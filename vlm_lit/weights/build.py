@@ -22,7 +22,7 @@ from .presets import seeded
 from .language_models import load_language_model, model_folder
 from .towers import load_tower
 
-# %% ../../nbs/10c_build.ipynb #c009
+# %% ../../nbs/10c_build.ipynb #c006
 def combined_model(
     config: VLMConfig,  # From `combined_config`, made of the parts' own configurations
     language_model: nn.Module,  # Parts with their weights

@@ -21,7 +21,7 @@ from ..models.image_encoder import last_linear
 from .towers import CONVNEXT_NAMES, translated
 from .language_models import read_state, some, weights_of
 
-# %% ../../nbs/10d_interchange.ipynb #c009
+# %% ../../nbs/10d_interchange.ipynb #c005
 def mgm_factor(
     text_config,  # Of the language model
 ) -> float:  # 1 for most
@@ -86,7 +86,7 @@ def part_of(
     if not found: return "other"
     return "language_model" if found[1] else found[0]
 
-# %% ../../nbs/10d_interchange.ipynb #c011
+# %% ../../nbs/10d_interchange.ipynb #c007
 WRAPPERS = r"^(?:module\.|base_model\.|model\.)*"
 TRAINED = r"(mm_projector|vlm_uni_(?:query|aux|val)_projector)\.(.+)$"
 
@@ -183,7 +183,7 @@ def save_projector(
 
     write_file(path, write)
 
-# %% ../../nbs/10d_interchange.ipynb #c023
+# %% ../../nbs/10d_interchange.ipynb #c019
 def shards(
     folder: str | Path,  # Of a checkpoint
 ) -> list[Path]:  # Its weights files; safetensors first, if there are both

@@ -21,7 +21,7 @@ from .language_models import LOAD_ERRORS, quiet, read_state, some, weights_of
 from .presets import PARTS, is_scratch
 from .interchange import save_projector, shards
 
-# %% ../../nbs/10e_saving.ipynb #c011
+# %% ../../nbs/10e_saving.ipynb #c007
 HUB_NAME = r"[\w-][\w.-]*/[\w.-]+"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 _EXAMPLE_OF_USE = [
@@ -160,7 +160,7 @@ def load_model(
             tensor.data = tensor.data.to(types[name])
     return model.eval()
 
-# %% ../../nbs/10e_saving.ipynb #c017
+# %% ../../nbs/10e_saving.ipynb #c013
 MGM_TYPES = {
     "gemma": ("mgm_gemma", "MGMGemmaForCausalLM"),
     "llama": ("mgm", "MGMLlamaForCausalLM"),

@@ -26,7 +26,7 @@ from .language_models import LOAD_ERRORS, package_file, pretrained, quiet, read_
 from .language_models import say, some
 from .presets import init_tower_from_scratch, is_scratch, make_places_heard
 
-# %% ../../nbs/10b_tower_weights.ipynb #c008
+# %% ../../nbs/10b_tower_weights.ipynb #c006
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 CONVNEXT_NAMES = [
     (r"^stem\.0\.", "embeddings.patch_embeddings."),
@@ -118,7 +118,7 @@ def cast(
             tensor.data = tensor.data.to(dtype)
     return module
 
-# %% ../../nbs/10b_tower_weights.ipynb #c016
+# %% ../../nbs/10b_tower_weights.ipynb #c013
 _NARROW = {"_depthwise_conv": 0, "_bn1": 1, "_project_conv": 3, "_bn2": 4}
 _WIDE = {
     "_expand_conv": 0,
@@ -150,7 +150,7 @@ def efficientnet_lite_state(
         else: rest.append(name)
     return out, rest
 
-# %% ../../nbs/10b_tower_weights.ipynb #c019
+# %% ../../nbs/10b_tower_weights.ipynb #c016
 TOWER_CLASSES = {
     "clip": CLIPVisionModel,
     "clip_vision_model": CLIPVisionModel,
