@@ -230,7 +230,7 @@ def make_dataset(chosen, folder):
         load_tokenizer("gemma"),
         image_size=size["side"],
         image_size_aux=size["side_aux"],
-        num_image_tokens=config.num_patches,
+        num_image_tokens=config.num_image_tokens,
     )
     return LazySupervisedDataset(records, processor, folder / "images", uint8=True)
 
@@ -240,7 +240,7 @@ def make_loader(args, chosen, folder):
     from vlm_lit.data.collator import DataCollatorForSupervisedDataset
 
     data = make_dataset(chosen, folder)
-    collate = DataCollatorForSupervisedDataset(0, image_rows=data.num_image_tokens)
+    collate = DataCollatorForSupervisedDataset(0, num_image_tokens=data.num_image_tokens)
     return DataLoader(
         data,
         chosen.micro_batch,

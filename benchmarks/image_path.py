@@ -5,7 +5,7 @@
 
 Reference: what MGM does: open, RGB, `CLIPImageProcessor` at 768 (transformers' Pillow version),
 clone, interpolate to 336.
-Ours: `open_image`, `make_square`, `to_bytes`: the squared bytes; the device normalises and
+Ours: `open_image`, `resize_to_square`, `to_bytes`: the squared bytes; the device normalizes and
 interpolates (`finish_images`).
 Pictures are generated: 1/f noise with flat shapes and edges, JPEG of quality 90, in the sizes of
 LLaVA's pretraining data (CC3M with a shorter edge of 336, COCO), and larger ones.
@@ -18,7 +18,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from vlm_lit.images import finish_images, make_square, open_image, to_bytes
+from vlm_lit.images import finish_images, resize_to_square, open_image, to_bytes
 
 RESULT = Path(__file__).resolve().parent / "results/image_path.json"
 SETS = {"typical": [(448, 336), (336, 448), (500, 336), (336, 500), (504, 336)]}
@@ -59,7 +59,7 @@ def reference(path):
 
 def ours(path):
     "The squared bytes."
-    return to_bytes(make_square(open_image(path.name, path.parent), 768))
+    return to_bytes(resize_to_square(open_image(path.name, path.parent), 768))
 
 def difference(path):
     "How far the two are apart at most, after the device's part."
@@ -88,7 +88,7 @@ def reference_parts(path):
     return {
         "decode": opened,
         "resize": resized,
-        "normalise": whole - resized,
+        "normalize": whole - resized,
         "copy": copied,
         "interpolate": interpolated,
     }
@@ -96,7 +96,7 @@ def reference_parts(path):
 def our_parts(path):
     "Likewise."
     opened, image = clock(open_image, path.name, path.parent)
-    resized, square = clock(make_square, image, 768)
+    resized, square = clock(resize_to_square, image, 768)
     packed, _ = clock(to_bytes, square)
     return {"decode": opened, "resize": resized, "to tensor": packed}
 

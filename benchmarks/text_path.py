@@ -18,7 +18,7 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
 from importlib.metadata import version
 from pathlib import Path
 import numpy as np, torch
-from vlm_lit.text.labels import check_policy, control_pattern, make_prompt, preprocess
+from vlm_lit.text.labels import check_control_tokens, control_pattern, make_prompt, preprocess
 from vlm_lit.text.sentinels import chunk_pieces, encode_pieces, encode_prompts
 from vlm_lit.text.sentinels import preprocess_multimodal
 from vlm_lit.text.templates import conv_templates
@@ -154,7 +154,7 @@ def stages(fresh, tokenizer):
         t, moved = clock(preprocess_multimodal, own)
         seconds["move tags"] += t
         render = lambda: [make_prompt(source, tokenizer, "gemma") for source in moved]
-        check = lambda: [check_policy(source, "refuse", pattern) for source in moved]
+        check = lambda: [check_control_tokens(source, "refuse", pattern) for source in moved]
         t, prompts = clock(render)
         seconds["render"] += t
         seconds["look for control tokens"] += clock(check)[0]

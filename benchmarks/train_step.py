@@ -7,7 +7,7 @@ memory, against two peers.
                                                timed or written
 
 reference      what MGM's stage 1 does, by its description: all layers of CLIP; every ConvNeXt stage
-               up-sampled to the first one's size; normalisation and projection at each of these
+               up-sampled to the first one's size; normalization and projection at each of these
                positions; a loop over samples that splices with `torch.cat` and pads; an attention
                mask; logits of all positions in float32, shifted, -100 left out.
 vlm_lit        this project, the same weights and batch.
@@ -37,7 +37,7 @@ from vlm_lit.text.sentinels import num_tokens_with_images
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from vlm_lit.models.vlm import VLM
 from vlm_lit.models.config import VLMConfig
-from vlm_lit.models.speed import compile_layers, recompute_mlps
+from vlm_lit.models.speed import compile_layers, enable_mlp_checkpointing
 from vlm_lit.training.flops import flops_table, peak_flops, training_flops
 from vlm_lit.models.mining import PatchInfoMining
 from vlm_lit.models.towers import stage_maps
@@ -59,7 +59,7 @@ SIZES = {
         depths=(3, 3, 27, 3),
         side_aux=768,
         text=64,
-        learned=20,
+        supervised=20,
         micro_batch=8,
         steps=10,
     ),
@@ -78,7 +78,7 @@ SIZES = {
         depths=(1, 1, 9, 1),
         side_aux=512,
         text=40,
-        learned=20,
+        supervised=20,
         micro_batch=4,
         steps=5,
     ),
@@ -97,7 +97,7 @@ SIZES = {
         depths=(3, 3, 27, 3),
         side_aux=512,
         text=40,
-        learned=20,
+        supervised=20,
         micro_batch=4,
         steps=5,
     ),
@@ -116,7 +116,7 @@ SIZES = {
         depths=(1, 1, 2, 1),
         side_aux=128,
         text=24,
-        learned=10,
+        supervised=10,
         micro_batch=3,
         steps=2,
     ),
@@ -189,7 +189,7 @@ def make_model(args, high):
     with torch.device(args.device), default_dtype(getattr(torch, args.dtype)):
         model = VLM(make_config(args.size, high)).to(getattr(torch, args.dtype))
         model.requires_grad_(False)
-        # attention with contrast, and a normalisation that matters
+        # attention with contrast, and a normalization that matters
         for name, p in trained(model).items():
             if p.dim() > 1: p.normal_(std=p.shape[1] ** -0.5)
             else: p.normal_(mean=float("weight" in name), std=0.2)
@@ -207,23 +207,23 @@ def make_batch(args, high, micro_batch):
     rng = torch.Generator().manual_seed(0)
     samples = []
     for n in range(micro_batch):
-        length, learned = s["text"] - n % 4, s["learned"] + n % 3 - 1
+        length, supervised = s["text"] - n % 4, s["supervised"] + n % 3 - 1
         ids = torch.randint(10, s["vocab"] - 1, (length,), generator=rng)
         labels = ids.clone()
-        ids[4], labels[: length - learned] = IMAGE_TOKEN_INDEX, IGNORE_INDEX
+        ids[4], labels[: length - supervised] = IMAGE_TOKEN_INDEX, IGNORE_INDEX
         picture = {"image": torch.randn(3, s["side"], s["side"], generator=rng)}
         if high:
             picture["image_aux"] = torch.randn(3, s["side_aux"], s["side_aux"], generator=rng)
         samples.append({"input_ids": ids, "labels": labels, **picture})
-    rows = make_config(args.size, False).num_patches
-    batch = DataCollatorForSupervisedDataset(pad_token_id=0, image_rows=rows)(samples)
+    rows = make_config(args.size, False).num_image_tokens
+    batch = DataCollatorForSupervisedDataset(pad_token_id=0, num_image_tokens=rows)(samples)
     dtype = getattr(torch, args.dtype)
     for key, v in batch.items():
         if torch.is_tensor(v):
             batch[key] = v.to(args.device, dtype if v.is_floating_point() else v.dtype)
     return {
         **batch,
-        "spliced_len": max(num_tokens_with_images(x["input_ids"], rows) for x in samples),
+        "merged_seq_len": max(num_tokens_with_images(x["input_ids"], rows) for x in samples),
     }
 
 # the peers
@@ -240,7 +240,7 @@ def whole_clip(model):
     return whole
 
 def reference_mining(mining, low, maps):
-    """Every stage up-sampled, every position normalised and projected, each query attends to its
+    """Every stage up-sampled, every position normalized and projected, each query attends to its
     window."""
     grid, base = math.isqrt(low.shape[1]), maps[0].shape[-1]
     whole = torch.cat(
@@ -328,7 +328,7 @@ class Llava:
                     vision_config=cfg.vision_config,
                     text_config=cfg.text_config,
                     image_token_index=cfg.vocab_size - 1,
-                    image_seq_length=cfg.num_patches,
+                    image_seq_length=cfg.num_image_tokens,
                 )
             )
         inner, projector = self.model.model, model.image_encoder.mm_projector
@@ -345,7 +345,7 @@ class Llava:
         """Placeholders in the number of patches for each sentinel; what the processor and its
         collator make of the samples."""
         token = self.model.config.image_token_id
-        patches = self.owner.config.num_patches
+        patches = self.owner.config.num_image_tokens
         rows = []
         for ids, labels, mask in zip(
             batch["input_ids"].cpu(), batch["labels"].cpu(), batch["attention_mask"].cpu()
@@ -393,7 +393,7 @@ def make_variant(name, args):
     model = make_model(args, has_high(name))
     weights = list(trained(model).values())
     if name.startswith("vlm_lit"):
-        recompute_mlps(model.language_model, args.recompute, args.recompute_layers)
+        enable_mlp_checkpointing(model.language_model, args.recompute, args.recompute_layers)
     if args.compile and name.startswith("vlm_lit"):
         compile_parts(model, args.memory_budget, args.backend)
     return MAKERS[name](model), weights, model
@@ -740,11 +740,11 @@ def flops(args, reference=False):
     attention; the head for supervised tokens; no recomputation, no padding. Of the reference: what
     it does."""
     s, cfg = SIZES[args.size], make_config(args.size, True)
-    length = cfg.num_patches + s["text"] - 1
+    length = cfg.num_image_tokens + s["text"] - 1
     if reference: cfg.select_layer = -1  # all layers of CLIP
-    table = flops_table(cfg, STAGE_1, [length], 1, length if reference else s["learned"])
+    table = flops_table(cfg, STAGE_1, [length], 1, length if reference else s["supervised"])
     parts = {part: forward + backward for part, (forward, backward) in table.items()}
-    positions = cfg.grid_aux**2 - cfg.num_patches  # that mining need not project
+    positions = cfg.grid_aux**2 - cfg.num_image_tokens  # that mining need not project
     if reference:
         parts["mining"] += 3 * 2 * 2 * positions * cfg.vision_size * cfg.vision_size_aux
     return {**parts, "all": sum(parts.values())}
@@ -756,7 +756,7 @@ def batch_flops(args, high):
         argparse.Namespace(**{**vars(args), "device": "cpu"}), high, args.micro_batch
     )
     lengths = [
-        num_tokens_with_images(ids[mask], cfg.num_patches)
+        num_tokens_with_images(ids[mask], cfg.num_image_tokens)
         for ids, mask in zip(batch["input_ids"], batch["attention_mask"])
     ]
     return training_flops(cfg, STAGE_1, lengths, args.micro_batch, supervised(batch))
@@ -902,7 +902,7 @@ def plot(result, path):
 
     runs = {name: r["parts"] for name, r in result["runs"].items() if r["parts"]}
     fig, ax = plt.subplots(figsize=(7, 1 + 0.6 * len(runs)), layout="constrained")
-    colours = plt.get_cmap("tab20").colors
+    colors = plt.get_cmap("tab20").colors
     for n, part in enumerate(dict.fromkeys(p for parts in runs.values() for p in parts)):
         left = []
         for parts in runs.values():
@@ -913,7 +913,7 @@ def plot(result, path):
             [parts.get(part, 0) / result["micro_batch"] for parts in runs.values()],
             left=[x / result["micro_batch"] for x in left],
             label=part,
-            color=colours[n],
+            color=colors[n],
         )
     ax.invert_yaxis()
     ax.set_xlabel("seconds a sample")
@@ -963,8 +963,8 @@ def parse(argv=None):
         choices=("none", "gates", "mlp"),
         default="gates",
         help=(
-            "what this project's decoder makes again for the gradient (recompute_mlps); its time "
-            "is in the result"
+            "what this project's decoder computes again for the gradient "
+            "(enable_mlp_checkpointing); its time is in the result"
         ),
     )
     parser.add_argument(

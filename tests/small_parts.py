@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from vlm_lit.files import write_json
 from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.weights.build import build_model
-from vlm_lit.weights.interchange import mgm_factor, projector_tensors
+from vlm_lit.weights.interchange import gemma_embedding_scale, projector_tensors
 from vlm_lit.weights.language_models import quiet, weights_of
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -224,7 +224,7 @@ def mgm_file(path, model, prefix="model.", seed=1, **more):
 
 def save_as_mgm(model, folder):
     "A checkpoint as MGM publishes it, in two shards, with an index."
-    factor, out = mgm_factor(model.config.text_config), {}
+    factor, out = gemma_embedding_scale(model.config.text_config), {}
     for name, tensor in weights_of(model).items():
         if name.startswith("language_model."):
             out[name.removeprefix("language_model.")] = tensor

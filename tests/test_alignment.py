@@ -11,7 +11,7 @@ from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.evaluation.metrics import evaluate
 from vlm_lit.evaluation.metrics import exact, format_table, question_only_baseline
 from vlm_lit.images import finish_images, open_image
-from vlm_lit.models.vlm import VLM, calibrate_projector, rms
+from vlm_lit.models.vlm import VLM, match_embedding_scale, rms
 from vlm_lit.training.trainer import reinit_modules, set_trainable_modules
 from vlm_lit.weights.interchange import load_projector
 from vlm_lit.weights.language_models import quiet
@@ -34,7 +34,7 @@ def setup_module():
         reinit_modules(model, ["projector", "mining"], seed=0)
         images = [open_image(name, folder) for name in shown]
         pixels = torch.stack([processor.image_processor.square(image) for image in images])
-        calibrate_projector(model, None, pixels)
+        match_embedding_scale(model, None, pixels)
     def ask(names, max_new_tokens=8):
         "What the model answers: three questions about each image."
         images = [folder / name for name in names for _ in asked]

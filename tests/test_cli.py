@@ -7,7 +7,7 @@ import typer
 from typer import Argument, Option
 from vlm_lit import __version__
 from vlm_lit.commands import CHAT_HELP, check_out, example_record, export_folder, image_files, load
-from vlm_lit.commands import load_preparation, load_text_settings, printable, report_found, run_folder, say
+from vlm_lit.commands import load_preparation, load_text_settings, printable, report_found, run_folder, print_status
 from vlm_lit.commands import short_recipe, split_words, talk, train_run, user_errors
 from vlm_lit.core import ConfigError, progress_console
 import re, shlex, subprocess
@@ -23,7 +23,7 @@ from vlm_lit.images import sample_image
 from vlm_lit.models.config import VLMConfig
 from vlm_lit.weights.presets import make_model
 from vlm_lit.weights.saving import save_model
-from vlm_lit.cli import *
+from vlm_lit.cli import app
 
 def setup_module():
     global TRAIN, good, place, refuses, result, run, runner, show, small_model, small_tokenizer, train_records, turns, write

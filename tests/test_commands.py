@@ -13,7 +13,14 @@ from fastcore.test import expect_fail
 from vlm_lit.images import sample_image
 from vlm_lit.training.callbacks import Interrupted
 from vlm_lit.training.recipe import load_recipe
-from vlm_lit.commands import *
+from vlm_lit.commands import image_files
+from vlm_lit.commands import load_preparation
+from vlm_lit.commands import load_text_settings
+from vlm_lit.commands import run_folder
+from vlm_lit.commands import short_recipe
+from vlm_lit.commands import split_words
+from vlm_lit.commands import train_run
+from vlm_lit.commands import user_errors
 
 def test_errors_are_one_line_and_bugs_keep_their_traceback():
     said = []

@@ -3,7 +3,14 @@ import difflib, numbers, sys
 from rich.console import Console
 import numpy as np, torch
 from fastcore.test import test_eq, expect_fail
-from vlm_lit.core import *
+from vlm_lit.core import ConfigError
+from vlm_lit.core import DataError
+from vlm_lit.core import IGNORE_INDEX
+from vlm_lit.core import IMAGE_TOKEN_INDEX
+from vlm_lit.core import describe
+from vlm_lit.core import nearest
+from vlm_lit.core import peek
+from vlm_lit.core import progress_console
 
 def test_ignored_label_leaves_the_loss():
     logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 3.0]])

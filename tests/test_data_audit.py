@@ -11,9 +11,9 @@ import warnings
 from vlm_lit.core import ConfigError, DataError, progress_console
 from vlm_lit.debug.label_view import Segment
 from vlm_lit.text.sentinels import check_image_count
-from vlm_lit.text.labels import check_policy, check_tokenizer, check_turns, control_pattern
+from vlm_lit.text.labels import check_control_tokens, check_tokenizer, check_turns, control_pattern
 from vlm_lit.text.labels import first_turn
-from vlm_lit.images import rows_per_image, safe_path
+from vlm_lit.images import count_image_tokens, safe_path
 from vlm_lit.data.records import Records
 from vlm_lit.text.encode import encode_records, bisect_failures
 from vlm_lit.data.records import one_thread
@@ -25,7 +25,19 @@ from fastcore.test import test_eq, expect_fail
 from PIL import Image
 from vlm_lit.images import sample_image
 from vlm_lit.text.tokenizer import load_tokenizer
-from vlm_lit.data.audit import *
+from vlm_lit.data.audit import AuditChunks
+from vlm_lit.data.audit import AuditSettings
+from vlm_lit.data.audit import ERRORS
+from vlm_lit.data.audit import Finding
+from vlm_lit.data.audit import Tally
+from vlm_lit.data.audit import WARNINGS
+from vlm_lit.data.audit import audit
+from vlm_lit.data.audit import count_all
+from vlm_lit.data.audit import duplicates
+from vlm_lit.data.audit import inspect_chunk
+from vlm_lit.data.audit import inspect_record
+from vlm_lit.data.audit import severity
+from vlm_lit.data.audit import summarize
 
 def setup_module():
     global DIRTY, folder, talk, tok
@@ -119,7 +131,7 @@ def test_chunk_counts_tokens_by_segment_and_expands_images():
             "control_tokens": 1,
             "roles": 1,
             "empty_answer": 1,
-            "nothing_learned": 1,
+            "nothing_supervised": 1,
             "over_length": 5,
             "broken_record": 1,
             "greeting": 1,
@@ -154,14 +166,14 @@ def test_shares_add_up_and_most_positions_are_image():
     talks = [talk(question, answer * (k % 4 + 1)) for k in range(20)]
     captions = [{"id": k, "image": "good.jpg", "conversations": own} for k, own in enumerate(talks)]
     report = audit(captions, tok, AuditSettings(image_folder=folder, batch_size=4))
-    learned = sum(s["share"] for s in report["segments"].values() if s["learned"])
+    supervised = sum(s["share"] for s in report["segments"].values() if s["supervised"])
     image, padding = report["segments"]["image"]["share"], report["padding"]
     print(
-        f"image {image:.1%}, learned {learned:.1%}, padding {padding['random']:.1%} at random, "
+        f"image {image:.1%}, supervised {supervised:.1%}, padding {padding['random']:.1%} at random, "
     f"{padding['grouped']:.1%} grouped"
     )
     assert abs(sum(s["share"] for s in report["segments"].values()) - 1) < 1e-4
-    assert image > 0.9 and 0.02 < learned < 0.05
+    assert image > 0.9 and 0.02 < supervised < 0.05
     assert padding["grouped"] < padding["random"] == round(report["segments"]["pad"]["share"], 4)
     test_eq(sum(report["lengths"]["histogram"]["counts"]), 20)
 
@@ -171,7 +183,7 @@ def test_workers_give_the_same_report():
     alone, together = [
         count_all(AuditChunks(Records(many), tok, settings, size=64), n_workers=n) for n in (0, 2)
     ]
-    test_eq(summarise(alone, Records(many), settings), summarise(together, Records(many), settings))
+    test_eq(summarize(alone, Records(many), settings), summarize(together, Records(many), settings))
     assert all(len(found) <= 2 for found in together.examples.values())
 
 def test_wrong_settings_and_empty_data_are_said():

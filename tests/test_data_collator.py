@@ -14,10 +14,12 @@ from vlm_lit.core import peek
 from vlm_lit.padding import flat_images
 from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.processor import VLMProcessor
-from vlm_lit.images import finish_images, grid_crops, make_square, rows_per_image, sample_image
+from vlm_lit.images import finish_images, grid_crops, resize_to_square, count_image_tokens, sample_image
 from vlm_lit.images import to_bytes
 from vlm_lit.text.tokenizer import load_tokenizer
-from vlm_lit.data.collator import *
+from vlm_lit.data.collator import DataCollatorForSupervisedDataset
+from vlm_lit.data.collator import concatenate_samples
+from vlm_lit.data.collator import pack_sequences
 
 def setup_module():
     global collate, ds, folder, processor, record, records, tok
@@ -32,7 +34,7 @@ def setup_module():
         record(0, "a.png", "What is it?\n<image>", "a box"),
         record(1, None, "hi", "hello there"),
         record(2, ["b.png", "a.png"], "<image> or <image>?", "the second"),
-        record(3, "a.png", "<image>\nwhat colour?", "black"),
+        record(3, "a.png", "<image>\nwhat color?", "black"),
     ]
     processor = VLMProcessor(tok, image_size=32, image_size_aux=64)
     ds = LazySupervisedDataset(records, processor, folder).cache_in_memory()
@@ -41,24 +43,24 @@ def setup_module():
 
 def test_packing_keeps_all_and_overfills_none():
     lengths = [5, 9, 3, 7, 2, 4, 8, 1]
-    test_eq(len(pack_rows(lengths, 10)), 4)
+    test_eq(len(pack_sequences(lengths, 10)), 4)
     rng = np.random.default_rng(0)
     for _ in range(50):
         lengths, most = rng.integers(1, 60, rng.integers(1, 80)), int(rng.integers(60, 200))
-        rows = pack_rows(lengths, most)
+        rows = pack_sequences(lengths, most)
         test_eq(sorted(i for row in rows for i in row), list(range(len(lengths))))
         assert all(0 < lengths[row].sum() <= most for row in rows)
         # two half-empty rows would have been one
         assert sum(lengths[row].sum() <= most / 2 for row in rows) <= 1
         # the samples of some rows, packed again, make as many rows
         some = sorted(rng.choice(len(rows), (len(rows) + 1) // 2, replace=False))
-        again = pack_rows(lengths[[i for r in some for i in rows[r]]], most)
+        again = pack_sequences(lengths[[i for r in some for i in rows[r]]], most)
         test_eq(sorted(len(row) for row in again), sorted(len(rows[r]) for r in some))
     test_eq(num_tokens_with_images(torch.tensor([2, -200, 5, -200]), 576), 2 + 2 * 576)
     message = "record 'long': the sample takes 11 positions, more than max_length 10"
     with expect_fail(DataError, contains=message):
-        pack_rows([3, 11], 10, ["short", "long"])
-    with expect_fail(DataError, contains="record 1: "): pack_rows([3, 11], 10)
+        pack_sequences([3, 11], 10, ["short", "long"])
+    with expect_fail(DataError, contains="record 1: "): pack_sequences([3, 11], 10)
 
 def test_batch_is_padded_and_pictures_are_kept_once():
     batch = collate([ds[i] for i in range(4)])
@@ -81,16 +83,21 @@ def test_batch_without_pictures_has_no_image_keys():
     assert "image_index" not in collate([ds[2]])
 
 def test_collator_counts_what_the_model_would_have_to_wait_for():
-    batch = DataCollatorForSupervisedDataset(tok.pad_token_id, image_rows=16)([ds[i] for i in range(4)])
-    print("ids", tuple(batch["input_ids"].shape), "-> positions", batch["spliced_len"])
-    test_eq((type(batch["spliced_len"]), batch["spliced_len"]), (int, len(ds[2]["input_ids"]) + 2 * 15))
+    batch = DataCollatorForSupervisedDataset(tok.pad_token_id, num_image_tokens=16)(
+        [ds[i] for i in range(4)]
+    )
+    print("ids", tuple(batch["input_ids"].shape), "-> positions", batch["merged_seq_len"])
+    test_eq(
+        (type(batch["merged_seq_len"]), batch["merged_seq_len"]),
+        (int, len(ds[2]["input_ids"]) + 2 * 15),
+    )
     rows = zip(batch["input_ids"], batch["attention_mask"])
-    test_eq(batch["spliced_len"], max(num_tokens_with_images(row[mask], 16) for row, mask in rows))
+    test_eq(batch["merged_seq_len"], max(num_tokens_with_images(row[mask], 16) for row, mask in rows))
     # text only: nothing grows
-    text_only = DataCollatorForSupervisedDataset(0, image_rows=16)([ds[1]])
-    test_eq(text_only["spliced_len"], len(ds[1]["input_ids"]))
-    assert "spliced_len" not in collate([ds[0]])
-    with expect_fail(ConfigError, contains="give image_rows"):
+    text_only = DataCollatorForSupervisedDataset(0, num_image_tokens=16)([ds[1]])
+    test_eq(text_only["merged_seq_len"], len(ds[1]["input_ids"]))
+    assert "merged_seq_len" not in collate([ds[0]])
+    with expect_fail(ConfigError, contains="give num_image_tokens"):
         DataCollatorForSupervisedDataset(0, max_length=84)
 
 def test_bytes_and_crops_are_stacked():
@@ -99,7 +106,7 @@ def test_bytes_and_crops_are_stacked():
         "input_ids": torch.tensor([2, -200, -200, 5]),
         "labels": torch.tensor([-100, -100, -100, 5]),
     }
-    picture = [to_bytes(make_square(sample_image(40 + n, 30), 64)) for n in range(3)]
+    picture = [to_bytes(resize_to_square(sample_image(40 + n, 30), 64)) for n in range(3)]
     one = {**text, "image_aux": picture[0], "image_keys": ["a"]}
     as_bytes = collate([one, {**pair, "image_aux": torch.stack(picture[1:])}])
     peek(**as_bytes)
@@ -126,11 +133,13 @@ def test_bytes_and_crops_are_stacked():
         collate([{**text, "image_aux": done["images_aux"][0]}])
 
 def test_packed_batch_holds_every_sample_whole():
-    image_rows = rows_per_image(32, 8)
-    packs = DataCollatorForSupervisedDataset(tok.pad_token_id, max_length=84, image_rows=image_rows)
+    num_image_tokens = count_image_tokens(32, 8)
+    packs = DataCollatorForSupervisedDataset(
+        tok.pad_token_id, max_length=84, num_image_tokens=num_image_tokens
+    )
     batch = packs([ds[i] for i in range(4)])
     lengths = [num_tokens_with_images(ds[i]["input_ids"], 16) for i in range(4)]
-    test_eq(len(batch["input_ids"]), len(pack_rows(lengths, 84)))
+    test_eq(len(batch["input_ids"]), len(pack_sequences(lengths, 84)))
     test_eq(batch["attention_mask"], batch["sample_ids"] > 0)
     found = []
     for row, numbers in zip(batch["input_ids"], batch["sample_ids"]):
@@ -146,8 +155,8 @@ def test_packed_batch_holds_every_sample_whole():
     n_supervised = [int((ds[i]["labels"][1:] != IGNORE_INDEX).sum()) for i in range(4)]
     test_eq(int((batch["labels"] != IGNORE_INDEX).sum()), sum(n_supervised))
     rows = zip(batch["input_ids"], batch["attention_mask"])
-    test_eq(batch["spliced_len"], max(num_tokens_with_images(row[mask], 16) for row, mask in rows))
-    assert max(lengths) < batch["spliced_len"] <= 84  # of a row, not of a sample
+    test_eq(batch["merged_seq_len"], max(num_tokens_with_images(row[mask], 16) for row, mask in rows))
+    assert max(lengths) < batch["merged_seq_len"] <= 84  # of a row, not of a sample
     with expect_fail(DataError, contains="record 0: the sample takes"):
         DataCollatorForSupervisedDataset(0, 30, 16)([ds[2]])
     with expect_fail(DataError, contains="record 'long': the sample takes"):
@@ -155,7 +164,7 @@ def test_packed_batch_holds_every_sample_whole():
 
 def test_first_token_of_a_packed_sample_is_not_a_target():
     plain = {"input_ids": torch.tensor([2, 7, 8]), "labels": torch.tensor([2, 7, 8])}
-    row = join_samples([plain, plain])
+    row = concatenate_samples([plain, plain])
     test_eq(row["labels"].tolist(), [-100, 7, 8, -100, 7, 8])
     test_eq(row["sample_ids"].tolist(), [1, 1, 1, 2, 2, 2])
     test_eq(plain["labels"].tolist(), [2, 7, 8])  # the sample itself is not touched
@@ -182,7 +191,7 @@ def test_sentinel_without_picture_is_refused():
 def test_info_counts_samples_in_the_order_of_their_supervised_tokens():
     samples = [{**ds[i], "index": i, "source_index": i % 2} for i in range(4)]
     for max_length in (None, 84):
-        own = DataCollatorForSupervisedDataset(tok.pad_token_id, max_length, image_rows=16)
+        own = DataCollatorForSupervisedDataset(tok.pad_token_id, max_length, num_image_tokens=16)
         batch = own(samples)
         info = batch["info"]
         targets = batch["labels"][:, 1:][batch["labels"][:, 1:] != -100]
@@ -194,7 +203,7 @@ def test_info_counts_samples_in_the_order_of_their_supervised_tokens():
         assert sum(info.n_images) == int((batch["input_ids"] == -200).sum())
 
 def test_batch_of_skipped_samples_has_nothing_supervised():
-    batch = DataCollatorForSupervisedDataset(tok.pad_token_id, image_rows=16)([])
+    batch = DataCollatorForSupervisedDataset(tok.pad_token_id, num_image_tokens=16)([])
     assert batch["input_ids"].shape == (1, 1)
     assert (batch["labels"] == -100).all()
     assert "info" not in batch

@@ -19,7 +19,10 @@ from vlm_lit.core import peek
 from vlm_lit.images import sample_image
 from vlm_lit.debug.label_view import LabelStrip
 from vlm_lit.text.tokenizer import load_tokenizer
-from vlm_lit.data.dataset import *
+from vlm_lit.data.dataset import BadSamples
+from vlm_lit.data.dataset import LazySupervisedDataset
+from vlm_lit.data.dataset import TooLong
+from vlm_lit.data.dataset import truncate_to_complete_turns
 
 def setup_module():
     global SCRIPT, alive, bad_ones, failure, folder, forged, good, ids_of, limited, loader, mixed, plain, rounds, seed, tok, two
@@ -251,8 +254,8 @@ def test_a_limit_is_kept_before_images_are_opened():
     print(length, "->", num_tokens_with_images(item["input_ids"], 16), "opened:", opened)
     test_eq((opened, tuple(item["image"].shape)), (["photo.png"], (3, 56, 56)))
     test_eq(cut.lengths.tolist(), [length - 1])
-    learned = "".join(LabelStrip(item["input_ids"], item["labels"], tok).learned)
-    test_eq(learned, "a drawing<end_of_turn>\n<eos>a house<end_of_turn>\n<eos>")
+    supervised = "".join(LabelStrip(item["input_ids"], item["labels"], tok).supervised)
+    test_eq(supervised, "a drawing<end_of_turn>\n<eos>a house<end_of_turn>\n<eos>")
     message = f"record 'r': {length} tokens with images of 16 tokens each, max_length is {length - 1}"
     for how in ("error", "skip"):
         with Breakpoint(LazySupervisedDataset.pixels, at="if self.blank_images") as bp:

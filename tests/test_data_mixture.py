@@ -11,7 +11,7 @@ from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.images import sample_image
 from vlm_lit.text.tokenizer import load_tokenizer
-from vlm_lit.data.mixture import *
+from vlm_lit.data.mixture import Mixture
 
 def setup_module():
     global captions, folder, make, mixture, processor, questions, tok, turns

@@ -18,7 +18,9 @@ from fastcore.test import test_eq, expect_fail
 from hypothesis import given, settings, strategies as st
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.data.records import _JsonList, _build_store, _scan_records, _store
-from vlm_lit.data.records import *
+from vlm_lit.data.records import BLOCK
+from vlm_lit.data.records import Records
+from vlm_lit.data.records import fingerprint
 
 def setup_module():
     global large_file, mixed_records, write_all_kinds

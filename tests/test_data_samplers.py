@@ -3,8 +3,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Sampler
 from vlm_lit.core import ConfigError, DataError
-from vlm_lit.data.collator import pack_rows
-from vlm_lit.data.samplers import *
+from vlm_lit.data.collator import pack_sequences
+from vlm_lit.data.samplers import GlobalBatchSampler
+from vlm_lit.data.samplers import mixture_draws
+from vlm_lit.data.samplers import padding_ratio
 
 def test_epochs_walk_through_a_source_without_restarting():
     half = mixture_draws([8, 6], repeat=[0.5, 1.5])

@@ -11,7 +11,26 @@ import numpy as np, torch
 from fastcore.test import test_eq, expect_fail
 from PIL import Image
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, peek
-from vlm_lit.debug.breakpoints import *
+from vlm_lit.debug.breakpoints import Breakpoint
+from vlm_lit.debug.breakpoints import Hit
+from vlm_lit.debug.breakpoints import LineStop
+from vlm_lit.debug.breakpoints import check_expression
+from vlm_lit.debug.breakpoints import copy_leaf
+from vlm_lit.debug.breakpoints import evaluate
+from vlm_lit.debug.breakpoints import failure
+from vlm_lit.debug.breakpoints import find_line
+from vlm_lit.debug.breakpoints import find_stop
+from vlm_lit.debug.breakpoints import name_of
+from vlm_lit.debug.breakpoints import place_of
+from vlm_lit.debug.breakpoints import plain_function
+from vlm_lit.debug.breakpoints import same_randomness
+from vlm_lit.debug.breakpoints import snapshot
+from vlm_lit.debug.breakpoints import source_lines
+from vlm_lit.debug.breakpoints import span
+from vlm_lit.debug.breakpoints import starts
+from vlm_lit.debug.breakpoints import statement_at
+from vlm_lit.debug.breakpoints import statements
+from vlm_lit.debug.breakpoints import why_not
 
 def setup_module():
     global build_labels, line_events, mask_prompt, missing_lines, nasty, pack, sample, sample_seeded, turns
@@ -117,9 +136,9 @@ def setup_module():
         "`input_ids` and `labels` of a conversation given as (role, ids) pairs."
         input_ids, labels = [bos], [IGNORE_INDEX]
         for role, ids in turns:
-            learned = role == "model"
+            supervised = role == "model"
             input_ids += ids
-            labels += ids if learned else [IGNORE_INDEX] * len(ids)
+            labels += ids if supervised else [IGNORE_INDEX] * len(ids)
         return {
             "input_ids": torch.tensor(input_ids),
             "labels": torch.tensor(labels),

@@ -5,7 +5,9 @@ from itertools import zip_longest
 from rich.text import Text
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from fastcore.test import test_eq, expect_fail
-from vlm_lit.debug.label_view import *
+from vlm_lit.debug.label_view import LabelStrip
+from vlm_lit.debug.label_view import Segment
+from vlm_lit.debug.label_view import StripPair
 
 def setup_module():
     global Letters, sample
@@ -29,7 +31,7 @@ def test_strip_names_segments_and_escapes_what_it_shows():
         Letters(),
         [Segment.USER] * 6 + [Segment.ANSWER] * 3 + [Segment.IMAGE],
     )
-    test_eq(strip.learned, ["y", "e", "s"])
+    test_eq(strip.supervised, ["y", "e", "s"])
     test_eq([name for name, _ in strip.lines()], ["USER", "ANSWER", "IMAGE"])
     assert "\x1b" not in repr(strip) and "<b>?" not in strip._repr_html_()
     assert "&lt;" in strip._repr_html_() and strip.__rich__().plain == repr(strip)

@@ -6,7 +6,7 @@ from transformers import AutoProcessor
 from transformers.generation import BaseStreamer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from vlm_lit.core import DataError
-from vlm_lit.text.encode import cut_at_stop, pad_id, stop_ids
+from vlm_lit.text.encode import truncate_at_eos, pad_id, stop_ids
 from vlm_lit.image_processor import VLMImageProcessor
 from vlm_lit.processor import VLMProcessor, as_list, insert_image_tokens
 from vlm_lit.data.collator import DataCollatorForSupervisedDataset
@@ -23,7 +23,8 @@ from vlm_lit.models.vlm import VLM, pad_left
 import torch
 from vlm_lit.data.dataset import LazySupervisedDataset
 from small_parts import three_tokenizers
-from vlm_lit.evaluation.generation import *
+from vlm_lit.evaluation.generation import Chat
+from vlm_lit.evaluation.generation import answer_batch
 
 def setup_module():
     global PICTURES, QUESTIONS, llama, model, other, photo, plain_greedy, processor, qwen, small_model, tok
@@ -147,9 +148,9 @@ def test_greedy_batch_equals_a_plain_loop_and_each_alone():
     for question, picture, ids in zip(QUESTIONS, PICTURES, together.tolist()):
         inputs = processor(question, picture)
         written = plain_greedy(model, inputs, 6, stops)
-        test_eq(cut_at_stop(ids, stops), cut_at_stop(written, stops))
+        test_eq(truncate_at_eos(ids, stops), truncate_at_eos(written, stops))
         alone = model.generate(**inputs, max_new_tokens=6)[0]
-        test_eq(cut_at_stop(alone, stops), cut_at_stop(written, stops))
+        test_eq(truncate_at_eos(alone, stops), truncate_at_eos(written, stops))
     assert len({tuple(ids) for ids in together.tolist()}) == 4
 
 def test_cache_changes_nothing():

@@ -24,7 +24,17 @@ from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.evaluation.metrics import _answer_batch, _edit_distance, _prompts, _score, _turns
 from vlm_lit.models.vlm import VLM
 from vlm_lit.models.config import VLMConfig
-from vlm_lit.evaluation.metrics import *
+from vlm_lit.evaluation.metrics import anls
+from vlm_lit.evaluation.metrics import batch_by_image
+from vlm_lit.evaluation.metrics import contains
+from vlm_lit.evaluation.metrics import evaluate
+from vlm_lit.evaluation.metrics import exact
+from vlm_lit.evaluation.metrics import fixed_sample
+from vlm_lit.evaluation.metrics import format_table
+from vlm_lit.evaluation.metrics import load_metric
+from vlm_lit.evaluation.metrics import majority_baseline
+from vlm_lit.evaluation.metrics import predict
+from vlm_lit.evaluation.metrics import question_only_baseline
 
 def setup_module():
     global MINE, Oracle, dot_records, draw_dots, folder, golden, golden_tokenizer, processor, processor_of, record, records, small_model, small_tokenizer, texts, tok

@@ -5,7 +5,15 @@ from pathlib import Path
 from vlm_lit.core import ConfigError
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.debug.breakpoints import Breakpoint
-from vlm_lit.files import *
+from vlm_lit.files import cache_folder
+from vlm_lit.files import digest
+from vlm_lit.files import file_stamp
+from vlm_lit.files import new_folder
+from vlm_lit.files import read_json
+from vlm_lit.files import sha256
+from vlm_lit.files import write_file
+from vlm_lit.files import write_json
+from vlm_lit.files import write_rows
 
 def setup_module():
     global path

@@ -5,13 +5,13 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from vlm_lit.core import ConfigError
-from vlm_lit.images import grid_crops, make_square, normalise, read_image, rows_per_image, to_bytes
+from vlm_lit.images import grid_crops, resize_to_square, normalize, read_image, count_image_tokens, to_bytes
 import json, tempfile
 from pathlib import Path
 from fastcore.test import test_eq, test_close, expect_fail
 from vlm_lit.core import peek
 from vlm_lit.images import prepare_image, sample_image
-from vlm_lit.image_processor import *
+from vlm_lit.image_processor import VLMImageProcessor
 
 def test_image_processor_is_the_image_path():
     photo, other = sample_image(500, 375), sample_image(40, 90)

@@ -15,7 +15,23 @@ from fastcore.test import test_eq, test_close, expect_fail
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.core import peek
-from vlm_lit.images import *
+from vlm_lit.images import center_crop
+from vlm_lit.images import count_image_tokens
+from vlm_lit.images import expand2square
+from vlm_lit.images import finish_images
+from vlm_lit.images import grid_crops
+from vlm_lit.images import interpolate_image
+from vlm_lit.images import normalize
+from vlm_lit.images import on_white
+from vlm_lit.images import open_image
+from vlm_lit.images import prepare_image
+from vlm_lit.images import read_image
+from vlm_lit.images import resize_and_crop
+from vlm_lit.images import resize_shortest
+from vlm_lit.images import resize_to_square
+from vlm_lit.images import sample_image
+from vlm_lit.images import shortest_size
+from vlm_lit.images import to_bytes
 
 def setup_module():
     global quarters_of, saved_turned
@@ -118,18 +134,18 @@ def test_transparent_parts_are_white():
 
 def test_square_cuts_and_pad_keeps():
     photo = sample_image(500, 375)
-    test_eq(make_square(photo, 336).size, (336, 336))
-    bars = np.asarray(make_square(photo, 336, "pad"))
-    # a bar above, in the mean colour
+    test_eq(resize_to_square(photo, 336).size, (336, 336))
+    bars = np.asarray(resize_to_square(photo, 336, "pad"))
+    # a bar above, in the mean color
     test_eq(bars[5, 5].tolist(), [int(255 * m) for m in OPENAI_CLIP_MEAN])
     assert bars[168, 168].tolist() != bars[5, 5].tolist()
     test_eq(expand2square(sample_image(3, 8), (1, 2, 3)).getpixel((0, 0)), (1, 2, 3))
     with expect_fail(ConfigError, contains="aspect must be"):
-        make_square(photo, 336, "stretch")
+        resize_to_square(photo, 336, "stretch")
     # a thin picture is a bomb too: 1 x 50,000 would become 768 x 38,400,000
     for aspect in ("square", "pad"):
         with expect_fail(DataError, contains="too long and thin"):
-            make_square(Image.new("RGB", (1, 50_000)), 768, aspect)
+            resize_to_square(Image.new("RGB", (1, 50_000)), 768, aspect)
 
 def test_cutting_between_the_passes_changes_no_byte():
     rng = np.random.default_rng(0)
@@ -139,7 +155,7 @@ def test_cutting_between_the_passes_changes_no_byte():
         for size in (96, 336, 500):
             picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
             test_eq(
-                np.asarray(resize_to_square(picture, size)),
+                np.asarray(resize_and_crop(picture, size)),
                 np.asarray(center_crop(resize_shortest(picture, size), size)),
             )
 
@@ -149,7 +165,7 @@ def test_a_box_is_one_byte_off_here_and_there():
     top = (height - 768) // 2
     box = (0, top * 500 / height, 336, (top + 768) * 500 / height)
     boxed = picture.resize((768, 768), Image.Resampling.BICUBIC, box=box)
-    off = np.abs(np.asarray(boxed).astype(int) - np.asarray(resize_to_square(picture, 768)))
+    off = np.abs(np.asarray(boxed).astype(int) - np.asarray(resize_and_crop(picture, 768)))
     print("most:", off.max(), " share of bytes below 1 in 1000:", bool(0 < (off > 0).mean() < 1e-3))
     assert off.max() == 1 and 0 < (off > 0).mean() < 1e-3
 
@@ -179,16 +195,16 @@ def test_crops_come_in_reading_order_and_the_whole_last():
         grid_crops(two, 24, 0)
 
 def test_rows_are_known_without_pixels():
-    grids = [rows_per_image(image_grid=2), rows_per_image(image_grid=2, image_global=True)]
-    test_eq([rows_per_image(), *grids], [576, 2304, 2880])
+    grids = [count_image_tokens(image_grid=2), count_image_tokens(image_grid=2, image_global=True)]
+    test_eq([count_image_tokens(), *grids], [576, 2304, 2880])
     with expect_fail(ConfigError, contains="not a multiple"):
-        rows_per_image(336, 16 + 1)
+        count_image_tokens(336, 16 + 1)
 
 def test_plain_reshape_makes_strips():
     crops = grid_crops(quarters_of(48), 24, 2)
     strips = interpolate_image(quarters_of(48), 48).reshape(4, 3, 24, 24)
     assert strips.shape == crops.shape
-    assert all(float(crop.flatten(1).std(1).max()) == 0 for crop in crops)  # each one colour
+    assert all(float(crop.flatten(1).std(1).max()) == 0 for crop in crops)  # each one color
     assert any(float(strip.flatten(1).std(1).max()) > 0 for strip in strips)
 
 def test_shapes_of_the_seed():
@@ -198,11 +214,11 @@ def test_shapes_of_the_seed():
     hd = prepare_image(sample_image(), 1536, image_grid=2, image_global=True)
     test_eq([tuple(hd[k].shape) for k in ("image_aux", "image")], [(3, 1536, 1536), (5, 3, 336, 336)])
 
-def test_one_colour_survives_every_resize():
-    grey = prepare_image(Image.new("RGB", (90, 50), (128, 128, 128)))
-    print([round(float(c.mean()), 4) for c in grey["image"]])
+def test_one_color_survives_every_resize():
+    gray = prepare_image(Image.new("RGB", (90, 50), (128, 128, 128)))
+    print([round(float(c.mean()), 4) for c in gray["image"]])
     expected = [(128 / 255 - m) / s for m, s in zip(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)]
-    for tensor in grey.values():
+    for tensor in gray.values():
         for channel, value in zip(tensor, expected):
             test_close(channel, torch.full_like(channel, value), eps=1e-5)
 
@@ -228,7 +244,7 @@ def test_wrong_filter_and_swapped_statistics_are_visible_in_numbers():
     picture = sample_image()
     right = prepare_image(picture)["image_aux"]
     resized = picture.resize((1024, 768), Image.Resampling.BILINEAR)
-    bilinear = normalise(to_bytes(center_crop(resized, 768)))
+    bilinear = normalize(to_bytes(center_crop(resized, 768)))
     swapped = prepare_image(picture, mean=OPENAI_CLIP_STD, std=OPENAI_CLIP_MEAN)["image_aux"]
     for name, other in [("bilinear", bilinear), ("swapped", swapped)]:
         off = (other - right).abs()
@@ -240,11 +256,11 @@ def test_bytes_finished_later_equal_the_float_path():
     for width, height in [(500, 375), (33, 100), (769, 1001), (64, 64), (1, 7)]:
         picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         for aspect in ("square", "pad"):
-            ours = finish_images(to_bytes(make_square(picture, 768, aspect))[None])
+            ours = finish_images(to_bytes(resize_to_square(picture, 768, aspect))[None])
             floats = prepare_image(picture, aspect=aspect)
             for batch, one in [("images", "image"), ("images_aux", "image_aux")]:
                 assert float((ours[batch][0] - floats[one]).abs().max()) < 1e-5
-    stored = to_bytes(make_square(picture, 768)).nbytes
+    stored = to_bytes(resize_to_square(picture, 768)).nbytes
     test_eq(round(sum(v.nbytes for v in floats.values()) / stored, 1), 4.8)  # a fifth of the bytes
     with expect_fail(DataError, contains="must be bytes"):
         finish_images(torch.zeros(1, 3, 8, 8))
@@ -257,9 +273,9 @@ def test_dtype_is_taken_at_the_end():
         assert torch.equal(half[key], full.bfloat16())
 
 def test_interpolating_bytes_first_rounds():
-    picture = to_bytes(make_square(sample_image(), 768))
+    picture = to_bytes(resize_to_square(sample_image(), 768))
     right = finish_images(picture[None])["images"]
-    rounded = normalise(interpolate_image(picture[None].float()).round().to(torch.uint8))
+    rounded = normalize(interpolate_image(picture[None].float()).round().to(torch.uint8))
     print(f"largest difference {float((right - rounded).abs().max()):.3f}")
     assert 1e-3 < (right - rounded).abs().max() < 1e-2
 
@@ -279,7 +295,7 @@ def test_draft_mode_changes_pixels():
     whole, drafted = Image.open(file).convert("RGB"), Image.open(io.BytesIO(file.getvalue()))
     drafted.draft("RGB", (768, 768))
     test_eq(drafted.size, (800, 800))
-    first, second = [np.asarray(make_square(image, 768)).astype(int) for image in (drafted, whole)]
+    first, second = [np.asarray(resize_to_square(image, 768)).astype(int) for image in (drafted, whole)]
     off = np.abs(first - second)
     print("largest difference in bytes:", off.max())
     assert off.max() > 8

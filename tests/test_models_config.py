@@ -3,11 +3,11 @@ import copy
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from vlm_lit.core import ConfigError
-from vlm_lit.models.towers import PATCH_TOWERS, STAGE_TOWERS
+from vlm_lit.models.towers import VIT_MODEL_TYPES, CONV_MODEL_TYPES
 from fastcore.test import test_eq, expect_fail
 from transformers.utils.logging import disable_progress_bar
 import torch
-from vlm_lit.models.config import *
+from vlm_lit.models.config import VLMConfig
 
 def setup_module():
     global SMALL_TEXT, SPECIAL_IDS, small_config
@@ -29,7 +29,7 @@ def setup_module():
 
 def test_geometry_of_the_configuration():
     cfg = small_config()
-    test_eq((cfg.grid, cfg.num_patches, cfg.grid_aux), (4, 16, 32))
+    test_eq((cfg.grid, cfg.num_image_tokens, cfg.grid_aux), (4, 16, 32))
     test_eq((cfg.vision_size, cfg.vision_size_aux, cfg.vocab_size), (16, 20, 300))
     test_eq(small_config(aux_stages=[-1]).grid_aux, 16)  # the last stage alone
     mgm = dict(
@@ -37,10 +37,10 @@ def test_geometry_of_the_configuration():
         vision_aux_config=dict(hidden_sizes=[192, 384, 768, 1536], depths=[3, 3, 27, 3]),
     )
     cfg = VLMConfig(**mgm)
-    test_eq((cfg.num_patches, cfg.grid_aux, cfg.vision_size_aux), (576, 192, 2880))
+    test_eq((cfg.num_image_tokens, cfg.grid_aux, cfg.vision_size_aux), (576, 192, 2880))
     # MGM-HD: four crops and the whole
     hd = VLMConfig(**mgm, image_grid=2, image_global=True, image_size_aux=1536)
-    test_eq((hd.num_patches, hd.grid_aux), (2880, 384))
+    test_eq((hd.num_image_tokens, hd.grid_aux), (2880, 384))
     test_eq(VLMConfig.from_dict(hd.to_dict()).to_dict(), hd.to_dict())
     # LLaVA reads its small picture as it is
     test_eq((VLMConfig().image_size_aux, VLMConfig(image_grid=2).image_size_aux), (336, 672))

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from vlm_lit.core import ConfigError
 from vlm_lit.models.mining import PatchInfoMining, from_one_grid, to_one_grid
-from vlm_lit.models.towers import make_tower, patch_features, stage_maps
+from vlm_lit.models.towers import build_vision_tower, patch_features, stage_maps
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +16,11 @@ from transformers.utils.logging import disable_progress_bar
 from vlm_lit.core import peek
 from vlm_lit.images import grid_crops
 import torch.nn.functional as F
-from vlm_lit.models.towers import EfficientNetLiteConfig, PATCH_TOWERS
+from vlm_lit.models.towers import EfficientNetLiteConfig, VIT_MODEL_TYPES
 from vlm_lit.models.mining import MiningLayers
-from vlm_lit.models.image_encoder import *
+from vlm_lit.models.image_encoder import ImageEncoder
+from vlm_lit.models.image_encoder import last_linear
+from vlm_lit.models.image_encoder import make_projector
 
 def setup_module():
     global benchmark_results, clip_config, convnext_config, example, folders, images, large, mining_in_loops, mining_in_windows, same_weights, siglip_config, small, small_encoder, to_windows, upsampled
@@ -81,7 +83,7 @@ def setup_module():
         config = dict(vision_config=vision, vision_aux_config=aux, projector_type="mlp2x_gelu")
         config |= dict(text_config=SimpleNamespace(hidden_size=24), image_grid=1, image_global=False)
         config |= dict(select_layer=-2, aux_stages=list(range(3))) | changes
-        if vision.model_type in PATCH_TOWERS:
+        if vision.model_type in VIT_MODEL_TYPES:
             config["vision_size"] = vision.hidden_size
         else: config["vision_size"] = vision.hidden_sizes[config["select_layer"]]
         config["vision_size_aux"] = aux and sum(aux.hidden_sizes[n] for n in config["aux_stages"])

@@ -16,8 +16,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.utils.logging import disable_progress_bar
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.core import peek
-from vlm_lit.images import grid_crops, make_square, sample_image, to_bytes
-from vlm_lit.models.mining import *
+from vlm_lit.images import grid_crops, resize_to_square, sample_image, to_bytes
+from vlm_lit.models.mining import MiningLayers
+from vlm_lit.models.mining import PatchInfoMining
+from vlm_lit.models.mining import axis_weights
+from vlm_lit.models.mining import cells_under
+from vlm_lit.models.mining import from_one_grid
+from vlm_lit.models.mining import stage_average
+from vlm_lit.models.mining import stage_statistics
+from vlm_lit.models.mining import to_one_grid
+from vlm_lit.models.mining import window_scores
+from vlm_lit.models.mining import window_weights
 
 def setup_module():
     global CASES, LiveBytes, WIDTHS, benchmark_results, brightness_maps, cost, example, fast, folders, mining_in_loops, mining_in_windows, relative, results, teach, to_windows, upsampled, wishes
@@ -215,7 +224,7 @@ def test_each_query_has_its_cells_and_a_border():
     test_eq(cells.tolist(), [[0, 1, 2, 3], [1, 2, 3, 4], [2, 3, 4, 5]])
     want = [[0.25, 0.75, 0, 0], [0, 0.75, 0.25, 0], [0, 0.25, 0.75, 0], [0, 0, 0.75, 0.25]]
     test_eq(weights[1].tolist(), want)
-    # MGM-2B's last stage: one cell under a query, and its two neighbours
+    # MGM-2B's last stage: one cell under a query, and its two neighbors
     test_eq(axis_weights(side=24, base=192, grid=24)[0].shape[1], 3)
     x = torch.randn(7)
     # odd sizes; windows smaller than a cell; pooled
@@ -439,10 +448,10 @@ def test_queries_see_their_window_and_one_coarse_cell_beyond():
     for stage, cells in enumerate((4, 2, 1)):
         print(f"stage {stage}, {cells} x {cells} cells under query 0: queries", moved(stage, cells))
     test_eq(moved(0, 4), [0])
-    # the cell at the border is mixed into the first position of each neighbour
+    # the cell at the border is mixed into the first position of each neighbor
     test_eq(moved(1, 2), [0, 1, 4, 5])
     test_eq(moved(1, 1), [0])  # a cell that does not touch the border is not
-    # one cell is the whole window here; it reaches the neighbours, and no further
+    # one cell is the whole window here; it reaches the neighbors, and no further
     test_eq(moved(2, 1), [0, 1, 4, 5])
 
 def test_queries_learn_where_to_look():
@@ -452,8 +461,8 @@ def test_queries_learn_where_to_look():
     f"{sum(losses[-10:]) / 10:.3f} in the last ten"
     )
     assert sum(losses[-10:]) < sum(losses[:10]) / 10
-    grey = to_bytes(make_square(sample_image(), 192)).float().mean(0)
-    photo = F.avg_pool2d(grey[None], 4) / 127.5 - 1
+    gray = to_bytes(resize_to_square(sample_image(), 192)).float().mean(0)
+    photo = F.avg_pool2d(gray[None], 4) / 127.5 - 1
     windows = to_windows(photo[:, None], 6)[..., 0]
     spread = windows.amax(-1) - windows.amin(-1)
     looks = {}

@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from vlm_lit.models.vlm import VLM
 from vlm_lit.models.config import VLMConfig
-from vlm_lit.models.speed import *
+from vlm_lit.models.speed import compile_layers
+from vlm_lit.models.speed import enable_mlp_checkpointing
 
 def setup_module():
     global SMALL_TEXT, SPECIAL_IDS, small_batch, small_config
@@ -59,7 +60,7 @@ def test_mlps_made_again_give_the_same_gradients_and_keep_less():
         torch.manual_seed(0)
         model = VLM(small_config(text_config={**SMALL_TEXT, "intermediate_size": 512})).train()
         model.language_model.requires_grad_(False)
-        test_eq(recompute_mlps(model.language_model, what), 2)
+        test_eq(enable_mlp_checkpointing(model.language_model, what), 2)
         loss, sizes[what] = kept_bytes(model, small_batch())
         gradients[what] = [loss, *(p.grad for p in model.image_encoder.parameters())]
     for what in ("gates", "mlp"):
@@ -67,18 +68,18 @@ def test_mlps_made_again_give_the_same_gradients_and_keep_less():
             test_close(got, want, eps=1e-6)
     print({what: f"{size / sizes['none']:.2f}" for what, size in sizes.items()}, "of the bytes kept")
     assert sizes["mlp"] < sizes["gates"] < sizes["none"]
-    test_eq(recompute_mlps(model.language_model, "mlp", n_layers=1), 1)
+    test_eq(enable_mlp_checkpointing(model.language_model, "mlp", n_layers=1), 1)
     changed = lambda: ["forward" in m.mlp.__dict__ for m in model.language_model.model.layers]
     test_eq(changed(), [True, False])
     # and back
-    test_eq(recompute_mlps(model.language_model, "none"), 2)
+    test_eq(enable_mlp_checkpointing(model.language_model, "none"), 2)
     test_eq(changed(), [False, False])
     sizes = dict(n_layer=1, n_embd=16, n_head=2, vocab_size=20, bos_token_id=0, eos_token_id=0)
     gpt2 = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes))
     with expect_fail(ConfigError, contains="a gpt2 has no gated MLP"):
-        recompute_mlps(gpt2)
+        enable_mlp_checkpointing(gpt2)
     with expect_fail(ConfigError, contains="what must be"):
-        recompute_mlps(model.language_model, "all")
+        enable_mlp_checkpointing(model.language_model, "all")
 
 def test_compiled_layers_give_the_same_loss_and_gradients():
     def loss_and_gradients(model, batch):

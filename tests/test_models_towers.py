@@ -12,7 +12,13 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, ConvNextConfig, Conv
 from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.utils.logging import disable_progress_bar
 from vlm_lit.core import peek
-from vlm_lit.models.towers import *
+from vlm_lit.models.towers import EfficientNetLiteConfig
+from vlm_lit.models.towers import InvertedBottleneck
+from vlm_lit.models.towers import SamePadConv2d
+from vlm_lit.models.towers import build_vision_tower
+from vlm_lit.models.towers import patch_features
+from vlm_lit.models.towers import stage_maps
+from vlm_lit.models.towers import tower_depth
 
 def setup_module():
     global benchmark_results, clip_config, convnext_config, folders, same_weights, siglip_config, small
@@ -49,14 +55,16 @@ def test_selected_layers_are_counted_as_transformers_does():
 def test_what_is_behind_the_features_is_not_kept():
     weights = lambda tower: sum(p.numel() for p in tower.parameters())
     for config in (clip_config, siglip_config, convnext_config):
-        kept = {n: f"{weights(make_tower(config, n)):,}" for n in (-1, -2, -3)}
+        kept = {n: f"{weights(build_vision_tower(config, n)):,}" for n in (-1, -2, -3)}
         whole = weights(AutoModel.from_config(config))
         print(config.model_type.ljust(20), kept, "of", f"{whole:,}")
-    test_eq([len(make_tower(clip_config, n).encoder.layers) for n in (-1, -2, 0)], [4, 3, 0])
-    test_eq([len(make_tower(convnext_config, n).encoder.stages) for n in (-1, -2, 0)], [3, 2, 1])
-    names = [name for name, _ in make_tower(siglip_config).named_parameters()]
+    test_eq([len(build_vision_tower(clip_config, n).encoder.layers) for n in (-1, -2, 0)], [4, 3, 0])
+    test_eq(
+        [len(build_vision_tower(convnext_config, n).encoder.stages) for n in (-1, -2, 0)], [3, 2, 1]
+    )
+    names = [name for name, _ in build_vision_tower(siglip_config).named_parameters()]
     assert not any("head" in name or "post_layernorm" in name for name in names)
-    names = [name for name, _ in make_tower(convnext_config).named_parameters()]
+    names = [name for name, _ in build_vision_tower(convnext_config).named_parameters()]
     assert not any(name.startswith("layernorm") for name in names)
 
 def test_features_are_those_of_the_whole_tower():
@@ -69,7 +77,7 @@ def test_features_are_those_of_the_whole_tower():
             test_eq(len(states), 5)
             for n in (-1, -2, -4, 0, 2):
                 tokens = states[n][:, 1:] if config is clip_config else states[n]
-                cut = same_weights(make_tower(config, n), whole)
+                cut = same_weights(build_vision_tower(config, n), whole)
                 assert torch.equal(patch_features(cut, pictures, n), tokens)
                 assert tokens.shape == (2, 16, 16)
 
@@ -79,11 +87,11 @@ def test_stage_maps_are_convnexts_hidden_states():
     whole, pictures = ConvNextModel(convnext_config).eval(), torch.randn(2, 3, 44, 44)
     with torch.no_grad():
         states = whole(pictures, output_hidden_states=True).hidden_states
-        maps = stage_maps(same_weights(make_tower(convnext_config), whole), pictures)
+        maps = stage_maps(same_weights(build_vision_tower(convnext_config), whole), pictures)
         test_eq([tuple(m.shape) for m in maps], [(2, 8, 22, 22), (2, 12, 11, 11), (2, 16, 5, 5)])
         test_eq(len(states), 4)  # the input of the first stage, and each one's output
         for ours, theirs in zip(maps, states[1:]): assert torch.equal(ours, theirs)
-        cut = same_weights(make_tower(convnext_config, -2), whole)
+        cut = same_weights(build_vision_tower(convnext_config, -2), whole)
         assert torch.equal(patch_features(cut, pictures, -2), states[2].flatten(2).transpose(1, 2))
 
 def test_towers_of_bf16_take_float_pictures():
@@ -91,20 +99,20 @@ def test_towers_of_bf16_take_float_pictures():
     pictures = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         for config in (clip_config, siglip_config, convnext_config):
-            tower = make_tower(config).eval()
+            tower = build_vision_tower(config).eval()
             exact, half = patch_features(tower, pictures), patch_features(tower.bfloat16(), pictures)
             test_eq(half.dtype, torch.bfloat16)
             assert (half.float() - exact).norm() < 0.02 * exact.norm()
 
 def test_class_token_would_move_every_patch():
     torch.manual_seed(0)
-    grey, dot = torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)
+    gray, dot = torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)
     dot[:, :, 8:16, 16:24] = 3
     with torch.no_grad():
-        tower = make_tower(clip_config, -2).eval()
+        tower = build_vision_tower(clip_config, -2).eval()
         place = lambda features: divmod(int(features.norm(dim=-1)[0, :16].argmax()), 4)
-        right = place(patch_features(tower, dot) - patch_features(tower, grey))
-        wrong = place(tower(dot).last_hidden_state - tower(grey).last_hidden_state)
+        right = place(patch_features(tower, dot) - patch_features(tower, gray))
+        wrong = place(tower(dot).last_hidden_state - tower(gray).last_hidden_state)
     print("row, column of the dot:", right, " with the class token:", wrong)
     test_eq((right, wrong), ((1, 2), (1, 3)))
 
@@ -118,7 +126,7 @@ def test_resolutions_of_efficientnet_lite():
 
 def test_odd_padding_goes_to_the_right():
     def digits(conv, row):
-        """The output for a single row of pixels of a kernel that weighs the three neighbours with 1,
+        """The output for a single row of pixels of a kernel that weighs the three neighbors with 1,
     10, 100."""
         conv.weight.data.zero_()[0, 0, 1] = torch.tensor([1.0, 10, 100])
         pixels = torch.tensor(row, dtype=torch.float)[None, None, None].expand(1, 1, len(row), -1)
@@ -145,12 +153,15 @@ def test_block_adds_its_input_where_shapes_allow():
 
 def test_efficientnet_lite_has_the_published_size():
     torch.manual_seed(0)
-    lite, cut = make_tower(EfficientNetLiteConfig()), make_tower(EfficientNetLiteConfig(), -2)
+    lite, cut = (
+        build_vision_tower(EfficientNetLiteConfig()),
+        build_vision_tower(EfficientNetLiteConfig(), -2),
+    )
     whole, part = (sum(p.numel() for p in tower.parameters()) for tower in (lite, cut))
     print(f"{whole:,} weights; cut behind stage -2: {part:,}")
     with torch.no_grad():
         peek(**{f"stage {n}": m for n, m in enumerate(lite(torch.randn(1, 3, 128, 128)).hidden_states)})
-    # left out here: a convolution with its normalisation, and a layer for 1,000 classes
+    # left out here: a convolution with its normalization, and a layer for 1,000 classes
     classifier = 320 * 1280 + 2 * 1280 + 1280 * 1000 + 1000
     # Lite0 is published with 4.7 million
     test_eq(round((sum(p.numel() for p in lite.parameters()) + classifier) / 1e5), 47)
@@ -167,7 +178,7 @@ def test_efficientnet_lite_has_the_published_size():
 
 def test_statistics_stay_frozen():
     torch.manual_seed(0)
-    lite, picture = make_tower(EfficientNetLiteConfig()), torch.randn(1, 3, 64, 64)
+    lite, picture = build_vision_tower(EfficientNetLiteConfig()), torch.randn(1, 3, 64, 64)
 
     def drift(tower, *, forced):
         """How far its features move, relative to their size, when it has seen five other batches in
@@ -182,6 +193,6 @@ def test_statistics_stay_frozen():
     far = drift(copy.deepcopy(lite), forced=True) > 0.5
     print("train():", as_asked, " training mode forced:", f"moved by more than half: {far}")
     test_eq(drift(lite, forced=False), 0)
-    assert not make_tower(EfficientNetLiteConfig()).training
+    assert not build_vision_tower(EfficientNetLiteConfig()).training
     assert not any(part.training for part in lite.train().modules())
     assert drift(copy.deepcopy(lite), forced=True) > 0.5

@@ -8,21 +8,25 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from vlm_lit.core import IGNORE_INDEX, ConfigError, DataError
 from vlm_lit.images import finish_images
-from vlm_lit.models.towers import PATCH_TOWERS
+from vlm_lit.models.towers import VIT_MODEL_TYPES
 from vlm_lit.models.image_encoder import ImageEncoder, last_linear
-from vlm_lit.models.splice import SplicePlan, check_packing, check_pictures, plan_splice
-from vlm_lit.models.splice import restart_positions, splice, splice_labels, splice_sample_ids
+from vlm_lit.models.splice import MergePlan, check_packing, check_pictures, plan_merge
+from vlm_lit.models.splice import merge_image_features, merge_labels, merge_sample_ids, restart_positions
 from vlm_lit.models.config import VLMConfig
 import re, tempfile, warnings
 from fastcore.test import test_eq, test_close, expect_fail
-from vlm_lit.data.collator import DataCollatorForSupervisedDataset, join_samples
+from vlm_lit.data.collator import DataCollatorForSupervisedDataset, concatenate_samples
 from vlm_lit.text.sentinels import num_tokens_with_images
 from vlm_lit.padding import pad_samples
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.core import peek
-from vlm_lit.images import make_square, prepare_image, sample_image, to_bytes
+from vlm_lit.images import resize_to_square, prepare_image, sample_image, to_bytes
 from transformers.utils.logging import disable_progress_bar
-from vlm_lit.models.vlm import *
+from vlm_lit.models.vlm import VLM
+from vlm_lit.models.vlm import match_embedding_scale
+from vlm_lit.models.vlm import rms
+from vlm_lit.models.vlm import run_language_model
+from vlm_lit.models.vlm import supervised_positions
 
 def setup_module():
     global FAMILIES, HEADS, SMALL_TEXT, SPECIAL_IDS, TINY_TEXT, log_likelihood, packed_and_alone, packing_model, packing_samples, question_batch, small_batch, small_config, tiny_language_model
@@ -106,7 +110,7 @@ def setup_module():
     def packed_and_alone(model, samples):
         """Logits of all samples in one row, in their order, and each from a batch of its own; and the
     two losses as sums."""
-        joined = pad_samples([join_samples(samples)], 0)
+        joined = pad_samples([concatenate_samples(samples)], 0)
 
         def pictures(own):
             found = {
@@ -139,15 +143,15 @@ def setup_module():
             out.append(float(logits.log_softmax(-1).gather(1, answer[:, None]).sum()))
         return out
 
-def test_learned_positions_stand_before_learned_tokens():
+def test_supervised_positions_precede_supervised_tokens():
     labels = torch.tensor([[-100, -100, 11, 12, -100], [-100, -100, -100, -100, 13]])
-    places, targets = learned_positions(labels)
+    places, targets = supervised_positions(labels)
     print(places.tolist(), targets.tolist())
     test_eq(places.tolist(), [1, 2, 8])  # one before each label; 8 is place 3 of the second row
     test_eq(targets.tolist(), [11, 12, 13])
-    test_eq([len(x) for x in learned_positions(torch.full((2, 3), -100))], [0, 0])
+    test_eq([len(x) for x in supervised_positions(torch.full((2, 3), -100))], [0, 0])
     # a first token is predicted by nobody, not by the row before
-    test_eq(learned_positions(torch.tensor([[7, -100], [8, 9]]))[1].tolist(), [9])
+    test_eq(supervised_positions(torch.tensor([[7, -100], [8, 9]]))[1].tolist(), [9])
 
 def test_every_familys_logits_are_its_own():
     embeds, places = torch.randn(2, 5, 16), torch.tensor([1, 4, 8])
@@ -165,7 +169,7 @@ def test_every_familys_logits_are_its_own():
         assert not model.get_output_embeddings()._forward_pre_hooks  # and nothing stays behind
         test_eq(torch.allclose(bare, want, atol=1e-3), family not in ("gemma2", "cohere", "granite"))
 
-def test_head_computes_learned_rows_only():
+def test_head_computes_supervised_positions_only():
     torch.manual_seed(0)
     model = VLM(small_config())
     out = model(**small_batch())
@@ -183,7 +187,7 @@ def test_loss_equals_the_loss_over_all_logits():
     model.zero_grad()
     inputs_embeds, plan = model.prepare(**{k: v for k, v in small_batch().items() if k != "labels"})
     logits = model.language_model(inputs_embeds=inputs_embeds, attention_mask=plan.filled).logits
-    labels = splice_labels(plan, small_batch()["labels"])[:, 1:].flatten()
+    labels = merge_labels(plan, small_batch()["labels"])[:, 1:].flatten()
     logits = logits[:, :-1].flatten(0, 1)
     all_rows = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
     all_rows.backward()
@@ -256,7 +260,7 @@ def test_disagreeing_batches_are_refused():
 def test_bytes_give_the_logits_of_floats():
     torch.manual_seed(0)
     model, batch = VLM(small_config()).eval(), small_batch()
-    pixels = to_bytes(make_square(sample_image(), 64))
+    pixels = to_bytes(resize_to_square(sample_image(), 64))
     colors = dict(mean=model.config.image_mean, std=model.config.image_std)
     floats = prepare_image(sample_image(), 64, 32, **colors)
     text = {k: v for k, v in batch.items() if not k.startswith("images")}
@@ -290,7 +294,7 @@ def test_packed_samples_do_not_see_each_other():
 def test_collator_and_model_agree_on_packed_rows():
     model = packing_model()
     samples = packing_samples()
-    batch = DataCollatorForSupervisedDataset(0, max_length=44, image_rows=16)(samples)
+    batch = DataCollatorForSupervisedDataset(0, max_length=44, num_image_tokens=16)(samples)
     test_eq(batch["input_ids"].shape[0], 1)  # 20 + 20 + 3 positions
     test_eq([num_tokens_with_images(s["input_ids"], 16) for s in samples], [20, 20, 3])
     plain = DataCollatorForSupervisedDataset(0)(samples)
@@ -308,7 +312,7 @@ def test_collator_and_model_agree_on_packed_rows():
 
 def test_other_ways_to_pack_leak():
     samples, model = packing_samples(), packing_model("gemma", "eager")
-    joined = pad_samples([join_samples(samples)], 0)
+    joined = pad_samples([concatenate_samples(samples)], 0)
     pictures = dict(
         images=torch.stack([s["image"] for s in samples[:2]]),
         images_aux=torch.stack([s["image_aux"] for s in samples[:2]]),
@@ -322,7 +326,7 @@ def test_other_ways_to_pack_leak():
         assert (forgotten[:3] - right[:3]).abs().max() < 1e-5
         assert (forgotten[3:] - right[3:]).abs().max() > 1e-2
         embeds, plan = model.prepare(joined["input_ids"], joined["attention_mask"], **pictures)
-        own = splice_sample_ids(plan, joined["sample_ids"])
+        own = merge_sample_ids(plan, joined["sample_ids"])
         mask = (own[:, :, None] == own[:, None, :]).tril()[:, None]
         inputs = dict(inputs_embeds=embeds, position_ids=restart_positions(own), use_cache=False)
 
@@ -369,7 +373,7 @@ def test_crops_and_whole_picture_are_read():
     torch.manual_seed(0)
     hd = VLM(small_config(image_grid=2, image_global=True, image_size_aux=128)).eval()
     pictures = sample_image(), sample_image(300, 400)
-    pixels = torch.stack([to_bytes(make_square(image, 128)) for image in pictures])
+    pixels = torch.stack([to_bytes(resize_to_square(image, 128)) for image in pictures])
     colors = dict(mean=hd.config.image_mean, std=hd.config.image_std)
     crops = dict(image_grid=2, image_global=True)
     floats = [prepare_image(image, 128, 32, **colors, **crops) for image in pictures]
@@ -385,7 +389,7 @@ def test_crops_and_whole_picture_are_read():
             images_aux=torch.stack([f["image_aux"] for f in floats]),
         )
     length = from_bytes.inputs_embeds.shape[1]
-    print(f"{hd.config.num_patches} rows a picture; the row is {length} positions long")
+    print(f"{hd.config.num_image_tokens} rows a picture; the row is {length} positions long")
     test_eq(from_bytes.inputs_embeds.shape[1], 3 + 2 * 80)
     test_close(from_bytes.logits, from_floats.logits, eps=1e-4)
     with expect_fail(ConfigError, contains="this model has image_grid 2"):
@@ -424,7 +428,7 @@ def test_generation_is_transformers_own():
         print(greedy.tolist())
         test_eq(greedy[0].tolist(), row[4:])
         test_eq(greedy, model.generate(**batch, **five, use_cache=False))
-        # padding and neighbours do not matter
+        # padding and neighbors do not matter
         test_eq(greedy[1:], model.generate(batch["input_ids"][1:, :2], **five))
         beams = log_likelihood(model, batch, model.generate(**batch, **five, num_beams=4))
         for beam, single in zip(beams, log_likelihood(model, batch, greedy)):
@@ -488,11 +492,11 @@ def test_frozen_towers_stay_in_evaluation_mode():
 def test_calibrated_rows_are_as_large_as_words():
     torch.manual_seed(0)
     model, batch = VLM(small_config()), small_batch()
-    before, words = calibrate_projector(model, batch["images"], batch["images_aux"])
+    before, words = match_embedding_scale(model, batch["images"], batch["images_aux"])
     after = rms(model.image_encoder(batch["images"], batch["images_aux"]))
     print(f"image rows {before:.3f} -> {after:.3f}, words {words:.3f}")
     test_close(after, words, eps=1e-4)
     assert before < 0.5 * words
     pixels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)  # bytes will do
-    before, words = calibrate_projector(model, None, pixels)
+    before, words = match_embedding_scale(model, None, pixels)
     test_close(rms(model.encode_images(None, pixels, torch.zeros(1, 16))), words, eps=1e-4)

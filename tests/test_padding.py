@@ -5,7 +5,9 @@ from vlm_lit.core import IGNORE_INDEX, DataError
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.core import peek
 from vlm_lit.images import sample_image, to_bytes
-from vlm_lit.padding import *
+from vlm_lit.padding import count_images
+from vlm_lit.padding import pad_samples
+from vlm_lit.padding import stack_images
 
 def test_rectangles_keep_every_id_and_say_what_is_real():
     def sample(*ids):

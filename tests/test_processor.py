@@ -6,7 +6,7 @@ from vlm_lit.core import IMAGE_TOKEN, ConfigError, DataError
 from vlm_lit.text.messages import check_path, read_record
 from vlm_lit.text.sentinels import check_image_count
 from vlm_lit.text.labels import check_tokenizer, check_turns
-from vlm_lit.text.encode import cut_at_stop, encode_records, pad_id, prompt_ids, stop_ids
+from vlm_lit.text.encode import truncate_at_eos, encode_records, pad_id, prompt_ids, stop_ids
 from vlm_lit.images import read_image
 from vlm_lit.image_processor import VLMImageProcessor
 from vlm_lit.padding import pad_samples, stack_images
@@ -18,7 +18,10 @@ from transformers import GenerationConfig
 from vlm_lit.core import IMAGE_TOKEN_INDEX, peek
 from vlm_lit.images import sample_image
 from small_parts import golden_tokenizer, three_tokenizers
-from vlm_lit.processor import *
+from vlm_lit.processor import VLMProcessor
+from vlm_lit.processor import _split_conversations
+from vlm_lit.processor import _split_images
+from vlm_lit.processor import read_conversation
 
 def setup_module():
     global llama, other, photo, processor, qwen, tok
@@ -108,7 +111,7 @@ def test_processor_takes_what_the_model_holds_and_cuts_at_stops():
         image_size_aux=48,
         image_grid=2,
         image_global=True,
-        num_patches=9,
+        num_image_tokens=9,
         image_mean=(0.1, 0.2, 0.3),
         image_std=(0.4, 0.5, 0.6),
     )

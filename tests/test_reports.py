@@ -9,7 +9,12 @@ from vlm_lit.data.audit import AuditSettings, audit
 from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.data.dataset import LazySupervisedDataset
-from vlm_lit.reports import *
+from vlm_lit.reports import audit_lines
+from vlm_lit.reports import audit_page
+from vlm_lit.reports import pick_samples
+from vlm_lit.reports import plot_curves
+from vlm_lit.reports import plot_samples
+from vlm_lit.reports import running_mean
 
 def setup_module():
     global answers, asked, audited, doubtful, ds, folder, height, k, made_up, report, right, seed, shape, sheet, show, tok, width

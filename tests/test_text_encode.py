@@ -10,7 +10,12 @@ from fastcore.test import test_eq, expect_fail
 from vlm_lit.core import IGNORE_INDEX, peek
 from vlm_lit.text.messages import read_record
 from small_parts import golden_tokenizer, three_tokenizers
-from vlm_lit.text.encode import *
+from vlm_lit.text.encode import bisect_failures
+from vlm_lit.text.encode import encode_records
+from vlm_lit.text.encode import pad_id
+from vlm_lit.text.encode import prompt_ids
+from vlm_lit.text.encode import stop_ids
+from vlm_lit.text.encode import truncate_at_eos
 
 def setup_module():
     global asked_ids, llama, qwen, tok
@@ -68,8 +73,8 @@ def test_stop_tokens_come_from_template_and_tokenizer():
     )
     test_eq((stop_ids(tok), stop_ids(tok, "plain")), ([1, 107], [1, 108]))
     test_eq((stop_ids(qwen, "hf"), stop_ids(llama, "v1")), ([qwen.eos_token_id], [llama.eos_token_id]))
-    test_eq(cut_at_stop(torch.tensor([7, 8, 107, 0, 0]), [1, 107]), [7, 8])
-    test_eq(cut_at_stop([7, 8], [1, 107]), [7, 8])
+    test_eq(truncate_at_eos(torch.tensor([7, 8, 107, 0, 0]), [1, 107]), [7, 8])
+    test_eq(truncate_at_eos([7, 8], [1, 107]), [7, 8])
     unended = golden_tokenizer("llama3_bos", "<|begin_of_text|>", None, None)
     test_eq(unended.convert_ids_to_tokens(stop_ids(unended, "llama_3")), ["<|eot_id|>"])
     test_eq((pad_id(unended), pad_id(tok), pad_id(qwen)), (0, 0, qwen.pad_token_id))

@@ -2,7 +2,8 @@
 import re
 from vlm_lit.core import IMAGE_TOKEN, DataError
 from fastcore.test import test_eq, expect_fail
-from vlm_lit.text.messages import *
+from vlm_lit.text.messages import image_names
+from vlm_lit.text.messages import read_record
 
 def test_records_of_all_forms_become_llava_records():
     llava = {

@@ -20,7 +20,18 @@ from vlm_lit.core import peek
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.text.templates import get_template, render
 from vlm_lit.text.tokenizer import load_tokenizer
-from vlm_lit.text.sentinels import *
+from vlm_lit.text.sentinels import added_space
+from vlm_lit.text.sentinels import check_image_count
+from vlm_lit.text.sentinels import drop_bos
+from vlm_lit.text.sentinels import encode_prompts
+from vlm_lit.text.sentinels import insert_separator
+from vlm_lit.text.sentinels import join_chunks
+from vlm_lit.text.sentinels import make_traits
+from vlm_lit.text.sentinels import num_tokens_with_images
+from vlm_lit.text.sentinels import place_parts
+from vlm_lit.text.sentinels import preprocess_multimodal
+from vlm_lit.text.sentinels import tokenizer_image_token
+from vlm_lit.text.sentinels import tokenizer_traits
 
 def setup_module():
     global GOLDEN, ROLES, families, family, tok
@@ -157,7 +168,7 @@ def test_masks_agree_with_pieces_encoded_apart():
     def apart(prompt, t):
         "Ids and supervised positions of a prompt whose parts are encoded one by one."
         traits, before = tokenizer_traits(t), ""
-        ids, learned = [], []
+        ids, supervised = [], []
         kind_of = lambda part: part[1] if part[1] >= Segment.IMAGE else Segment.USER
         for kind, own in groupby(prompt.parts, kind_of):
             text = "".join(part for part, _ in own)
@@ -167,8 +178,8 @@ def test_masks_agree_with_pieces_encoded_apart():
                 encoding = t.backend_tokenizer.encode(lead + text, add_special_tokens=False)
                 skip = len(lead) and encoding.char_to_token(1)
                 own, before = encoding.ids[skip:], before + text
-            ids, learned = ids + own, learned + [kind >= Segment.ANSWER] * len(own)
-        return [*traits.bos, *ids], [False] * traits.n_bos + learned
+            ids, supervised = ids + own, supervised + [kind >= Segment.ANSWER] * len(own)
+        return [*traits.bos, *ids], [False] * traits.n_bos + supervised
 
     for name, t in {"gemma": tok, **families}.items():
         prompts = []
@@ -187,9 +198,9 @@ def test_masks_agree_with_pieces_encoded_apart():
         ends, differ = out.lengths.cumsum(), []
         for end, length, prompt in zip(ends, out.lengths, prompts):
             ids = out.ids[end - length : end].tolist()
-            learned = (out.segments[end - length : end] >= Segment.ANSWER).tolist()
-            if (ids, learned) != apart(prompt, t): differ.append(prompt.text)
-            stop = [i for i, marked in zip(ids, learned) if marked]
+            supervised = (out.segments[end - length : end] >= Segment.ANSWER).tolist()
+            if (ids, supervised) != apart(prompt, t): differ.append(prompt.text)
+            stop = [i for i, marked in zip(ids, supervised) if marked]
             assert stop[-1] == t.eos_token_id and t.eos_token_id not in stop[:-1]
         print(f"{name:19}{len(prompts)} prompts, {len(differ)} differ")
         test_eq(differ, [])

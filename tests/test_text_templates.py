@@ -9,7 +9,13 @@ import json, lzma
 from pathlib import Path
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.text.tokenizer import load_tokenizer
-from vlm_lit.text.templates import *
+from vlm_lit.text.templates import caption_form
+from vlm_lit.text.templates import conv_templates
+from vlm_lit.text.templates import get_template
+from vlm_lit.text.templates import render
+from vlm_lit.text.templates import render_hf
+from vlm_lit.text.templates import set_system
+from vlm_lit.text.templates import turn_frame
 
 def setup_module():
     global GOLDEN, STYLES, filled, golden, speaks, tok, turns
@@ -165,7 +171,7 @@ def test_every_reference_prompt_of_all_twenty_templates():
     test_eq((len(rows), len(names), wrong), (474, 20, []))
     test_eq(names | {"llama_3_assistant"}, set(conv_templates))
 
-def test_learned_part_of_four_templates():
+def test_supervised_part_of_four_templates():
     def bracketed(prompt):
         ((a, b),) = prompt.answers
         return f"{prompt.text[:a][-34:]}[{prompt.text[a:b]}]".replace("\n", "⏎")

@@ -8,7 +8,12 @@ from vlm_lit.core import ConfigError
 import tempfile, torch
 from fastcore.test import test_eq, expect_fail
 from transformers import GemmaConfig, GemmaForCausalLM
-from vlm_lit.text.tokenizer import *
+from vlm_lit.text.tokenizer import adds_bos
+from vlm_lit.text.tokenizer import bundled_gemma
+from vlm_lit.text.tokenizer import control_tokens
+from vlm_lit.text.tokenizer import load_tokenizer
+from vlm_lit.text.tokenizer import prepare_tokenizer
+from vlm_lit.text.tokenizer import special_tokens
 
 def setup_module():
     global tok, tokenizer_without

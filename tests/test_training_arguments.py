@@ -7,7 +7,8 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_tf32_available
 from vlm_lit.core import ConfigError
 import tempfile
-from vlm_lit.training.arguments import *
+from vlm_lit.training.arguments import PARTS
+from vlm_lit.training.arguments import VLMTrainingArguments
 
 def setup_module():
     global folder

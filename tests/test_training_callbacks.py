@@ -11,7 +11,12 @@ from vlm_lit.files import write_rows
 import io, tempfile
 from types import SimpleNamespace
 from vlm_lit.data.collator import BatchInfo
-from vlm_lit.training.callbacks import *
+from vlm_lit.training.callbacks import ConsoleProgress
+from vlm_lit.training.callbacks import LossGuard
+from vlm_lit.training.callbacks import Meter
+from vlm_lit.training.callbacks import MetricsFile
+from vlm_lit.training.callbacks import StopOnSignal
+from vlm_lit.training.callbacks import read_metrics
 
 def test_meter_counts_by_source_and_by_the_wall():
     meter = Meter(["a", "b"], flops=lambda info: 10.0 * sum(info.lengths), peak=100.0, world_size=1)

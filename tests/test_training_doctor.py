@@ -22,7 +22,11 @@ from vlm_lit.data.mixture import Mixture
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.images import sample_image
 from vlm_lit.data.dataset import LazySupervisedDataset
-from vlm_lit.training.doctor import *
+from vlm_lit.training.doctor import _sample
+from vlm_lit.training.doctor import check_samples
+from vlm_lit.training.doctor import environment_info
+from vlm_lit.training.doctor import format_check
+from vlm_lit.training.doctor import known_answers
 
 def setup_module():
     global folder, make_records, processor, records, tok
@@ -164,7 +168,7 @@ def test_check_names_kinds_as_the_audit_does():
     found = check_samples(
         Mixture([LazySupervisedDataset(bad, processor, folder, uint8=True)]), 10, strict=False
     )
-    want = ["tags", "roles", "control_tokens", "nothing_learned", "image_missing"]
+    want = ["tags", "roles", "control_tokens", "nothing_supervised", "image_missing"]
     assert [row["kind"] for row in found["problems"]][:5] == want
     assert len(found["problems"]) == 6
 

@@ -1,7 +1,7 @@
 "Derived from nbs/15a_flops.ipynb by `make tests`; edit the notebook, not this file."
 import torch
 from vlm_lit.core import ConfigError
-from vlm_lit.models.towers import PATCH_TOWERS, tower_depth
+from vlm_lit.models.towers import VIT_MODEL_TYPES, tower_depth
 import matplotlib.pyplot as plt
 from fastcore.test import test_eq, test_close, expect_fail
 from torch.utils.flop_counter import FlopCounterMode
@@ -10,10 +10,14 @@ from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from transformers import ConvNextConfig
 from vlm_lit.models.vlm import VLM
 from vlm_lit.models.config import VLMConfig
-from vlm_lit.models.towers import EfficientNetLiteConfig, make_tower, stage_maps
+from vlm_lit.models.towers import EfficientNetLiteConfig, build_vision_tower, stage_maps
 from vlm_lit.models.mining import PatchInfoMining
 from vlm_lit.training.flops import backward_products, causal_pairs, mining_products, tower_ops
-from vlm_lit.training.flops import *
+from vlm_lit.training.flops import PARTS
+from vlm_lit.training.flops import flops_table
+from vlm_lit.training.flops import peak_flops
+from vlm_lit.training.flops import trainable_parts
+from vlm_lit.training.flops import training_flops
 
 def setup_module():
     global CONVNEXT_L, GEMMA_2B, MGM_2B, SAMPLE, STAGE_1, STAGE_2, counted, small_config
@@ -53,7 +57,7 @@ def setup_module():
         images = {"images": torch.randn(n, 3, config.image_size, config.image_size)}
         if config.vision_aux_config:
             images["images_aux"] = torch.randn(n, 3, config.image_size_aux, config.image_size_aux)
-        length, text = 6 + config.num_patches, config.text_config
+        length, text = 6 + config.num_image_tokens, config.text_config
         with FlopCounterMode(display=False) as counter:
             loss = model(input_ids=ids, labels=labels, **images).loss
             if backward and trainable: loss.backward()
@@ -151,7 +155,7 @@ def test_convolutional_towers_count_the_same():
     lite = EfficientNetLiteConfig()
     for config, side in ((convnext, 32), (lite, 64), (lite, 50)):
         for layer in (-1, -2):
-            tower, pixels = make_tower(config, layer), torch.randn(2, 3, side, side)
+            tower, pixels = build_vision_tower(config, layer), torch.randn(2, 3, side, side)
             with FlopCounterMode(display=False) as forward, torch.no_grad():
                 stage_maps(tower, pixels)
             test_eq(2 * sum(f for f, _ in tower_ops(config, layer, side)), forward.get_total_flops())

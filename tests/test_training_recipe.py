@@ -21,7 +21,17 @@ import vlm_lit
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.training.recipe import _BATCH, _Dumper, _merge, _override, _pairs, _parse_yaml
 from vlm_lit.training.recipe import _short
-from vlm_lit.training.recipe import *
+from vlm_lit.training.recipe import BadSamples
+from vlm_lit.training.recipe import DataRecipe
+from vlm_lit.training.recipe import LoraRecipe
+from vlm_lit.training.recipe import MAY_DIFFER_ON_RESUME
+from vlm_lit.training.recipe import Recipe
+from vlm_lit.training.recipe import SourceRecipe
+from vlm_lit.training.recipe import format_recipe
+from vlm_lit.training.recipe import load_recipe
+from vlm_lit.training.recipe import recipe_differences
+from vlm_lit.training.recipe import save_recipe
+from vlm_lit.training.recipe import training_defaults
 
 def setup_module():
     global ROOT, SMALL, folder, refused, small, written

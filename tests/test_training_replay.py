@@ -31,7 +31,10 @@ from vlm_lit.training.callbacks import BadLoss
 from vlm_lit.training.recipe import LoraRecipe
 from vlm_lit.training.run import train
 from vlm_lit.weights.pretrained import open_model
-from vlm_lit.training.replay import *
+from vlm_lit.training.replay import LossStrip
+from vlm_lit.training.replay import losses_page
+from vlm_lit.training.replay import replay
+from vlm_lit.training.replay import worst_records
 
 def setup_module():
     global PREPARE, logged, place, poisoned, quiet, small_recipe, small_tokenizer, with_poison, write_data
@@ -124,7 +127,7 @@ def test_worst_records_are_those_with_the_highest_mean_loss():
     dataset = LazySupervisedDataset(place / "train.json", processor, place / "images", uint8=True)
     means = [own.loss for own in found]
     assert len(found) == 24 and means == sorted(means, reverse=True) and found[0].name == "one-7"
-    collate = DataCollatorForSupervisedDataset(0, None, model.config.num_patches)
+    collate = DataCollatorForSupervisedDataset(0, None, model.config.num_image_tokens)
     for own in found[:3] + found[-3:]:
         with torch.no_grad():
             out = model(**{k: v for k, v in collate([dataset[own.index]]).items()})

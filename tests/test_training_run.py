@@ -13,7 +13,7 @@ from vlm_lit.data.mixture import Mixture
 from vlm_lit.evaluation.metrics import evaluate
 from vlm_lit.evaluation.metrics import fixed_sample
 from vlm_lit.processor import VLMProcessor
-from vlm_lit.models.vlm import VLM, calibrate_projector
+from vlm_lit.models.vlm import VLM, match_embedding_scale
 from vlm_lit.files import read_json, write_json
 from vlm_lit.weights.saving import save_model
 from vlm_lit.weights.interchange import save_projector
@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerFast
 from vlm_lit.training import run as module
 from vlm_lit.images import sample_image
 from vlm_lit.weights.pretrained import open_model
-from vlm_lit.training.run import *
+from vlm_lit.training.run import train
 
 def setup_module():
     global place, quiet, small_recipe, small_tokenizer, write_data

@@ -41,7 +41,11 @@ from vlm_lit.models.vlm import VLM
 from vlm_lit.models.config import VLMConfig
 from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.weights.presets import make_model
-from vlm_lit.training.trainer import *
+from vlm_lit.training.trainer import VLMTrainer
+from vlm_lit.training.trainer import _worker_context
+from vlm_lit.training.trainer import cast_for_training
+from vlm_lit.training.trainer import reinit_modules
+from vlm_lit.training.trainer import set_trainable_modules
 
 def setup_module():
     global arguments, by_trainer, config, dataset, folder, make_data, new_model, processor, records, run_two_processes, small_config, small_tokenizer, tok

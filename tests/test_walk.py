@@ -20,7 +20,9 @@ from vlm_lit.images import sample_image
 from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.processor import VLMProcessor
 import io
-from vlm_lit.walk import *
+from vlm_lit.walk import WALK
+from vlm_lit.walk import walk_lines
+from vlm_lit.walk import walk_record
 
 def setup_module():
     global ds, folder, seed, show, tok
@@ -71,7 +73,7 @@ def test_walk_text_holds_the_values_of_the_seed():
         "[[2, 106, 1645, 108], [2, 108, 1841,",
         "len(input_ids) = 25",
         "(3, 336, 336)",
-        "8 of 25 tokens learned",
+        "8 of 25 tokens supervised",
     ]:
         assert words in text, words
 

@@ -163,9 +163,9 @@ def test_labels_of_the_answer_only():
 def test_one_token_off_in_either_direction():
     ids, labels = ds[0]["input_ids"], ds[0]["labels"]
     for name, shift in [("one too early", -1), ("one too late", 1)]:
-        learned = torch.roll(labels != IGNORE_INDEX, shift)
-        if shift == 1: learned[0] = False
-        wrong = torch.where(learned, ids, IGNORE_INDEX)
+        supervised = torch.roll(labels != IGNORE_INDEX, shift)
+        if shift == 1: supervised[0] = False
+        wrong = torch.where(supervised, ids, IGNORE_INDEX)
         print(f"{name:14}", repr(tok.decode([i for i in wrong.tolist() if i >= 0])))
     early, late = [torch.roll(labels != IGNORE_INDEX, s) for s in (-1, 1)]
     test_eq(tok.decode(ids[early]), "\nthe box chain purse black<end_of_turn>\n")

@@ -7,7 +7,7 @@ from vlm_lit.models.vlm import VLM
 from vlm_lit.models.config import VLMConfig
 from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.models.mining import PatchInfoMining
-from vlm_lit.models.towers import STAGE_TOWERS, tower_depth
+from vlm_lit.models.towers import CONV_MODEL_TYPES, tower_depth
 from vlm_lit.models.image_encoder import make_projector
 from vlm_lit.weights.presets import NO_TOKENIZER, PARTS, combined_config, is_scratch, load_preset
 from vlm_lit.weights.presets import make_model, preset_config, preset_settings, scratch_text_config
@@ -22,7 +22,8 @@ from vlm_lit.text.labels import preprocess
 from vlm_lit.text.sentinels import preprocess_multimodal
 from vlm_lit.weights.language_models import package_pieces
 from small_parts import MGM, gguf_words, hushed, mgm_parts, needs, picture_rows, same, small_tokenizer
-from vlm_lit.weights.build import *
+from vlm_lit.weights.build import build_model
+from vlm_lit.weights.build import load_preset_tokenizer
 
 def setup_module():
     global SMOL, small_tok, tiny, tok
@@ -53,7 +54,7 @@ def test_build_model_puts_published_weights_in():
     assert not torch.equal(encoder.mm_projector[0].weight, other.image_encoder.mm_projector[0].weight)
     assert not any(t.is_meta for t in [*model.parameters(), *model.buffers()])
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    test_eq((model.config.select_layer, model.config.num_patches), (-2, 4))
+    test_eq((model.config.select_layer, model.config.num_image_tokens), (-2, 4))
     test_eq(picture_rows(model).shape, (2, 4, 32))
     assert llava.image_encoder.mining is None and llava.config.parts["image_aspect_ratio"] == "pad"
     test_eq({p.dtype for p in half.language_model.parameters()}, {torch.bfloat16})
@@ -72,17 +73,17 @@ def test_smol_is_built_from_packages():
     with hushed():
         model, tokenizer = build_model("smol"), load_preset_tokenizer("smol")
     cfg = model.config
-    test_eq((cfg.num_patches, cfg.vocab_size), (16, len(tokenizer)))
+    test_eq((cfg.num_image_tokens, cfg.vocab_size), (16, len(tokenizer)))
     test_eq((cfg.vision_size, cfg.vision_size_aux), (320, 24 + 40 + 112 + 320))
     rows = picture_rows(model)
     assert rows.isfinite().all() and rows.std() > 0
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     said = tokenizer.apply_chat_template(turns, tokenize=False)
     test_eq(said, "hi\nhello<|im_end|>\n")  # plain text: no system turn in front, no names of roles
-    talk = [[{"from": "human", "value": "<image>\nWhat colour?"}, {"from": "gpt", "value": "red"}]]
+    talk = [[{"from": "human", "value": "<image>\nWhat color?"}, {"from": "gpt", "value": "red"}]]
     out = preprocess(preprocess_multimodal(talk), tokenizer, template="hf", has_image=True)
     labels = out["labels"][0]
-    test_eq(tokenizer.decode(labels[labels >= 0]), "red<|im_end|>")  # what will be learned
+    test_eq(tokenizer.decode(labels[labels >= 0]), "red<|im_end|>")  # what will be supervised
     with expect_fail(ConfigError, contains="from scratch brings no tokenizer"):
         load_preset_tokenizer({**SMOL, "language_model": {"config": {}}})
 

@@ -11,7 +11,7 @@ from vlm_lit.files import write_file
 from vlm_lit.models.vlm import VLM
 from vlm_lit.models.image_encoder import last_linear
 from vlm_lit.weights.towers import CONVNEXT_NAMES, translated
-from vlm_lit.weights.language_models import read_state, some, weights_of
+from vlm_lit.weights.language_models import read_state, format_names, weights_of
 import sys
 import tempfile
 from fastcore.test import test_eq, expect_fail
@@ -23,7 +23,12 @@ from vlm_lit.files import write_json
 from vlm_lit.models.config import sub_config
 from vlm_lit.weights.build import build_model
 from small_parts import MGM, TINY_TEXT, mgm_file, mgm_models, mgm_parts, picture_rows, save_as_mgm
-from vlm_lit.weights.interchange import *
+from vlm_lit.weights.interchange import gemma_embedding_scale
+from vlm_lit.weights.interchange import load_mgm
+from vlm_lit.weights.interchange import load_projector
+from vlm_lit.weights.interchange import mgm_name
+from vlm_lit.weights.interchange import projector_tensors
+from vlm_lit.weights.interchange import save_projector
 
 def setup_module():
     global LLAVA_7B, MGM_2B
@@ -32,12 +37,12 @@ def setup_module():
 
 def test_factor_is_that_of_transformers_4():
     kinds = ("gemma", "gemma2", "llama", "qwen2", "gemma3_text")
-    factors = [mgm_factor(sub_config(dict(hidden_size=2048), kind)) for kind in kinds]
+    factors = [gemma_embedding_scale(sub_config(dict(hidden_size=2048), kind)) for kind in kinds]
     test_eq(factors, [2048**0.5, 2048**0.5, 1, 1, 1])
     # today: the table scales words, and the model leaves rows alone
     model = AutoModelForCausalLM.from_config(GemmaConfig(**TINY_TEXT))
     words, raw = model.get_input_embeddings()(torch.tensor([5])), model.get_input_embeddings().weight[5]
-    torch.testing.assert_close(words[0], raw * mgm_factor(model.config))
+    torch.testing.assert_close(words[0], raw * gemma_embedding_scale(model.config))
     seen = []
     note = lambda m, args, kwargs: seen.append(args[0] if args else kwargs["hidden_states"])
     hook = model.model.layers[0].register_forward_pre_hook(note, with_kwargs=True)
@@ -102,7 +107,7 @@ def test_projector_files_that_do_not_fit_are_reported():
         report = load_projector(MGM_2B, path, strict=False)
         test_eq(report.missing, ("vlm_uni_val_projector.1.bias",))
         test_eq(report.unexpected, ("model.image_newline",))
-        test_eq(report.wrong, ("mm_projector.0.bias (3,) for (32,)",))
+        test_eq(report.mismatched, ("mm_projector.0.bias (3,) for (32,)",))
         test_eq(report.left_out, ("model.vision_tower.vision_tower.x",))
         test_eq(report.by_part()["vlm_uni_val_projector"], Counter(matched=3, missing=1))
         assert "1 missing" in str(report) and "image_newline" in str(report) and not report.fits

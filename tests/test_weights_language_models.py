@@ -21,7 +21,15 @@ from safetensors.torch import save_file
 from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.weights.presets import load_preset, make_model, preset_config
 from small_parts import TINY_TEXT, fake_hub, hushed, needs, own_cache, same, small_tokenizer, write_gguf
-from vlm_lit.weights.language_models import *
+from vlm_lit.weights.language_models import converted_gguf
+from vlm_lit.weights.language_models import gguf_key
+from vlm_lit.weights.language_models import joined_pieces
+from vlm_lit.weights.language_models import load_language_model
+from vlm_lit.weights.language_models import model_folder
+from vlm_lit.weights.language_models import package_file
+from vlm_lit.weights.language_models import package_pieces
+from vlm_lit.weights.language_models import quiet
+from vlm_lit.weights.language_models import read_state
 
 def setup_module():
     global SMOL, small_tok, tiny, tok

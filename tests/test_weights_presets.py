@@ -14,7 +14,11 @@ from fastcore.test import test_eq, test_close, expect_fail
 from vlm_lit.files import write_json
 from vlm_lit.text.tokenizer import load_tokenizer
 from small_parts import same, small_tokenizer
-from vlm_lit.weights.presets import *
+from vlm_lit.weights.presets import channel_statistics
+from vlm_lit.weights.presets import load_preset
+from vlm_lit.weights.presets import make_model
+from vlm_lit.weights.presets import preset_config
+from vlm_lit.weights.presets import preset_names
 
 def setup_module():
     global SMOL, small_tok, tiny, tok
@@ -60,7 +64,7 @@ def test_tiny_is_small_and_starts_the_same_for_a_seed():
     b = tiny(0)
     c = tiny(1)
     cfg = a.config
-    test_eq((cfg.num_patches, cfg.image_size, cfg.image_size_aux), (16, 32, 64))
+    test_eq((cfg.num_image_tokens, cfg.image_size, cfg.image_size_aux), (16, 32, 64))
     test_eq((cfg.aux_stages, cfg.vocab_size), ([1], len(small_tok)))
     assert same(a, b) and not same(a, c)
     assert 900_000 < sum(p.numel() for p in a.parameters()) < 1_300_000

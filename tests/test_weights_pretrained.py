@@ -17,7 +17,7 @@ from vlm_lit.weights.build import load_preset_tokenizer
 from vlm_lit.weights.interchange import load_projector
 from vlm_lit.weights.presets import preset_names
 from vlm_lit.weights.presets import preset_settings
-from vlm_lit.weights.language_models import quiet, read_state, some
+from vlm_lit.weights.language_models import quiet, read_state, raise_misfit
 from vlm_lit.weights.interchange import save_projector
 from vlm_lit.weights.language_models import weights_of
 import sys
@@ -28,7 +28,16 @@ from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.images import sample_image
 from vlm_lit.weights.saving import export_model, save_model
 from small_parts import small_tokenizer
-from vlm_lit.weights.pretrained import *
+from vlm_lit.weights.pretrained import add_lora
+from vlm_lit.weights.pretrained import has_lora
+from vlm_lit.weights.pretrained import load_lora
+from vlm_lit.weights.pretrained import merge_lora
+from vlm_lit.weights.pretrained import open_model
+from vlm_lit.weights.pretrained import read_base
+from vlm_lit.weights.pretrained import resolve_model
+from vlm_lit.weights.pretrained import save_lora
+from vlm_lit.weights.pretrained import save_trainable
+from vlm_lit.weights.pretrained import write_base
 
 def setup_module():
     global TINY, empty_folder, logits, make_run, shake, workshop

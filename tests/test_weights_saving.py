@@ -9,7 +9,7 @@ from vlm_lit.files import read_json
 from vlm_lit.files import write_json, write_text
 from vlm_lit.models.vlm import VLM
 from vlm_lit.models.config import VLMConfig
-from vlm_lit.weights.language_models import LOAD_ERRORS, quiet, read_state, some, weights_of
+from vlm_lit.weights.language_models import LOAD_ERRORS, mismatched_names, quiet, read_state, format_names, raise_misfit, weights_of
 from vlm_lit.weights.presets import PARTS, is_scratch
 from vlm_lit.weights.interchange import save_projector, shards
 import sys
@@ -22,7 +22,12 @@ from vlm_lit.weights.build import build_model
 from vlm_lit.weights.presets import load_preset, make_model, preset_config
 from vlm_lit.weights.interchange import load_projector
 from small_parts import MGM, mgm_models, mgm_parts, picture_rows, same, small_tokenizer
-from vlm_lit.weights.saving import *
+from vlm_lit.weights.saving import export_model
+from vlm_lit.weights.saving import load_model
+from vlm_lit.weights.saving import load_weights
+from vlm_lit.weights.saving import mgm_config
+from vlm_lit.weights.saving import model_card
+from vlm_lit.weights.saving import save_model
 
 def setup_module():
     global LLAVA_7B, MGM_2B, SMOL, small_tok, tiny, tok
@@ -77,7 +82,7 @@ def test_half_a_model_is_refused():
         save_file({n: weights[n] for n in list(weights)[::2]}, path, metadata={"format": "pt"})
         with expect_fail(ConfigError, contains="model.safetensors does not fit the model: missing"):
             load_weights(model, path)
-        with expect_fail(ConfigError, contains="weights do not fit the model: missing"):
+        with expect_fail(ConfigError, contains="does not fit the model: missing"):
             load_model(folder)
         save_file({**weights, "more": torch.ones(1)}, path, metadata={"format": "pt"})
         with expect_fail(ConfigError, contains="unexpected 1 (more)"):

@@ -12,10 +12,10 @@ from vlm_lit.core import ConfigError
 from vlm_lit.files import read_json
 from vlm_lit.models.config import sub_config
 from vlm_lit.models.towers import EfficientNetLiteConfig, EfficientNetLiteModel
-from vlm_lit.models.towers import make_tower
-from vlm_lit.weights.language_models import LOAD_ERRORS, package_file, pretrained, quiet, read_state
-from vlm_lit.weights.language_models import say, some
-from vlm_lit.weights.presets import init_tower_from_scratch, is_scratch, make_places_heard
+from vlm_lit.models.towers import build_vision_tower
+from vlm_lit.weights.language_models import LOAD_ERRORS, load_pretrained, package_file, quiet, read_state
+from vlm_lit.weights.language_models import format_names, raise_misfit, print_status
+from vlm_lit.weights.presets import init_tower_from_scratch, is_scratch, init_position_embeddings
 import sys
 import tempfile
 from fastcore.test import test_eq, expect_fail
@@ -27,7 +27,10 @@ from vlm_lit.files import write_json
 from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.weights.presets import load_preset, make_model, preset_config
 from small_parts import MAPS, OPEN_CLIP, RECORDED, TEXT_TOWER, TINY_TEXT, TINY_VISION, fake_hub, hushed, needs, save_clip, save_open_clip, small_tokenizer
-from vlm_lit.weights.towers import *
+from vlm_lit.weights.towers import convnext_from_open_clip
+from vlm_lit.weights.towers import efficientnet_lite_state
+from vlm_lit.weights.towers import load_tower
+from vlm_lit.weights.towers import load_tower_state
 
 def setup_module():
     global SMOL, small_tok, tiny, tok
@@ -42,7 +45,7 @@ def test_open_clip_convnext_computes_what_timm_computes():
     test_eq((config.hidden_sizes, config.depths), ([8, 12, 16, 18], [1, 1, 2, 1]))
     assert all(not n.startswith(("visual.trunk.stem", "visual.trunk.stages")) for n in rest)
     assert len(rest) + len(state) == len(OPEN_CLIP)
-    tower = filled_tower(config, state)
+    tower = load_tower_state(config, state)
     with torch.no_grad(): maps = stage_maps(tower, RECORDED["input"])
     for got, want in zip(maps, MAPS, strict=True):
         assert want.std() > 0.1  # recorded maps say something
@@ -54,11 +57,11 @@ def test_foreign_layers_in_a_convnext_are_refused():
     foreign = {"visual.trunk.stages.0.blocks.0.mlp.grn.weight": torch.ones(32)}
     config, state, _ = convnext_from_open_clip({**OPEN_CLIP, **foreign})
     with expect_fail(ConfigError, contains="unexpected 1 (encoder.stages.0.layers.0.mlp.grn.weight)"):
-        filled_tower(config, state)
+        load_tower_state(config, state)
     kept = {n: t for n, t in OPEN_CLIP.items() if n != "visual.trunk.stages.3.blocks.0.norm.bias"}
     config, state, _ = convnext_from_open_clip(kept)
     with expect_fail(ConfigError, contains="missing 1 (encoder.stages.3.layers.0.layernorm.bias)"):
-        filled_tower(config, state)
+        load_tower_state(config, state)
     with expect_fail(ConfigError, contains="no ConvNeXt"):
         convnext_from_open_clip({"visual.conv1.weight": torch.ones(1)})
 
@@ -69,7 +72,7 @@ def test_efficientnet_computes_what_its_own_package_computes():
     weights = read_state(package_file(SMOL["vision_tower"]))
     state, rest = efficientnet_lite_state(weights)
     test_eq(sorted({n.split(".")[0] for n in rest}), ["_bn1", "_conv_head", "_fc"])
-    tower = filled_tower(EfficientNetLiteConfig(), state)
+    tower = load_tower_state(EfficientNetLiteConfig(), state)
     theirs = EfficientNet.from_name("efficientnet-lite0").eval()
     theirs.load_state_dict(weights)
     torch.manual_seed(0)
@@ -105,7 +108,7 @@ def test_clip_and_siglip_towers_stop_at_the_selected_layer():
     with expect_fail(ConfigError, contains="vision tower '/no/such/folder' cannot be loaded"):
         load_tower("/no/such/folder")
 
-def test_open_clip_folders_and_hub_names_are_recognised():
+def test_open_clip_folders_and_hub_names_are_recognized():
     with fake_hub() as put, tempfile.TemporaryDirectory() as folder, torch.no_grad(), hushed():
         save_open_clip(folder, "open_clip_model.safetensors")
         put("laion/CLIP-convnext_large_d_320.laion2B-s29B-b131K-ft-soup", save_open_clip)
@@ -117,7 +120,7 @@ def test_open_clip_folders_and_hub_names_are_recognised():
         (Path(folder) / "open_clip_model.safetensors").unlink()
         message = "has an open_clip_config.json, but neither open_clip_model.safetensors nor"
         with expect_fail(ConfigError, contains=message): load_tower(folder)
-        wrong = {"convnext_xxlarge": "normalises with 1e-5", "vit_large": "cannot be loaded"}
+        wrong = {"convnext_xxlarge": "normalizes with 1e-5", "vit_large": "cannot be loaded"}
         for kind, words in wrong.items():
             config = {"model_cfg": {"vision_cfg": {"timm_model_name": kind}}}
             write_json(Path(folder) / "open_clip_config.json", config)

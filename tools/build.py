@@ -17,6 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS, TESTS = ROOT / "nbs", ROOT / "tests"
+EXPORTS = {"export", "exporti"}
 SCOPES = ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
 ORDER = ["[0-9]*.ipynb", "walkthrough.ipynb", "own_data.ipynb", "alignment.ipynb", "index.ipynb"]
 
@@ -91,11 +92,21 @@ def derive(path):
     imports = [
         ast.unparse(node)
         for c in cells
-        if {"export", "test_setup"} & set(directives(c))
+        if EXPORTS & set(directives(c)) or "test_setup" in directives(c)
         for node in ast.parse(body(c)).body
         if isinstance(node, (ast.Import, ast.ImportFrom))
     ]
-    if module: imports.append(f"from vlm_lit.{module} import *")
+    exported = [body(c) for c in cells if EXPORTS & set(directives(c))]
+    own = {n for source in exported for n in bound_names(source)}
+    own -= {n for line in imports for n in bound_names(line)}
+    used = {
+        node.id
+        for c in cells
+        if {"test", "test_setup"} & set(directives(c))
+        for node in ast.walk(ast.parse(body(c)))
+        if isinstance(node, ast.Name)
+    }
+    imports += [f"from vlm_lit.{module} import {name}" for name in sorted(own & used)]
     out = [
         f'"Derived from nbs/{path.name} by `make tests`; edit the notebook, not this file."',
         *dict.fromkeys(imports),

@@ -12,7 +12,14 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from .core import ConfigError
-from .images import grid_crops, make_square, normalise, read_image, rows_per_image, to_bytes
+from vlm_lit.images import (
+    grid_crops,
+    resize_to_square,
+    normalize,
+    read_image,
+    count_image_tokens,
+    to_bytes,
+)
 
 # %% ../nbs/06a_image_processor.ipynb #c005
 class VLMImageProcessor(BaseImageProcessor):
@@ -41,7 +48,7 @@ class VLMImageProcessor(BaseImageProcessor):
                 f"image sizes must be at least 1, got {image_size} and {image_size_aux}"
             )
         if num_image_tokens is None and image_size % 14 == 0:
-            num_image_tokens = rows_per_image(image_size, 14, image_grid, image_global)
+            num_image_tokens = count_image_tokens(image_size, 14, image_grid, image_global)
         self.image_size = image_size
         self.image_size_aux = image_size_aux
         self.aspect = aspect
@@ -54,14 +61,14 @@ class VLMImageProcessor(BaseImageProcessor):
         image: Image.Image,  # RGB, any size
     ) -> torch.Tensor:  # uint8, (3, image_size_aux, image_size_aux)
         "The large square, as bytes."
-        return to_bytes(make_square(image, self.image_size_aux, self.aspect, self.image_mean))
+        return to_bytes(resize_to_square(image, self.image_size_aux, self.aspect, self.image_mean))
 
     def normalize_square(
         self,
         pixels: torch.Tensor,  # uint8, (..., 3, image_size_aux, image_size_aux)
     ) -> torch.Tensor:  # float32, the same shape
         "`image_aux` from bytes."
-        return normalise(pixels, self.image_mean, self.image_std)
+        return normalize(pixels, self.image_mean, self.image_std)
 
     def small(
         self,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TURNS', 'safe_path', 'turn_upright', 'on_white', 'decode_image', 'open_image', 'read_image', 'sample_image',
-           'expand2square', 'shortest_size', 'resize_shortest', 'center_crop', 'resize_to_square', 'make_square',
-           'to_bytes', 'normalise', 'interpolate_image', 'grid_crops', 'rows_per_image', 'prepare_image',
+           'expand2square', 'shortest_size', 'resize_shortest', 'center_crop', 'resize_and_crop', 'resize_to_square',
+           'to_bytes', 'normalize', 'interpolate_image', 'grid_crops', 'count_image_tokens', 'prepare_image',
            'finish_images']
 
 # %% ../nbs/06_images.ipynb #c002
@@ -202,7 +202,7 @@ def center_crop(
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
-def resize_to_square(
+def resize_and_crop(
     image: Image.Image,  # RGB
     size: int,  # Pixels
 ) -> Image.Image:  # size x size
@@ -233,10 +233,10 @@ def resize_to_square(
     whole = tall.resize((size, height), Image.Resampling.BICUBIC)
     return whole.crop((0, top, size, top + size)) if height > size else whole
 
-def make_square(
+def resize_to_square(
     image: Image.Image,  # RGB
     size: int,  # Pixels
-    aspect: str = "square",  # "square": cut the middle out; "pad": bars in the mean colour
+    aspect: str = "square",  # "square": cut the middle out; "pad": bars in the mean color
     mean=OPENAI_CLIP_MEAN,  # Mean of each channel, 0 to 1
 ) -> Image.Image:  # size x size
     "CLIP's geometry: a square of the given size."
@@ -252,7 +252,7 @@ def make_square(
         )
     if aspect == "pad":
         image = expand2square(image, tuple(int(255 * m) for m in mean))
-    return resize_to_square(image, size)
+    return resize_and_crop(image, size)
 
 # %% ../nbs/06_images.ipynb #c032
 def to_bytes(
@@ -264,7 +264,7 @@ def to_bytes(
         plane[:] = np.frombuffer(image.tobytes("raw", channel), dtype=np.uint8).reshape(plane.shape)
     return torch.from_numpy(out)
 
-def normalise(
+def normalize(
     pixels: torch.Tensor,  # uint8, shape (..., 3, height, width)
     mean=OPENAI_CLIP_MEAN,  # Mean of each channel, 0 to 1
     std=OPENAI_CLIP_STD,  # Standard deviation of each channel, 0 to 1
@@ -314,13 +314,13 @@ def grid_crops(
     whole = interpolate_image(large, image_size)
     return torch.cat([cut, whole[..., None, :, :, :]], -4)
 
-def rows_per_image(
+def count_image_tokens(
     image_size: int = 336,  # Pixels of the small square, or of a crop
     patch_size: int = 14,  # Pixels of a patch
     image_grid: int = 1,  # Crops along a side
     image_global: bool = False,  # Whether the whole image is read too
 ) -> int:
-    "Rows that one sentinel becomes in the language model, known before any image is opened."
+    "Image tokens that take the place of one sentinel, known before any image is opened."
     if image_size % patch_size:
         raise ConfigError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
     if image_grid == 1 and image_global:
@@ -335,7 +335,7 @@ def prepare_image(
     image: Image.Image,  # RGB, any size
     image_size_aux: int = 768,  # Pixels of the large square
     image_size: int = 336,  # Pixels of the small square
-    aspect: str = "square",  # "square" or "pad", as in `make_square`
+    aspect: str = "square",  # "square" or "pad", as in `resize_to_square`
     mean=OPENAI_CLIP_MEAN,  # Mean of each channel, 0 to 1
     std=OPENAI_CLIP_STD,  # Standard deviation of each channel, 0 to 1
     image_grid: int = 1,  # Crops along a side, as in `grid_crops`
@@ -344,7 +344,9 @@ def prepare_image(
     # float32
 ) -> dict[str, torch.Tensor]:
     "Both tensors that the model sees of one image."
-    image_aux = normalise(to_bytes(make_square(image, image_size_aux, aspect, mean)), mean, std)
+    image_aux = normalize(
+        to_bytes(resize_to_square(image, image_size_aux, aspect, mean)), mean, std
+    )
     return {
         "image": grid_crops(image_aux, image_size, image_grid, image_global),
         "image_aux": image_aux,
@@ -367,7 +369,7 @@ def finish_images(
         raise DataError(
             f"images_aux must be bytes (uint8), got {images_aux.dtype}; floats are finished already"
         )
-    done = normalise(images_aux, mean, std)
+    done = normalize(images_aux, mean, std)
     return {
         "images": grid_crops(done, image_size, image_grid, image_global).to(dtype),
         "images_aux": done.to(dtype),

@@ -13,7 +13,7 @@ from .core import IMAGE_TOKEN, ConfigError, DataError
 from .text.messages import check_path, read_record
 from .text.sentinels import check_image_count
 from .text.labels import check_tokenizer, check_turns
-from .text.encode import cut_at_stop, encode_records, pad_id, prompt_ids, stop_ids
+from .text.encode import truncate_at_eos, encode_records, pad_id, prompt_ids, stop_ids
 from .images import read_image
 from .image_processor import VLMImageProcessor
 from .padding import pad_samples, stack_images
@@ -182,7 +182,7 @@ class VLMProcessor(ProcessorMixin):
         names = ["image_size", "image_size_aux", "image_grid", "image_global"]
         names += ["image_mean", "image_std"]
         own = {name: getattr(config, name) for name in names}
-        own["num_image_tokens"] = config.num_patches
+        own["num_image_tokens"] = config.num_image_tokens
         return cls(tokenizer, VLMImageProcessor(**{**own, **changes}), template, control_tokens)
 
     def texts(
@@ -238,7 +238,8 @@ class VLMProcessor(ProcessorMixin):
         self,
         conversations,  # A question; turns of LLaVA's or a chat's form; or a list of these
         images=None,  # An image of any form or a list; for several conversations one entry for each
-        labels: bool | None = None,  # Whether all end in answers, to be learned; None: as they end
+        labels: bool
+        | None = None,  # Whether all end in answers, to be supervised; None: as they end
         image_folder: str | Path | None = None,  # Where paths in messages, and in `images`, start
         return_tensors: str = "pt",  # The only kind there is
     ) -> BatchFeature:  # `input_ids`, `attention_mask`; `images_aux`, `image_index`; `labels`
@@ -278,5 +279,5 @@ class VLMProcessor(ProcessorMixin):
         "The texts of answers, each up to its stop token."
         stops = stop_ids(self.tokenizer, self.template)
         kwargs = {"skip_special_tokens": True, **kwargs}
-        own = [cut_at_stop(ids, stops) for ids in sequences]
+        own = [truncate_at_eos(ids, stops) for ids in sequences]
         return [self.tokenizer.decode(ids, **kwargs).strip() if ids else "" for ids in own]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import Sampler
 from ..core import ConfigError, DataError
-from .collator import pack_rows
+from .collator import pack_sequences
 
 # %% ../../nbs/08a_samplers.ipynb #c006
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _packed(order, rng, lengths, max_length, window=1024):
     "Sequences of whole samples, best fit decreasing within windows, then shuffled."
     order, units = rng.permutation(order), []
     for part in np.split(order, range(window, len(order), window)):
-        units += [part[row] for row in pack_rows(lengths[part], max_length)]
+        units += [part[row] for row in pack_sequences(lengths[part], max_length)]
     return _joined([units[k] for k in rng.permutation(len(units))])
 
 def _by_image(order, rng, keys, samples_per_image):

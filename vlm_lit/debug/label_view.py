@@ -14,7 +14,7 @@ from ..core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
 # %% ../../nbs/01b_label_view.ipynb #c005
 class Segment(IntEnum):
-    "What a piece of a prompt is. Only the answer and its stop text are learned."
+    "What a piece of a prompt is. Only the answer and its stop text are supervised."
 
     SYSTEM = 0
     HEADER = 1  # everything else that the template writes
@@ -40,7 +40,7 @@ def visible(text: str) -> str:
     return "".join(map(spelled, text))
 
 class LabelStrip:
-    "A sample's tokens in order, by segment, the learned ones marked."
+    "A sample's tokens in order, by segment, the supervised ones marked."
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class LabelStrip:
         self.ids = ids
         self.labels = marks
         self.title = title
-        self.tokens = []  # (text, whether it is learned)
+        self.tokens = []  # (text, whether it is supervised)
         for i, mark in zip(ids, marks):
             text = IMAGE_TOKEN if i == IMAGE_TOKEN_INDEX else tokenizer.decode([i])
             self.tokens.append((text, mark != IGNORE_INDEX))
@@ -66,14 +66,14 @@ class LabelStrip:
         else: self.names = [Segment(int(s)).name for s in segments]
 
     @property
-    def learned(self) -> list[str]:
-        "Text of the learned tokens."
-        return [text for text, learned in self.tokens if learned]
+    def supervised(self) -> list[str]:
+        "Text of the supervised tokens."
+        return [text for text, supervised in self.tokens if supervised]
 
     @property
     def summary(self) -> str:
-        "How many tokens are learned."
-        return f"{len(self.learned)} of {len(self.tokens)} tokens learned"
+        "How many tokens are supervised."
+        return f"{len(self.supervised)} of {len(self.tokens)} tokens supervised"
 
     def lines(self) -> list[tuple[str, list[int]]]:  # (segment's name, numbers of its tokens)
         "Runs of tokens of one segment, in order."
@@ -84,9 +84,9 @@ class LabelStrip:
         return found
 
     def cell(self, n: int) -> str:
-        "A token as text, in brackets if it is learned."
-        text, learned = self.tokens[n]
-        return f"[{visible(text)}]" if learned else f"{visible(text)}|"
+        "A token as text, in brackets if it is supervised."
+        text, supervised = self.tokens[n]
+        return f"[{visible(text)}]" if supervised else f"{visible(text)}|"
 
     def __repr__(self):
         rows = [self.title] if self.title else []
@@ -100,19 +100,19 @@ class LabelStrip:
         for name, run in self.lines():
             out.append(f"{name:7}" if name else "", style="dim")
             for n in run:
-                _, learned = self.tokens[n]
-                style = f"bold underline {COLORS[name]}" if learned else COLORS[name]
+                _, supervised = self.tokens[n]
+                style = f"bold underline {COLORS[name]}" if supervised else COLORS[name]
                 out.append(self.cell(n), style=style)
             out.append("\n")
         return out.append(f"{self.summary}, in [ ]")
 
     def span(self, n: int, mark: bool = False) -> str:
         "A token as HTML."
-        text, learned = self.tokens[n]
+        text, supervised = self.tokens[n]
         name = self.names[n]
         text = html.escape(visible(text)).replace(" ", "&nbsp;")
         style = f"color:{COLORS[name]};background:#8882"
-        if learned:
+        if supervised:
             text = f"<b><u>{text}</u></b>"
             style = f"color:#fff;background:{COLORS[name] if name else '#2e7d32'}"
         if mark: style += ";outline:2px solid #f9a825"
@@ -128,8 +128,8 @@ class LabelStrip:
             rows += f"<div><small><code>{head}</code></small>{spans}</div>"
         title = f"<div><b>{html.escape(self.title)}</b></div>" if self.title else ""
         return (
-            f"{title}{rows}<small><b><u>bold and underlined</u>: learned</b>, {self.summary}; the "
-            "rest is -100</small>"
+            f"{title}{rows}<small><b><u>bold and underlined</u>: supervised</b>, {self.summary}; "
+            "the rest is -100</small>"
         )
 
 class StripPair:

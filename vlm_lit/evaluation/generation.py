@@ -13,7 +13,7 @@ from transformers import AutoProcessor
 from transformers.generation import BaseStreamer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from ..core import DataError
-from ..text.encode import cut_at_stop, pad_id, stop_ids
+from ..text.encode import truncate_at_eos, pad_id, stop_ids
 from ..image_processor import VLMImageProcessor
 from ..processor import VLMProcessor, as_list, insert_image_tokens
 from ..data.collator import DataCollatorForSupervisedDataset
@@ -41,7 +41,7 @@ def generate_ids(
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens}
     settings |= {"eos_token_id": stops, "pad_token_id": pad, **kwargs}
     rows = model.generate(**batch, **settings)
-    return [cut_at_stop(row, stops) for row in rows]
+    return [truncate_at_eos(row, stops) for row in rows]
 
 def answer_batch(
     model: VLM,  # In evaluation mode

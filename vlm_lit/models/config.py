@@ -10,7 +10,7 @@ import copy
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from ..core import ConfigError
-from .towers import PATCH_TOWERS, STAGE_TOWERS
+from .towers import VIT_MODEL_TYPES, CONV_MODEL_TYPES
 
 # %% ../../nbs/09_config.ipynb #c006
 CLIP_LARGE = dict(model_type="clip_vision_model", image_size=336, patch_size=14)
@@ -63,10 +63,10 @@ class VLMConfig(PreTrainedConfig):
         self.select_layer = select_layer
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
-        if self.vision_aux_config and self.vision_aux_config.model_type not in STAGE_TOWERS:
+        if self.vision_aux_config and self.vision_aux_config.model_type not in CONV_MODEL_TYPES:
             raise ConfigError(
                 f"a {self.vision_aux_config.model_type} has no stages to mine; the high-resolution "
-                f"tower must be one of {', '.join(STAGE_TOWERS)}"
+                f"tower must be one of {', '.join(CONV_MODEL_TYPES)}"
             )
         stages = len(self.vision_aux_config.hidden_sizes) if self.vision_aux_config else 0
         self.aux_stages = stages_in_use(aux_stages, stages)
@@ -81,7 +81,7 @@ class VLMConfig(PreTrainedConfig):
             raise ConfigError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
             )
-        if tower.model_type in PATCH_TOWERS and tower.image_size != self.image_size:
+        if tower.model_type in VIT_MODEL_TYPES and tower.image_size != self.image_size:
             raise ConfigError(
                 f"image_size is {self.image_size}, the low-resolution tower reads "
                 f"{tower.image_size} pixels"
@@ -106,7 +106,7 @@ class VLMConfig(PreTrainedConfig):
     def patch_size(self) -> int:
         "Pixels of the small image along a side of a patch."
         tower = self.vision_config
-        if tower.model_type in PATCH_TOWERS: return tower.patch_size
+        if tower.model_type in VIT_MODEL_TYPES: return tower.patch_size
         return tower.patch_size * 2 ** (self.select_layer % len(tower.hidden_sizes))
 
     @property
@@ -115,7 +115,7 @@ class VLMConfig(PreTrainedConfig):
         return self.image_size // self.patch_size
 
     @property
-    def num_patches(self) -> int:
+    def num_image_tokens(self) -> int:
         "Rows that one image takes in the language model."
         return self.grid**2 * (self.image_grid**2 + int(self.image_global))
 
@@ -129,7 +129,7 @@ class VLMConfig(PreTrainedConfig):
     def vision_size(self) -> int:
         "Width of the low-resolution features."
         tower = self.vision_config
-        if tower.model_type in PATCH_TOWERS: return tower.hidden_size
+        if tower.model_type in VIT_MODEL_TYPES: return tower.hidden_size
         return tower.hidden_sizes[self.select_layer]
 
     @property

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from ..core import ConfigError
 from .mining import PatchInfoMining, from_one_grid, to_one_grid
-from .towers import make_tower, patch_features, stage_maps
+from .towers import build_vision_tower, patch_features, stage_maps
 
 # %% ../../nbs/08f_image_encoder.ipynb #c008
 def make_projector(
@@ -42,13 +42,13 @@ def make_projector(
 def last_linear(
     projector: nn.Module,  # From `make_projector`
 ) -> nn.Linear | None:  # None for the identity
-    "The layer that decides how large image rows are."
+    "The layer that decides how large image features are."
     layers = reversed(list(projector.modules()))
     return next((layer for layer in layers if isinstance(layer, nn.Linear)), None)
 
 # %% ../../nbs/08f_image_encoder.ipynb #c011
 class ImageEncoder(nn.Module):
-    "Two towers, mining and projector: pixels in, rows for the language model out."
+    "Two towers, mining and projector: pixels in, image features for the language model out."
 
     def __init__(
         self,
@@ -59,10 +59,12 @@ class ImageEncoder(nn.Module):
         self.has_global = config.image_global
         self.select_layer = config.select_layer
         self.aux_stages = config.aux_stages
-        self.vision_tower = make_tower(config.vision_config, config.select_layer)
+        self.vision_tower = build_vision_tower(config.vision_config, config.select_layer)
         self.vision_tower_aux = self.mining = None
         if config.vision_aux_config:
-            self.vision_tower_aux = make_tower(config.vision_aux_config, max(config.aux_stages))
+            self.vision_tower_aux = build_vision_tower(
+                config.vision_aux_config, max(config.aux_stages)
+            )
             self.mining = PatchInfoMining(config.vision_size, config.vision_size_aux)
         sizes = config.vision_size, config.text_config.hidden_size
         self.mm_projector = make_projector(config.projector_type, *sizes)
@@ -70,7 +72,7 @@ class ImageEncoder(nn.Module):
     def low_features(
         self,
         images: torch.Tensor,  # (n_images, 3, image_size, image_size)
-    ) -> torch.Tensor:  # (n_images, num_patches, hidden_size)
+    ) -> torch.Tensor:  # (n_images, num_image_tokens, hidden_size)
         "One feature a patch."
         return patch_features(self.vision_tower, images, self.select_layer)
 
@@ -86,7 +88,7 @@ class ImageEncoder(nn.Module):
         self,
         images: torch.Tensor,  # (n_images, [crops,] 3, image_size, image_size)
         images_aux: torch.Tensor | None = None,  # (n_images, 3, image_size_aux, image_size_aux)
-        # (n_images, rows, hidden_size): with crops the whole image's rows first, then each crop's
+        # (n_images, num_image_tokens, hidden_size): the whole image first, then each crop
     ) -> torch.Tensor:
         "What the projector reads."
         maps = None if self.mining is None else self.high_features(images_aux)
@@ -99,7 +101,7 @@ class ImageEncoder(nn.Module):
         # (n_images, crops, 3, image_size, image_size), the whole image last
         images: torch.Tensor,
         maps: list[torch.Tensor] | None,  # From `high_features`; None: no mining
-    ) -> torch.Tensor:  # (n_images, rows, hidden_size)
+    ) -> torch.Tensor:  # (n_images, num_image_tokens, hidden_size)
         "`features` of images in crops."
         low = self.low_features(images.flatten(0, 1)).unflatten(0, images.shape[:2])
         crops = low[:, : self.grid**2]
@@ -116,8 +118,8 @@ class ImageEncoder(nn.Module):
         self,
         images: torch.Tensor,  # (n_images, [crops,] 3, image_size, image_size)
         images_aux: torch.Tensor | None = None,  # (n_images, 3, image_size_aux, image_size_aux)
-    ) -> torch.Tensor:  # (n_images, rows, text hidden_size)
-        "The rows that stand for each image."
+    ) -> torch.Tensor:  # (n_images, num_image_tokens, text hidden_size)
+        "The features that stand for each image."
         features = self.features(images, images_aux)
         weight = getattr(last_linear(self.mm_projector), "weight", features)
         return self.mm_projector(features.to(weight.dtype))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGE_FRAME', 'NEEDS_BOS', 'check_turns', 'first_turn', 'drop_greeting', 'plain_source', 'fill_template',
-           'template_markers', 'pattern_of', 'control_pattern', 'check_control_tokens', 'check_policy', 'literal_spans',
-           'mask_prompt', 'check_tokenizer', 'check_traits', 'make_prompt', 'preprocess', 'generation_ids',
-           'open_prompt']
+           'template_markers', 'pattern_of', 'control_pattern', 'refuse_control_tokens', 'check_control_tokens',
+           'literal_spans', 'check_tokenizer', 'check_traits', 'make_prompt', 'preprocess', 'generation_ids',
+           'generation_prompt']
 
 # %% ../../nbs/05_labels.ipynb #c002
 import re, warnings
@@ -141,7 +141,7 @@ def control_pattern(
 # what `preprocess_multimodal` writes; no forgery
 IMAGE_FRAME = IM_START_TOKEN + IMAGE_TOKEN + IM_END_TOKEN
 
-def check_control_tokens(
+def refuse_control_tokens(
     source: list[dict],  # One conversation's turns
     pattern: re.Pattern,  # From `control_pattern`
     has_image: bool = True,  # Whether tags in the user's turns are images
@@ -164,7 +164,7 @@ def check_control_tokens(
         kind = "tags" if not found and not has_image else "control_tokens"
         raise DataError(message, record, n, kind)
 
-def check_policy(
+def check_control_tokens(
     source: list[dict],  # One conversation's turns, checked by `check_turns`
     control_tokens: str,  # "refuse", "escape" or "allow"
     pattern: re.Pattern,  # From `control_pattern`
@@ -181,7 +181,7 @@ def check_policy(
         )
         raise DataError(message, record, first, "tags")
     if control_tokens == "refuse":
-        check_control_tokens(source, pattern, has_image, record)
+        refuse_control_tokens(source, pattern, has_image, record)
         return
     found = pattern.search(source[0]["value"]) if source[0]["from"] == "system" else None
     if found:
@@ -207,8 +207,8 @@ def mask_prompt(
     "Keep the ids of answers and stop text, set the rest to `IGNORE_INDEX`."
     if len(input_ids) != len(segments):
         raise ValueError(f"{len(input_ids)} input_ids but {len(segments)} segments")
-    learned = (segments == Segment.ANSWER) | (segments == Segment.STOP)
-    return np.where(learned, input_ids, IGNORE_INDEX)
+    supervised = (segments == Segment.ANSWER) | (segments == Segment.STOP)
+    return np.where(supervised, input_ids, IGNORE_INDEX)
 
 # %% ../../nbs/05_labels.ipynb #c018
 NEEDS_BOS = (SeparatorStyle.GEMMA, SeparatorStyle.LLAMA_2, SeparatorStyle.LLAMA_3)
@@ -300,7 +300,7 @@ def preprocess(
         for source, own, record in zip(sources, pictured, records, strict=True)
     ]
     for source, own, record in zip(sources, pictured, records):
-        check_policy(source, control_tokens, pattern, own, record)
+        check_control_tokens(source, control_tokens, pattern, own, record)
     escape = control_tokens == "escape"
     literals = [literal_spans(prompt, pattern) for prompt in prompts] if escape else None
     encoded = encode_prompts(prompts, tokenizer, literals)
@@ -308,7 +308,7 @@ def preprocess(
     input_ids, labels = apart(encoded.ids), apart(mask_prompt(encoded.ids, encoded.segments))
     for record, prompt in zip(records, prompts):
         if all(segment < Segment.ANSWER for _, segment in prompt.parts):
-            warnings.warn(f"record {record!r}: nothing in it is learned; it has no answer")
+            warnings.warn(f"record {record!r}: nothing in it is supervised; it has no answer")
     segments = {"segments": apart(encoded.segments)} if return_segments else {}
     return {"input_ids": input_ids, "labels": labels, **segments}
 
@@ -326,12 +326,12 @@ def generation_ids(
     if source[-1]["from"] != "human":
         raise DataError("generation needs a question of 'human' at the end")
     pattern = control_pattern(tokenizer, template)
-    check_policy(source, control_tokens, pattern, has_image)
-    prompt = open_prompt(source, tokenizer, template, has_image)
+    check_control_tokens(source, control_tokens, pattern, has_image)
+    prompt = generation_prompt(source, tokenizer, template, has_image)
     literals = [literal_spans(prompt, pattern)] if control_tokens == "escape" else None
     return torch.from_numpy(encode_prompts([prompt], tokenizer, literals).ids)
 
-def open_prompt(
+def generation_prompt(
     source: list[dict],  # Turns up to and with a user's turn
     tokenizer,  # Its chat template serves "hf"
     template: str,  # A name in `conv_templates`, or "hf"

@@ -238,7 +238,7 @@ class Rendered:
     def spans(
         self,
         *segments: Segment,  # Which parts
-    ) -> list[tuple[int, int]]:  # (start, end) in characters; neighbours are joined
+    ) -> list[tuple[int, int]]:  # (start, end) in characters; neighbors are joined
         "Where parts of these segments stand."
         found, at = [], 0
         for text, segment in self.parts:
@@ -306,7 +306,7 @@ def message_parts(
 def joined(
     parts: list[tuple[str, Segment]],
 ) -> list[tuple[str, Segment]]:  # None of them empty
-    "Neighbouring headers as one part."
+    "Neighboring headers as one part."
     out = []
     for part in parts:
         if not part[0]: continue

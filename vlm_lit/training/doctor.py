@@ -174,7 +174,7 @@ def _open(dataset, i, text):
     if isinstance(text, DataError): return text
     try:
         if not (text["labels"] != IGNORE_INDEX).any():
-            raise DataError("no token is supervised", dataset.name(i), kind="nothing_learned")
+            raise DataError("no token is supervised", dataset.name(i), kind="nothing_supervised")
         dataset.__getitem__(i, text)
     except DataError as error: return error
     return text

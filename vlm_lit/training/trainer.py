@@ -371,7 +371,7 @@ class VLMTrainer(_Evaluation, _Checkpoints, Trainer):
         "Pads, or packs, with image tokens counted."
         packed = self._max_length(args) if args.batching == "packed" else None
         pad = 0 if self.processor is None else pad_id(self.processor.tokenizer)
-        return DataCollatorForSupervisedDataset(pad, packed, model.config.num_patches)
+        return DataCollatorForSupervisedDataset(pad, packed, model.config.num_image_tokens)
 
     def _max_length(self, args):
         "Tokens per packed sequence."

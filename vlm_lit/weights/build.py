@@ -14,7 +14,7 @@ from ..models.vlm import VLM
 from ..models.config import VLMConfig
 from ..text.tokenizer import load_tokenizer
 from ..models.mining import PatchInfoMining
-from ..models.towers import STAGE_TOWERS, tower_depth
+from ..models.towers import CONV_MODEL_TYPES, tower_depth
 from ..models.image_encoder import make_projector
 from .presets import NO_TOKENIZER, PARTS, combined_config, is_scratch, load_preset
 from .presets import make_model, preset_config, preset_settings, scratch_text_config
@@ -34,7 +34,7 @@ def combined_model(
     last_aux = max(config.aux_stages, default=-1)
     pairs = [(vision_tower, config.select_layer), (vision_tower_aux, last_aux)]
     for tower, layer in pairs:
-        if tower is not None and tower.config.model_type in STAGE_TOWERS:
+        if tower is not None and tower.config.model_type in CONV_MODEL_TYPES:
             del tower.encoder.stages[tower_depth(tower.config, layer) :]
     with torch.device("meta"): model = VLM(config)
     encoder = model.image_encoder

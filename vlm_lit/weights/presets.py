@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SETTINGS', 'PRESET_FIELDS', 'NO_TOKENIZER', 'preset_names', 'check_source', 'check_preset', 'load_preset',
-           'channel_statistics', 'preset_settings', 'combined_config', 'preset_config', 'scratch_text_config',
-           'is_scratch', 'init_tower_from_scratch', 'make_places_heard', 'init_vision_from_scratch', 'seeded',
-           'make_model']
+           'preset_settings', 'combined_config', 'preset_config', 'scratch_text_config', 'is_scratch',
+           'init_tower_from_scratch', 'init_position_embeddings', 'init_vision_from_scratch', 'seeded', 'make_model']
 
 # %% ../../nbs/10_presets.ipynb #c002
 from contextlib import contextmanager
@@ -194,7 +193,7 @@ def init_tower_from_scratch(
         if layer.bias is not None: nn.init.normal_(layer.bias, std=0.2)
 
 @torch.no_grad()
-def make_places_heard(
+def init_position_embeddings(
     tower: nn.Module,  # Changed in place
 ) -> None:
     "Start position embeddings, or a ConvNeXt's first biases, as large as what the patches hold."
@@ -209,9 +208,9 @@ def init_vision_from_scratch(
 ) -> None:
     "Start towers, mining and projector so that signals keep their size and places are heard."
     init_tower_from_scratch(encoder)
-    make_places_heard(encoder.vision_tower)
+    init_position_embeddings(encoder.vision_tower)
     if encoder.vision_tower_aux is not None:
-        make_places_heard(encoder.vision_tower_aux)
+        init_position_embeddings(encoder.vision_tower_aux)
 
 @contextmanager
 def seeded(

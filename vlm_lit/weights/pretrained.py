@@ -25,7 +25,7 @@ from .build import load_preset_tokenizer
 from .interchange import load_projector
 from .presets import preset_names
 from .presets import preset_settings
-from .language_models import quiet, read_state, some
+from .language_models import quiet, read_state, raise_misfit
 from .interchange import save_projector
 from .language_models import weights_of
 
@@ -220,11 +220,7 @@ def _check_fit(path, state, want, whole=False):
     "Raise `ConfigError` unless a file's tensors are the model's; with `whole` all of them."
     unexpected, missing = state.keys() - want.keys(), want.keys() - state.keys() if whole else ()
     wrong = [n for n in state.keys() & want.keys() if state[n].shape != want[n].shape]
-    if unexpected or missing or wrong:
-        raise ConfigError(
-            f"{path} does not fit the model: unexpected {some(unexpected)}, "
-            f"missing {some(missing)}, wrong shape {some(wrong)}"
-        )
+    raise_misfit(path, missing, unexpected, wrong)
 
 # %% ../../nbs/12a_pretrained.ipynb #c020
 def write_base(

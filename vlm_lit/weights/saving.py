@@ -17,7 +17,15 @@ from ..files import read_json
 from ..files import write_json, write_text
 from ..models.vlm import VLM
 from ..models.config import VLMConfig
-from .language_models import LOAD_ERRORS, quiet, read_state, some, weights_of
+from vlm_lit.weights.language_models import (
+    LOAD_ERRORS,
+    mismatched_names,
+    quiet,
+    read_state,
+    format_names,
+    raise_misfit,
+    weights_of,
+)
 from .presets import PARTS, is_scratch
 from .interchange import save_projector, shards
 
@@ -68,7 +76,7 @@ def model_card(
         f"- low-resolution tower, {cfg.image_size} pixels: {named('vision_tower')}",
         f"- high-resolution tower, {cfg.image_size_aux} pixels: {high}",
         f"- projector: {cfg.projector_type}",
-        f"- image tokens per image: {cfg.num_patches}",
+        f"- image tokens per image: {cfg.num_image_tokens}",
     ]
     titled = [*head, "", "# A vision-language model", "", "Made with vlm_lit.", ""]
     return "\n".join([*titled, *what, "", *_EXAMPLE_OF_USE]) + "\n"
@@ -111,11 +119,7 @@ def load_weights(
     shapes = {n: (tensors[n].shape, want[n].shape) for n in want.keys() & tensors.keys()}
     wrong = [f"{n} {tuple(a)} for {tuple(b)}" for n, (a, b) in shapes.items() if a != b]
     missing, unexpected = want.keys() - tensors.keys(), tensors.keys() - want.keys()
-    if missing or unexpected or wrong:
-        raise ConfigError(
-            f"{Path(path).name} does not fit the model: missing {some(missing)}, unexpected "
-            f"{some(unexpected)}, wrong shape {some(wrong)}"
-        )
+    raise_misfit(Path(path).name, missing, unexpected, wrong)
     # strict would ask for the second names of tied weights
     model.load_state_dict(tensors, strict=False)
 
@@ -135,8 +139,8 @@ def load_model(
     pickles = [p.name for pattern in PICKLES for p in folder.glob(pattern)]
     if pickles:
         raise ConfigError(
-            f"{str(folder)!r} holds pickles, which can run code when opened: {some(pickles)}; take "
-            "them out (`load_mgm` reads checkpoints of LLaVA and MGM)"
+            f"{str(folder)!r} holds pickles, which can run code when opened: "
+            f"{format_names(pickles)}; take them out (`load_mgm` reads MGM's checkpoints)"
         )
     types = saved_types(folder)
     one = next(iter(set(types.values()))) if len(set(types.values())) == 1 else torch.float32
@@ -149,12 +153,7 @@ def load_model(
         reason = str(e).strip().splitlines()[0]
         raise ConfigError(f"{str(folder)!r} cannot be loaded: {reason}") from e
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
-    wrong = {str(m[0]) if isinstance(m, tuple) else str(m) for m in info["mismatched_keys"]}
-    if missing or unexpected or wrong:
-        raise ConfigError(
-            f"{str(folder)!r}: weights do not fit the model: missing {some(missing)}, unexpected "
-            f"{some(unexpected)}, wrong shape {some(wrong)}"
-        )
+    raise_misfit(f"{str(folder)!r}", missing, unexpected, mismatched_names(info))
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in types and tensor.dtype != types[name]:
             tensor.data = tensor.data.to(types[name])
