@@ -10,7 +10,7 @@ help:
 	@echo "make one NB=05_labels    the daily loop: export, run that notebook, derive tests, run its own, check layout"
 	@echo "make export      export the package from the notebooks"
 	@echo "make format NB=05_labels  lay out the code of that notebook; without NB, of everything"
-	@echo "make lint        ruff, and whether the layout is as make format makes it"
+	@echo "make lint        ruff, mypy, and whether the layout is as make format makes it"
 	@echo "make pretrain    train a small vision-language model on easy-vqa into runs/$(RUN)"
 	@echo "make test        export, clean, notebooks and tests, with one line of totals"
 	@echo "make test-all    the same, and derived tests that take more than a second as well"
@@ -44,6 +44,7 @@ format: .venv/.made
 
 lint: .venv/.made
 	$(BIN)/ruff check --no-cache --quiet .
+	$(BIN)/mypy
 	$(BIN)/python tools/format.py --check $(NB)
 
 test: .venv/.made

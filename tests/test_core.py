@@ -1,5 +1,7 @@
 "Derived from nbs/00_core.ipynb by `make tests`; edit the notebook, not this file."
 import difflib, numbers, sys
+from collections.abc import Iterable, Sequence
+from typing import Any
 from rich.console import Console
 import numpy as np, torch
 from fastcore.test import test_eq, expect_fail

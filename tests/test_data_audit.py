@@ -1,5 +1,5 @@
 "Derived from nbs/14_audit.ipynb by `make tests`; edit the notebook, not this file."
-import hashlib
+import hashlib, warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader, Dataset
-import warnings
+from transformers import PreTrainedTokenizerFast
 from vlm_lit.core import ConfigError, DataError, progress_console
 from vlm_lit.debug.label_view import Segment
 from vlm_lit.text.sentinels import check_image_count

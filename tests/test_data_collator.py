@@ -1,7 +1,9 @@
 "Derived from nbs/08_batches.ipynb by `make tests`; edit the notebook, not this file."
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 import numpy as np, torch
+from numpy.typing import ArrayLike
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from vlm_lit.padding import count_images, pad_samples, stack_images
 from vlm_lit.text.sentinels import num_tokens_with_images

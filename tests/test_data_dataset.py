@@ -1,9 +1,11 @@
 "Derived from nbs/07a_dataset.ipynb by `make tests`; edit the notebook, not this file."
 import json, os
+from collections.abc import Sequence
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
+from transformers import PreTrainedTokenizerFast
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from vlm_lit.text.messages import image_names
 from vlm_lit.text.sentinels import num_tokens_with_images

@@ -1,5 +1,6 @@
 "Derived from nbs/08c_mixture.ipynb by `make tests`; edit the notebook, not this file."
 import zlib
+from collections.abc import Sequence
 from functools import cached_property
 import numpy as np, torch
 from torch.utils.data import Dataset

@@ -1,6 +1,6 @@
 "Derived from nbs/07_records.ipynb by `make tests`; edit the notebook, not this file."
 import codecs, io, json, os, re, shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path

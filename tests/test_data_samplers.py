@@ -1,6 +1,8 @@
 "Derived from nbs/08a_samplers.ipynb by `make tests`; edit the notebook, not this file."
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 import numpy as np
+from numpy.typing import ArrayLike
 from torch.utils.data import Sampler
 from vlm_lit.core import ConfigError, DataError
 from vlm_lit.data.collator import pack_sequences

@@ -2,7 +2,7 @@
 from pathlib import Path
 from queue import Queue
 from threading import Thread
-from transformers import AutoProcessor
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 from transformers.generation import BaseStreamer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from vlm_lit.core import DataError

@@ -1,7 +1,7 @@
 "Derived from nbs/06c_processor.ipynb by `make tests`; edit the notebook, not this file."
 from pathlib import Path
 import torch
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from vlm_lit.core import IMAGE_TOKEN, ConfigError, DataError
 from vlm_lit.text.messages import check_path, read_record
 from vlm_lit.text.sentinels import check_image_count

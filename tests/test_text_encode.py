@@ -1,5 +1,7 @@
 "Derived from nbs/05a_encode.ipynb by `make tests`; edit the notebook, not this file."
+from collections.abc import Callable
 import torch
+from transformers import PreTrainedTokenizerFast
 from vlm_lit.core import IMAGE_TOKEN, DataError
 from vlm_lit.text.messages import image_names
 from vlm_lit.debug.label_view import Segment

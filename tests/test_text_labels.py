@@ -2,6 +2,7 @@
 import re, warnings
 from functools import lru_cache
 import numpy as np, torch
+from transformers import PreTrainedTokenizerFast
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IM_END_TOKEN, IM_START_TOKEN
 from vlm_lit.core import ConfigError, DataError
 from vlm_lit.text.templates import Conversation, Rendered, SeparatorStyle, caption_form
@@ -16,7 +17,6 @@ from fastcore.test import test_eq, expect_fail
 from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel
-from transformers import PreTrainedTokenizerFast
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.core import IMAGE_TOKEN_INDEX, peek
 from vlm_lit.text.sentinels import preprocess_multimodal

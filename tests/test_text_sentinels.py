@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
 import numpy as np, torch
+from tokenizers import Encoding, Tokenizer
+from transformers import PreTrainedTokenizerFast
 from vlm_lit.core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_TOKEN, ConfigError
 from vlm_lit.core import DataError
 from vlm_lit.text.templates import Rendered, user_parts
@@ -14,7 +16,6 @@ import copy, json, lzma
 from itertools import groupby
 from pathlib import Path
 from tokenizers import AddedToken, Tokenizer
-from transformers import PreTrainedTokenizerFast
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.core import peek
 from vlm_lit.debug.breakpoints import Breakpoint

@@ -2,6 +2,7 @@
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import lru_cache
+from typing import TYPE_CHECKING
 from jinja2 import TemplateError, TemplateSyntaxError
 from vlm_lit.core import IMAGE_TOKEN, ConfigError, DataError
 from vlm_lit.debug.label_view import Segment

@@ -3,7 +3,7 @@ import lzma
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from vlm_lit.core import ConfigError
 import tempfile, torch
 from fastcore.test import test_eq, expect_fail

@@ -95,6 +95,12 @@ def check_lint():
     code, text = sh(BIN / "ruff", "check", "--no-cache", "--quiet", ".")
     return text if code else ""
 
+def check_types():
+    "mypy agrees with the annotations of core, text and data."
+    with tempfile.TemporaryDirectory() as folder:
+        code, text = sh(BIN / "mypy", "--cache-dir", folder)
+    return text if code else ""
+
 WORDS = {  # words that have a better one in this field
     "picture": "image",
     "pictures": "images",
@@ -123,6 +129,7 @@ def check_layout():
 
 CHECKS = [
     check_lint,
+    check_types,
     check_layout,
     check_words,
     check_export,

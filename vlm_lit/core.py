@@ -8,6 +8,8 @@ __all__ = ['IGNORE_INDEX', 'IMAGE_TOKEN_INDEX', 'IMAGE_TOKEN', 'IM_START_TOKEN',
 
 # %% ../nbs/00_core.ipynb #c002
 import difflib, numbers, sys
+from collections.abc import Iterable, Sequence
+from typing import Any
 from rich.console import Console
 
 # %% ../nbs/00_core.ipynb #c006
@@ -28,7 +30,7 @@ class DataError(ValueError):
     def __init__(
         self,
         message: str,  # What is wrong, and what to do about it
-        record=None,  # The record's id, if known
+        record: object = None,  # The record's id, if known
         turn: int | None = None,  # Which turn of its conversation, counted from 0
         kind: str = "data",  # One word for what is wrong, for programs that count (`14_audit`)
     ):
@@ -48,7 +50,7 @@ class DataError(ValueError):
 
     def at(
         self,
-        record=None,  # The record's id
+        record: object = None,  # The record's id
         turn: int | None = None,  # Which turn of its conversation, counted from 0
     ):  # The same error, with what was still missing of its place filled in
         "Fill in the place, for a caller who knows more of it than the function that failed."
@@ -59,7 +61,7 @@ class DataError(ValueError):
 # %% ../nbs/00_core.ipynb #c017
 def nearest(
     name: str,  # As somebody wrote it
-    known,  # Names that exist
+    known: Iterable,  # Names that exist
 ) -> str | None:  # None: nothing is near
     "The known name that a misspelled one most likely stands for."
     found = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
@@ -67,7 +69,7 @@ def nearest(
 
 # %% ../nbs/00_core.ipynb #c020
 def first_values(
-    values,  # A flat sequence of numbers
+    values: Sequence,  # Flat, of numbers
     n: int = 6,  # How many to write
 ) -> str:
     "The first `n` numbers, separated by blanks, with an ellipsis if there are more."
@@ -79,7 +81,7 @@ def first_values(
     return " ".join(map(written, values[:n])) + (" …" if len(values) > n else "")
 
 def describe(
-    value,  # Anything; tensors and arrays get shape, dtype and values
+    value: Any,  # Tensors and arrays get shape, dtype and values
     n: int = 6,  # How many elements to write
 ) -> tuple[str, str, str, str]:  # shape, dtype, device, first values
     "What `peek` writes of one value."

@@ -21,9 +21,14 @@ from .text.messages import check_path
 # %% ../nbs/06_images.ipynb #c006
 def safe_path(
     name: str,  # The record's path, relative to the folder
-    folder: str | Path,  # `image_folder`
+    folder: str | Path | None,  # `image_folder`
 ) -> Path:
     "The path of an image, which must lie inside `folder`. Raises `DataError` otherwise."
+    if folder is None:
+        raise DataError(
+            f"image {str(name)!r} is a file, and no image_folder says where it is",
+            kind="image_missing",
+        )
     try:
         root = Path(folder).resolve()
         path = (root / str(name)).resolve()
@@ -109,7 +114,7 @@ def decode_image(
 
 def open_image(
     name: str,  # The record's path, relative to the folder
-    folder: str | Path,  # `image_folder`
+    folder: str | Path | None,  # `image_folder`
     upright: bool = True,  # As in `decode_image`
 ) -> Image.Image:  # RGB, decoded completely
     """Read an image file. Raises `DataError` if it is missing, outside the folder, broken or too

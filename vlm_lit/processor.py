@@ -8,7 +8,7 @@ __all__ = ['as_list', 'extract_images', 'insert_image_tokens', 'read_conversatio
 # %% ../nbs/06c_processor.ipynb #c002
 from pathlib import Path
 import torch
-from transformers import BatchFeature, ProcessorMixin
+from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from .core import IMAGE_TOKEN, ConfigError, DataError
 from .text.messages import check_path, read_record
 from .text.sentinels import check_image_count
@@ -58,7 +58,7 @@ def _split_images(
 
 def _part_image(
     part: dict,  # A part of a message that stands for an image
-    record,  # The conversation's name, for messages
+    record: object,  # The conversation's name, for messages
     turn: int,  # The turn it is in
     image_folder: str | Path | None = None,  # Paths stay inside it; None: paths are refused
 ):  # What the part holds: an image, a path; None when it holds nothing
@@ -84,7 +84,7 @@ def _is_image(part) -> bool:
 
 def extract_images(
     turns: list,  # As they came
-    record,  # The conversation's name, for messages
+    record: object,  # The conversation's name, for messages
     image_folder: str | Path | None = None,  # Paths stay inside it; None: paths are refused
 ) -> tuple[list, list]:  # The turns, their image parts empty; what the parts held, None for nothing
     "Take the images out of messages."
@@ -140,7 +140,7 @@ class VLMProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        tokenizer,  # A fast Hugging Face tokenizer
+        tokenizer: PreTrainedTokenizerFast,
         image_processor: VLMImageProcessor | None = None,  # None: one of `image_settings`
         template: str = "gemma",  # A name in `conv_templates`, or "hf" for the tokenizer's own
         control_tokens: str = "refuse",  # Control tokens in messages: "refuse", "escape" or "allow"
@@ -173,7 +173,7 @@ class VLMProcessor(ProcessorMixin):
     def for_model(
         cls,
         config,  # `VLMConfig` of the model
-        tokenizer,  # Its own
+        tokenizer: PreTrainedTokenizerFast,  # Its own
         template: str = "gemma",  # The one it was trained with
         control_tokens: str = "refuse",
         **changes,  # Of image settings: `aspect`

@@ -6,7 +6,7 @@
 __all__ = ['ERRORS', 'WARNINGS', 'severity', 'AuditSettings', 'length_histogram', 'summarize', 'audit']
 
 # %% ../../nbs/14_audit.ipynb #c002
-import hashlib
+import hashlib, warnings
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader, Dataset
-import warnings
+from transformers import PreTrainedTokenizerFast
 from ..core import ConfigError, DataError, progress_console
 from ..debug.label_view import Segment
 from ..text.sentinels import check_image_count
@@ -189,7 +189,7 @@ def inspect_chunk(
     records: Records,
     start: int,  # First record
     stop: int,  # Record after the last
-    tokenizer,  # A fast Hugging Face tokenizer
+    tokenizer: PreTrainedTokenizerFast,
     settings: AuditSettings,
 ) -> Tally:
     "Count what is wrong with some records, and their tokens."
@@ -410,8 +410,8 @@ def summarize(
     }
 
 def audit(
-    data,  # What `Records` reads: a file of records, a folder of tables, or a list
-    tokenizer,  # A fast Hugging Face tokenizer
+    data: object,  # What `Records` reads: a file of records, a folder of tables, or a list
+    tokenizer: PreTrainedTokenizerFast,
     settings: AuditSettings | None = None,  # None: the defaults, images not looked for
     n_workers: int = 0,  # Processes besides this one
     console: Console | None = None,  # Where progress is shown; None: standard error

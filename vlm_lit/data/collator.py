@@ -8,36 +8,38 @@ __all__ = ['pack_sequences', 'concatenate_samples', 'check_sample', 'BatchInfo',
 
 # %% ../../nbs/08_batches.ipynb #c002
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
 import numpy as np, torch
+from numpy.typing import ArrayLike
 from ..core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from ..padding import count_images, pad_samples, stack_images
 from ..text.sentinels import num_tokens_with_images
 
 # %% ../../nbs/08_batches.ipynb #c006
 def pack_sequences(
-    lengths,  # Expanded length of each sample
+    lengths: ArrayLike,  # Of each sample, images expanded
     max_length: int,  # Positions of a row
-    names=None,  # What messages call each sample; None: its number
+    names: Sequence | None = None,  # What messages call each sample; None: its number
 ) -> list[list[int]]:  # For each row the numbers of its samples
     "Whole samples in rows, best fit decreasing. Raises `DataError` for a sample that fits no row."
-    lengths = np.asarray(lengths)
-    over = np.flatnonzero(lengths > max_length)
+    sizes = np.asarray(lengths)
+    over = np.flatnonzero(sizes > max_length)
     if len(over):
         message = (
-            f"the sample takes {lengths[over[0]]} positions, more than max_length {max_length} "
+            f"the sample takes {sizes[over[0]]} positions, more than max_length {max_length} "
             f"({len(over)} such in all); leave it out, or make rows longer"
         )
         raise DataError(message, record=int(over[0]) if names is None else names[over[0]])
     rows, room = [], []  # room: (positions left, row), sorted
-    for i in np.argsort(-lengths, kind="stable").tolist():
-        at = bisect.bisect_left(room, (int(lengths[i]), -1))
+    for i in np.argsort(-sizes, kind="stable").tolist():
+        at = bisect.bisect_left(room, (int(sizes[i]), -1))
         if at == len(room):
             left, row = max_length, len(rows)
             rows.append([])
         else: left, row = room.pop(at)
         rows[row].append(i)
-        bisect.insort(room, (left - int(lengths[i]), row))
+        bisect.insort(room, (left - int(sizes[i]), row))
     return rows
 
 # %% ../../nbs/08_batches.ipynb #c011
@@ -115,6 +117,13 @@ class DataCollatorForSupervisedDataset:
                 "num_image_tokens, from `count_image_tokens` or the model's config"
             )
 
+    def lengths(
+        self,
+        samples: list[dict],
+    ) -> list[int]:  # Of each; a sentinel counts 1 where `num_image_tokens` is not known
+        "Tokens of samples, images expanded."
+        return [num_tokens_with_images(s["input_ids"], self.num_image_tokens or 1) for s in samples]
+
     def __call__(
         self,
         samples: list[dict],  # Samples of `LazySupervisedDataset`
@@ -126,20 +135,14 @@ class DataCollatorForSupervisedDataset:
         if not samples: samples = [blank_sample(self.pad_token_id)]
         own, shown = samples, samples
         if self.max_length is not None:
-            lengths = [
-                num_tokens_with_images(s["input_ids"], self.num_image_tokens) for s in samples
-            ]
+            lengths = self.lengths(samples)
             names = [s.get("id", n) for n, s in enumerate(samples)]
             rows = pack_sequences(lengths, self.max_length, names)
             own = [concatenate_samples([samples[i] for i in row]) for row in rows]
             shown = [samples[i] for row in rows for i in row]
-        info = (
-            {"info": batch_info(shown, self.num_image_tokens)}
-            if shown and "index" in shown[0]
-            else {}
-        )
-        counted = {}
+        extra: dict = {}
+        if shown and "index" in shown[0]:
+            extra["info"] = batch_info(shown, self.num_image_tokens)
         if self.num_image_tokens is not None:
-            lengths = [num_tokens_with_images(s["input_ids"], self.num_image_tokens) for s in own]
-            counted["merged_seq_len"] = max(lengths)
-        return {**pad_samples(own, self.pad_token_id), **stack_images(shown), **counted, **info}
+            extra["merged_seq_len"] = max(self.lengths(own))
+        return {**pad_samples(own, self.pad_token_id), **stack_images(shown), **extra}

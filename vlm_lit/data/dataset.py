@@ -7,10 +7,12 @@ __all__ = ['TooLong', 'truncate_to_complete_turns', 'LazySupervisedDataset']
 
 # %% ../../nbs/07a_dataset.ipynb #c002
 import json, os
+from collections.abc import Sequence
 from pathlib import Path
 import numpy as np, torch
 from PIL import Image
 from torch.utils.data import Dataset, get_worker_info
+from transformers import PreTrainedTokenizerFast
 from ..core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from ..text.messages import image_names
 from ..text.sentinels import num_tokens_with_images
@@ -22,8 +24,8 @@ from .records import Records
 class TooLong(DataError):
     "A record longer than `max_length`."
 
-    def __init__(self, message, record=None, turn=None, kind="over_length"):
-        super().__init__(message, record, turn, kind)
+    def __init__(self, message: str, record: object = None):
+        super().__init__(message, record, kind="over_length")
 
 def truncate_to_complete_turns(
     input_ids: torch.LongTensor,  # shape (seq_len,)
@@ -54,10 +56,14 @@ class BadSamples:
 
     def __init__(
         self,
-        path: str | Path,  # Of the file to append to, one JSON object per line
+        path: str | Path | None,  # Of the file to append to, one JSON object per line
         allowed: float,  # Share of samples that may be skipped, 0 to 1
         n: int,  # Records in the data
     ):
+        if path is None:
+            raise ConfigError(
+                "skip_bad needs bad_samples, the file in which skipped samples are noted"
+            )
         if not 0 < allowed < 1:
             raise ConfigError(
                 f"the share of samples to skip must lie between 0 and 1, got {allowed}"
@@ -79,7 +85,7 @@ class BadSamples:
     def count(
         self,
         seen: int,  # Samples
-        bad: list[dict] = (),  # `index`, `id` and `reason` of those that were skipped
+        bad: Sequence[dict] = (),  # `index`, `id` and `reason` of those that were skipped
     ) -> None:
         "Count some samples. Raises `DataError` if too many are bad."
         worker = get_worker_info()
@@ -136,18 +142,16 @@ class LazySupervisedDataset(Dataset):
         self.processor, self.image_tags = processor, image_tags
         self.blank_images, self.uint8 = blank_images, uint8
         self.max_length, self.overlength = max_length, overlength
-        if max_length is not None: self.check_image_tokens("max_length")
-        if skip_bad and bad_samples is None:
-            raise ConfigError(
-                "skip_bad needs bad_samples, the file in which skipped samples are noted"
-            )
+        if max_length is not None: self.need_image_tokens("max_length")
         self.records = Records(data)
         self.image_folder = self.find_images(image_folder)
-        self.opened, self.items = None, None
+        self.opened: dict | None = None  # images of the batch that is being fetched
+        self.items: list | None = None  # samples, once they are cached in memory
         self.bad = BadSamples(bad_samples, skip_bad, len(self)) if skip_bad else None
 
     @property
-    def tokenizer(self): return self.processor.tokenizer
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return self.processor.tokenizer
 
     @property
     def template(self) -> str: return self.processor.template
@@ -156,20 +160,21 @@ class LazySupervisedDataset(Dataset):
     def num_image_tokens(self) -> int | None:
         return self.processor.image_processor.num_image_tokens
 
-    def check_image_tokens(
+    def need_image_tokens(
         self,
         what: str,  # Needs them
-    ) -> None:
-        "Raise `ConfigError` unless it is known how many tokens an image has."
+    ) -> int:
+        "Tokens of an image. Raises `ConfigError` if their number is not known."
         if self.num_image_tokens is None:
             size = self.processor.image_processor.image_size
             raise ConfigError(
                 f"{what} needs num_image_tokens: {size} pixels are no whole patches of 14"
             )
+        return self.num_image_tokens
 
     def find_images(
         self,
-        image_folder,  # As given
+        image_folder: str | Path | None,  # As given
     ) -> Path:
         "The folder of the images. Raises `ConfigError` if there is none."
         path = self.records.path
@@ -243,18 +248,19 @@ class LazySupervisedDataset(Dataset):
     ) -> dict[str, torch.LongTensor]:  # The same, or truncated
         "A text within `max_length`. Raises `TooLong`."
         if self.max_length is None: return text
-        length = num_tokens_with_images(text["input_ids"], self.num_image_tokens)
+        num_image_tokens = self.need_image_tokens("max_length")
+        length = num_tokens_with_images(text["input_ids"], num_image_tokens)
         if length <= self.max_length: return text
         if self.overlength != "truncate":
             raise TooLong(
-                f"{length} tokens with images of {self.num_image_tokens} tokens each, "
+                f"{length} tokens with images of {num_image_tokens} tokens each, "
                 f"max_length is {self.max_length}; shorten it, or set overlength to "
                 "'truncate' or 'skip'",
                 record=self.name(i),
             )
         try:
             kept = truncate_to_complete_turns(
-                **text, num_image_tokens=self.num_image_tokens, max_length=self.max_length
+                **text, num_image_tokens=num_image_tokens, max_length=self.max_length
             )
         except TooLong as e: raise e.at(record=self.name(i))
         return dict(zip(("input_ids", "labels"), kept))
@@ -344,7 +350,7 @@ class LazySupervisedDataset(Dataset):
 
     def count_tokens(
         self,
-        rows,  # Rows of the table
+        rows: object,  # Of the table; not needed
         indices: list[int],  # Their places
     ) -> dict[str, list[int]]:  # `n_ids` and `n_images`; zeros for a record that cannot be used
         "Lengths of several records before images are expanded."
@@ -374,9 +380,9 @@ class LazySupervisedDataset(Dataset):
     @property
     def lengths(self) -> np.ndarray:  # (n,) int64; 0 for a record that `skip_bad` leaves out
         "Lengths of all records, images expanded. Tokenizes everything once."
-        self.check_image_tokens("lengths")
+        num_image_tokens = self.need_image_tokens("lengths")
         counts = self.token_counts()
-        found = counts["n_ids"] + counts["n_images"] * (self.num_image_tokens - 1)
+        found = counts["n_ids"] + counts["n_images"] * (num_image_tokens - 1)
         found = found.astype(np.int64)
         if self.max_length is None or self.overlength == "error": return found
         if self.overlength == "truncate":
@@ -386,7 +392,7 @@ class LazySupervisedDataset(Dataset):
     def cache_in_memory(self) -> "LazySupervisedDataset":
         "Make every sample now and keep it, equal images once; for data that fits into memory."
         images, indices = {}, list(range(len(self)))
-        items = self.texts(indices) if self.bad is None else bisect_failures(indices, self.texts)
+        items: list = self.texts(indices) if not self.bad else bisect_failures(indices, self.texts)
         for i, item in enumerate(items):
             if isinstance(item, DataError): continue
             n_images = int((item["input_ids"] == IMAGE_TOKEN_INDEX).sum())

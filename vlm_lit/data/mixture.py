@@ -7,6 +7,7 @@ __all__ = ['Mixture']
 
 # %% ../../nbs/08c_mixture.ipynb #c002
 import zlib
+from collections.abc import Sequence
 from functools import cached_property
 import numpy as np, torch
 from torch.utils.data import Dataset
@@ -21,9 +22,9 @@ class Mixture(Dataset):
         self,
         datasets: list,  # Each a `LazySupervisedDataset`
         names: list[str] | None = None,  # Of the sources; None: source 0, source 1, …
-        weight=None,  # For each source, as in `mixture_draws`
-        repeat=None,  # For each source, as in `mixture_draws`
-        max_samples=None,  # For each source, as in `mixture_draws`
+        weight: Sequence[float] | None = None,  # For each source, as in `mixture_draws`
+        repeat: Sequence[float] | None = None,  # For each source, as in `mixture_draws`
+        max_samples: Sequence[int | None] | None = None,  # For each source, as in `mixture_draws`
         hflip_prob: float = 0.0,  # Share of images flipped left to right
         seed: int = 0,  # Of the flips
     ):
@@ -75,7 +76,8 @@ class Mixture(Dataset):
         found = []
         for k, dataset in enumerate(self.datasets):
             for n, record in enumerate(dataset.records):
-                found.append((k, *(image_names(record) or [n])))
+                names = image_names(record)
+                found.append((k, *names) if names else (k, n))
         return found
 
     def __getitem__(self, pair): return self.__getitems__([pair])[0]

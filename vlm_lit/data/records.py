@@ -7,7 +7,7 @@ __all__ = ['SMALL', 'one_thread', 'Records']
 
 # %% ../../nbs/07_records.ipynb #c002
 import codecs, io, json, os, re, shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from ..images import decode_image, open_image
 # %% ../../nbs/07_records.ipynb #c006
 BLOCK = 1 << 18  # bytes read at a time
 MAX_RECORD = 1 << 24  # characters of the largest record
-_SPACE = re.compile(r"[ \t\r\n]*")
+_NOT_SPACE = re.compile(r"[^ \t\r\n]")
 
 def _not_json(name: str, line: int, why: str) -> DataError:
     "The error for text that is not JSON."
@@ -69,9 +69,9 @@ class _JsonList:
     def peek(self) -> str:  # Empty at the end of the file
         "The next character that is not a space."
         while True:
-            self.i = _SPACE.match(self.text, self.i).end()
-            if self.i < len(self.text) or not self.more():
-                return self.text[self.i : self.i + 1]
+            found = _NOT_SPACE.search(self.text, self.i)
+            self.i = found.start() if found else len(self.text)
+            if found or not self.more(): return self.text[self.i : self.i + 1]
 
     def error(self, why: str, i: int) -> DataError:
         "What is wrong at character `i` of the text."
@@ -279,7 +279,12 @@ def _row_images(
 ) -> list[bytes]:
     "The images inside a row, in the order of their names."
     images = []
-    _row_record(row, lambda data: images.append(data) or "embedded")
+
+    def save(data):
+        images.append(data)
+        return "embedded"
+
+    _row_record(row, save)
     return images
 
 def _count_images(
@@ -523,21 +528,21 @@ class Records(Sequence):
     def map(
         self,
         what: str,  # Is counted, for the cache's name and the progress bar
-        function,  # Called with rows in Arrow's form and their places; returns columns
+        function: Callable,  # Called with rows in Arrow's form and their places; returns columns
         size: int = 256,  # Rows per call
         *key,  # What the counts depend on, besides the records
     ):  # A `datasets.Dataset` of these columns
         "Count something in every row of the table, once: the counts are kept in the user's cache."
-        key = digest(self.table._fingerprint, STORE_VERSION, *key)
+        name = digest(self.table._fingerprint, STORE_VERSION, *key)
         with _bars_in_terminals_only():
             return self.table.map(
                 function,
                 with_indices=True,
                 batched=True,
                 batch_size=size,
-                new_fingerprint=key,
+                new_fingerprint=name,
                 remove_columns=self.table.column_names,
-                cache_file_name=str(writable_folder(cache_folder() / what) / f"{key}.arrow"),
+                cache_file_name=str(writable_folder(cache_folder() / what) / f"{name}.arrow"),
                 desc=f"counting {what}",
             )
 

@@ -6,8 +6,10 @@
 __all__ = ['Draws', 'mixture_draws', 'GlobalBatchSampler', 'padding_ratio']
 
 # %% ../../nbs/08a_samplers.ipynb #c002
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 import numpy as np
+from numpy.typing import ArrayLike
 from torch.utils.data import Sampler
 from ..core import ConfigError, DataError
 from .collator import pack_sequences
@@ -45,20 +47,23 @@ class Draws:
         return chosen[np.concatenate(rounds)[start : start + count]]
 
 def mixture_draws(
-    sizes,  # Records of each source
-    weight=None,  # For each source its share of the draws, or None
-    repeat=None,  # For each source how often its records are drawn per epoch, or None: once
-    max_samples=None,  # For each source how many of its records take part, or None: all
+    sizes: Sequence[int],  # Records of each source
+    weight: Sequence[float] | None = None,  # For each source its share of the draws, or None
+    # for each source how often its records are drawn per epoch; None: once
+    repeat: Sequence[float] | None = None,
+    # for each source how many of its records take part; None: all
+    max_samples: Sequence[int | None] | None = None,
 ) -> Draws:
     "What an epoch takes of each source. Raises `ConfigError`."
-    n = len(sizes)
-    given = weight, repeat, max_samples
-    weight, repeat, max_samples = ([None] * n if v is None else list(v) for v in given)
-    _check_mixture(sizes, weight, repeat, max_samples)
-    kept = [s if m is None else min(s, m) for s, m in zip(sizes, max_samples)]
-    counts = [round(k * (1 if r is None else r)) for k, r in zip(kept, repeat)]
-    if any(w is not None for w in weight):
-        share = np.array(weight, dtype=float) / sum(weight)
+    nothing: list = [None] * len(sizes)
+    weights = nothing if weight is None else list(weight)
+    repeats = nothing if repeat is None else list(repeat)
+    limits = nothing if max_samples is None else list(max_samples)
+    _check_mixture(sizes, weights, repeats, limits)
+    kept = [s if limit is None else min(s, limit) for s, limit in zip(sizes, limits)]
+    counts = [round(k * (1 if times is None else times)) for k, times in zip(kept, repeats)]
+    if any(w is not None for w in weights):
+        share = np.array(weights, dtype=float) / sum(weights)
         counts = np.maximum(np.round(share * sum(kept)), share > 0).astype(int).tolist()
     return Draws(tuple(sizes), tuple(counts), tuple(kept))
 
@@ -129,12 +134,14 @@ class GlobalBatchSampler(Sampler):
         batching: str = "shuffled",  # Or "grouped", "packed", "by_image"
         seed: int = 0,  # Of the run
         drop_last: bool = False,  # Whether units that fill no step are dropped instead of filled up
-        lengths=None,  # For grouped and packed: length of each record, image tokens included
-        has_image=None,  # For grouped: whether each record has an image
-        keys=None,  # For by_image: for each record what it shares with others
+        # for grouped and packed: length of each record, images expanded
+        lengths: ArrayLike | None = None,
+        # for grouped: whether each record has an image
+        has_image: ArrayLike | None = None,
+        keys: Sequence | None = None,  # For by_image: for each record what it shares with others
         max_length: int | None = None,  # For packed: length of a sequence
         samples_per_image: int = 4,  # For by_image
-        names=None,  # How messages call a record; None: its number
+        names: Sequence | None = None,  # How messages call a record; None: its number
     ):
         if size < 1 or size % shares:
             raise ConfigError(
@@ -212,7 +219,7 @@ class GlobalBatchSampler(Sampler):
 
 # %% ../../nbs/08a_samplers.ipynb #c024
 def padding_ratio(
-    batches,  # For each batch the lengths of its sequences
+    batches: Iterable[Sequence[int]],  # For each batch the lengths of its sequences
 ) -> float:  # 0 to 1
     "The share of all positions of padded batches that is padding."
     area = sum(max(lengths) * len(lengths) for lengths in batches)

@@ -9,7 +9,7 @@ __all__ = ['generate_ids', 'answer_batch', 'Chat']
 from pathlib import Path
 from queue import Queue
 from threading import Thread
-from transformers import AutoProcessor
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 from transformers.generation import BaseStreamer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from ..core import DataError
@@ -29,7 +29,7 @@ def generate_ids(
     model: VLM,  # In evaluation mode
     # From `VLMProcessor.samples`, or a dataset's samples cut before the answer
     samples: list[dict],
-    tokenizer,  # A fast Hugging Face tokenizer
+    tokenizer: PreTrainedTokenizerFast,
     template: str = "gemma",  # The one the model was trained with
     max_new_tokens: int = 64,  # Most tokens of an answer
     **kwargs,  # For `VLM.generate`; greedy unless it says otherwise

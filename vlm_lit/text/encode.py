@@ -6,7 +6,9 @@
 __all__ = ['encode_records', 'bisect_failures', 'prompt_ids', 'stop_ids', 'pad_id', 'truncate_at_eos']
 
 # %% ../../nbs/05a_encode.ipynb #c002
+from collections.abc import Callable
 import torch
+from transformers import PreTrainedTokenizerFast
 from ..core import IMAGE_TOKEN, DataError
 from .messages import image_names
 from ..debug.label_view import Segment
@@ -16,7 +18,7 @@ from .labels import check_turns, generation_ids, preprocess
 # %% ../../nbs/05a_encode.ipynb #c005
 def encode_records(
     records: list[dict],  # From `read_record`
-    tokenizer,  # A fast Hugging Face tokenizer
+    tokenizer: PreTrainedTokenizerFast,
     template: str = "gemma",  # A name in `conv_templates`, or "hf"
     control_tokens: str = "refuse",  # As in `preprocess`
     image_tags: str = "keep",  # As in `preprocess_multimodal`
@@ -40,7 +42,7 @@ def encode_records(
 
 def bisect_failures(
     items: list,
-    work,  # Called with some items; returns one result each, or raises `DataError`
+    work: Callable,  # Called with some items; returns one result each, or raises `DataError`
 ) -> list:  # For each item its result, or the `DataError`
     "Work on all items at once; one that fails does not affect the others."
     try: return work(items) if items else []
@@ -52,7 +54,7 @@ def bisect_failures(
 # %% ../../nbs/05a_encode.ipynb #c008
 def prompt_ids(
     record: dict,  # From `read_record`, ending in a question
-    tokenizer,  # A fast Hugging Face tokenizer
+    tokenizer: PreTrainedTokenizerFast,
     template: str = "gemma",  # A name in `conv_templates`, or "hf"
     control_tokens: str = "refuse",  # What to do with control tokens in messages
 ) -> torch.LongTensor:  # (seq_len,)
@@ -70,7 +72,7 @@ def prompt_ids(
 
 # %% ../../nbs/05a_encode.ipynb #c013
 def stop_ids(
-    tokenizer,  # A fast Hugging Face tokenizer
+    tokenizer: PreTrainedTokenizerFast,
     template: str = "gemma",  # The one the model was trained with
 ) -> list[int]:  # Any of them ends an answer
     "The first token that is supervised after an answer and is no space, and EOS."
@@ -82,16 +84,16 @@ def stop_ids(
     return sorted({next(visible, stop[0]), *eos})
 
 def pad_id(
-    tokenizer,  # A Hugging Face tokenizer
+    tokenizer: PreTrainedTokenizerFast,
 ) -> int:
     "What fills up sequences: the tokenizer's padding token, else EOS, else 0. Nothing reads it."
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(i for i in known if i is not None)
 
 def truncate_at_eos(
-    ids,  # What a model wrote, list or tensor
+    ids: list[int] | torch.Tensor,  # What a model wrote
     stops: list[int],  # From `stop_ids`
 ) -> list[int]:  # Without the stop token and what follows it
     "An answer's own ids."
-    ids = ids.tolist() if torch.is_tensor(ids) else list(ids)
-    return ids[: next((n for n, i in enumerate(ids) if i in stops), len(ids))]
+    own = ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+    return own[: next((n for n, i in enumerate(own) if i in stops), len(own))]

@@ -12,6 +12,7 @@ __all__ = ['IMAGE_FRAME', 'NEEDS_BOS', 'check_turns', 'first_turn', 'drop_greeti
 import re, warnings
 from functools import lru_cache
 import numpy as np, torch
+from transformers import PreTrainedTokenizerFast
 from ..core import IGNORE_INDEX, IMAGE_TOKEN, IM_END_TOKEN, IM_START_TOKEN
 from ..core import ConfigError, DataError
 from .templates import Conversation, Rendered, SeparatorStyle, caption_form
@@ -22,7 +23,7 @@ from .sentinels import TokenizerTraits, encode_prompts, tokenizer_traits
 # %% ../../nbs/05_labels.ipynb #c007
 def check_turns(
     source: list[dict],  # One conversation's turns
-    record=None,  # The record's id, for messages
+    record: object = None,  # The record's id, for messages
 ) -> None:
     """Raise `DataError` unless human and gpt speak in turn, each with a text, and there is a
     question."""
@@ -55,7 +56,7 @@ def first_turn(
 
 def drop_greeting(
     source: list[dict],  # One conversation's turns, checked
-    record=None,  # The record's id, for the warning
+    record: object = None,  # The record's id, for the warning
 ) -> list[dict]:  # The turns from the first question on, a system turn before it kept
     "Leave out a turn of the model that answers nothing, and say so."
     n = first_turn(source)
@@ -68,7 +69,7 @@ def drop_greeting(
 
 def plain_source(
     source: list[dict],  # One conversation's turns
-    record=None,  # The record's id, for messages
+    record: object = None,  # The record's id, for messages
 ) -> list[dict]:  # The same with only the image tags left of the question
     "A caption as `plain` wants it: image, then text (LLaVA's stage 1)."
     n_images = source[0]["value"].count(IMAGE_TOKEN)
@@ -83,7 +84,7 @@ def plain_source(
 def fill_template(
     source: list[dict],  # One conversation's turns
     template: str,  # A name in `conv_templates`
-    record=None,  # The record's id, for messages
+    record: object = None,  # The record's id, for messages
 ) -> Conversation:
     "The template with the turns in it, the speakers called as the template calls them."
     conv = get_template(template)
@@ -128,14 +129,14 @@ def pattern_of(tokens: tuple[str, ...]) -> re.Pattern:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 def control_pattern(
-    tokenizer,  # A fast Hugging Face tokenizer
+    tokenizer: PreTrainedTokenizerFast,
     template: str | None = None,  # Also its markers; None: the vocabulary's control tokens only
 ) -> re.Pattern:
     "Matches any control token of the vocabulary, and the template's markers."
-    if not template: markers = ()
-    elif template == "hf":
+    markers: tuple[str, ...] = ()
+    if template == "hf":
         markers = hf_markers(tokenizer, tokenizer.chat_template)
-    else: markers = template_markers(template)
+    elif template: markers = template_markers(template)
     return pattern_of(tokenizer_traits(tokenizer).control + markers)
 
 # what `preprocess_multimodal` writes; no forgery
@@ -145,7 +146,7 @@ def refuse_control_tokens(
     source: list[dict],  # One conversation's turns
     pattern: re.Pattern,  # From `control_pattern`
     has_image: bool = True,  # Whether tags in the user's turns are images
-    record=None,  # The record's id, for messages
+    record: object = None,  # The record's id, for messages
 ) -> None:
     "Raise `DataError` if a message spells a control token, or `<image>` where no image can be."
     for n, turn in enumerate(source):
@@ -169,7 +170,7 @@ def check_control_tokens(
     control_tokens: str,  # "refuse", "escape" or "allow"
     pattern: re.Pattern,  # From `control_pattern`
     has_image: bool = True,  # Whether tags in the user's turns are images
-    record=None,  # The record's id, for messages
+    record: object = None,  # The record's id, for messages
 ) -> None:
     "Raise `DataError` for what the policy does not let pass."
     if control_tokens == "allow": return
@@ -214,7 +215,7 @@ def mask_prompt(
 NEEDS_BOS = (SeparatorStyle.GEMMA, SeparatorStyle.LLAMA_2, SeparatorStyle.LLAMA_3)
 
 def check_tokenizer(
-    tokenizer,  # A Hugging Face tokenizer
+    tokenizer: PreTrainedTokenizerFast,
     template: str,  # A name in `conv_templates`, or "hf"
 ) -> None:
     "Raise `ConfigError` if the tokenizer cannot serve the template."
@@ -255,11 +256,11 @@ def check_traits(
 
 def make_prompt(
     source: list[dict],  # One conversation's turns
-    tokenizer,  # Its chat template serves "hf"
+    tokenizer: PreTrainedTokenizerFast,  # Its chat template serves "hf"
     template: str,  # A name in `conv_templates`, or "hf"
     has_image: bool = True,  # Whether `<image>` in the user's turns stands for an image
     add_generation_prompt: bool = False,  # Open a turn for the model at the end
-    record=None,  # The record's id, for messages
+    record: object = None,  # The record's id, for messages
 ) -> Rendered:
     "One conversation as a prompt."
     if template != "hf":
@@ -277,7 +278,7 @@ def make_prompt(
 
 def preprocess(
     sources: list[list[dict]],  # Conversations after `preprocess_multimodal`
-    tokenizer,  # A fast Hugging Face tokenizer
+    tokenizer: PreTrainedTokenizerFast,
     template: str = "gemma",  # A name in `conv_templates`, or "hf" for the tokenizer's own
     # Whether `<image>` in the user's turns stands for an image; one for all or one a source
     has_image: bool | list[bool] = True,
@@ -315,7 +316,7 @@ def preprocess(
 # %% ../../nbs/05_labels.ipynb #c040
 def generation_ids(
     source: list[dict],  # Turns up to and with a user's turn
-    tokenizer,  # A fast Hugging Face tokenizer
+    tokenizer: PreTrainedTokenizerFast,
     template: str = "gemma",  # A name in `conv_templates`, or "hf"
     has_image: bool = True,  # Whether `<image>` in the user's turns stands for an image
     control_tokens: str = "refuse",  # As in `preprocess`
@@ -333,7 +334,7 @@ def generation_ids(
 
 def generation_prompt(
     source: list[dict],  # Turns up to and with a user's turn
-    tokenizer,  # Its chat template serves "hf"
+    tokenizer: PreTrainedTokenizerFast,  # Its chat template serves "hf"
     template: str,  # A name in `conv_templates`, or "hf"
     has_image: bool = True,  # Whether `<image>` in the user's turns stands for an image
 ) -> Rendered:

@@ -15,8 +15,8 @@ UNSUPPORTED_KEYS = ("tool_calls", "function_call", "refusal", "weight")
 EMPTY = (None, [], 1, "")  # values of these keys that change nothing
 
 def check_path(
-    path,  # What a record gives as an image
-    record,  # The record's id, for messages
+    path: object,  # What a record gives as an image
+    record: object,  # The record's id, for messages
     turn: int | None = None,  # The turn it is in, if it is in one
 ) -> str:  # The same path
     "Raise `DataError` unless an image is given by a path."
@@ -44,7 +44,7 @@ def _check_utf8(text: str, what: str, record, turn: int | None = None) -> str:
 
 def _read_part(
     part,  # One entry of a message's content
-    record,  # The record's id, for messages
+    record: object,  # The record's id, for messages
     turn: int,  # The turn it is in
 ) -> tuple[str | None, str | None]:  # Text and None; None and an image's path; or None twice
     "A part of a message: a text or an image. An image that the record names elsewhere has no path."
@@ -65,7 +65,7 @@ def _read_part(
 
 def _read_turn(
     turn,  # `from` and `value`, or `role` and `content`
-    record,  # The record's id, for messages
+    record: object,  # The record's id, for messages
     n: int,  # Its place in the conversation
 ) -> tuple[str, list[tuple]]:  # Role, and the parts from `_read_part`
     "A turn of any form. Raises `DataError` with record and turn."
@@ -87,8 +87,9 @@ def _read_turn(
             "leave the record or the key out"
         )
         raise DataError(message, record, n)
-    if isinstance(content, str): parts = [(content, None)]
-    else: parts = [_read_part(part, record, n) for part in content]
+    parts: list[tuple] = [(content, None)]
+    if isinstance(content, list):
+        parts = [_read_part(part, record, n) for part in content]
     _check_utf8("".join(text or "" for text, _ in parts), "the text", record, n)
     return ROLES[role], parts
 
@@ -96,7 +97,7 @@ def _read_turn(
 def _one_of(
     raw: dict,  # A record as it was read
     names: tuple[str, str],  # Two keys with the same meaning
-    record,  # The record's id, for messages
+    record: object,  # The record's id, for messages
 ):  # None if neither has a value
     "The value of the key that is there."
     found = [raw[name] for name in names if raw.get(name) is not None]
@@ -106,7 +107,7 @@ def _one_of(
 
 def _part_images(
     turns: list[tuple[str, list[tuple]]],  # From `_read_turn`
-    record,  # The record's id, for messages
+    record: object,  # The record's id, for messages
 ) -> list[str | None]:  # Paths; None for a part that names none
     """Images among the parts of messages, in order. Raises `DataError` if a text spells a tag as
     well."""
@@ -132,7 +133,7 @@ def _part_images(
 
 def _text_keys(
     raw: dict,  # A record as it was read
-    record,  # The record's id, for messages
+    record: object,  # The record's id, for messages
 ) -> dict[str, str]:  # Those of `type` and `source` that are given
     "What a record says about itself: the kind of its question, and where it comes from."
     found = {key: raw[key] for key in ("type", "source") if raw.get(key) is not None}
@@ -149,7 +150,7 @@ def _text_keys(
 def _image_paths(
     raw: dict,  # A record as it was read
     turns: list,  # From `_read_turn`
-    record,  # The record's id, for messages
+    record: object,  # The record's id, for messages
 ) -> list[str]:
     "Paths of a record's images, from `image` or from the parts of its messages."
     images = _one_of(raw, ("image", "images"), record)
@@ -173,7 +174,7 @@ def _image_paths(
 
 def _check_first_turn(
     conversations: list[dict],  # In LLaVA's form
-    record,  # The record's id, for messages
+    record: object,  # The record's id, for messages
 ) -> None:
     "Raise `DataError` if the turn that the path drops, an answer to nothing, holds an image."
     first = int(conversations[:1] != [] and conversations[0]["from"] == "system")
@@ -186,7 +187,7 @@ def _check_first_turn(
             raise DataError(message, record, first)
 
 def read_record(
-    raw,  # One record as its file has it
+    raw: object,  # One record as its file has it
     n: int = 0,  # Its place in the file, counted from 0: its id when it has none
 ) -> dict:  # `id`, `conversations`, and `image`, `type` and `source` if given
     "A record of any form in LLaVA's form. Raises `DataError` with record and turn."

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
 import numpy as np, torch
+from tokenizers import Encoding, Tokenizer
+from transformers import PreTrainedTokenizerFast
 from ..core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_TOKEN, ConfigError
 from ..core import DataError
 from .templates import Rendered, user_parts
@@ -64,7 +66,7 @@ def drop_bos(
 
 def insert_separator(
     chunks: list[list],  # What stands between the images, in order
-    separator,  # What is put between two chunks
+    separator: object,  # What is put between two chunks
 ) -> list:  # One flat list
     "The chunks in a row, with the separator in each gap."
     out = list(chunks[0])
@@ -98,7 +100,7 @@ class TokenizerTraits:
 
 @contextmanager
 def plain_settings(
-    backend,  # A `tokenizers.Tokenizer`
+    backend: Tokenizer,
     literal: bool = False,  # Whether control tokens are plain text
 ):
     "Nothing padded or truncated inside; the backend's own settings are back afterwards."
@@ -115,7 +117,7 @@ def plain_settings(
         if truncation: backend.enable_truncation(**truncation)
 
 def added_space(
-    backend,  # A `tokenizers.Tokenizer`
+    backend: Tokenizer,
 ) -> str:  # "never", "first" or "always"
     "Where a SentencePiece-like tokenizer puts a space that is not in the text."
     if "Prepend(" in repr(backend.normalizer): return "always"
@@ -123,7 +125,7 @@ def added_space(
     return {"always": "always", "first": "first"}.get(scheme[1].lower() if scheme else "", "never")
 
 def make_traits(
-    tokenizer,  # A fast Hugging Face tokenizer
+    tokenizer: PreTrainedTokenizerFast,
 ) -> TokenizerTraits:
     "Look the tokenizer's traits up. Raises `ConfigError` for one that ends every text, too."
     backend = tokenizer.backend_tokenizer
@@ -139,7 +141,7 @@ def make_traits(
 TRAITS = weakref.WeakKeyDictionary()  # tokenizer -> (what they were looked up for, its traits)
 
 def tokenizer_traits(
-    tokenizer,  # A fast Hugging Face tokenizer
+    tokenizer: PreTrainedTokenizerFast,
 ) -> TokenizerTraits:
     "The tokenizer's traits, looked up again when tokens were added or named special."
     backend, found = tokenizer.backend_tokenizer, TRAITS.get(tokenizer, (None, None))
@@ -196,7 +198,7 @@ def chunk_pieces(
 
 def encode_pieces(
     pieces: list[Piece],
-    tokenizer,  # A fast Hugging Face tokenizer
+    tokenizer: PreTrainedTokenizerFast,
 ) -> list:  # (piece, its `tokenizers.Encoding`), in any order
     "Encode pieces, equal beginnings of chunks once."
     backend, found = tokenizer.backend_tokenizer, []
@@ -208,7 +210,7 @@ def encode_pieces(
         texts = list(dict.fromkeys(piece.text for piece in opening))
         with plain_settings(backend, literal):
             whole = dict(zip(texts, backend.encode_batch(texts)))
-            leads = [piece.lead + piece.text for piece in inner]
+            leads = [f"{piece.lead}{piece.text}" for piece in inner]
             found += zip(inner, backend.encode_batch(leads, add_special_tokens=False))
         found += [(piece, whole[piece.text]) for piece in opening]
     return found
@@ -245,26 +247,27 @@ def cut_literals(
 
 def place_parts(
     piece: Piece,
-    encoding,  # Of its lead and its text
+    encoding: Encoding,  # Of its lead and its text
 ) -> tuple[list[int], list[int]]:
     "First token of each part, and the edges of answers that a token lies across."
     shift = len(piece.lead or "")
-    firsts = []
+    firsts: list[int | None] = []
     edges = []
     ends = [at for at, _ in piece.parts[1:]] + [len(piece.text)]
     supervised = False
     for (start, segment), end in zip(piece.parts, ends):
         covered = (encoding.char_to_token(at + shift) for at in range(start, end))
         first = next((token for token in covered if token is not None), None)
-        if first is not None and start and encoding.token_to_chars(first)[0] < start + shift:
+        span = encoding.token_to_chars(first) if first is not None and start else None
+        if first is not None and span is not None and span[0] < start + shift:
             if supervised != (segment >= Segment.ANSWER): edges.append(start)
             first += 1  # the token starts in the part before
         firsts.append(first)
         supervised = segment >= Segment.ANSWER
-    after = len(encoding.ids)
-    for k in reversed(range(len(firsts))):  # a part that nothing covers has no token
-        after = firsts[k] = after if firsts[k] is None else firsts[k]
-    return firsts, edges
+    filled = [len(encoding.ids)]
+    for first in reversed(firsts):  # a part that nothing covers has no token
+        filled.append(filled[-1] if first is None else first)
+    return filled[:0:-1], edges
 
 # %% ../../nbs/04_sentinels.ipynb #c035
 @dataclass(frozen=True)
@@ -277,7 +280,7 @@ class Encoded:
 
 def piece_tokens(
     piece: Piece,
-    encoding,  # Of its lead and its text
+    encoding: Encoding,  # Of its lead and its text
     firsts: list[int],  # From `place_parts`
     n_bos: int,  # How many ids the tokenizer writes before a text
 ) -> tuple[list[int], list[Segment]]:  # ids of the text, and the segment of each
@@ -293,7 +296,7 @@ def piece_tokens(
 
 def encode_prompts(
     prompts: list[Rendered],
-    tokenizer,  # A fast Hugging Face tokenizer
+    tokenizer: PreTrainedTokenizerFast,
     # For each prompt (start, end) where control tokens are plain text
     literals: list | None = None,
 ) -> Encoded:
@@ -329,7 +332,7 @@ def encode_prompts(
 # %% ../../nbs/04_sentinels.ipynb #c046
 def tokenizer_image_token(
     prompt: str,  # Text with zero or more `<image>`
-    tokenizer,  # A fast Hugging Face tokenizer
+    tokenizer: PreTrainedTokenizerFast,
     image_token_index: int = IMAGE_TOKEN_INDEX,  # Id that stands for one image
     return_tensors: str | None = None,  # "pt" for a LongTensor of shape (seq_len,), None for a list
     # `input_ids`: exactly one `image_token_index` per image, BOS once
@@ -345,7 +348,7 @@ def tokenizer_image_token(
 def check_image_count(
     source: list[dict],  # One conversation's turns
     n_images: int,  # Images that came with it
-    record=None,  # The record's id, for the message
+    record: object = None,  # The record's id, for the message
 ) -> None:
     "Raise `DataError` unless the user's turns hold exactly one tag per image."
     n_tags = sum(turn["value"].count(IMAGE_TOKEN) for turn in source if turn.get("from") != "gpt")

@@ -12,7 +12,10 @@ __all__ = ['CURIOUS', 'HELPFUL', 'MMTAG', 'LLAMA_2_SYSTEM', 'SYSTEM_OPENING', 'c
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import lru_cache
+from typing import TYPE_CHECKING
 from jinja2 import TemplateError, TemplateSyntaxError
+
+if TYPE_CHECKING: from transformers import PreTrainedTokenizerFast
 from ..core import IMAGE_TOKEN, ConfigError, DataError
 from ..debug.label_view import Segment
 
@@ -122,10 +125,10 @@ def llama_2(system: str) -> Conversation:
 
 def llama_3(speaker: str) -> Conversation:
     "A template of Llama 3's shape; the model speaks under the header of that name."
-    roles = tuple(f"<|start_header_id|>{name}<|end_header_id|>\n\n" for name in ("user", speaker))
+    user, model = (f"<|start_header_id|>{name}<|end_header_id|>\n\n" for name in ("user", speaker))
     return Conversation(
         system=SYSTEM_OPENING[SeparatorStyle.LLAMA_3] + HELPFUL,
-        roles=roles,
+        roles=(user, model),
         sep_style=SeparatorStyle.LLAMA_3,
         sep="<|eot_id|>",
         version="llama_v3",
@@ -361,7 +364,7 @@ STRIPS = (
 
 def apply_template(
     turns: list[tuple[str, str]],  # (role, text); roles are "system", "user", "assistant"
-    tokenizer,  # With a `chat_template`
+    tokenizer: "PreTrainedTokenizerFast",  # With a `chat_template`
     add_generation_prompt: bool = False,  # Open a turn for the model at the end
 ) -> str:
     """The text that the tokenizer's own template makes. Raises `DataError` with the template's own
@@ -387,7 +390,7 @@ def apply_template(
 
 def template_frame(
     roles: tuple[str, ...],  # Of the turns
-    tokenizer,  # With a `chat_template`
+    tokenizer: "PreTrainedTokenizerFast",  # With a `chat_template`
     add_generation_prompt: bool = False,  # Open a turn for the model at the end
     # texts around the messages, one more than there are; what is done to each message
 ) -> tuple[list[str], list]:
@@ -419,7 +422,7 @@ def template_frame(
     return [*pieces, text[at:]], strips
 
 def stop_text(
-    tokenizer,  # With a `chat_template`
+    tokenizer: "PreTrainedTokenizerFast",  # With a `chat_template`
 ) -> str:  # Such as "<end_of_turn>"
     """What its template writes after an answer, up to the first control token. Raises
     `ConfigError` if there is none."""
@@ -436,7 +439,7 @@ def stop_text(
 
 @lru_cache(maxsize=16)
 def hf_markers(
-    tokenizer,  # With a `chat_template`
+    tokenizer: "PreTrainedTokenizerFast",  # With a `chat_template`
     chat_template: str,  # The same template, so that another one is a new entry
 ) -> tuple[str, ...]:  # Such as "ASSISTANT:"; none where a control token stands in every header
     "Headers of the tokenizer's own template that are ordinary text, and so could be typed."
@@ -450,7 +453,7 @@ def hf_markers(
 
 def render_hf(
     turns: list[tuple[str, str]],  # (role, text); roles are "system", "user", "assistant"
-    tokenizer,  # With a `chat_template`
+    tokenizer: "PreTrainedTokenizerFast",  # With a `chat_template`
     add_generation_prompt: bool = False,  # Open a turn for the model at the end
     has_image: bool = True,  # Whether `<image>` in a user's turn stands for an image
 ) -> Rendered:  # Without the BOS that the tokenizer writes itself

@@ -10,7 +10,7 @@ import lzma
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from ..core import ConfigError
 
 # %% ../../nbs/02_tokenizer.ipynb #c006
@@ -56,7 +56,7 @@ def load_tokenizer(
 
 # %% ../../nbs/02_tokenizer.ipynb #c017
 def special_tokens(
-    tokenizer,  # A Hugging Face tokenizer
+    tokenizer: PreTrainedTokenizerFast,
 ) -> dict[str, tuple[str, int] | None]:  # role -> (token, id), or None where the tokenizer has none
     "The tokenizer's beginning, end, unknown and padding token."
     roles = {
@@ -73,7 +73,7 @@ def special_tokens(
 
 # %% ../../nbs/02_tokenizer.ipynb #c021
 def control_tokens(
-    tokenizer,  # A Hugging Face tokenizer
+    tokenizer: PreTrainedTokenizerFast,
 ) -> list[str]:  # Longest first, so that a search finds the whole token
     "Every token of the vocabulary that frames text and is not text itself."
     added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
@@ -81,7 +81,7 @@ def control_tokens(
 
 # %% ../../nbs/02_tokenizer.ipynb #c028
 def adds_bos(
-    tokenizer,  # A Hugging Face tokenizer
+    tokenizer: PreTrainedTokenizerFast,
 ) -> bool:
     "Whether the tokenizer begins every text with its BOS."
     bos = tokenizer.bos_token_id
@@ -89,7 +89,7 @@ def adds_bos(
 
 # %% ../../nbs/02_tokenizer.ipynb #c034
 def resize_embeddings(
-    model,  # A `PreTrainedModel`
+    model: PreTrainedModel,
     size: int,  # New number of rows, at least the old one
 ) -> None:
     """Give the model's embeddings `size` rows; new rows are the mean of the old ones (Stanford
@@ -103,9 +103,9 @@ def resize_embeddings(
         weight.data[old:] = weight.data[:old].mean(0, keepdim=True)
 
 def prepare_tokenizer(
-    tokenizer,  # Changed in place
+    tokenizer: PreTrainedTokenizerFast,  # Changed in place
     version: str = "gemma",  # Name of the template, as in MGM's `--version`
-    model=None,  # Grows with the vocabulary when a word is added
+    model: PreTrainedModel | None = None,  # Grows with the vocabulary when a word is added
 ) -> dict[str, str]:  # What changed: role -> token; empty when there was nothing to do
     """Give the tokenizer the padding and unknown token that MGM's training gives it for this
     version."""
@@ -128,4 +128,5 @@ def prepare_tokenizer(
             "'v0' adds a [PAD])"
         )
     if model is not None: resize_embeddings(model, len(tokenizer))
-    return {role: now[0] for role, now in special_tokens(tokenizer).items() if now != before[role]}
+    after = special_tokens(tokenizer)
+    return {role: now[0] for role, now in after.items() if now and now != before[role]}
