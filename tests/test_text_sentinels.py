@@ -119,7 +119,7 @@ def test_families_write_different_things_unasked():
 def test_fused_newline_is_split_at_the_start_of_the_answer():
     header, answer = "<start_of_turn>model\n", "\nA list:"
     prompt = Rendered(header + answer, ((header, Segment.HEADER), (answer, Segment.ANSWER)))
-    with Breakpoint(place_parts, at="return firsts", watch=["firsts", "edges"]) as bp:
+    with Breakpoint(place_parts, at="return begins", watch=["begins", "edges"]) as bp:
         out = encode_prompts([prompt], tok)
     print([hit["edges"] for hit in bp.hits], out.ids.tolist())
     test_eq(tok(prompt.text).input_ids[:4], [2, 106, 2516, 109])

@@ -264,10 +264,11 @@ def place_parts(
             first += 1  # the token starts in the part before
         firsts.append(first)
         supervised = segment >= Segment.ANSWER
-    filled = [len(encoding.ids)]
+    begins = [len(encoding.ids)]
     for first in reversed(firsts):  # a part that nothing covers has no token
-        filled.append(filled[-1] if first is None else first)
-    return filled[:0:-1], edges
+        begins.append(begins[-1] if first is None else first)
+    begins = begins[:0:-1]
+    return begins, edges
 
 # %% ../../nbs/04_sentinels.ipynb #c035
 @dataclass(frozen=True)
