@@ -104,10 +104,19 @@ def check_types():
 WORDS = {  # words that have a better one in this field
     "picture": "image",
     "pictures": "images",
-    "anew": "again",
     "told": "shown, known",
     "beside": "next to, besides",
     "behind": "after",
+    "anew": "again",
+    "learned": "supervised",
+    "learns": "is supervised",
+    "blanks": "spaces",
+    "colour": "color",
+    "optimiser": "optimizer",
+    "behaviour": "behavior",
+    "normalise": "normalize",
+    "normalisation": "normalization",
+    "neighbour": "neighbor",
 }
 
 def check_words():
@@ -115,8 +124,7 @@ def check_words():
     pattern, found = re.compile(rf"\b({'|'.join(WORDS)})\b"), []
     for path in sorted((build.ROOT / "vlm_lit").rglob("*.py")):
         if path.name == "_modidx.py": continue
-        # the first line is the notebook's promise, which is prose
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()[1:], 2):
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             for word in pattern.findall(line):
                 place = f"{path.relative_to(build.ROOT)}:{number}"
                 found.append(f"{place}: {word!r}; better: {WORDS[word]}")
