@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from fastcore.test import test_eq
 from transformers.utils.logging import disable_progress_bar
 from vlm_lit.debug.breakpoints import Breakpoint
-from vlm_lit.evaluation.metrics import evaluate
-from vlm_lit.evaluation.metrics import exact, format_table, question_only_baseline
+from vlm_lit.evaluation.scoring import evaluate
+from vlm_lit.evaluation.scoring import format_table
+from vlm_lit.evaluation.metrics import exact, question_only_baseline
 from vlm_lit.images import finish_images, open_image
 from vlm_lit.models.vlm import VLM, match_embedding_scale, rms
 from vlm_lit.training.trainer import reinit_modules, set_trainable_modules

@@ -1,5 +1,5 @@
 "Derived from nbs/07_records.ipynb by `make tests`; edit the notebook, not this file."
-import codecs, io, json, os, re, shutil
+import io, json, os, re, shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -11,14 +11,13 @@ from vlm_lit.core import DataError, progress_console
 from vlm_lit.files import cache_folder, digest, file_stamp, new_folder, writable_folder
 from vlm_lit.text.messages import image_names, read_record
 from vlm_lit.images import decode_image, open_image
+from vlm_lit.data.record_files import scan_records
 import multiprocessing, os, tempfile
 import pyarrow as pa, pyarrow.parquet as pq
 from datasets import Dataset as Table, disable_progress_bars
 from fastcore.test import test_eq, expect_fail
-from hypothesis import given, settings, strategies as st
 from vlm_lit.debug.breakpoints import Breakpoint
-from vlm_lit.data.records import _JsonList, _build_store, _scan_records, _store
-from vlm_lit.data.records import BLOCK
+from vlm_lit.data.records import _build_store, _store
 from vlm_lit.data.records import Records
 from vlm_lit.data.records import fingerprint
 
@@ -62,58 +61,6 @@ def setup_module():
 
         path.write_text(json.dumps([record(k) for k in range(n)], indent=1))
         return path
-
-def test_no_record_is_lost_or_changed_in_any_layout():
-    def one_level(inner):
-        return st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
-
-    leaves = st.none() | st.booleans() | st.integers() | st.text(max_size=20) | st.just("\ud83d")
-    trees = st.recursive(leaves, one_level, max_leaves=6)
-    values = st.dictionaries(st.text(max_size=5), trees, max_size=4)
-
-    @settings(max_examples=200, deadline=None, derandomize=True)
-    @given(
-        st.lists(values, min_size=1, max_size=6),
-        st.booleans(),
-        st.sampled_from([None, 1, "\t"]),
-        st.booleans(),
-        st.booleans(),
-        st.integers(1, 40),
-    )
-    def check(records, lines, indent, ascii, bom, block):
-        if not ascii:  # UTF-8 has no half characters
-            records = json.loads(json.dumps(records, ensure_ascii=False).replace("\ud83d", "x"))
-        if lines:
-            text = "\r\n".join(json.dumps(r, ensure_ascii=ascii) for r in records) + "\n"
-        else:
-            text = "\n " + json.dumps(records, indent=indent, ensure_ascii=ascii) + "\n"
-        data = codecs.BOM_UTF8 * bom + text.encode("utf-8")
-        assert list(_scan_records(io.BytesIO(data), "any.json", block)) == records
-
-    check()
-
-def test_broken_files_are_refused_with_their_line():
-    good = '{"id": 1, "conversations": []}'
-    wrong = {
-        good + '\n{"id": 2,\n': "bad.json, line 2: not JSON",
-        f"[{good},\n{good},\n": "bad.json, line 3: not JSON",
-        f"[{good}\n{good}]": "line 2: not JSON (expected ',' or ']'",
-        f"[{good},\n\n{{'id': 3}}]": "line 3: not JSON",
-        f"[{good}] x": "line 1: not JSON (text after the list)",
-        "[" + good: "line 1: not JSON (the list is not closed",
-        "[\n" + "[" * 100_000: "line 2: not JSON (maximum recursion",
-        "[\n1" + "0" * 5000 + "]": "line 2: not JSON (Exceeds the limit",
-        "{}}": "line 1: not JSON",
-    }
-    for text, message in wrong.items():
-        for block in (5, BLOCK):
-            with expect_fail(DataError, contains=message):
-                list(_scan_records(io.BytesIO(text.encode()), "bad.json", block))
-    for text in ('[\n{"id": "%s"}]', '\n{"id": "%s"}'):
-        with expect_fail(DataError, contains="bad.json, line 2: not UTF-8"):
-            list(_scan_records(io.BytesIO((text % "é").encode("latin-1")), "bad.json", 4))
-        with expect_fail(DataError, contains="a record of more than 1,000 characters"):
-            list(_scan_records(io.BytesIO((text % ("x" * 3000)).encode()), "bad.json", 64, 1000))
 
 def test_a_changed_file_has_another_fingerprint():
     place = Path(tempfile.mkdtemp()) / "data.bin"

@@ -1,70 +1,31 @@
 "Derived from nbs/01_breakpoints.ipynb by `make tests`; edit the notebook, not this file."
-import ast, bdb, collections, contextlib, copy, dataclasses, dis, functools, html, inspect
-import itertools, random, re, sys, types
+import dataclasses, html
+import re, types
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from vlm_lit.core import ConfigError, describe
-import json, os, subprocess, tempfile, threading, weakref
-from collections import namedtuple
-from dataclasses import dataclass
+from vlm_lit.debug.lines import find_stop, name_of, plain_function, source_lines
+from vlm_lit.debug.snapshots import LineStop, Note, check_expression, evaluate, failure
+from vlm_lit.debug.snapshots import same_randomness, snapshot
+import contextlib, json, os, random, subprocess, sys, tempfile, threading, weakref
 import numpy as np, torch
 from fastcore.test import test_eq, expect_fail
-from PIL import Image
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, peek
+from small_parts import pack
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.debug.breakpoints import Hit
-from vlm_lit.debug.breakpoints import LineStop
-from vlm_lit.debug.breakpoints import check_expression
-from vlm_lit.debug.breakpoints import copy_leaf
-from vlm_lit.debug.breakpoints import evaluate
-from vlm_lit.debug.breakpoints import failure
-from vlm_lit.debug.breakpoints import find_line
-from vlm_lit.debug.breakpoints import find_stop
-from vlm_lit.debug.breakpoints import name_of
 from vlm_lit.debug.breakpoints import place_of
-from vlm_lit.debug.breakpoints import plain_function
-from vlm_lit.debug.breakpoints import same_randomness
-from vlm_lit.debug.breakpoints import snapshot
-from vlm_lit.debug.breakpoints import source_lines
-from vlm_lit.debug.breakpoints import span
-from vlm_lit.debug.breakpoints import starts
-from vlm_lit.debug.breakpoints import statement_at
-from vlm_lit.debug.breakpoints import statements
 from vlm_lit.debug.breakpoints import why_not
 
 def setup_module():
-    global build_labels, line_events, mask_prompt, missing_lines, nasty, pack, sample, sample_seeded, turns
+    global build_labels, mask_prompt, missing_lines, nasty, sample, sample_seeded, turns
+    sys.path[:0] = ["../tests", "tests"]
     torch.set_printoptions(precision=3, sci_mode=False)
     def mask_prompt(input_ids, prompt_len):
         "Labels for `input_ids` that hide the prompt."
         labels = input_ids.clone()
         labels[:prompt_len] = IGNORE_INDEX
         return labels
-    def pack(xs):
-        total = 0
-        row = dict(
-            size=len(xs),
-            last=xs[-1])
-        for x in xs:
-            total += x
-        try:
-            row["mean"] = total / row["size"]
-        finally:
-            row["done"] = True
-        return row
-    def line_events(func, *args):
-        "Numbers of the lines, counted from `def`, that Python announces while `func` runs."
-        seen, first = [], func.__code__.co_firstlineno
-
-        def trace(frame, event, arg):
-            if event == "line": seen.append(frame.f_lineno - first)
-            return trace if frame.f_code is func.__code__ else None
-
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try: func(*args)
-        finally: sys.settrace(before)
-        return seen
     def sample(n):
         own = np.random.default_rng(1)
         left = [3, 1, 4, 1, 5]
@@ -149,303 +110,6 @@ def setup_module():
         ("user", [4385]),
         ("model", [7653, 107]),
     ]
-
-def test_plain_function_peels_methods_decorators_and_partials():
-    class Counter:
-        def step(self): return 1
-
-        @property
-        def size(self): return 2
-
-        @staticmethod
-        def zero(): return 0
-
-    cached = functools.lru_cache(mask_prompt)
-
-    partial = functools.partial(mask_prompt, prompt_len=1)
-    for func in [Counter.step, Counter().step, Counter.size, Counter.__dict__["zero"], cached, partial]:
-        print(name_of(plain_function(func)))
-    assert plain_function(Counter().step) is Counter.step
-    partial = functools.partial(cached, prompt_len=1)
-    assert plain_function(cached) is plain_function(partial) is mask_prompt
-
-def test_plain_function_refuses_what_has_no_lines():
-    refused = [
-        (len, "cannot stop in len:"),
-        (dict, "the class dict"),
-        (torch.nn.Linear(2, 2), "a Linear object"),
-        (torch.compile(mask_prompt), "mask_prompt is compiled"),
-        (torch.compile(torch.nn.Linear(2, 2)), "OptimizedModule is compiled"),
-    ]
-    for func, words in refused:
-        try: plain_function(func)
-        except ConfigError as e: print(e)
-        with expect_fail(ConfigError, contains=words): plain_function(func)
-
-def test_plain_function_follows_what_dynamo_leaves_alone():
-    assert plain_function(torch.no_grad()(mask_prompt)) is mask_prompt
-    assert plain_function(torch._dynamo.disable(mask_prompt)) is mask_prompt
-
-def test_find_line_wants_exactly_one():
-    lines = source_lines(mask_prompt)
-    first = min(lines)
-    test_eq(find_line(lines, "labels = "), first + 2)
-    for at in ["labels", "targets"]:
-        try: find_line(lines, at)
-        except ConfigError as e: print(e)
-    with expect_fail(ConfigError, contains="is in 3 lines"):
-        find_line(lines, "labels")
-    with expect_fail(ConfigError, contains="is in no line of"):
-        find_line(lines, "targets")
-
-def test_find_line_takes_text_that_spans_lines():
-    twice = {10: "if a:", 11: "    x = 1", 12: "else:", 13: "    x = 1"}
-    with expect_fail(ConfigError, contains="is in 2 lines"):
-        find_line(twice, "x = 1")
-    test_eq(find_line(twice, "else:\n    x = 1"), 13)
-
-def test_find_line_refuses_an_empty_text():
-    lines = source_lines(mask_prompt)
-    for at in ["", "  ", None, 3]:
-        with expect_fail(ConfigError, contains="names no line"):
-            find_line(lines, at)
-    unreadable = {}
-    exec("def f(x): return x", unreadable)
-    with expect_fail(ConfigError, contains="cannot be read"):
-        source_lines(unreadable["f"])
-
-def test_line_events_come_back_to_a_statement():
-    print(line_events(pack, [3, 4]))
-    test_eq(line_events(pack, [3, 4]), [1, 2, 3, 4, 2, 5, 6, 5, 6, 5, 7, 8, 10, 11])
-
-def test_statement_at_finds_the_statement_of_a_line():
-    lines = source_lines(pack)
-    first = min(lines)
-    for n in lines:
-        node = statement_at(statements(lines), n)
-        print(f"{n - first:3} {type(node).__name__:8} {lines[n]}")
-    kinds = [type(statement_at(statements(lines), n)).__name__ for n in lines]
-    test_eq(
-        kinds,
-        "NoneType Assign Assign Assign Assign For AugAssign Try Assign NoneType Assign Return".split(),
-    )
-
-def test_starts_counts_the_beginnings_of_each_statement():
-    lines = source_lines(pack)
-    counts = {
-        lines[span(node)[0][0]].strip(): len(starts(pack.__code__, node)) for node in statements(lines)
-    }
-    for line, count in counts.items(): print(count, line)
-    test_eq(counts["row = dict("], 1)
-    test_eq(counts["for x in xs:"], 2)
-    test_eq(counts['row["done"] = True'], 2)
-
-def test_find_stop_goes_to_the_first_line_of_the_statement():
-    first = min(source_lines(pack))
-    for at in ["total = 0", "size=len", "for x in", "total += x", "mean", "return"]:
-        stop = find_stop(pack, at)
-        print(f"{at!r:14} line {stop.line - first} to {stop.last - first}")
-    test_eq([find_stop(pack, at).line - first for at in ["size=len", "last=", "row = dict"]], [2, 2, 2])
-    for at in ["def pack", "finally:"]:
-        with expect_fail(ConfigError, contains="nothing runs"): find_stop(pack, at)
-    with expect_fail(ConfigError, contains="nothing runs"):
-        find_stop(mask_prompt, "Labels for")
-
-def test_copy_leaf_copies_what_holds_numbers():
-    tensor = torch.tensor([1.0, 2.0], requires_grad=True)
-    array = np.array([1, 2])
-    image = Image.new("RGB", (3, 2))
-    copied = [copy_leaf(v) for v in (tensor, array, image)]
-    with torch.no_grad(): tensor += 10
-    array += 10
-    image.putpixel((0, 0), (9, 9, 9))
-    print(copied[0], copied[1], copied[2].getpixel((0, 0)))
-    test_eq(
-        [copied[0].tolist(), copied[1].tolist(), copied[2].getpixel((0, 0))],
-        [[1, 2], [1, 2], (0, 0, 0)],
-    )
-    model, batches = torch.nn.Linear(2, 2), iter([1, 2])
-    assert copy_leaf(model) is model and not copied[0].requires_grad
-    print(copy_leaf(batches), next(batches))
-    test_eq(repr(copy_leaf(batches)), "<list_iterator, not copied>")
-
-def test_snapshot_shows_a_mutable_object_at_that_moment():
-    @dataclass
-    class Talk:
-        system: str
-        messages: list
-
-    talk = Talk("Be brief.", [["user", torch.tensor([5, 6])]])
-    before = snapshot(talk)
-    talk.messages.append(["model", torch.tensor([7])])
-    talk.messages[0][1][:] = 0
-    print(before)
-    test_eq(len(before.messages), 1)
-    test_eq(before.messages[0][1].tolist(), [5, 6])
-
-def test_neither_copy_nor_deepcopy_would_do():
-    talk = types.SimpleNamespace(messages=[])
-    shallow = copy.copy(talk)
-    talk.messages.append("hello")
-    print(shallow.messages)
-    test_eq(shallow.messages, ["hello"])
-    hidden_states = torch.nn.Linear(2, 2)(torch.ones(1, 2))
-    with expect_fail(RuntimeError): copy.deepcopy(hidden_states)
-    test_eq(snapshot(hidden_states).shape, (1, 2))
-
-def test_snapshot_keeps_aliases_cycles_and_types():
-    a = [1]
-    both_names = snapshot({"x": a, "y": a})
-    assert both_names["x"] is both_names["y"] and both_names["x"] is not a
-    t = torch.ones(2)
-    made = snapshot({"x": t, "y": [t]})
-    assert made["x"] is made["y"][0] and made["x"] is not t
-    loop = []
-    loop.append(loop)
-    made = snapshot(loop)
-    assert made[0] is made and made is not loop
-    knot = ([],)
-    knot[0].append(knot)
-    made = snapshot(knot)
-    assert made[0][0][0] is made[0] and made is not knot
-    Pair = namedtuple("Pair", "ids mask")
-    pair = snapshot(Pair(torch.tensor([1]), None))
-    assert type(pair) is Pair and pair.ids.tolist() == [1]
-    top = torch.tensor([3.0, 9.0]).max(dim=0)
-    kept = snapshot(top)
-    top.values.zero_()
-    assert type(kept) is type(top) and kept.values == 9
-    dd = collections.defaultdict(list, a=[1])
-    made = snapshot(dd)
-    dd["a"].append(2)
-    assert made == {"a": [1]} and made["new"] == []
-    dq = collections.deque([[1], [2]], maxlen=2)
-    made = snapshot(dq)
-    dq[0].append(9)
-    assert list(made) == [[1], [2]] and made.maxlen == 2
-    space = types.SimpleNamespace(ids=[1])
-    made = snapshot(space)
-    space.ids.append(2)
-    assert made.ids == [1]
-    assert snapshot({1, 2}) == {1, 2}
-    assert snapshot(frozenset("ab")) == frozenset("ab")
-    assert snapshot(torch.Size([1])) == torch.Size([1])
-
-    @dataclass(frozen=True, slots=True)
-    class Slotted: ids: list
-
-    s = Slotted([1])
-    made = snapshot(s)
-    s.ids.append(2)
-    assert made.ids == [1]
-
-    @dataclass
-    class Fussy:
-        def __new__(cls, x): return object.__new__(cls)
-
-        x: int
-
-    fussy = Fussy(1)
-    assert snapshot(fussy) is fussy
-
-    class Touchy:
-        def __getattr__(self, name): raise RuntimeError("was asked for " + name)
-
-    touchy = Touchy()
-    assert snapshot(touchy) is touchy
-
-    class BadArray:
-        dtype = "x"
-
-        def copy(self): raise MemoryError("no room")
-
-    test_eq(repr(snapshot([BadArray()])), "[<MemoryError: no room>]")
-    generators = [random.Random(1), np.random.default_rng(1), np.random.RandomState(1)]
-    for rng in [*generators, torch.Generator().manual_seed(1)]:
-        assert snapshot(rng) is not rng and type(snapshot(rng)) is type(rng)
-
-def test_evaluate_works_on_copies():
-    variables = {"messages": ["hello", "you"], "n": 1}
-    print(
-        evaluate("messages.pop()", variables),
-        evaluate("(n := 5) + n", variables),
-        evaluate("[m for m in messages if len(m) > n]", variables),
-    )
-    test_eq(variables, {"messages": ["hello", "you"], "n": 1})
-    test_eq(evaluate("[m for m in messages if len(m) > n]", variables), ["hello", "you"])
-    with expect_fail(ConfigError, contains="'x =' is not a Python expression"):
-        check_expression("x =")
-
-def test_same_randomness_gives_the_next_number_back():
-    def next_numbers():
-        return random.random(), np.random.rand(), torch.rand(1).item()
-
-    def seeded():
-        random.seed(0)
-        np.random.seed(0)
-        torch.manual_seed(0)
-
-    seeded()
-    undisturbed = next_numbers()
-    seeded()
-    next_numbers()
-    disturbed = next_numbers()
-    seeded()
-    with same_randomness(): next_numbers()
-    protected = next_numbers()
-    print(
-        f"torch's next number: {undisturbed[2]:.3f} undisturbed, {disturbed[2]:.3f} after a look, "
-    f"{protected[2]:.3f} after a protected look"
-    )
-    assert protected == undisturbed != disturbed
-
-def test_bdb_shares_its_breakpoints():
-    one = bdb.Bdb()
-    one.set_break(bdb.__file__, 1)
-    print("found by another debugger:", len(bdb.Bdb().breaks))
-    test_eq(len(bdb.Bdb().breaks), 1)
-    one.clear_all_breaks()
-    test_eq(len(bdb.Bdb().breaks), 0)
-
-def test_linestop_shares_the_run_with_another_tracer():
-    def watched(xs, at, totals):
-        stop = LineStop(find_stop(pack, at), lambda frame: totals.append(frame.f_locals["total"]))
-        stop.start()
-        try: return pack(xs)
-        finally: stop.stop()
-
-    events, seen = [], []
-
-    def other_tool(frame, event, arg):
-        if frame.f_code is pack.__code__: events.append((event, frame.f_lineno))
-        return other_tool
-
-    before = sys.gettrace()
-    sys.settrace(other_tool)
-    try:
-        pack([3, 4, 5])
-        alone = events.copy()
-        events.clear()
-        watched([3, 4, 5], "total += x", seen)
-        still_there = sys.gettrace()
-    finally: sys.settrace(before)
-    once = []
-    watched([3, 4, 5], "row = dict(", once)
-    print(seen, once, len(events))
-    test_eq(seen, [0, 3, 7])
-    test_eq(once, [0])
-    test_eq(events, alone)
-    assert still_there is other_tool
-
-def test_runcall_forgets_the_previous_tracer():
-    before = sys.gettrace()
-    sys.settrace(lambda frame, event, arg: None)
-    try:
-        bdb.Bdb().runcall(pack, [3, 4])
-        after = sys.gettrace()
-    finally: sys.settrace(before)
-    print("after runcall:", after)
-    assert after is None
 
 def test_hit_is_indexed_by_name_or_expression():
     hit = Hit(

@@ -13,7 +13,7 @@ from tokenizers import pre_tokenizers
 from typer.testing import CliRunner
 from vlm_lit.cli import app
 from vlm_lit.text.tokenizer import load_tokenizer
-from vlm_lit.training.callbacks import read_metrics
+from vlm_lit.training.meter import read_metrics
 
 def setup_module():
     global CAPTIONS, RECIPE, asked, brightness, captions, conversation, crop, facts, file, gemma, held_out, letters, lines, mended, n, name, open_photo, package, pair, path, photo, photos, project, record, rng, shell, show, start, texts, tokenizer, train, turns, wrong

@@ -5,7 +5,8 @@ import tempfile
 from pathlib import Path
 from fastcore.test import test_eq
 from vlm_lit.images import sample_image
-from vlm_lit.data.audit import AuditSettings, audit
+from vlm_lit.data.audit import audit
+from vlm_lit.data.findings import AuditSettings
 from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.data.dataset import LazySupervisedDataset

@@ -6,14 +6,15 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np, torch
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from vlm_lit.text.tokenizer import load_tokenizer
-from vlm_lit.text.templates import SeparatorStyle, caption_form, get_template, stop_text, turn_frame
+from vlm_lit.text.templates import SeparatorStyle, caption_form, get_template, turn_frame
+from vlm_lit.text.chat_templates import stop_text
 from vlm_lit.text.sentinels import preprocess_multimodal, tokenizer_traits
 from vlm_lit.text.labels import generation_ids, make_prompt, preprocess
 from vlm_lit.debug.label_view import visible
 from vlm_lit.data.dataset import TooLong
 from vlm_lit.text.encode import bisect_failures, encode_records
 from vlm_lit.text.sentinels import num_tokens_with_images
-from vlm_lit.data.audit import ERRORS
+from vlm_lit.data.findings import ERRORS
 import json, tempfile
 from pathlib import Path
 import pytest
@@ -154,7 +155,8 @@ def test_check_counts_what_is_there_and_names_what_is_wrong():
     assert check_samples(blank, 40)["images"] == 0
 
 def test_check_names_kinds_as_the_audit_does():
-    from vlm_lit.data.audit import AuditSettings, audit
+    from vlm_lit.data.audit import audit
+    from vlm_lit.data.findings import AuditSettings
 
     human, gpt = records[1]["conversations"]
     bad = [

@@ -8,7 +8,8 @@ from PIL import Image
 from rich.console import Console
 from transformers import Trainer, TrainerCallback
 from vlm_lit.core import IGNORE_INDEX, ConfigError
-from vlm_lit.debug.breakpoints import Breakpoint, check_expression
+from vlm_lit.debug.breakpoints import Breakpoint
+from vlm_lit.debug.snapshots import check_expression
 from vlm_lit.debug.label_view import LabelStrip, visible
 from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.text.encode import encode_records
@@ -17,7 +18,7 @@ from vlm_lit.padding import flat_images
 from vlm_lit.text.encode import pad_id
 from vlm_lit.models.vlm import VLM
 from vlm_lit.training.arguments import PARTS
-from vlm_lit.training.callbacks import read_metrics
+from vlm_lit.training.meter import read_metrics
 from vlm_lit.training.recipe import load_recipe
 from vlm_lit.training.run import prepare_run
 import json

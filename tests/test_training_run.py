@@ -10,18 +10,21 @@ from rich.console import Console
 from transformers.trainer_utils import get_last_checkpoint
 from vlm_lit.core import ConfigError, DataError, progress_console
 from vlm_lit.data.mixture import Mixture
-from vlm_lit.evaluation.metrics import evaluate
-from vlm_lit.evaluation.metrics import fixed_sample
+from vlm_lit.evaluation.scoring import evaluate
+from vlm_lit.evaluation.scoring import fixed_sample
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.models.vlm import VLM, match_embedding_scale
 from vlm_lit.files import read_json, write_json
 from vlm_lit.weights.saving import save_model
 from vlm_lit.weights.interchange import save_projector
 from vlm_lit.weights.presets import seeded
-from vlm_lit.weights.pretrained import add_lora, has_lora, merge_lora, resolve_model
+from vlm_lit.weights.pretrained import resolve_model
+from vlm_lit.weights.adapters import add_lora, has_lora, merge_lora
 from vlm_lit.training.arguments import VLMTrainingArguments
-from vlm_lit.training.callbacks import ConsoleProgress, Interrupted, LossGuard, MetricsFile
-from vlm_lit.training.callbacks import StopOnSignal, read_metrics
+from vlm_lit.training.callbacks import ConsoleProgress, Interrupted, LossGuard
+from vlm_lit.training.meter import MetricsFile
+from vlm_lit.training.callbacks import StopOnSignal
+from vlm_lit.training.meter import read_metrics
 from vlm_lit.training.doctor import check_samples, environment_info, format_check, known_answers
 from vlm_lit.training.recipe import Recipe, load_recipe, recipe_differences, save_recipe
 from vlm_lit.training.trainer import VLMTrainer, reinit_modules, write_error

@@ -13,7 +13,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, sort_checkpoints
 from vlm_lit.core import ConfigError, nearest
 from vlm_lit.data.collator import DataCollatorForSupervisedDataset
-from vlm_lit.debug.breakpoints import same_randomness
+from vlm_lit.debug.snapshots import same_randomness
 from vlm_lit.data.mixture import Mixture
 from vlm_lit.data.records import one_thread
 from vlm_lit.data.samplers import GlobalBatchSampler
@@ -23,11 +23,11 @@ from vlm_lit.weights.presets import seeded
 from vlm_lit.weights.pretrained import load_trainable, save_trainable, write_base
 from vlm_lit.training.arguments import PARTS
 from vlm_lit.training.arguments import VLMTrainingArguments
-from vlm_lit.training.callbacks import Meter
+from vlm_lit.training.meter import Meter
 from vlm_lit.training.flops import peak_flops, trainable_parts, training_flops
 import json
 from vlm_lit.core import IGNORE_INDEX
-from vlm_lit.weights.pretrained import has_lora
+from vlm_lit.weights.adapters import has_lora
 import subprocess, sys, tempfile, warnings
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors

@@ -1,9 +1,7 @@
 "Derived from nbs/12a_pretrained.ipynb by `make tests`; edit the notebook, not this file."
-import dataclasses, difflib, re
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from torch import nn
 from vlm_lit.core import ConfigError
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.models.vlm import VLM
@@ -17,51 +15,26 @@ from vlm_lit.weights.build import load_preset_tokenizer
 from vlm_lit.weights.interchange import load_projector
 from vlm_lit.weights.presets import preset_names
 from vlm_lit.weights.presets import preset_settings
-from vlm_lit.weights.language_models import quiet, read_state, raise_misfit
+from vlm_lit.weights.language_models import quiet, read_state
 from vlm_lit.weights.interchange import save_projector
 from vlm_lit.weights.language_models import weights_of
+from vlm_lit.weights.adapters import check_tensors, add_lora, has_lora, load_lora, merge_lora
+from vlm_lit.weights.adapters import nearest_names, save_lora
 import sys
-import os, shutil, tempfile, warnings
-from contextlib import contextmanager
+import os, shutil
 from fastcore.test import test_eq, test_close, expect_fail
 from vlm_lit.debug.breakpoints import Breakpoint
-from vlm_lit.images import sample_image
 from vlm_lit.weights.saving import export_model, save_model
-from small_parts import small_tokenizer
-from vlm_lit.weights.pretrained import add_lora
-from vlm_lit.weights.pretrained import has_lora
-from vlm_lit.weights.pretrained import load_lora
-from vlm_lit.weights.pretrained import merge_lora
+from small_parts import TINY, logits, shake, workshop
 from vlm_lit.weights.pretrained import open_model
 from vlm_lit.weights.pretrained import read_base
 from vlm_lit.weights.pretrained import resolve_model
-from vlm_lit.weights.pretrained import save_lora
 from vlm_lit.weights.pretrained import save_trainable
 from vlm_lit.weights.pretrained import write_base
 
 def setup_module():
-    global TINY, empty_folder, logits, make_run, shake, workshop
+    global make_run
     sys.path[:0] = ["../tests", "tests"]
-    def empty_folder():
-        "An empty folder to work in, with a tokenizer's folder in it."
-        here = os.getcwd()
-        with tempfile.TemporaryDirectory() as folder:
-            os.chdir(folder)
-            small_tokenizer().save_pretrained("tokenizer")
-            try: yield Path()
-            finally: os.chdir(here)
-    workshop = contextmanager(empty_folder)
-    TINY = {"preset": "tiny", "tokenizer": "tokenizer"}
-    def logits(model, processor):
-        "Of a question about one image, at the end of the prompt."
-        inputs = processor("what color is the shape?", sample_image(64, 64))
-        with torch.no_grad(): return model(**inputs).logits[0, -1]
-    def shake(model, *parts, seed=1):
-        "What training does, in one line: move the weights of some parts."
-        torch.manual_seed(seed)
-        for name, p in model.named_parameters():
-            p.requires_grad_(name.startswith(parts))
-            if p.requires_grad: p.data += 0.05 * torch.randn_like(p)
     def make_run(folder, lora=None, seed=5):
         "What a finished run leaves, and two more copies; its logits."
         (folder / "checkpoint-20").mkdir(parents=True)
@@ -116,93 +89,6 @@ def test_projectors_are_loaded_by_name():
         test_close(logits(again, processor), logits(model, processor), eps=1e-5)
         with expect_fail(ConfigError, contains="does not fit the model"):
             resolve_model({**TINY, "vision_tower_aux": None, "projector": "mm_projector.bin"})
-
-def test_merged_adapters_give_equal_logits():
-    with workshop():
-        model, processor = resolve_model(TINY)
-        plain, names = logits(model, processor), [n for n, _ in model.named_parameters()]
-        add_lora(model.train(), {"r": 4, "alpha": 8, "dropout": 0.5}).eval()
-        test_close(logits(model, processor), plain, eps=1e-6)  # adapters begin at zero
-        lora = {n for n, p in model.named_parameters() if ".lora_" in n}
-        test_eq(len(lora), 2 * 4 * 7)
-        assert all(n.startswith("language_model.model.layers") for n in lora)
-        parameters = model.language_model.named_parameters("language_model")
-        test_eq({n for n, p in parameters if p.requires_grad}, lora)
-        assert model.image_encoder.mm_projector[0].weight.requires_grad  # trains as it is
-        parameters = list(model.language_model.named_parameters())
-        frozen = {n: p.clone() for n, p in parameters if not p.requires_grad}
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.5)
-        turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "blue"}]
-        inputs = processor(turns, sample_image(64, 64))
-        for _ in range(2):
-            model(**inputs).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        # the base has not moved
-        assert all(torch.equal(p, frozen[n]) for n, p in parameters if n in frozen)
-        adapted = logits(model, processor)
-        assert (adapted - plain).abs().max() > 1e-3
-        with expect_fail(ConfigError, contains="has adapters already"):
-            add_lora(model, {})
-        merge_lora(model)
-        test_close(logits(model, processor), adapted, eps=1e-5)
-        test_eq([n for n, _ in model.named_parameters()], names)  # a plain model again
-        assert not has_lora(model)
-
-def test_adapters_are_peft_files():
-    with workshop() as folder:
-        from peft import PeftModel
-
-        model, processor = resolve_model(TINY)
-        bare = resolve_model(TINY)[0].language_model
-        add_lora(model, {"r": 4, "alpha": 8, "target_modules": ["q_proj", "mlp.up_proj"]})
-        layers = "language_model.model.layers"
-        shake(model, f"{layers}.0.self_attn.q_proj.lora_", f"{layers}.3.mlp.up_proj.lora_")
-        save_lora(model, folder)
-        print(sorted(p.name for p in folder.iterdir() if p.is_file()))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of transformers 5.23, for peft
-            theirs, ids = PeftModel.from_pretrained(bare, str(folder)).eval(), torch.tensor([[2, 8, 9]])
-        with torch.no_grad():
-            want = model.language_model(input_ids=ids).logits
-            test_close(theirs(input_ids=ids).logits, want, eps=1e-6)
-        again = load_lora(resolve_model(TINY)[0], folder)
-        test_close(logits(again, processor), logits(model, processor), eps=1e-6)
-        trained = [n for n, p in again.language_model.named_parameters() if p.requires_grad]
-        assert trained and all(".lora_" in n for n in trained)
-        half = resolve_model(TINY, dtype=torch.bfloat16)[0]
-        load_lora(half, folder)
-        test_eq({p.dtype for n, p in half.named_parameters() if ".lora_" in n}, {torch.float32})
-        turns = [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "blue"}]
-        inputs = processor(turns, sample_image(64, 64))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            half(**inputs).loss.backward()
-        other = add_lora(resolve_model(TINY)[0], {"r": 4, "target_modules": ["q_proj"]})
-        message = "adapter_model.safetensors does not fit the model: unexpected 8"
-        with expect_fail(ConfigError, contains=message): load_lora(other, folder)
-        with expect_fail(ConfigError, contains="no adapter in 'tokenizer'"):
-            load_lora(other, "tokenizer")
-
-def test_lora_targets_that_fit_nothing_are_refused():
-    with workshop():
-        model, _ = resolve_model(TINY)
-        misspelled = (
-            "target_modules 'v_porj' fits no linear layer of the language model; did you mean 'v_proj'"
-        )
-        for lora, words in [
-            ({"target_modules": ["q_proj", "v_porj"]}, misspelled),
-            ({"target_modules": "fc1"}, "there are: down_proj, gate_proj"),
-            ({"target_modules": ["lm_head"]}, "'lm_head' fits no linear layer"),
-            ({"rank": 8}, "lora: unknown key 'rank'"),
-            ({"r": 0}, "lora: "),
-            ({"bias": "all"}, "bias must be 'none'"),
-            ({"target_modules": r".*\.fc\d"}, "fits no linear layer"),
-            ({"target_modules": "("}, "fits no linear layer"),
-        ]:
-            with expect_fail(ConfigError, contains=words): add_lora(model, lora)
-        assert not has_lora(model)
-        add_lora(model, {"target_modules": r".*layers\.[01]\..*_proj"})  # a pattern: two of four layers
-        test_eq(sum(".lora_A." in n for n, _ in model.named_parameters()), 2 * 7)
 
 def test_every_folder_opens_to_the_same_logits():
     names = ["mine", "runs/mine", "runs/mine/model", "runs/mine/checkpoint-20", "runs/mine/plain"]

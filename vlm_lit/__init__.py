@@ -36,7 +36,7 @@ _MODULES = {
     "training.run": "train",
     "training.replay": "replay",
     "evaluation.generation": "Chat",
-    "evaluation.metrics": "evaluate",
+    "evaluation.scoring": "evaluate",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = [*_HOMES, "__version__"]

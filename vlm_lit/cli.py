@@ -102,7 +102,8 @@ def audit_data(
 ):
     "Check every record and report what is wrong with the data: exit code 1 if anything is."
     with user_errors():
-        from vlm_lit.data.audit import AuditSettings, audit
+        from vlm_lit.data.audit import audit
+        from vlm_lit.data.findings import AuditSettings
         from vlm_lit.reports import audit_lines, audit_page
 
         check_out(html)
@@ -231,8 +232,9 @@ def evaluate_model(
     "Score a model on every question of a data set, by type, with baselines."
     with user_errors():
         from vlm_lit.data.records import Records
-        from vlm_lit.evaluation.metrics import evaluate
-        from vlm_lit.evaluation.metrics import fixed_sample, format_table, load_metric
+        from vlm_lit.evaluation.scoring import evaluate
+        from vlm_lit.evaluation.scoring import fixed_sample, format_table
+        from vlm_lit.evaluation.metrics import load_metric
 
         check_out(out, new=True)
         metrics = [load_metric(m.strip()) for m in metric.split(",")]

@@ -6,7 +6,7 @@
 __all__ = ['SMALL', 'one_thread', 'Records']
 
 # %% ../../nbs/07_records.ipynb #c002
-import codecs, io, json, os, re, shutil
+import io, json, os, re, shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -18,140 +18,7 @@ from ..core import DataError, progress_console
 from ..files import cache_folder, digest, file_stamp, new_folder, writable_folder
 from ..text.messages import image_names, read_record
 from ..images import decode_image, open_image
-
-# %% ../../nbs/07_records.ipynb #c006
-BLOCK = 1 << 18  # bytes read at a time
-MAX_RECORD = 1 << 24  # characters of the largest record
-_NOT_SPACE = re.compile(r"[^ \t\r\n]")
-
-def _not_json(name: str, line: int, why: str) -> DataError:
-    "The error for text that is not JSON."
-    return DataError(
-        f"{name}, line {line}: not JSON ({why}); expected a LLaVA JSON list or one record per line"
-    )
-
-def _not_utf8(name: str, line: int) -> DataError:
-    "The error for text that is not UTF-8."
-    return DataError(f"{name}, line {line}: not UTF-8; save it as UTF-8")
-
-class _JsonList:
-    "The values of a JSON list, of which only a block of text is held."
-
-    def __init__(
-        self,
-        file,  # Open for reading bytes, at the list's begin
-        name: str,  # Of the file, for messages
-        block: int = BLOCK,  # Bytes read at a time
-        max_record: int = MAX_RECORD,  # Most characters that a value may have
-        line: int = 1,  # In which the list begins
-    ):
-        self.file = file
-        self.name = name
-        self.block = block
-        self.max_record = max_record
-        self.decode = codecs.getincrementaldecoder("utf-8")().decode
-        self.parse = json.JSONDecoder().raw_decode
-        self.text = ""
-        self.i = 0
-        self.line = line  # that of the text's begin
-
-    def more(self) -> bool:  # False at the end of the file
-        "Drop the text before `i` and read on."
-        self.line += self.text.count("\n", 0, self.i)
-        self.text, self.i = self.text[self.i :], 0
-        data = self.file.read(max(self.block, len(self.text)))
-        try: self.text += self.decode(data, final=not data)
-        except UnicodeDecodeError as e:
-            line = self.line + self.text.count("\n") + e.object[: e.start].count(b"\n")
-            raise _not_utf8(self.name, line) from e
-        return bool(data)
-
-    def peek(self) -> str:  # Empty at the end of the file
-        "The next character that is not a space."
-        while True:
-            found = _NOT_SPACE.search(self.text, self.i)
-            self.i = found.start() if found else len(self.text)
-            if found or not self.more(): return self.text[self.i : self.i + 1]
-
-    def error(self, why: str, i: int) -> DataError:
-        "What is wrong at character `i` of the text."
-        return _not_json(self.name, self.line + self.text.count("\n", 0, i), why)
-
-    def value(self):
-        "The next value. Raises `DataError` with its line."
-        self.peek()
-        while True:
-            start, size = self.i, len(self.text)
-            try: value, end = self.parse(self.text, start)
-            except json.JSONDecodeError as e:
-                if size - start > self.max_record:
-                    why = f"{e.msg}; or a record of more than {self.max_record:,} characters"
-                    raise self.error(why, e.pos) from e
-                if not self.more():
-                    raise self.error(e.msg, e.pos - start) from e
-            except (ValueError, RecursionError) as e:
-                raise self.error(str(e)[:80], start) from e
-            else:
-                self.i = end
-                if end < size: return value
-                self.i = start  # a value at the text's end may go on after it
-                if not self.more():
-                    self.i = end - start
-                    return value
-
-    def __iter__(self):
-        self.peek()
-        self.i += 1  # the "["
-        first = True
-        while self.peek() != "]":
-            if not first:
-                if not self.peek():
-                    raise self.error("the list is not closed; is the file complete?", self.i)
-                if self.peek() != ",":
-                    raise self.error("expected ',' or ']' after a record", self.i)
-                self.i += 1
-            first = False
-            yield self.value()
-        self.i += 1
-        if self.peek(): raise self.error("text after the list", self.i)
-
-def _scan_lines(
-    file,  # Open for reading bytes
-    name: str,  # Of the file, for messages
-    max_record: int = MAX_RECORD,  # Bytes
-    line: int = 1,  # In which the file stands
-) -> Iterator:
-    "The records of a JSONL file."
-    while data := file.readline(max_record + 1):
-        if len(data) > max_record:
-            raise DataError(
-                f"{name}, line {line}: a record of more than {max_record:,} "
-                "characters; is it one record per line?"
-            )
-        try:
-            if data.strip(): yield json.loads(data.decode("utf-8"))
-        except UnicodeDecodeError as e: raise _not_utf8(name, line) from e
-        except json.JSONDecodeError as e:
-            raise _not_json(name, line, e.msg) from e
-        except (ValueError, RecursionError) as e:
-            raise _not_json(name, line, str(e)[:80]) from e
-        line += 1
-
-def _scan_records(
-    file,  # Open for reading bytes
-    name: str,  # Of the file, for messages
-    block: int = BLOCK,  # Bytes read at a time
-    max_record: int = MAX_RECORD,  # Characters of the largest record
-) -> Iterator:
-    "The records of a JSON list or a JSONL file, one after the other."
-    start, line = 3 if file.read(3) == codecs.BOM_UTF8 else 0, 1
-    file.seek(start)
-    while (first := file.read(1)).isspace():
-        start += 1
-        line += first == b"\n"
-    file.seek(start)
-    if first == b"[": yield from _JsonList(file, name, block, max_record, line)
-    else: yield from _scan_lines(file, name, max_record, line)
+from .record_files import scan_records
 
 # %% ../../nbs/07_records.ipynb #c013
 STORE_VERSION = 1  # to be raised when the columns or `read_record` change
@@ -394,7 +261,7 @@ def _build_store(
         else:
             with Progress(console=console, disable=is_short, transient=True) as bar:
                 with bar.open(path, "rb", description=f"reading {path.name}") as file:
-                    n = _store(_scan_records(file, path.name), out)
+                    n = _store(scan_records(file, path.name), out)
         if not n: raise DataError(f"no records in {path.name}")
         if fingerprint(path) != before:
             raise DataError(
@@ -476,7 +343,7 @@ class Records(Sequence):
         is_text = path.is_file() and path.suffix != ".parquet"
         if is_text and path.stat().st_size < SMALL:
             with open(path, "rb") as file:
-                self.items = list(_scan_records(file, path.name))
+                self.items = list(scan_records(file, path.name))
             if not self.items: raise DataError(f"no records in {path.name}")
             return
         key = digest(self.fingerprint, STORE_VERSION)

@@ -17,7 +17,8 @@ from ..core import IGNORE_INDEX, IMAGE_TOKEN, IM_END_TOKEN, IM_START_TOKEN
 from ..core import ConfigError, DataError
 from .templates import Conversation, Rendered, SeparatorStyle, caption_form
 from ..debug.label_view import Segment
-from .templates import get_template, hf_markers, render, render_hf, set_system
+from .templates import get_template, render, set_system
+from .chat_templates import hf_markers, render_hf
 from .sentinels import TokenizerTraits, encode_prompts, tokenizer_traits
 
 # %% ../../nbs/05_labels.ipynb #c007

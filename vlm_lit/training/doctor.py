@@ -13,14 +13,15 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np, torch
 from ..core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from ..text.tokenizer import load_tokenizer
-from ..text.templates import SeparatorStyle, caption_form, get_template, stop_text, turn_frame
+from ..text.templates import SeparatorStyle, caption_form, get_template, turn_frame
+from ..text.chat_templates import stop_text
 from ..text.sentinels import preprocess_multimodal, tokenizer_traits
 from ..text.labels import generation_ids, make_prompt, preprocess
 from ..debug.label_view import visible
 from ..data.dataset import TooLong
 from ..text.encode import bisect_failures, encode_records
 from ..text.sentinels import num_tokens_with_images
-from ..data.audit import ERRORS
+from ..data.findings import ERRORS
 
 # %% ../../nbs/18_doctor.ipynb #c005
 def _talk(*texts, system=None):

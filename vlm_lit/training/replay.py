@@ -15,7 +15,8 @@ from PIL import Image
 from rich.console import Console
 from transformers import Trainer, TrainerCallback
 from ..core import IGNORE_INDEX, ConfigError
-from ..debug.breakpoints import Breakpoint, check_expression
+from ..debug.breakpoints import Breakpoint
+from ..debug.snapshots import check_expression
 from ..debug.label_view import LabelStrip, visible
 from ..data.dataset import LazySupervisedDataset
 from ..text.encode import encode_records
@@ -24,7 +25,7 @@ from ..padding import flat_images
 from ..text.encode import pad_id
 from ..models.vlm import VLM
 from .arguments import PARTS
-from .callbacks import read_metrics
+from .meter import read_metrics
 from .recipe import load_recipe
 from .run import prepare_run
 

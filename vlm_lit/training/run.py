@@ -17,18 +17,21 @@ from rich.console import Console
 from transformers.trainer_utils import get_last_checkpoint
 from ..core import ConfigError, DataError, progress_console
 from ..data.mixture import Mixture
-from ..evaluation.metrics import evaluate
-from ..evaluation.metrics import fixed_sample
+from ..evaluation.scoring import evaluate
+from ..evaluation.scoring import fixed_sample
 from ..processor import VLMProcessor
 from ..models.vlm import VLM, match_embedding_scale
 from ..files import read_json, write_json
 from ..weights.saving import save_model
 from ..weights.interchange import save_projector
 from ..weights.presets import seeded
-from ..weights.pretrained import add_lora, has_lora, merge_lora, resolve_model
+from ..weights.pretrained import resolve_model
+from ..weights.adapters import add_lora, has_lora, merge_lora
 from .arguments import VLMTrainingArguments
-from .callbacks import ConsoleProgress, Interrupted, LossGuard, MetricsFile
-from .callbacks import StopOnSignal, read_metrics
+from .callbacks import ConsoleProgress, Interrupted, LossGuard
+from .meter import MetricsFile
+from .callbacks import StopOnSignal
+from .meter import read_metrics
 from .doctor import check_samples, environment_info, format_check, known_answers
 from .recipe import Recipe, load_recipe, recipe_differences, save_recipe
 from .trainer import VLMTrainer, reinit_modules, write_error

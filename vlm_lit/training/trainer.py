@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, sort_checkpoints
 from ..core import ConfigError, nearest
 from ..data.collator import DataCollatorForSupervisedDataset
-from ..debug.breakpoints import same_randomness
+from ..debug.snapshots import same_randomness
 from ..data.mixture import Mixture
 from ..data.records import one_thread
 from ..data.samplers import GlobalBatchSampler
@@ -30,7 +30,7 @@ from ..weights.presets import seeded
 from ..weights.pretrained import load_trainable, save_trainable, write_base
 from .arguments import PARTS
 from .arguments import VLMTrainingArguments
-from .callbacks import Meter
+from .meter import Meter
 from .flops import peak_flops, trainable_parts, training_flops
 
 # %% ../../nbs/17_trainer.ipynb #c006
