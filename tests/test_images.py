@@ -66,6 +66,8 @@ def test_bad_files_are_refused_with_their_path():
             (str(Path(folder) / "outside.png"), "leaves the image folder"),
         ]:
             with expect_fail(DataError, contains=message): open_image(name, root)
+        with expect_fail(DataError, contains="no image_folder says where it is"):
+            open_image("good.png", None)
         with (
             patch.object(Image, "MAX_IMAGE_PIXELS", 100),
             expect_fail(DataError, contains="more than 100 pixels"),

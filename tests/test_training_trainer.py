@@ -27,7 +27,7 @@ from vlm_lit.training.meter import Meter
 from vlm_lit.training.flops import peak_flops, trainable_parts, training_flops
 import json
 from vlm_lit.core import IGNORE_INDEX
-from vlm_lit.weights.adapters import has_lora
+from vlm_lit.weights.adapters import add_lora, has_lora
 import subprocess, sys, tempfile, warnings
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -48,7 +48,7 @@ from vlm_lit.training.trainer import reinit_modules
 from vlm_lit.training.trainer import set_trainable_modules
 
 def setup_module():
-    global arguments, by_trainer, config, dataset, folder, make_data, new_model, processor, records, run_two_processes, small_config, small_tokenizer, tok
+    global arguments, by_hand, by_trainer, config, dataset, folder, make_data, new_model, processor, records, run_two_processes, small_config, small_tokenizer, tok
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)
     def small_tokenizer(folder):
@@ -122,6 +122,24 @@ def setup_module():
             log_level="error",
         )
         return VLMTrainingArguments(tempfile.mkdtemp(), **{**settings, **changes})
+    def by_hand(model, args, betas=(0.9, 0.999), clip=1.0):
+        "A training loop in twelve lines."
+        trainer = VLMTrainer(model, args, dataset, processor=processor)
+        data, collate, sampler = trainer.train_mixture, trainer.data_collator, trainer.make_sampler()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, args.learning_rate, betas, weight_decay=0, fused=True)
+        schedule, losses = trainer.create_scheduler(args.max_steps, optimizer), []
+        for step in range(args.max_steps):
+            batch = collate(data.__getitems__(sampler.micro_batches(step)[0]))
+            batch.pop("info")
+            loss = model.train()(**batch).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained, clip)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
     def by_trainer(model, args, data=dataset, **kwargs):
         "The losses of a `VLMTrainer`."
         trainer = VLMTrainer(model, args, data, processor=processor)
@@ -239,24 +257,11 @@ def test_peft_model_keeps_its_base_frozen():
     assert torch.equal(table, base["language_model.model.embed_tokens.weight"])
 
 def test_trainer_equals_the_loop_by_hand():
-    trainer = VLMTrainer(new_model(), arguments(), dataset, processor=processor)
-    data = trainer.train_mixture
-    collate = trainer.data_collator
-    sampler = trainer.make_sampler()
-    model, args = trainer.model, trainer.args
-    optimizer, losses = trainer.create_optimizer(), []
-    schedule = trainer.create_scheduler(args.max_steps)
-    for step in range(args.max_steps):
-        batch = collate(data.__getitems__(sampler.micro_batches(step)[0]))
-        batch.pop("info")
-        loss = model.train()(**batch).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], args.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses == by_trainer(new_model(), arguments())[0]
+    settings = dict(adam_beta1=0.8, adam_beta2=0.95, max_grad_norm=0.05)
+    other = by_hand(new_model(), arguments(), (0.8, 0.95), 0.05)
+    assert other == by_trainer(new_model(), arguments(**settings))[0]
+    plain = by_trainer(new_model(), arguments())[0]
+    assert by_hand(new_model(), arguments()) == plain and other != plain
 
 def test_accumulation_agrees_in_every_way_of_batching():
     for batching, more in [
@@ -283,25 +288,36 @@ def test_resumed_run_is_equal_to_the_bit():
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == self.step: control.should_training_stop = True
 
-    for batching in ("packed",):
-        settings = dict(batching=batching, max_packed_length=90, trainable_modules=["all"])
-        whole, undisturbed = by_trainer(new_model(), arguments(**settings))
+    def stopped_and_resumed(make, **settings):
+        "A run without a stop, and one that stopped at step 5 and was resumed from step 3."
+        whole = by_trainer(make(), arguments(**settings))[1]
         args = arguments(**settings)
-        stopped = VLMTrainer(new_model(), args, dataset, processor=processor, callbacks=[StopAfter(5)])
-        stopped.train()
+        stop = [StopAfter(5)]
+        VLMTrainer(make(), args, dataset, processor=processor, callbacks=stop).train()
         torch.manual_seed(123)
-        resumed = VLMTrainer(new_model(), args, dataset, processor=processor)
+        resumed = VLMTrainer(make(), args, dataset, processor=processor)
         resumed.train(resume_from_checkpoint=True)
-        rows = [row["loss"] for row in resumed.state.log_history if "loss" in row]
-        assert rows == whole, batching
-        for (name, a), b in zip(undisturbed.model.named_parameters(), resumed.model.parameters()):
+        return whole, resumed
+
+    def losses_of(trainer):
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+    def with_dropout():
+        torch.manual_seed(0)
+        return add_lora(new_model(), {"r": 2, "alpha": 4, "dropout": 0.5})
+
+    settings = dict(batching="packed", max_packed_length=90, trainable_modules=["all"])
+    whole, resumed = stopped_and_resumed(new_model, **settings)
+    random = stopped_and_resumed(with_dropout, trainable_modules=["projector"])
+    for first, second in [(whole, resumed), random]:
+        assert losses_of(second) == losses_of(first)
+        for (name, a), b in zip(first.model.named_parameters(), second.model.parameters()):
             assert torch.equal(a, b), name
-        four_by_four = dict(per_device_train_batch_size=4, gradient_accumulation_steps=4)
-        other_args = arguments(**settings, **four_by_four, dataloader_num_workers=2)
-        other = VLMTrainer(new_model(), other_args, dataset, processor=processor)
-        other.train(resume_from_checkpoint=str(Path(args.output_dir) / "checkpoint-3"))
-        rows = [row["loss"] for row in other.state.log_history if "loss" in row]
-        assert max(abs(x - y) for x, y in zip(rows, whole)) < 2e-6
+    four_by_four = dict(per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    other_args = arguments(**settings, **four_by_four, dataloader_num_workers=2)
+    other = VLMTrainer(new_model(), other_args, dataset, processor=processor)
+    other.train(resume_from_checkpoint=str(Path(resumed.args.output_dir) / "checkpoint-3"))
+    assert max(abs(x - y) for x, y in zip(losses_of(other), losses_of(whole))) < 2e-6
 
 def test_two_processes_agree_and_resume_what_one_began():
     whole, one = by_trainer(new_model(), arguments())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ERRORS', 'WARNINGS', 'severity', 'AuditSettings']
 
-# %% ../../nbs/13a_findings.ipynb #8d04f71d
+# %% ../../nbs/13a_findings.ipynb #c002
 import hashlib, warnings
 import numpy as np
 from collections import Counter
@@ -21,7 +21,7 @@ from ..text.labels import check_control_tokens, check_turns, control_pattern, fi
 from ..text.messages import image_names
 from ..text.sentinels import check_image_count
 
-# %% ../../nbs/13a_findings.ipynb #c007
+# %% ../../nbs/13a_findings.ipynb #c006
 ERRORS = {
     "broken_record": "not a record: no conversation, wrong types, not readable",
     "roles": "roles out of order or unknown, no question, a turn without text",
@@ -62,7 +62,7 @@ class AuditSettings:
     batch_size: int = 16  # for the padding
     n_examples: int = 5  # most examples of each finding
 
-# %% ../../nbs/13a_findings.ipynb #c009
+# %% ../../nbs/13a_findings.ipynb #c008
 @dataclass(frozen=True)
 class Finding:
     "Something wrong with a record."
@@ -130,7 +130,7 @@ def inspect_record(
     refused = any(f.kind in ("tags", "control_tokens") for f in found)
     return None if refused else record, found, len(images)
 
-# %% ../../nbs/13a_findings.ipynb #c013
+# %% ../../nbs/13a_findings.ipynb #c012
 @dataclass
 class Tally:
     "What has been counted so far; tallies of chunks add up."

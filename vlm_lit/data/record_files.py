@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/06d_record_files.ipynb #9b40dc7d
+# %% ../../nbs/06d_record_files.ipynb #c002
 import codecs, json, re
 from collections.abc import Iterator
 from ..core import DataError

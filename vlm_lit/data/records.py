@@ -20,7 +20,7 @@ from ..text.messages import image_names, read_record
 from ..images import decode_image, open_image
 from .record_files import scan_records
 
-# %% ../../nbs/07_records.ipynb #c013
+# %% ../../nbs/07_records.ipynb #c006
 STORE_VERSION = 1  # to be raised when the columns or `read_record` change
 
 def _schema():
@@ -88,7 +88,7 @@ def _store(
         flush()
     return n
 
-# %% ../../nbs/07_records.ipynb #c016
+# %% ../../nbs/07_records.ipynb #c009
 IMAGE_KEYS = ("image", "images")
 # columns that are read
 RECORD_KEYS = ("id", *IMAGE_KEYS, "conversations", "messages", "type", "source")
@@ -165,7 +165,7 @@ def _count_images(
         except DataError: found.append(-1)
     return {"n_images": found}
 
-# %% ../../nbs/07_records.ipynb #c018
+# %% ../../nbs/07_records.ipynb #c011
 def _table_files(
     path: Path,  # A file, or a folder of tables
 ) -> list[Path]:
@@ -190,7 +190,7 @@ def fingerprint(
         parts += [file.relative_to(path), *file_stamp(file), *_file_samples(file)]
     return digest(*parts)
 
-# %% ../../nbs/07_records.ipynb #c021
+# %% ../../nbs/07_records.ipynb #c014
 SMALL = 1 << 20  # bytes of a text file that needs no store
 
 def _is_saved(path: Path) -> bool:

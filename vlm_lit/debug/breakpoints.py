@@ -15,7 +15,7 @@ from .lines import find_stop, name_of, plain_function, source_lines
 from .snapshots import LineStop, Note, check_expression, evaluate, failure
 from .snapshots import same_randomness, snapshot
 
-# %% ../../nbs/01_breakpoints.ipynb #c060
+# %% ../../nbs/01_breakpoints.ipynb #c009
 @dataclasses.dataclass(frozen=True)
 class Hit:
     "What was found at one stop."
@@ -41,7 +41,7 @@ def place_of(
     if package not in path.parts: return path.name
     return "/".join(path.parts[len(path.parts) - 1 - path.parts[::-1].index(package) :])
 
-# %% ../../nbs/01_breakpoints.ipynb #c063
+# %% ../../nbs/01_breakpoints.ipynb #c012
 class Breakpoint:
     "Stop a function each time it arrives at a line, copy what it holds, and let it go on."
 
@@ -131,7 +131,7 @@ class Breakpoint:
 
     def _repr_html_(self): return html_face(self)
 
-# %% ../../nbs/01_breakpoints.ipynb #c067
+# %% ../../nbs/01_breakpoints.ipynb #c016
 def why_not(
     bp: Breakpoint,  # One without hits
 ) -> str:
@@ -200,7 +200,7 @@ def text_face(
     values = ["  ".join([*cells, row[4]]).rstrip() for cells, row in zip(padded, rows)]
     return "\n".join(["  ".join(headline(bp)), *source, *(values if bp.hits else [why_not(bp)])])
 
-# %% ../../nbs/01_breakpoints.ipynb #c071
+# %% ../../nbs/01_breakpoints.ipynb #c020
 def html_face(
     bp: Breakpoint,
 ) -> str:

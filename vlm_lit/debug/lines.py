@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/91_stop_lines.ipynb #456e7e41
+# %% ../../nbs/91_stop_lines.ipynb #c002
 import ast, dis, functools, inspect, itertools, re, types
 from typing import NamedTuple
 from ..core import ConfigError
 
-# %% ../../nbs/91_stop_lines.ipynb #c009
+# %% ../../nbs/91_stop_lines.ipynb #c006
 def is_compiled(
     func,  # Anything callable
 ) -> bool:
@@ -55,7 +55,7 @@ def plain_function(
         "argument to Breakpoint, and call that one"
     )
 
-# %% ../../nbs/91_stop_lines.ipynb #c016
+# %% ../../nbs/91_stop_lines.ipynb #c013
 def source_lines(
     func: types.FunctionType,
 ) -> dict[int, str]:  # Line number in the file -> line
@@ -91,7 +91,7 @@ def find_line(
         )
     raise ConfigError(f"at={at!r} is in no line of:\n{numbered(lines)}")
 
-# %% ../../nbs/91_stop_lines.ipynb #c027
+# %% ../../nbs/91_stop_lines.ipynb #c024
 def span(
     node: ast.AST,  # A statement, an `except` or a `case`
     # (line, column) of its start, and of its end or of its body's start
@@ -135,7 +135,7 @@ def statement_at(
     "The outermost statement that this line is part of."
     return next((node for node in nodes if span(node)[0][0] <= line <= last_line(node)), None)
 
-# %% ../../nbs/91_stop_lines.ipynb #c030
+# %% ../../nbs/91_stop_lines.ipynb #c027
 def starts(
     code: types.CodeType,  # Compiled code
     node: ast.AST,  # A statement of its source
@@ -168,7 +168,7 @@ def starts(
         found.append(again)
     return frozenset(steps[k].offset for k in found)
 
-# %% ../../nbs/91_stop_lines.ipynb #c034
+# %% ../../nbs/91_stop_lines.ipynb #c031
 class Stop(NamedTuple):
     "A place to stop: one statement of one code object."
 

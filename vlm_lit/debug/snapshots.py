@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['same_randomness', 'check_expression', 'evaluate']
 
-# %% ../../nbs/92_snapshots.ipynb #a7ece513
+# %% ../../nbs/92_snapshots.ipynb #c002
 import ast, bdb, collections, contextlib, copy, dataclasses, random, sys, types
 from typing import Any
 from ..core import ConfigError
 from .lines import Stop
 
-# %% ../../nbs/92_snapshots.ipynb #c037
+# %% ../../nbs/92_snapshots.ipynb #c006
 @dataclasses.dataclass(frozen=True)
 class Note:
     "Stands where a value could not be had, and says why."
@@ -44,7 +44,7 @@ def copy_leaf(
         return copy.deepcopy(value)
     return copy.copy(value) if type(value) is bytearray else value
 
-# %% ../../nbs/92_snapshots.ipynb #c040
+# %% ../../nbs/92_snapshots.ipynb #c009
 CONTAINERS = (
     list,
     dict,
@@ -99,7 +99,7 @@ def snapshot(
     try: return memo.setdefault(id(value), copy_leaf(value))
     except Exception as e: return memo.setdefault(id(value), failure(e))
 
-# %% ../../nbs/92_snapshots.ipynb #c047
+# %% ../../nbs/92_snapshots.ipynb #c016
 @contextlib.contextmanager
 def same_randomness():
     """Put back the random states of Python, NumPy and PyTorch at the end; those not imported are
@@ -134,7 +134,7 @@ def evaluate(
     copies = snapshot({name: variables[name] for name in names if name in variables})
     return snapshot(eval(expression, {**variables, **copies}))
 
-# %% ../../nbs/92_snapshots.ipynb #c054
+# %% ../../nbs/92_snapshots.ipynb #c023
 def both(
     mine,  # A frame's local tracer, or None
     theirs,  # The one that another tool wants for the same frame, or None

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['normalize_answer', 'exact', 'contains', 'anls', 'load_metric', 'score_answers']
 
-# %% ../../nbs/12b_metrics.ipynb #ba64e970
+# %% ../../nbs/12b_metrics.ipynb #c002
 import importlib.util, math, re, unicodedata
 from collections import Counter
 from pathlib import Path
 from ..core import ConfigError
 
-# %% ../../nbs/12b_metrics.ipynb #c008
+# %% ../../nbs/12b_metrics.ipynb #c006
 def normalize_answer(
     text: str,  # An answer
 ) -> str:  # Lower case, single spaces, no final period
@@ -49,7 +49,7 @@ def anls(
     distance = _edit_distance(a, b) / max(len(a), len(b), 1)
     return 1 - distance if distance < 0.5 else 0.0
 
-# %% ../../nbs/12b_metrics.ipynb #c012
+# %% ../../nbs/12b_metrics.ipynb #c010
 _METRICS = {metric.__name__: metric for metric in (exact, contains, anls)}
 
 def load_metric(
@@ -84,7 +84,7 @@ def score_answers(metric, prediction: str, answer: str, record: dict) -> float:
     if math.isfinite(value): return value
     raise ConfigError(f"{where}: the score is {value}; it must be a finite number")
 
-# %% ../../nbs/12b_metrics.ipynb #c015
+# %% ../../nbs/12b_metrics.ipynb #c013
 def _most_frequent(counts: Counter) -> str:
     "The most frequent answer; among equals the first in the alphabet."
     return min(counts, key=lambda answer: (-counts[answer], answer))

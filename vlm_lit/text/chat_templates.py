@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAND_IN', 'STRIPS', 'apply_template', 'template_frame', 'stop_text', 'hf_markers', 'render_hf']
 
-# %% ../../nbs/03b_chat_template.ipynb #a5525504
+# %% ../../nbs/03b_chat_template.ipynb #c002
 from functools import lru_cache
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
@@ -13,7 +13,7 @@ from ..core import ConfigError, DataError
 from ..debug.label_view import Segment
 from .templates import Rendered, user_parts
 
-# %% ../../nbs/03b_chat_template.ipynb #c047
+# %% ../../nbs/03b_chat_template.ipynb #c005
 STAND_IN = "\ue000{}\ue001"  # characters of Unicode's private use area
 # what templates do to a message
 STRIPS = (

@@ -17,7 +17,7 @@ from ..core import ConfigError, progress_console
 from ..files import write_rows
 from .meter import read_metrics
 
-# %% ../../nbs/16b_callbacks.ipynb #c013
+# %% ../../nbs/16b_callbacks.ipynb #c006
 class BadLoss(ConfigError):
     "A step whose loss or gradient is not finite, or a spike; nothing was changed by it."
 
@@ -85,7 +85,7 @@ def _some(names, n=5):
     more = f" and {len(names) - n} more" if len(names) > n else ""
     return ", ".join(map(str, names[:n])) + more
 
-# %% ../../nbs/16b_callbacks.ipynb #c016
+# %% ../../nbs/16b_callbacks.ipynb #c009
 class Interrupted(Exception):
     "A run was asked to stop; its checkpoint is on disk."
 
@@ -135,7 +135,7 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
         self.before = {}
 
-# %% ../../nbs/16b_callbacks.ipynb #c019
+# %% ../../nbs/16b_callbacks.ipynb #c012
 class ConsoleProgress(TrainerCallback):
     "A live bar in a terminal, a line every few seconds elsewhere."
 

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['Meter', 'peak_memory_gib', 'read_metrics', 'MetricsFile']
 
-# %% ../../nbs/15b_meter.ipynb #b57a3dce
+# %% ../../nbs/15b_meter.ipynb #c002
 import json, time, torch
 from pathlib import Path
 from transformers import TrainerCallback
 from ..files import write_rows
 
-# %% ../../nbs/15b_meter.ipynb #c005
+# %% ../../nbs/15b_meter.ipynb #c006
 class Meter:
     "What a training line says besides loss, rate and gradient norm: speed, waiting, sources."
 
@@ -133,7 +133,7 @@ def peak_memory_gib() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used / (2**30 if sys.platform == "darwin" else 2**20)
 
-# %% ../../nbs/15b_meter.ipynb #c011
+# %% ../../nbs/15b_meter.ipynb #c012
 def read_metrics(
     path: str | Path,  # metrics.jsonl
 ) -> list[dict]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['nearest_names', 'has_lora', 'add_lora', 'merge_lora', 'save_lora', 'load_lora', 'check_tensors']
 
-# %% ../../nbs/11_adapters.ipynb #ec812343
+# %% ../../nbs/11_adapters.ipynb #c002
 import dataclasses, difflib, re
 from pathlib import Path
 from safetensors.torch import save_file
@@ -14,7 +14,7 @@ from ..core import ConfigError
 from ..models.vlm import VLM
 from .language_models import raise_misfit, read_state
 
-# %% ../../nbs/11_adapters.ipynb #c012
+# %% ../../nbs/11_adapters.ipynb #c006
 _LORA = {"r": 16, "alpha": 32, "dropout": 0.05, "target_modules": None, "bias": "none"}
 
 def nearest_names(name, known) -> str:

@@ -100,7 +100,7 @@ def _from_folder(name, changes, dtype):
     )
     return model, processor
 
-# %% ../../nbs/12a_pretrained.ipynb #c020
+# %% ../../nbs/12a_pretrained.ipynb #c012
 def write_base(
     folder: str | Path,  # Of a checkpoint
     section: dict,  # `model:` of the recipe
@@ -147,7 +147,7 @@ def load_trainable(
     if has_lora(model): load_lora(model, folder)
     for name, tensor in state.items(): want[name].copy_(tensor)
 
-# %% ../../nbs/12a_pretrained.ipynb #c022
+# %% ../../nbs/12a_pretrained.ipynb #c014
 def find_model(
     # A run, its name in runs/, a checkpoint, an export, a `save_pretrained` folder
     name: str | Path,
