@@ -1,5 +1,5 @@
 "Derived from nbs/20a_commands.ipynb by `make tests`; edit the notebook, not this file."
-import json, os, re, shlex, signal, sys, warnings
+import gc, json, os, re, shlex, signal, sys, warnings
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path

@@ -153,7 +153,7 @@ def setup_module():
         functions = (small_tokenizer, small_config, make_data, arguments)
         parts = [textwrap.dedent(inspect.getsource(function)) for function in functions]
         imports = [
-            "import json, sys, tempfile",
+            "import gc, json, sys, tempfile",
             "from pathlib import Path",
             "import torch",
             "from tokenizers import Regex, Tokenizer, decoders, models, normalizers",
@@ -179,7 +179,10 @@ for resume in (None, {str(resume)!r}):
     trainer.train(resume_from_checkpoint=resume)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     if trainer.is_world_process_zero(): print("LOSSES", json.dumps(losses))
-torch.distributed.destroy_process_group()  # its threads end before the interpreter does
+# its threads may abort the interpreter's exit; first what holds them
+del trainer
+gc.collect()
+torch.distributed.destroy_process_group()
 """
         script = Path(tempfile.mkdtemp()) / "two.py"
         script.write_text("\n".join([*imports, *parts, body]))

@@ -8,7 +8,7 @@ __all__ = ['CHAT_HELP', 'printable', 'print_status', 'user_errors', 'names_folde
            'train_run', 'load', 'talk', 'report_found', 'export_folder']
 
 # %% ../nbs/20a_commands.ipynb #c002
-import json, os, re, shlex, signal, sys, warnings
+import gc, json, os, re, shlex, signal, sys, warnings
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -279,7 +279,8 @@ def train_run(
         raise typer.Exit(0 if terminated else 130) from None
     import torch.distributed
 
-    # its threads end before the interpreter does, which they may abort otherwise
+    # its threads may abort the interpreter's exit; first what holds them
+    gc.collect()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if not result: return  # not the first process
