@@ -143,6 +143,7 @@ def run_part(what, path, many, cache):
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
+    os.sync()  # a page of a file that is not yet on the disk would count as written
     done = subprocess.run(
         [sys.executable, __file__, "--part", what, "--path", str(path), "--many", str(many)],
         env=env,
