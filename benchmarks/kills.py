@@ -540,7 +540,7 @@ def torchrun(words, log):
             "--nproc_per_node",
             "2",
             "-m",
-            "vlm_lit.cli",
+            "vlm_lit",
             *words,
         ],
         log,
@@ -612,7 +612,7 @@ def last_line(log):
 def console_script(words, log):
     "The console script."
     script = Path(sys.executable).parent / "vlm-lit"
-    found = [script] if script.is_file() else [sys.executable, "-m", "vlm_lit.cli"]
+    found = [script] if script.is_file() else [sys.executable, "-m", "vlm_lit"]
     return process([*found, *words], log)
 
 WORKER = ["--training.dataloader_num_workers", 1]

@@ -45,7 +45,7 @@ def test_wheel_names_its_licenses_and_command(wheel):
     about = {name.partition(".dist-info/")[2]: name for name in wheel.namelist()}
     assert {"licenses/LICENSE", "licenses/NOTICE"} <= set(about)
     command = wheel.read(about["entry_points.txt"]).decode()
-    assert "vlm-lit = vlm_lit.cli:main" in command
+    assert "vlm-lit = vlm_lit.__main__:main" in command
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini", encoding="utf-8")
     lines = wheel.read(about["METADATA"]).decode().splitlines()

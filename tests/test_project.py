@@ -63,6 +63,7 @@ MAY_IMPORT = {  # room -> rooms that it may import; arrows run downward only
     "cli": (
         "core text images processor data models weights training evaluation walk reports commands"
     ),
+    "__main__": "cli",
 }
 
 def imports_of(module):
@@ -97,6 +98,18 @@ def test_rooms_import_downward_only():
     # a library's file is not ours: the check sees what it should
     assert "core" in imports_of("training.trainer")
     assert "files" in imports_of("weights.language_models")
+
+def test_module_is_run_like_the_command_and_ctrl_c_leaves_no_traceback(monkeypatch):
+    words = [sys.executable, "-m", "vlm_lit", "audit", "-h"]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert "vlm_lit audit [OPTIONS]" in shown and "--image-folder" in shown
+    import vlm_lit.cli
+    from vlm_lit.__main__ import main
+
+    def interrupted(): raise KeyboardInterrupt
+
+    monkeypatch.setattr(vlm_lit.cli, "main", interrupted)
+    with pytest.raises(SystemExit, match="130"): main()
 
 def test_public_names_load_lazily():
     code = (

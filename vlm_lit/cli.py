@@ -27,8 +27,8 @@ from .core import ConfigError, progress_console
 
 # %% ../nbs/21_cli.ipynb #c005
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -317,6 +317,3 @@ def main():
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch: waiting threads sleep sooner
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app()
-
-if __name__ == "__main__" and "__file__" in globals():
-    main()  # torchrun -m vlm_lit.cli
