@@ -182,13 +182,11 @@ def test_loops_follow_the_formula():
     for p in layers.vlm_uni_val_projector[1].parameters(): p.data.zero_()
     assert torch.equal(mining_in_loops(layers, low, maps), low)
 
-def test_windows_lie_under_their_queries():
+def test_windows_lie_under_their_queries_and_equal_loops():
     numbered = torch.arange(16.0).reshape(1, 1, 4, 4)
     windows = to_windows(numbered, 2)[0, :, :, 0].int().tolist()
     print(numbered[0, 0].int().tolist(), "->", windows)
     test_eq(windows, [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]])
-
-def test_windows_equal_loops():
     for grid, sides in ((4, (16, 8)), (3, (15, 7)), (1, (5, 2))):
         layers, low, maps = example(grid, sides=sides)
         test_close(mining_in_windows(layers, low, maps), mining_in_loops(layers, low, maps), eps=1e-5)

@@ -1,6 +1,6 @@
 """The oldest versions that settings.ini promises to work with.
 
-python tools/floors.py            print them as pip's constraints: torch==2.6, ...
+python tools/floors.py            print them as pip's constraints: torch==2.8, ...
 python tools/floors.py --check    exit with 1 unless exactly these are installed
 """
 

@@ -44,7 +44,9 @@ def last_linear(
 ) -> nn.Linear | None:  # None for the identity
     "The layer that decides how large image features are."
     layers = reversed(list(projector.modules()))
-    return next((layer for layer in layers if isinstance(layer, nn.Linear)), None)
+    for layer in layers:
+        if isinstance(layer, nn.Linear): return layer
+    return None
 
 # %% ../../nbs/08f_image_encoder.ipynb #c011
 class ImageEncoder(nn.Module):
