@@ -33,7 +33,7 @@ class MiningLayers(nn.Module):
         self.vlm_uni_aux_projector = projector(hidden_size_aux)
         self.vlm_uni_val_projector = projector(hidden_size_aux)
 
-# %% ../../nbs/08e_mining.ipynb #c019
+# %% ../../nbs/08e_mining.ipynb #c018
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # a table first made for inference must serve training, too
 def axis_weights(
@@ -63,7 +63,7 @@ def axis_table(
     "`axis_weights`, which for torch.compile is a constant."
     return axis_weights(*sizes)
 
-# %% ../../nbs/08e_mining.ipynb #c027
+# %% ../../nbs/08e_mining.ipynb #c026
 def window_weights(
     side: int,  # Cells of a map along a side
     base: int,  # Cells of the finest map along a side
@@ -87,7 +87,7 @@ def cells_under(
     flat = features.flatten(2).transpose(1, 2).float()
     return flat.index_select(1, cells.flatten()).unflatten(1, cells.shape)
 
-# %% ../../nbs/08e_mining.ipynb #c034
+# %% ../../nbs/08e_mining.ipynb #c033
 def stage_statistics(
     features: torch.Tensor,  # One map, (n_images, channels, side, side)
     query: torch.Tensor,  # This stage's part of the folded query, (n_images, num_queries, channels)
@@ -104,7 +104,7 @@ def stage_statistics(
     score_and_total = torch.einsum("pwk,snpk->snpw", weights, linear)
     return torch.cat([score_and_total, ((weights @ gram) * weights).sum(-1)[None]])
 
-# %% ../../nbs/08e_mining.ipynb #c039
+# %% ../../nbs/08e_mining.ipynb #c038
 def recomputed(
     function,  # Of tensors
     *tensors,  # Its arguments
@@ -146,7 +146,7 @@ def window_scores(
     same = query @ F.linear(shift, weight, bias)
     return (score - mean * folded.sum(-1, keepdim=True)) * rstd + same[..., None], mean, rstd
 
-# %% ../../nbs/08e_mining.ipynb #c042
+# %% ../../nbs/08e_mining.ipynb #c041
 def stage_average(
     features: torch.Tensor,  # One map, (n_images, channels, side, side)
     share: torch.Tensor,  # Weight of every position, (n_images, num_queries, window*window)
@@ -172,7 +172,7 @@ def window_values(
     seen = torch.cat([recomputed(stage_average, m, share, *place) for m, place in pairs], -1)
     return F.linear((seen - (share * mean).sum(-1, keepdim=True)) * gain + shift, weight, bias)
 
-# %% ../../nbs/08e_mining.ipynb #c046
+# %% ../../nbs/08e_mining.ipynb #c045
 def plain_size(
     size: int,  # From a shape
 ) -> int:  # The same
@@ -252,7 +252,7 @@ class PatchInfoMining(MiningLayers):
             found = window_values(*self.look(low, maps, places), values, maps, places)
             return (low.float() + found).to(low.dtype)
 
-# %% ../../nbs/08e_mining.ipynb #c070
+# %% ../../nbs/08e_mining.ipynb #c069
 def to_one_grid(
     # (n_images, grid*grid, side*side, channels): each crop in its own reading order
     crops: torch.Tensor,
