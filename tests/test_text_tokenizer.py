@@ -3,7 +3,8 @@ import lzma
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from vlm_lit.core import ConfigError
 import tempfile, torch
 from fastcore.test import test_eq, expect_fail

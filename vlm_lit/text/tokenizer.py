@@ -10,8 +10,11 @@ import lzma
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from typing import TYPE_CHECKING
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from ..core import ConfigError
+
+if TYPE_CHECKING: from transformers import PreTrainedModel  # takes seconds
 
 # %% ../../nbs/02_tokenizer.ipynb #c006
 def bundled_gemma() -> PreTrainedTokenizerFast:  # Gemma 1's tokenizer, 256,000 words
@@ -89,7 +92,7 @@ def adds_bos(
 
 # %% ../../nbs/02_tokenizer.ipynb #c034
 def resize_embeddings(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     size: int,  # New number of rows, at least the old one
 ) -> None:
     """Give the model's embeddings `size` rows; new rows are the mean of the old ones (Stanford
@@ -105,7 +108,7 @@ def resize_embeddings(
 def prepare_tokenizer(
     tokenizer: PreTrainedTokenizerFast,  # Changed in place
     version: str = "gemma",  # Name of the template, as in MGM's `--version`
-    model: PreTrainedModel | None = None,  # Grows with the vocabulary when a word is added
+    model: "PreTrainedModel | None" = None,  # Grows with the vocabulary when a word is added
 ) -> dict[str, str]:  # What changed: role -> token; empty when there was nothing to do
     """Give the tokenizer the padding and unknown token that MGM's training gives it for this
     version."""
