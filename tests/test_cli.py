@@ -195,7 +195,7 @@ def test_train_answers_every_mistake_in_a_recipe():
     refuses("train @good.yaml -x", "unknown option '-x'")
     refuses("train @good.yaml --data x.json", "are for training without a recipe")
     refuses("train", "give a recipe file, or --preset and --data")
-    refuses("train --resume --name none --runs @runs", "none/recipe.yaml: no such recipe")
+    refuses("train --resume --name none --runs @runs", "no run 'none' in")
 
 def test_train_refuses_before_step_1():
     def says(flags, message): refuses(f"{TRAIN} --name bad {flags}", message)
@@ -204,6 +204,7 @@ def test_train_refuses_before_step_1():
     says("--data @gone.json", "no data file")
     says("--data.template llama_3", "template")
     says("--resume", "no run in")
+    says("--tokenizer gemma", "did you mean '--model.tokenizer'?")
     refuses(
         "train --preset @runs/half --data @train.json --runs @runs --training.use_cpu true",
         "is not finished; resume with: vlm-lit train",

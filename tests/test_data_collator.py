@@ -99,6 +99,8 @@ def test_collator_counts_what_the_model_would_have_to_wait_for():
     text_only = DataCollatorForSupervisedDataset(0, num_image_tokens=16)([ds[1]])
     test_eq(text_only["merged_seq_len"], len(ds[1]["input_ids"]))
     assert "merged_seq_len" not in collate([ds[0]])
+    with expect_fail(ConfigError, contains="pad_token_id: expected a number, got a str"):
+        DataCollatorForSupervisedDataset("tokenizer")
     with expect_fail(ConfigError, contains="give num_image_tokens"):
         DataCollatorForSupervisedDataset(0, max_length=84)
 

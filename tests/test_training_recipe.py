@@ -126,7 +126,7 @@ def test_wrong_values_name_what_was_expected():
                 "data.overlength: expected 'error', 'skip' or 'truncate', got 'drop'"
             ),
             "data: {train: []}": "data.train: expected at least 1 item, got []",
-            "data: {train: a.json}": "data.train: expected list, got 'a.json'",
+            "data: {train: a.json}": "data.train: expected list of sources, [{path: FILE",
             "data: {train: [a.json]}": "data.train[0]: expected mapping, got 'a.json'",
             "data: {train: [{path: a, weight: -2}]}": (
                 "data.train[0].weight: expected greater than or equal to 0, got -2"

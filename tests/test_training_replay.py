@@ -226,7 +226,7 @@ def test_what_cannot_be_replayed_is_said():
         replay(run, 9)
     with pytest.raises(ConfigError, match="recipe.yaml is missing"):
         replay(run / "checkpoint-3", 2)
-    with pytest.raises(ConfigError, match="VLM.forward: at='nowhere'.*training_step"):
+    with pytest.raises(ConfigError, match="VLM.forward: at='nowhere' is in no line; .*give text"):
         replay(run, 2, at="nowhere")
     with pytest.raises(ConfigError, match="not a Python expression"):
         replay(run, 2, watch="loss =")

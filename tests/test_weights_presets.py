@@ -73,7 +73,7 @@ def test_tiny_is_small_and_starts_the_same_for_a_seed():
     assert torch.equal(state, torch.get_rng_state())
     places = a.image_encoder.vision_tower.embeddings.position_embedding.weight
     test_eq(round(places.std().item(), 1), 1.0)
-    with expect_fail(ConfigError, contains="from scratch brings no tokenizer; pass"):
+    with expect_fail(ConfigError, contains="from scratch brings no tokenizer; give"):
         preset_config("tiny")
     with expect_fail(ConfigError, contains="unknown ['imagesize']"):
         preset_config("tiny", small_tok, imagesize=3)

@@ -21,6 +21,7 @@ _MODULES = {
     "data.records": "Records",
     "data.dataset": "LazySupervisedDataset",
     "data.collator": "DataCollatorForSupervisedDataset",
+    "data.findings": "AuditSettings",
     "data.audit": "audit",
     "models.config": "VLMConfig",
     "models.mining": "PatchInfoMining",

@@ -149,6 +149,8 @@ def train(
         files, overrides = split_words(recipe or [], options)
         if not files and resume and name and data is None:
             files = [runs / name / "recipe.yaml"]
+            if not files[0].is_file():
+                raise ConfigError(f"no run {name!r} in {str(runs)!r} to resume")
         if files and (preset or data or image_folder or val):
             raise ConfigError(
                 "--preset, --data, --image-folder and --val are for training without "

@@ -111,6 +111,11 @@ class DataCollatorForSupervisedDataset:
     num_image_tokens: int | None = None
 
     def __post_init__(self):
+        if not isinstance(self.pad_token_id, int):
+            kind = type(self.pad_token_id).__name__
+            raise ConfigError(
+                f"pad_token_id: expected a number, got a {kind}; see tokenizer.pad_token_id"
+            )
         if self.max_length is not None and self.num_image_tokens is None:
             raise ConfigError(
                 "packing (max_length) counts a sentinel as all its image tokens; give "

@@ -261,7 +261,10 @@ def _explain(errors: list, values, at: tuple, names, origins: dict):
     near = nearest(value, re.findall("'([^']+)'", text))
     if near:
         _refuse(at + path, f"{name}: unknown {value!r}; did you mean {near!r}?", origins)
-    _refuse(at + path, f"{name}: expected {text}, got {_short(value)}", origins)
+    if text == "list" and name in ("data.train", "data.eval"):
+        text += " of sources, [{path: FILE, image_folder: FOLDER}]"
+    where = "" if origins.get(at + path) == f"--{name}" else f"{name}: "
+    _refuse(at + path, f"{where}expected {text}, got {_short(value)}", origins)
 
 def _validate(kind, values, origins: dict, at: tuple = (), names=None):
     "Values as an instance of a dataclass or model. Raises `ConfigError`."

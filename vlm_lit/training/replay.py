@@ -338,8 +338,11 @@ def _stops(at, watch) -> list[Breakpoint]:
     for function in (VLM.forward, Trainer.training_step):
         try: return [Breakpoint(function, at, watch=watch)]
         except ConfigError as error:
-            errors.append(str(error).splitlines()[0].rstrip(":"))
-    raise ConfigError(f"VLM.forward: {errors[0]}; Trainer.training_step: {errors[1]}")
+            errors.append(str(error).splitlines()[0].removesuffix(" of:"))
+    raise ConfigError(
+        f"VLM.forward: {errors[0]}; Trainer.training_step: {errors[1]}; give text that one line of "
+        "one of these functions has, such as 'loss ='"
+    )
 
 def _trainer_of(run: Path, folder: Path):
     "The trainer of a run, with another output folder, and without what only writes."
@@ -391,7 +394,7 @@ def replay(
     found, bad, last = _found_in(folder, step)
     found.stops, noted = _stops(at, watch), [str(name) for name in found.names]
     begun = f"checkpoint-{found.start}" if found.start else "the beginning"
-    if console is not None:
+    if console is not None and step <= last:
         console.print(f"{step - found.start - 1} steps from {begun} to step {step}")
     with tempfile.TemporaryDirectory() as out:
         trainer = _trainer_of(folder, Path(out))
