@@ -5,6 +5,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 import typer
 from typer import Argument, Option
+from typer.core import TyperGroup
 from vlm_lit import __version__
 from vlm_lit.commands import CHAT_HELP, check_out, example_record, export_folder, image_files, load
 from vlm_lit.commands import load_preparation, load_text_settings, printable, report_found, run_folder, print_status
@@ -196,6 +197,15 @@ def test_train_answers_every_mistake_in_a_recipe():
     refuses("train @good.yaml --data x.json", "are for training without a recipe")
     refuses("train", "give a recipe file, or --preset and --data")
     refuses("train --resume --name none --runs @runs", "no run 'none' in")
+
+def test_a_mistake_in_an_option_is_one_line():
+    for words, message in [
+        ("walk --image-foldr x", "error: no such option: --image-foldr"),
+        ("audit records.json --workers two", "error: invalid value for '--workers'"),
+        ("nosuch", "error: no such command 'nosuch'; see vlm-lit -h"),
+        ("generate model", "error: missing argument 'images'; see vlm-lit generate -h"),
+    ]:
+        refuses(words, message)
 
 def test_train_refuses_before_step_1():
     def says(flags, message): refuses(f"{TRAIN} --name bad {flags}", message)

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 import typer
 from typer import Argument, Option
+from typer.core import TyperGroup
 from . import __version__
 from .commands import CHAT_HELP, check_out, example_record, export_folder, image_files, load
 from vlm_lit.commands import (
@@ -26,7 +27,28 @@ from .commands import short_recipe, split_words, talk, train_run, user_errors
 from .core import ConfigError, progress_console
 
 # %% ../nbs/21_cli.ipynb #c005
+class _Commands(TyperGroup):
+    "The commands; a mistake in an option is one line, as every other mistake."
+
+    def main(self, *args, standalone_mode=True, **settings):
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **settings)
+        try: code = super().main(*args, standalone_mode=False, **settings)
+        except typer.Abort:
+            print_status("interrupted")
+            code = 130
+        except Exception as e:
+            if not hasattr(e, "format_message"): raise
+            code, text = e.exit_code, e.format_message().strip().rstrip(".")
+            where = e.ctx.command_path if getattr(e, "ctx", None) else "vlm-lit"
+            if text.startswith("Usage:"):
+                typer.echo(text, err=True)  # nothing was asked for
+            else:
+                print_status(f"error: {text[:1].lower()}{text[1:]}; see {where} -h")
+        sys.exit(code or 0)
+
 app = typer.Typer(
+    cls=_Commands,
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
