@@ -198,15 +198,6 @@ def test_train_answers_every_mistake_in_a_recipe():
     refuses("train", "give a recipe file, or --preset and --data")
     refuses("train --resume --name none --runs @runs", "no run 'none' in")
 
-def test_a_mistake_in_an_option_is_one_line():
-    for words, message in [
-        ("walk --image-foldr x", "error: no such option: --image-foldr"),
-        ("audit records.json --workers two", "error: invalid value for '--workers'"),
-        ("nosuch", "error: no such command 'nosuch'; see vlm-lit -h"),
-        ("generate model", "error: missing argument 'images'; see vlm-lit generate -h"),
-    ]:
-        refuses(words, message)
-
 def test_train_refuses_before_step_1():
     def says(flags, message): refuses(f"{TRAIN} --name bad {flags}", message)
 
@@ -325,6 +316,15 @@ def test_export_of_any_model_folder():
     refuses("export @runs/mine --dtype int3", "--dtype: float32")
     refuses("export @hf --out @images", "is there already")
     refuses("export nothing", "no model 'nothing'")
+
+def test_a_mistake_in_an_option_is_one_line():
+    for words, message in [
+        ("walk --image-foldr x", "error: no such option: --image-foldr"),
+        ("audit records.json --workers two", "error: invalid value for '--workers'"),
+        ("nosuch", "error: no such command 'nosuch'; see vlm-lit -h"),
+        ("generate model", "error: missing argument 'images'; see vlm-lit generate -h"),
+    ]:
+        refuses(words, message)
 
 def test_doctor_prints_facts_and_fails_on_a_wrong_mask():
     out = run("doctor")
