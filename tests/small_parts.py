@@ -22,8 +22,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoModelForCausalLM, CLIPConfig, CLIPModel, GemmaConfig, LlamaConfig
 from transformers import PreTrainedTokenizerFast
 
+from vlm_lit.core import IGNORE_INDEX
+from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.files import write_json
 from vlm_lit.images import sample_image
+from vlm_lit.processor import VLMProcessor
 from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.weights.build import build_model
 from vlm_lit.weights.interchange import gemma_embedding_scale, projector_tensors
@@ -319,3 +322,19 @@ def pack(xs):
         row["done"] = True
     return row
 # fmt: on
+
+def mask_prompt(input_ids, prompt_len):
+    "Labels for `input_ids` that hide the prompt; the example of `01_breakpoints`."
+    labels = input_ids.clone()
+    labels[:prompt_len] = IGNORE_INDEX
+    return labels
+
+def seed_dataset(folder):
+    "The seed's record with a photo, for Gemma's tokenizer."
+    sample_image().save(folder / "photo.png")
+    turns = [
+        {"from": "human", "value": "What is in the photo?\n<image>"},
+        {"from": "gpt", "value": "the box chain purse black"},
+    ]
+    record = {"id": "seed", "image": "photo.png", "conversations": turns}
+    return LazySupervisedDataset([record], VLMProcessor(load_tokenizer("gemma")), folder)

@@ -205,7 +205,11 @@ def test_train_refuses_before_step_1():
     says("--data @gone.json", "no data file")
     says("--data.template llama_3", "template")
     says("--resume", "no run in")
-    says("--tokenizer gemma", "did you mean '--model.tokenizer'?")
+    says("--tokenizer gemma", "has its section, as in --model.tokenizer")
+    says("--overlength skip", "has its section, as in --data.overlength")
+    says(
+        "--training.learning_rate fast", "error: --training.learning_rate: expected number, got 'fast'"
+    )
     refuses(
         "train --preset @runs/half --data @train.json --runs @runs --training.use_cpu true",
         "is not finished; resume with: vlm-lit train",

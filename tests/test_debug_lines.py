@@ -5,6 +5,7 @@ from vlm_lit.core import ConfigError
 import sys, torch
 from fastcore.test import expect_fail, test_eq
 from vlm_lit.core import IGNORE_INDEX
+from small_parts import mask_prompt, pack
 from vlm_lit.debug.lines import find_line
 from vlm_lit.debug.lines import find_stop
 from vlm_lit.debug.lines import name_of
@@ -16,24 +17,8 @@ from vlm_lit.debug.lines import statement_at
 from vlm_lit.debug.lines import statements
 
 def setup_module():
-    global line_events, mask_prompt, pack
-    def mask_prompt(input_ids, prompt_len):
-        "Labels for `input_ids` that hide the prompt."
-        labels = input_ids.clone()
-        labels[:prompt_len] = IGNORE_INDEX
-        return labels
-    def pack(xs):
-        total = 0
-        row = dict(
-            size=len(xs),
-            last=xs[-1])
-        for x in xs:
-            total += x
-        try:
-            row["mean"] = total / row["size"]
-        finally:
-            row["done"] = True
-        return row
+    global line_events
+    sys.path[:0] = ["../tests", "tests"]
     def line_events(func, *args):
         "Numbers of the lines, counted from `def`, that Python announces while `func` runs."
         seen, first = [], func.__code__.co_firstlineno

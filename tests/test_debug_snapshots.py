@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fastcore.test import expect_fail, test_eq
 from vlm_lit.core import IGNORE_INDEX
 from vlm_lit.debug.lines import find_stop
-from small_parts import pack
+from small_parts import mask_prompt, pack
 from vlm_lit.debug.snapshots import LineStop
 from vlm_lit.debug.snapshots import check_expression
 from vlm_lit.debug.snapshots import copy_leaf
@@ -21,13 +21,8 @@ from vlm_lit.debug.snapshots import same_randomness
 from vlm_lit.debug.snapshots import snapshot
 
 def setup_module():
-    global mask_prompt
+
     sys.path[:0] = ["../tests", "tests"]
-    def mask_prompt(input_ids, prompt_len):
-        "Labels for `input_ids` that hide the prompt."
-        labels = input_ids.clone()
-        labels[:prompt_len] = IGNORE_INDEX
-        return labels
 
 def test_copy_leaf_copies_what_holds_numbers():
     tensor = torch.tensor([1.0, 2.0], requires_grad=True)

@@ -1,7 +1,7 @@
 """What holds for the project as a whole: layers, dependencies, the seed's values, the wheel's
 contents."""
 
-import ast, json, re, subprocess, sys
+import ast, importlib, json, re, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
@@ -110,6 +110,25 @@ def test_module_is_run_like_the_command_and_ctrl_c_leaves_no_traceback(monkeypat
 
     monkeypatch.setattr(vlm_lit.cli, "main", interrupted)
     with pytest.raises(SystemExit, match="130"): main()
+
+def test_what_other_modules_import_is_exported():
+    found = set()
+    for module in modules():
+        path = ROOT / "vlm_lit" / (module.replace(".", "/") + ".py")
+        home = ["vlm_lit", *module.split(".")]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom): continue
+            parts = [*(home[: -node.level] if node.level else []), *(node.module or "").split(".")]
+            if parts[0] == "vlm_lit" and len(parts) > 1 and parts[1] != "_modidx":
+                found |= {(".".join(filter(None, parts)), alias.name) for alias in node.names}
+    hidden = {
+        (module, name)
+        for module, name in found
+        if not name.startswith("_") and module not in ("vlm_lit", "vlm_lit.cli")
+        if name not in importlib.import_module(module).__all__
+    }
+    assert not hidden, f"#| exporti, and imported elsewhere: {sorted(hidden)}"
+    assert ("vlm_lit.data.record_files", "scan_records") in found
 
 def test_public_names_load_lazily():
     code = (

@@ -1,15 +1,14 @@
 "Derived from nbs/15_reports.ipynb by `make tests`; edit the notebook, not this file."
 import base64, html, io
 from vlm_lit.text.messages import image_names
-import tempfile
+import sys, tempfile
 from pathlib import Path
 from fastcore.test import test_eq
 from vlm_lit.images import sample_image
 from vlm_lit.data.audit import audit
 from vlm_lit.data.findings import AuditSettings
 from vlm_lit.text.tokenizer import load_tokenizer
-from vlm_lit.processor import VLMProcessor
-from vlm_lit.data.dataset import LazySupervisedDataset
+from small_parts import seed_dataset
 from vlm_lit.reports import audit_lines
 from vlm_lit.reports import audit_page
 from vlm_lit.reports import pick_samples
@@ -18,7 +17,7 @@ from vlm_lit.reports import plot_samples
 from vlm_lit.reports import running_mean
 
 def setup_module():
-    global answers, asked, audited, doubtful, ds, folder, height, k, made_up, report, right, seed, shape, sheet, show, tok, width
+    global answers, asked, audited, doubtful, ds, folder, height, k, made_up, report, right, shape, sheet, show, width
     def show(figure):
         "A figure as a notebook displays it."
         from IPython import display
@@ -26,18 +25,9 @@ def setup_module():
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=80)
         return display.Image(out.getvalue())
-    tok = load_tokenizer("gemma")
+    sys.path[:0] = ["../tests", "tests"]
     folder = Path(tempfile.mkdtemp())
-    sample_image().save(folder / "photo.png")
-    seed = {
-        "id": "seed",
-        "image": "photo.png",
-        "conversations": [
-            {"from": "human", "value": "What is in the photo?\n<image>"},
-            {"from": "gpt", "value": "the box chain purse black"},
-        ],
-    }
-    ds = LazySupervisedDataset([seed], VLMProcessor(tok), folder)
+    ds = seed_dataset(folder)
     def made_up(n):
         "Lines as a run writes them, values made up."
         rows = []

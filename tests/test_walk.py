@@ -19,20 +19,12 @@ from vlm_lit.core import DataError
 from vlm_lit.images import sample_image
 from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.processor import VLMProcessor
-import io
 from vlm_lit.walk import WALK
 from vlm_lit.walk import walk_lines
 from vlm_lit.walk import walk_record
 
 def setup_module():
-    global ds, folder, seed, show, tok
-    def show(figure):
-        "A figure as a notebook displays it."
-        from IPython import display
-
-        out = io.BytesIO()
-        figure.savefig(out, format="png", dpi=80)
-        return display.Image(out.getvalue())
+    global ds, folder, seed, tok
     tok = load_tokenizer("gemma")
     folder = Path(tempfile.mkdtemp())
     sample_image().save(folder / "photo.png")

@@ -56,14 +56,10 @@ class BadSamples:
 
     def __init__(
         self,
-        path: str | Path | None,  # Of the file to append to, one JSON object per line
+        path: str | Path,  # Of the file to append to, one JSON object per line
         allowed: float,  # Share of samples that may be skipped, 0 to 1
         n: int,  # Records in the data
     ):
-        if path is None:
-            raise ConfigError(
-                "skip_bad needs bad_samples, the file in which skipped samples are noted"
-            )
         if not 0 < allowed < 1:
             raise ConfigError(
                 f"the share of samples to skip must lie between 0 and 1, got {allowed}"
@@ -147,7 +143,13 @@ class LazySupervisedDataset(Dataset):
         self.image_folder = self.find_images(image_folder)
         self.opened: dict | None = None  # images of the batch that is being fetched
         self.items: list | None = None  # samples, once they are cached in memory
-        self.bad = BadSamples(bad_samples, skip_bad, len(self)) if skip_bad else None
+        self.bad = None
+        if skip_bad:
+            if bad_samples is None:
+                raise ConfigError(
+                    "skip_bad needs bad_samples, the file in which skipped samples are noted"
+                )
+            self.bad = BadSamples(bad_samples, skip_bad, len(self))
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:

@@ -172,9 +172,8 @@ class VLM(PreTrainedModel, GenerationMixin):
         if images is None:
             if not (self.training and torch.is_grad_enabled()):
                 return like.new_zeros(0, cfg.num_image_tokens, like.shape[-1])
-            blank = (
-                self.blank_image()
-            )  # its features go nowhere, their weights get a gradient of zero
+            # its features go nowhere, their weights get a gradient of zero
+            blank = self.blank_image()
             images, images_aux = blank["images"], blank.get("images_aux")
         if images.dim() != 4 + (cfg.image_grid > 1):
             raise ConfigError(

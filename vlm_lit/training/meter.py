@@ -30,6 +30,7 @@ class Meter:
         self.world_size = world_size
         self.started, self.sums = None, None
         self.step_losses = []
+        self.logged_losses = []  # of the steps that a log line covers, when it is written
         self.step_loss = 0.0
         self.step_infos = []
         self.reset()
