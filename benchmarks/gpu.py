@@ -236,11 +236,13 @@ def make_dataset(chosen, folder):
 
 def make_loader(args, chosen, folder):
     "Batches from files, as a training run makes them."
+    import train_step
     from torch.utils.data import DataLoader
     from vlm_lit.data.collator import DataCollatorForSupervisedDataset
 
     data = make_dataset(chosen, folder)
-    collate = DataCollatorForSupervisedDataset(0, num_image_tokens=data.num_image_tokens)
+    config = train_step.make_config(chosen.size, True)
+    collate = DataCollatorForSupervisedDataset.for_model(config, 0, supervised_only=True)
     return DataLoader(
         data,
         chosen.micro_batch,

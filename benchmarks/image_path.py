@@ -65,8 +65,8 @@ def difference(path):
     "How far the two are apart at most, after the device's part."
     (image, image_aux), done = reference(path), finish_images(ours(path)[None])
     return max(
-        float((done["images"][0] - image).abs().max()),
-        float((done["images_aux"][0] - image_aux).abs().max()),
+        float((done["pixel_values"][0] - image).abs().max()),
+        float((done["pixel_values_aux"][0] - image_aux).abs().max()),
     )
 
 def clock(f, *args):

@@ -33,10 +33,12 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPVisionModel, LlavaConfig, LlavaForConditionalGeneration
 from vlm_lit.data.collator import DataCollatorForSupervisedDataset
+from vlm_lit.padding import supervised_positions
 from vlm_lit.text.sentinels import num_tokens_with_images
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from vlm_lit.models.vlm import VLM
 from vlm_lit.models.config import VLMConfig
+from vlm_lit.models.splice import expand_sentinels
 from vlm_lit.models.speed import compile_layers, enable_mlp_checkpointing
 from vlm_lit.training.flops import flops_table, peak_flops, training_flops
 from vlm_lit.models.mining import PatchInfoMining
@@ -215,16 +217,11 @@ def make_batch(args, high, micro_batch):
         if high:
             picture["image_aux"] = torch.randn(3, s["side_aux"], s["side_aux"], generator=rng)
         samples.append({"input_ids": ids, "labels": labels, **picture})
-    rows = make_config(args.size, False).num_image_tokens
-    batch = DataCollatorForSupervisedDataset(pad_token_id=0, num_image_tokens=rows)(samples)
+    batch = DataCollatorForSupervisedDataset(pad_token_id=0)(samples)
     dtype = getattr(torch, args.dtype)
     for key, v in batch.items():
-        if torch.is_tensor(v):
-            batch[key] = v.to(args.device, dtype if v.is_floating_point() else v.dtype)
-    return {
-        **batch,
-        "merged_seq_len": max(num_tokens_with_images(x["input_ids"], rows) for x in samples),
-    }
+        batch[key] = v.to(args.device, dtype if v.is_floating_point() else v.dtype)
+    return batch
 
 # the peers
 
@@ -300,9 +297,9 @@ class Reference:
     def __call__(self, batch, mark=lambda name: None):
         encoder, lm = self.model.image_encoder, self.model.language_model
         with torch.no_grad():
-            low = self.clip(batch["images"], output_hidden_states=True).hidden_states[-2][:, 1:]
+            low = self.clip(batch["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
             mark("low tower")
-            maps = stage_maps(encoder.vision_tower_aux, batch["images_aux"])
+            maps = stage_maps(encoder.vision_tower_aux, batch["pixel_values_aux"])
             mark("high tower")
         features = reference_mining(encoder.mining, low, maps)
         del maps
@@ -368,8 +365,8 @@ class Llava:
             "labels": pad("labels", IGNORE_INDEX),
             "attention_mask": (torch.arange(int(lengths.max())) < lengths[:, None]).long(),
         }
-        return {key: v.to(batch["images"].device) for key, v in out.items()} | {
-            "pixel_values": batch["images"]
+        return {key: v.to(batch["pixel_values"].device) for key, v in out.items()} | {
+            "pixel_values": batch["pixel_values"]
         }
 
     def __call__(self, batch, mark=None):
@@ -379,6 +376,15 @@ class Ours:
     "Loss of a batch by this project."
 
     def __init__(self, model): self.model = model
+
+    def expand(self, batch):
+        "Placeholders, and where supervised tokens are predicted; what the collator makes."
+        config = self.model.config
+        text = [batch[key] for key in ("input_ids", "attention_mask")]
+        images = config.num_image_tokens, config.image_token_id
+        rows = expand_sentinels(*text, *images, labels=batch["labels"])
+        places = supervised_positions(rows["labels"])
+        return {**batch, **rows, "supervised_positions": places}
 
     def __call__(self, batch, mark=None): return self.model(**batch).loss
 
@@ -401,7 +407,7 @@ def make_variant(name, args):
 def batch_for(loss, args, high, micro_batch):
     "The batch as the variant takes it."
     batch = make_batch(args, high, micro_batch)
-    return loss.expand(batch) if isinstance(loss, Llava) else batch
+    return batch if isinstance(loss, Reference) else loss.expand(batch)
 
 def compile_parts(model, memory_budget, backend="inductor"):
     "`compile_layers` for shapes that do not change."
@@ -425,7 +431,8 @@ def compare(args, peer, ours, micro_batch):
     model = make_model(args, has_high(ours))
     weights, batch = trained(model), make_batch(args, has_high(ours), micro_batch)
     compiled = compile_parts(model, args.memory_budget, args.backend) if args.compile else []
-    own_loss, own = loss_and_gradients(Ours(model), batch, weights)
+    ours = Ours(model)
+    own_loss, own = loss_and_gradients(ours, ours.expand(batch), weights)
     for part in compiled: del part.forward  # peers run as they are
     other = MAKERS[peer](model)
     their_loss, theirs = loss_and_gradients(
@@ -539,7 +546,7 @@ def watch(model, mark):
             args[0].register_hook(lambda g: mark("head and loss, backward"))
 
     hooks = [
-        lm.register_forward_pre_hook(decoder_begins, with_kwargs=True),
+        lm.get_decoder().register_forward_pre_hook(decoder_begins, with_kwargs=True),
         lm.get_output_embeddings().register_forward_pre_hook(head_begins),
     ]
     if encoder.vision_tower is None:

@@ -193,7 +193,7 @@ def picture_rows(model, n=2, seed=0):
     pixels = torch.randint(0, 256, (n, 3, side, side), dtype=torch.uint8, generator=rng)
     half = model.dtype != torch.float32
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
-        return model.encode_images(None, pixels, model.embed(torch.tensor([[1]])))
+        return model.encode_images(None, pixels)
 
 def gguf_words(path, n):
     """The first tokens of a GGUF file, read off its header; transformers would take half a minute

@@ -41,8 +41,7 @@ def setup_module():
         images = [folder / name for name in names for _ in asked]
         inputs = processor(asked * len(names), images=images, return_tensors="pt")
         written = model.eval().generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        texts = processor.batch_decode(written, skip_special_tokens=True)
-        return [" ".join(text.split()) for text in texts]
+        return [" ".join(text.split()) for text in processor.answers(written, inputs)]
 
 def test_frozen_language_model_answers_through_the_kept_projector():
     frozen = {name: w.clone() for name, w in model.language_model.named_parameters()}

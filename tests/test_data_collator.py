@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import numpy as np, torch
 from numpy.typing import ArrayLike
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
-from vlm_lit.padding import count_images, pad_samples, stack_images
-from vlm_lit.text.sentinels import num_tokens_with_images
+from vlm_lit.padding import count_images, expand_image_tokens, pad_samples, stack_images, supervised_positions
 import json, tempfile
 from pathlib import Path
 from collections import Counter
@@ -14,6 +13,7 @@ import matplotlib.pyplot as plt
 from fastcore.test import test_eq, test_close, expect_fail
 from vlm_lit.core import peek
 from vlm_lit.padding import flat_images
+from vlm_lit.text.sentinels import num_tokens_with_images
 from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.images import finish_images, grid_crops, resize_to_square, count_image_tokens, sample_image
@@ -70,7 +70,7 @@ def test_batch_is_padded_and_pictures_are_kept_once():
     test_eq(batch["attention_mask"].sum(1).tolist(), lengths)
     # sample 0, the two of sample 2, of which the second is that of sample 0, as is sample 3's
     test_eq(batch["image_index"].tolist(), [0, 1, 0, 0])
-    test_eq(tuple(batch["images"].shape), (2, 3, 32, 32))
+    test_eq(tuple(batch["pixel_values"].shape), (2, 3, 32, 32))
     for i, n in enumerate(lengths):
         assert torch.equal(batch["input_ids"][i, :n], ds[i]["input_ids"])
         assert torch.equal(batch["labels"][i, :n], ds[i]["labels"])
@@ -78,31 +78,41 @@ def test_batch_is_padded_and_pictures_are_kept_once():
         assert (batch["labels"][i, n:] == IGNORE_INDEX).all()
     for n, (i, k) in enumerate([(0, None), (2, 0), (2, 1), (3, None)]):
         image = ds[i]["image"] if k is None else ds[i]["image"][k]
-        assert torch.equal(batch["images"][batch["image_index"][n]], image)
+        assert torch.equal(batch["pixel_values"][batch["image_index"][n]], image)
 
 def test_batch_without_pictures_has_no_image_keys():
     test_eq(sorted(collate([ds[1], ds[1]])), ["attention_mask", "input_ids", "labels"])
     assert "image_index" not in collate([ds[2]])
 
-def test_collator_counts_what_the_model_would_have_to_wait_for():
-    batch = DataCollatorForSupervisedDataset(tok.pad_token_id, num_image_tokens=16)(
-        [ds[i] for i in range(4)]
+def test_collator_expands_every_sentinel():
+    expands = DataCollatorForSupervisedDataset(
+        tok.pad_token_id, num_image_tokens=16, image_token_id=255999, supervised_only=True
     )
-    print("ids", tuple(batch["input_ids"].shape), "-> positions", batch["merged_seq_len"])
-    test_eq(
-        (type(batch["merged_seq_len"]), batch["merged_seq_len"]),
-        (int, len(ds[2]["input_ids"]) + 2 * 15),
-    )
-    rows = zip(batch["input_ids"], batch["attention_mask"])
-    test_eq(batch["merged_seq_len"], max(num_tokens_with_images(row[mask], 16) for row, mask in rows))
-    # text only: nothing grows
-    text_only = DataCollatorForSupervisedDataset(0, num_image_tokens=16)([ds[1]])
-    test_eq(text_only["merged_seq_len"], len(ds[1]["input_ids"]))
-    assert "merged_seq_len" not in collate([ds[0]])
+    batch = expands([ds[i] for i in range(4)])
+    print("longest sample", max(len(s["input_ids"]) for s in ds), "-> ids", *batch["input_ids"].shape)
+    test_eq(batch["input_ids"].shape[1], len(ds[2]["input_ids"]) + 2 * 15)
+    test_eq((batch["input_ids"] == 255999).sum(1).tolist(), [16, 0, 32, 16])
+    lengths = [num_tokens_with_images(s["input_ids"], 16) for s in ds]
+    test_eq(batch["attention_mask"].sum(1).tolist(), lengths)
+    for row, sample in zip(batch["labels"], ds):
+        own = sample["labels"][sample["labels"] != IGNORE_INDEX]
+        assert torch.equal(row[row != IGNORE_INDEX], own)
+    targets = batch["labels"].flatten()[batch["supervised_positions"] + 1]
+    assert torch.equal(targets, batch["labels"][batch["labels"] != IGNORE_INDEX])
+    assert (collate([ds[0]])["input_ids"] == -200).sum() == 1  # not told, it leaves the sentinel
+    left = DataCollatorForSupervisedDataset(0, padding_side="left")([ds[1], ds[2]])
+    assert left["attention_mask"][:, -1].all() and not left["attention_mask"][0, 0]
     with expect_fail(ConfigError, contains="pad_token_id: expected a number, got a str"):
         DataCollatorForSupervisedDataset("tokenizer")
-    with expect_fail(ConfigError, contains="give num_image_tokens"):
+    with expect_fail(ConfigError, contains="packing (max_length) counts a sentinel"):
         DataCollatorForSupervisedDataset(0, max_length=84)
+    with expect_fail(ConfigError, contains="supervised_only counts a sentinel"):
+        DataCollatorForSupervisedDataset(0, supervised_only=True)
+    with expect_fail(ConfigError, contains="given together, or neither"):
+        DataCollatorForSupervisedDataset(0, num_image_tokens=16)
+    forged = {**ds[1], "input_ids": torch.full_like(ds[1]["input_ids"], 255999), "id": "cat-17"}
+    with expect_fail(DataError, contains="record 'cat-17': the text holds token 255999"):
+        expands([forged])
 
 def test_bytes_and_crops_are_stacked():
     text = {"input_ids": torch.tensor([2, -200, 5]), "labels": torch.tensor([-100, -100, 5])}
@@ -114,33 +124,31 @@ def test_bytes_and_crops_are_stacked():
     one = {**text, "image_aux": picture[0], "image_keys": ["a"]}
     as_bytes = collate([one, {**pair, "image_aux": torch.stack(picture[1:])}])
     peek(**as_bytes)
-    test_eq(sorted(as_bytes), ["attention_mask", "images_aux", "input_ids", "labels"])
-    assert torch.equal(as_bytes["images_aux"], torch.stack(picture))
-    assert as_bytes["images_aux"].dtype == torch.uint8
+    test_eq(sorted(as_bytes), ["attention_mask", "input_ids", "labels", "pixel_values_aux"])
+    assert torch.equal(as_bytes["pixel_values_aux"], torch.stack(picture))
+    assert as_bytes["pixel_values_aux"].dtype == torch.uint8
     done = finish_images(torch.stack(picture), 32, image_grid=2, image_global=True)
-    first = {**text, "image": done["images"][0], "image_aux": done["images_aux"][0]}
-    others = {**pair, "image": done["images"][1:], "image_aux": done["images_aux"][1:]}
+    first = {**text, "image": done["pixel_values"][0], "image_aux": done["pixel_values_aux"][0]}
+    others = {**pair, "image": done["pixel_values"][1:], "image_aux": done["pixel_values_aux"][1:]}
     crops = collate([first, others])
-    test_eq(tuple(crops["images"].shape), (3, 5, 3, 32, 32))
-    test_eq(tuple(crops["images_aux"].shape), (3, 3, 64, 64))
-    assert torch.equal(crops["images"], done["images"])
+    test_eq(tuple(crops["pixel_values"].shape), (3, 5, 3, 32, 32))
+    test_eq(tuple(crops["pixel_values_aux"].shape), (3, 3, 64, 64))
+    assert torch.equal(crops["pixel_values"], done["pixel_values"])
     # bytes too are kept once
     test_eq(collate([one, one])["image_index"].tolist(), [0, 0])
     listed = collate([one, {**pair, "image_aux": [picture[1], picture[0]], "image_keys": ["b", "a"]}])
-    test_eq(tuple(listed["images_aux"].shape), (2, 3, 64, 64))
+    test_eq(tuple(listed["pixel_values_aux"].shape), (2, 3, 64, 64))
     test_eq(listed["image_index"].tolist(), [0, 1, 0])  # an image is known by its key
     with expect_fail(DataError, contains="of one kind and size"):
-        collate([one, {**text, "image_aux": done["images_aux"][0]}])
+        collate([one, {**text, "image_aux": done["pixel_values_aux"][0]}])
     with expect_fail(DataError, contains="of one kind and size"):
-        collate([one, {**text, "image": done["images"][0], "image_aux": picture[1]}])
+        collate([one, {**text, "image": done["pixel_values"][0], "image_aux": picture[1]}])
     with expect_fail(DataError, contains="need `image` too"):
-        collate([{**text, "image_aux": done["images_aux"][0]}])
+        collate([{**text, "image_aux": done["pixel_values_aux"][0]}])
 
 def test_packed_batch_holds_every_sample_whole():
-    num_image_tokens = count_image_tokens(32, 8)
-    packs = DataCollatorForSupervisedDataset(
-        tok.pad_token_id, max_length=84, num_image_tokens=num_image_tokens
-    )
+    images = dict(num_image_tokens=count_image_tokens(32, 8), image_token_id=255999)
+    packs = DataCollatorForSupervisedDataset(tok.pad_token_id, max_length=84, **images)
     batch = packs([ds[i] for i in range(4)])
     lengths = [num_tokens_with_images(ds[i]["input_ids"], 16) for i in range(4)]
     test_eq(len(batch["input_ids"]), len(pack_sequences(lengths, 84)))
@@ -149,22 +157,22 @@ def test_packed_batch_holds_every_sample_whole():
     for row, numbers in zip(batch["input_ids"], batch["sample_ids"]):
         for n in range(1, int(numbers.max()) + 1):
             found.append(row[numbers == n].tolist())
-    test_eq(sorted(found), sorted(ds[i]["input_ids"].tolist() for i in range(4)))
+    expanded = [s["input_ids"].tolist() for s in packs.expand(ds)]
+    test_eq(sorted(found), sorted(expanded))
     # which sample stands where
-    order = [[ds[i]["input_ids"].tolist() for i in range(4)].index(ids) for ids in found]
+    order = [expanded.index(ids) for ids in found]
     pictures = [image for i in order for image in flat_images([ds[i]], "image")]
     for n, k in enumerate(batch["image_index"].tolist()):
-        assert torch.equal(batch["images"][k], pictures[n])
+        assert torch.equal(batch["pixel_values"][k], pictures[n])
     assert ((batch["labels"] == batch["input_ids"]) | (batch["labels"] == IGNORE_INDEX)).all()
     n_supervised = [int((ds[i]["labels"][1:] != IGNORE_INDEX).sum()) for i in range(4)]
     test_eq(int((batch["labels"] != IGNORE_INDEX).sum()), sum(n_supervised))
-    rows = zip(batch["input_ids"], batch["attention_mask"])
-    test_eq(batch["merged_seq_len"], max(num_tokens_with_images(row[mask], 16) for row, mask in rows))
-    assert max(lengths) < batch["merged_seq_len"] <= 84  # of a row, not of a sample
+    width = batch["input_ids"].shape[1]
+    assert max(lengths) < width <= 84  # of a row, not of a sample
     with expect_fail(DataError, contains="record 0: the sample takes"):
-        DataCollatorForSupervisedDataset(0, 30, 16)([ds[2]])
+        DataCollatorForSupervisedDataset(0, 30, **images)([ds[2]])
     with expect_fail(DataError, contains="record 'long': the sample takes"):
-        DataCollatorForSupervisedDataset(0, 30, 16)([{**ds[2], "id": "long"}])
+        DataCollatorForSupervisedDataset(0, 30, **images)([{**ds[2], "id": "long"}])
 
 def test_first_token_of_a_packed_sample_is_not_a_target():
     plain = {"input_ids": torch.tensor([2, 7, 8]), "labels": torch.tensor([2, 7, 8])}
@@ -195,7 +203,7 @@ def test_sentinel_without_picture_is_refused():
 def test_info_counts_samples_in_the_order_of_their_supervised_tokens():
     samples = [{**ds[i], "index": i, "source_index": i % 2} for i in range(4)]
     for max_length in (None, 84):
-        own = DataCollatorForSupervisedDataset(tok.pad_token_id, max_length, num_image_tokens=16)
+        own = DataCollatorForSupervisedDataset(tok.pad_token_id, max_length, 16, 255999)
         batch = own(samples)
         info = batch["info"]
         targets = batch["labels"][:, 1:][batch["labels"][:, 1:] != -100]
@@ -204,10 +212,11 @@ def test_info_counts_samples_in_the_order_of_their_supervised_tokens():
         assert torch.equal(targets, torch.cat(expected))
         assert info.n_supervised == [len(e) for e in expected]
         assert sorted(info.indices) == [0, 1, 2, 3] and info.sources == [i % 2 for i in info.indices]
-        assert sum(info.n_images) == int((batch["input_ids"] == -200).sum())
+        assert 16 * sum(info.n_images) == int((batch["input_ids"] == 255999).sum())
+        test_eq(sum(info.lengths), int(batch["attention_mask"].sum()))
 
 def test_batch_of_skipped_samples_has_nothing_supervised():
-    batch = DataCollatorForSupervisedDataset(tok.pad_token_id, num_image_tokens=16)([])
+    batch = DataCollatorForSupervisedDataset(tok.pad_token_id, None, 16, 255999)([])
     assert batch["input_ids"].shape == (1, 1)
     assert (batch["labels"] == -100).all()
     assert "info" not in batch

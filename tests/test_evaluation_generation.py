@@ -15,11 +15,11 @@ from vlm_lit.models.config import VLMConfig
 import sys
 import json, tempfile
 from fastcore.test import test_eq, expect_fail
-from transformers import AutoModelForCausalLM, AutoProcessor, TextStreamer
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+from transformers import TextStreamer
 from transformers.utils.logging import disable_progress_bar
 from vlm_lit.core import IGNORE_INDEX, DataError
 from vlm_lit.images import sample_image
-from vlm_lit.models.vlm import VLM, pad_left
 import torch
 from vlm_lit.data.dataset import LazySupervisedDataset
 from small_parts import three_tokenizers
@@ -27,7 +27,7 @@ from vlm_lit.evaluation.generation import Chat
 from vlm_lit.evaluation.generation import answer_batch
 
 def setup_module():
-    global PICTURES, QUESTIONS, llama, model, other, photo, plain_greedy, processor, qwen, small_model, tok
+    global IMAGES, QUESTIONS, llama, model, new_ids, other, photo, plain_greedy, processor, qwen, small_model, tok
     sys.path[:0] = ["../tests", "tests"]
     disable_progress_bar()
     def small_model(tokenizer, family="llama", seed=0):
@@ -66,16 +66,19 @@ def setup_module():
     processor = VLMProcessor.for_model(model.config, tok)
     processor.set_generation_config(model)
     QUESTIONS = ["what is it?", "which of them is the blue one, and why?", "hello", "what?"]
-    PICTURES = [photo, [photo, other], None, other]
+    IMAGES = [photo, [photo, other], None, other]
+    def new_ids(model, inputs, **kwargs):
+        "The ids after the prompt."
+        return model.generate(**inputs, **kwargs)[:, inputs["input_ids"].shape[1] :]
     def plain_greedy(model, inputs, n, stops):
         "The most likely id, n times or up to a stop, the whole row computed anew each time."
-        embeds, _ = model.prepare(**inputs)
+        ids, images = inputs["input_ids"], {k: v for k, v in inputs.items() if "ima" in k or "pix" in k}
         written = []
         while len(written) < n and not (written and written[-1] in stops):
             with torch.no_grad():
-                logits = model.language_model(inputs_embeds=embeds, use_cache=False).logits
+                logits = model(input_ids=ids, **images, use_cache=False).logits
             written.append(logits[0, -1].argmax().item())
-            embeds = torch.cat([embeds, model.embed(torch.tensor([written[-1:]]))], 1)
+            ids = torch.cat([ids, torch.tensor([written[-1:]])], 1)
         return written
 
 def test_processor_and_dataset_agree():
@@ -95,18 +98,19 @@ def test_processor_and_dataset_agree():
         (llama, "v1_mmtag", "square"),
         (qwen, "hf", "pad"),
     ]:
-        own = VLMProcessor(
-            tokenizer, template=template, image_size=32, image_size_aux=64, aspect=aspect
-        )
+        sizes = dict(image_size=32, image_size_aux=64, num_image_tokens=3)
+        own = VLMProcessor(tokenizer, template=template, aspect=aspect, **sizes)
         ds = LazySupervisedDataset([record], own, folder, uint8=True)
-        got = own(question, [folder / "a.png", folder / "b.png", folder / "a.png"])
-        test_eq(got["input_ids"][0], ds[0]["input_ids"])
-        test_eq(got["labels"][0], ds[0]["labels"])
-        test_eq(got["images_aux"][got["image_index"]], ds[0]["image_aux"])
+        paths = [folder / "a.png", folder / "b.png", folder / "a.png"]
+        got = own(question, paths, as_bytes=True)
+        [want] = own.expand([ds[0]])
+        test_eq(got["input_ids"][0], want["input_ids"])
+        test_eq(got["labels"][0], want["labels"])
+        test_eq(got["pixel_values_aux"][got["image_index"]], ds[0]["image_aux"])
         asked = own(question[:3], [photo, other, photo])
         n = asked["input_ids"].shape[1]
-        test_eq(asked["input_ids"][0].tolist(), ds[0]["input_ids"][:n].tolist())
-        assert "labels" not in asked and ds[0]["labels"][n] != IGNORE_INDEX
+        test_eq(asked["input_ids"][0].tolist(), want["input_ids"][:n].tolist())
+        assert "labels" not in asked and want["labels"][n] != IGNORE_INDEX
         content = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "\nWhat is it?"}]
         inside = own([{"role": "user", "content": content}, *question[1:2]], image_folder=folder)
         outside = own(question[:2], photo)
@@ -123,12 +127,13 @@ def test_model_and_processor_come_back_from_one_folder():
         print(sorted(p.name for p in folder.iterdir()))
         assert {p.suffix for p in folder.iterdir()} <= {".json", ".safetensors", ".jinja", ".md"}
 
-        loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
+        loaded = AutoModelForImageTextToText.from_pretrained(folder).eval()
         again = AutoProcessor.from_pretrained(folder)
         inputs = again(["what is it?", "and that?"], [photo, other], return_tensors="pt")
-        texts = again.batch_decode(loaded.generate(**inputs, max_new_tokens=20))
+        texts = again.answers(loaded.generate(**inputs, max_new_tokens=20), inputs)
 
         test_eq((type(loaded).__name__, type(again).__name__), ("VLM", "VLMProcessor"))
+        test_eq(type(AutoImageProcessor.from_pretrained(folder)).__name__, "VLMImageProcessor")
         test_eq(again.template, template)
         test_eq(again.image_processor.to_dict(), own.image_processor.to_dict())
         want = own(["what is it?", "and that?"], [photo, other])
@@ -142,19 +147,19 @@ def test_model_and_processor_come_back_from_one_folder():
 
 def test_greedy_batch_equals_a_plain_loop_and_each_alone():
     stops = stop_ids(tok)
-    together = model.generate(**processor(QUESTIONS, PICTURES), max_new_tokens=6)
+    together = new_ids(model, processor(QUESTIONS, IMAGES), max_new_tokens=6)
     # all of other lengths
-    assert len({len(processor(q, p)["input_ids"][0]) for q, p in zip(QUESTIONS, PICTURES)}) == 4
-    for question, picture, ids in zip(QUESTIONS, PICTURES, together.tolist()):
-        inputs = processor(question, picture)
+    assert len({len(processor(q, p)["input_ids"][0]) for q, p in zip(QUESTIONS, IMAGES)}) == 4
+    for question, image, ids in zip(QUESTIONS, IMAGES, together.tolist()):
+        inputs = processor(question, image)
         written = plain_greedy(model, inputs, 6, stops)
         test_eq(truncate_at_eos(ids, stops), truncate_at_eos(written, stops))
-        alone = model.generate(**inputs, max_new_tokens=6)[0]
+        alone = new_ids(model, inputs, max_new_tokens=6)[0]
         test_eq(truncate_at_eos(alone, stops), truncate_at_eos(written, stops))
     assert len({tuple(ids) for ids in together.tolist()}) == 4
 
 def test_cache_changes_nothing():
-    inputs = processor(QUESTIONS, PICTURES)
+    inputs = processor(QUESTIONS, IMAGES)
     test_eq(
         model.generate(**inputs, max_new_tokens=6, use_cache=True).tolist(),
         model.generate(**inputs, max_new_tokens=6, use_cache=False).tolist(),
@@ -162,27 +167,26 @@ def test_cache_changes_nothing():
 
 def test_beams_find_likelier_answers():
     def log_likelihood(inputs, ids):
-        "Of the ids behind the prompt, row by row."
-        embeds, plan = model.prepare(**inputs)
-        both = torch.cat([embeds, model.embed(ids)], 1)
-        with torch.no_grad():
-            logits = model.language_model(inputs_embeds=both, use_cache=False).logits
-        logits = logits[:, embeds.shape[1] - 1 : -1]
+        "Of the ids after the prompt, row by row."
+        n, own = (
+            inputs["input_ids"].shape[1],
+            {k: v for k, v in inputs.items() if k != "attention_mask"},
+        )
+        own["input_ids"] = torch.cat([inputs["input_ids"], ids], 1)
+        with torch.no_grad(): logits = model(**own).logits[:, n - 1 : -1]
         return logits.log_softmax(-1).gather(2, ids[..., None])[..., 0].sum(1)
 
     gains = []
-    for question, picture in zip(QUESTIONS, PICTURES):
-        inputs = processor(question, picture)
-        greedy, beams = [
-            model.generate(**inputs, max_new_tokens=5, num_beams=n, eos_token_id=None) for n in (1, 4)
-        ]
+    for question, image in zip(QUESTIONS, IMAGES):
+        inputs, five = processor(question, image), dict(max_new_tokens=5, eos_token_id=None)
+        greedy, beams = [new_ids(model, inputs, num_beams=n, **five) for n in (1, 4)]
         test_eq((greedy.shape, beams.shape), ((1, 5), (1, 5)))
         gains.append(float(log_likelihood(inputs, beams) - log_likelihood(inputs, greedy)))
     print("gain in log-likelihood:", [round(gain, 2) for gain in gains])
     assert min(gains) > -1e-4 and max(gains) > 0.01
 
 def test_sampling_repeats_with_its_seed():
-    inputs = processor(QUESTIONS, PICTURES)
+    inputs = processor(QUESTIONS, IMAGES)
 
     def drawn(seed):
         "Answers drawn with a seed."
@@ -196,13 +200,13 @@ def test_streamer_writes_what_is_returned():
     from contextlib import redirect_stdout
     from io import StringIO
 
-    inputs, heard = processor("what is it?", photo), StringIO()
-    streamer = TextStreamer(tok, skip_special_tokens=True)
-    with redirect_stdout(heard):
-        ids = model.generate(**inputs, max_new_tokens=8, streamer=streamer)
-    print(repr(heard.getvalue().strip()))
-    test_eq(heard.getvalue().strip(), tok.decode(ids[0], skip_special_tokens=True).strip())
-    assert len(heard.getvalue()) > 3
+    inputs, shown = processor("what is it?", photo), StringIO()
+    streamer = TextStreamer(tok, skip_prompt=True, skip_special_tokens=True)
+    with redirect_stdout(shown):
+        ids = new_ids(model, inputs, max_new_tokens=8, streamer=streamer)
+    print(repr(shown.getvalue().strip()))
+    test_eq(shown.getvalue().strip(), tok.decode(ids[0], skip_special_tokens=True).strip())
+    assert len(shown.getvalue()) > 3
 
 def test_answers_come_in_order_and_in_batches():
     folder = Path(tempfile.mkdtemp())
@@ -212,12 +216,12 @@ def test_answers_come_in_order_and_in_batches():
     answers = answer_batch(model, processor, "what is it?", paths, batch_size=2, max_new_tokens=5)
     together = list(answers)
     print(together)
-    alone = [model.generate(**processor("what is it?", p), max_new_tokens=5)[0] for p in paths]
-    want = [processor.decode(ids) for ids in alone]
+    alone = [processor("what is it?", path) for path in paths]
+    want = [processor.answers(model.generate(**x, max_new_tokens=5), x)[0] for x in alone]
     test_eq(together, want)
-    written = model.generate(**processor(QUESTIONS, PICTURES), max_new_tokens=6)
-    answers = answer_batch(model, processor, QUESTIONS, PICTURES, max_new_tokens=6)
-    test_eq(list(answers), processor.batch_decode(written))
+    written = new_ids(model, processor(QUESTIONS, IMAGES), max_new_tokens=6)
+    answers = answer_batch(model, processor, QUESTIONS, IMAGES, max_new_tokens=6)
+    test_eq(list(answers), processor.answers(written))
     test_eq(len(list(answer_batch(model, processor, ["hello"], max_new_tokens=1))), 1)
     (folder / "b.png").write_bytes(b"no image")
     answers = answer_batch(model, processor, "what is it?", paths, batch_size=1, max_new_tokens=5)
@@ -237,8 +241,8 @@ def test_chat_remembers():
         {"from": "human", "value": "<image>\nand this?"},
     ]
     test_eq(chat.turns, [*talk, {"from": "gpt", "value": second}])
-    ids = model.generate(**processor(talk, [photo, other]), max_new_tokens=5)[0]
-    test_eq(second, processor.decode(ids))
+    ids = new_ids(model, processor(talk, [photo, other]), max_new_tokens=5)
+    test_eq([second], processor.answers(ids))
     before = list(chat.turns)
     with expect_fail(DataError, contains="spells the control token"):
         chat("x<eos>")
@@ -275,16 +279,15 @@ def test_streamed_answers_are_the_answers():
     test_eq("".join(pieces), "blue 🐋 one")
 
 def test_padding_on_the_right_changes_answers():
-    embeds, plan = model.prepare(**processor(["what?", "which of them is the blue one?"], photo))
+    questions = ["what?", "which of them is the blue one?"]
+    alone = processor(questions[0], photo)
     with torch.no_grad():
-        right = model.language_model(inputs_embeds=embeds).logits[:, -1]
-        left_embeds, mask = pad_left(embeds, plan.filled)
-        places = (mask.long().cumsum(1) - 1).clamp(min=0)
-        left = model.language_model(
-            inputs_embeds=left_embeds, attention_mask=mask.long(), position_ids=places
-        ).logits[:, -1]
-        short = embeds[:1, : int(plan.filled[0].sum())]
-        alone = model.language_model(inputs_embeds=short).logits[:, -1]
-    same = [torch.allclose(padded[0], alone[0], atol=1e-4) for padded in (left, right)]
-    print("short question, padded left, as if alone:", same[0], " padded right:", same[1])
-    test_eq(same, [True, False])
+        want = model(**alone).logits[0, -1]
+        same = {}
+        for side in ("left", "right"):
+            padded = processor(questions, photo, padding_side=side)
+            same[side] = torch.allclose(model(**padded).logits[0, -1], want, atol=1e-4)
+    print("short question as if alone, by padding side:", same)
+    test_eq(same, {"left": True, "right": False})
+    with expect_fail(DataError, contains="prompts are padded on the right"):
+        model.generate(**padded)

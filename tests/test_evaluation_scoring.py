@@ -18,6 +18,7 @@ from vlm_lit.evaluation.metrics import question_only_baseline
 from vlm_lit.evaluation.metrics import anls, contains, exact
 import json
 import lzma, tempfile
+from types import SimpleNamespace
 from fastcore.test import test_eq, test_close, expect_fail
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -146,6 +147,7 @@ def setup_module():
         "Knows the answers of a dataset; counts the images it is shown."
 
         device = torch.device("cpu")
+        config = SimpleNamespace(num_image_tokens=1, image_token_id=-1)  # a placeholder per image
 
         def __init__(self, dataset):
             super().__init__()
@@ -160,23 +162,26 @@ def setup_module():
                     self.answers[key] = rest[: int(gaps[0]) if len(gaps) else None]
 
         def key(self, ids, images):
-            return tuple(ids.tolist()), tuple(image.float().std().item() for image in images)
+            return tuple(ids.masked_fill(ids < 0, -1).tolist()), tuple(
+                image.float().std().item() for image in images
+            )
 
         def generate(
             self,
             input_ids,
             attention_mask,
-            images_aux=torch.zeros(0, 3, 1, 1),
+            pixel_values_aux=torch.zeros(0, 3, 1, 1),
             image_index=None,
             pad_token_id=None,
             **settings,
         ):
-            self.shown += len(images_aux)
-            images = images_aux if image_index is None else images_aux[image_index]
-            own = torch.split(images, (input_ids == IMAGE_TOKEN_INDEX).sum(1).tolist())
+            self.shown += len(pixel_values_aux)
+            images = pixel_values_aux if image_index is None else pixel_values_aux[image_index]
+            own = torch.split(images, (input_ids < 0).sum(1).tolist())
             prompts = zip(input_ids, attention_mask.bool(), own)
             rows = [self.answers[self.key(ids[mask], part)] for ids, mask, part in prompts]
-            return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)
+            settings = dict(batch_first=True, padding_value=pad_token_id)
+            return torch.cat([input_ids, torch.nn.utils.rnn.pad_sequence(rows, **settings)], 1)
 
 def test_prompts_end_where_their_answers_begin():
     llama = golden_tokenizer("sentencepiece_like", "<s>", "</s>", "<unk>")

@@ -37,11 +37,14 @@ def test_image_processor_is_the_image_path():
                 for k, v in {"image_size": 336, "image_size_aux": 768, **settings}.items()
             },
         )
-        assert torch.equal(out["images"][1], want["image"])
-        assert torch.equal(out["images_aux"][1], want["image_aux"])
-        raw = own(photo, as_bytes=True)["images_aux"]
+        assert torch.equal(out["pixel_values"][1], want["image"])
+        assert torch.equal(out["pixel_values_aux"][1], want["image_aux"])
+        raw = own(photo, as_bytes=True)["pixel_values_aux"]
         assert raw.dtype == torch.uint8
-        assert torch.equal(own.normalize_square(raw)[0], out["images_aux"][0])
+        assert torch.equal(own.normalize_square(raw)[0], out["pixel_values_aux"][0])
+    llava = VLMImageProcessor(image_size=42, image_size_aux=42, has_aux=False)
+    test_eq({k: v.shape for k, v in llava(photo).items()}, {"pixel_values": (1, 3, 42, 42)})
+    test_eq(type(llava(photo, return_tensors="np")["pixel_values"]).__name__, "ndarray")
     several = ({}, {"image_size": 30}, {"image_size": 28, "image_grid": 2}, {"num_image_tokens": 16})
     found = [VLMImageProcessor(**s).num_image_tokens for s in several]
     test_eq(found, [576, None, 16, 16])
@@ -63,7 +66,7 @@ def test_image_settings_come_back_from_a_folder():
         ({"image_size": 28, "image_global": True}, "image_global needs an image_grid"),
     ]:
         with expect_fail(ConfigError, contains=message): VLMImageProcessor(**wrong)
-    with expect_fail(ConfigError, contains="must be 'pt'"):
-        own(sample_image(), return_tensors="np")
+    with expect_fail(ConfigError, contains="must be 'pt' or 'np'"):
+        own(sample_image(), return_tensors="tf")
     with expect_fail(ConfigError, contains="no argument 'do_resize'"):
         own(sample_image(), do_resize=False)

@@ -260,7 +260,7 @@ def test_bytes_finished_later_equal_the_float_path():
         for aspect in ("square", "pad"):
             ours = finish_images(to_bytes(resize_to_square(picture, 768, aspect))[None])
             floats = prepare_image(picture, aspect=aspect)
-            for batch, one in [("images", "image"), ("images_aux", "image_aux")]:
+            for batch, one in [("pixel_values", "image"), ("pixel_values_aux", "image_aux")]:
                 assert float((ours[batch][0] - floats[one]).abs().max()) < 1e-5
     stored = to_bytes(resize_to_square(picture, 768)).nbytes
     test_eq(round(sum(v.nbytes for v in floats.values()) / stored, 1), 4.8)  # a fifth of the bytes
@@ -276,7 +276,7 @@ def test_dtype_is_taken_at_the_end():
 
 def test_interpolating_bytes_first_rounds():
     picture = to_bytes(resize_to_square(sample_image(), 768))
-    right = finish_images(picture[None])["images"]
+    right = finish_images(picture[None])["pixel_values"]
     rounded = normalize(interpolate_image(picture[None].float()).round().to(torch.uint8))
     print(f"largest difference {float((right - rounded).abs().max()):.3f}")
     assert 1e-3 < (right - rounded).abs().max() < 1e-2

@@ -31,6 +31,7 @@ def test_geometry_of_the_configuration():
     cfg = small_config()
     test_eq((cfg.grid, cfg.num_image_tokens, cfg.grid_aux), (4, 16, 32))
     test_eq((cfg.vision_size, cfg.vision_size_aux, cfg.vocab_size), (16, 20, 300))
+    test_eq((cfg.image_token_id, small_config(image_token_id=7).image_token_id), (300, 7))
     test_eq(small_config(aux_stages=[-1]).grid_aux, 16)  # the last stage alone
     mgm = dict(
         text_config=dict(model_type="gemma"),

@@ -37,8 +37,8 @@ def setup_module():
             input_ids=torch.tensor([[2, 106, -200, 108, 20, 21, 1], [2, 30, 31, 1, 0, 0, 0]]),
             labels=torch.tensor(labels),
             attention_mask=torch.tensor([[1] * 7, [1] * 4 + [0] * 3]).bool(),
-            images=torch.randn(1, 3, 32, 32),
-            images_aux=torch.randn(1, 3, 64, 64),
+            pixel_values=torch.randn(1, 3, 32, 32),
+            pixel_values_aux=torch.randn(1, 3, 64, 64),
         )
 
 def test_mlps_made_again_give_the_same_gradients_and_keep_less():

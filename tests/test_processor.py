@@ -2,21 +2,24 @@
 from pathlib import Path
 import torch
 from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
-from vlm_lit.core import IMAGE_TOKEN, ConfigError, DataError
+from transformers.processing_utils import MultiModalData
+from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, ConfigError, DataError, nearest
 from vlm_lit.text.messages import check_path, read_record
-from vlm_lit.text.sentinels import check_image_count
-from vlm_lit.text.labels import check_tokenizer, check_turns
+from vlm_lit.text.sentinels import check_image_count, tokenizer_image_token
+from vlm_lit.text.tokenizer import adds_bos, check_placeholder, placeholder_id
+from vlm_lit.text.labels import check_control_tokens, check_tokenizer, check_turns, control_pattern
 from vlm_lit.text.encode import truncate_at_eos, encode_records, pad_id, prompt_ids, stop_ids
 from vlm_lit.images import read_image
 from vlm_lit.image_processor import VLMImageProcessor
-from vlm_lit.padding import pad_samples, stack_images
-import sys
-import tempfile
+from vlm_lit.padding import expand_image_tokens, pad_samples, stack_images
+import io, sys, tempfile
 from types import SimpleNamespace
 from fastcore.test import test_eq, expect_fail
 from transformers import GenerationConfig
-from vlm_lit.core import IMAGE_TOKEN_INDEX, peek
+from PIL import Image
+from vlm_lit.core import peek
 from vlm_lit.images import sample_image
+from vlm_lit.text.labels import generation_prompt
 from small_parts import golden_tokenizer, three_tokenizers
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.processor import _split_conversations
@@ -28,7 +31,7 @@ def setup_module():
     sys.path[:0] = ["../tests", "tests"]
     tok, llama, qwen = three_tokenizers()
     photo, other = sample_image(90, 60), sample_image(40, 70)
-    processor = VLMProcessor(tok, image_size=32, image_size_aux=64)
+    processor = VLMProcessor(tok, image_size=28, image_size_aux=64)
 
 def test_conversations_of_any_form_are_read_alike():
     text = {"type": "text", "text": "\nwhat is it?"}
@@ -93,13 +96,21 @@ def test_paths_in_messages_need_a_folder():
         read_conversation(ask(), [photo, other])
 
 def test_processor_pads_and_keeps_equal_images_once():
-    inputs = processor(["what is it?", "which one is blue?", "hello"], [photo, [photo, other], None])
-    test_eq((inputs["input_ids"] == IMAGE_TOKEN_INDEX).sum(1).tolist(), [1, 2, 0])
-    pixels = inputs["images_aux"]
-    test_eq((pixels.dtype, tuple(pixels.shape)), (torch.uint8, (2, 3, 64, 64)))
-    test_eq(inputs["image_index"].tolist(), [0, 0, 1])
+    questions, images = ["what is it?", "which one is blue?", "hello"], [photo, [photo, other], None]
+    inputs = processor(questions, images)
+    is_image = inputs["input_ids"] == processor.image_token_id
+    test_eq(is_image.sum(1).tolist(), [4, 8, 0])
+    test_eq(
+        {k: tuple(v.shape[1:]) for k, v in inputs.items() if k.startswith("pixel")},
+        {"pixel_values": (3, 28, 28), "pixel_values_aux": (3, 64, 64)},
+    )
+    test_eq((len(inputs["pixel_values"]), inputs["image_index"].tolist()), (2, [0, 0, 1]))
+    raw = processor(questions, images, as_bytes=True)
+    test_eq((raw["pixel_values_aux"].dtype, "pixel_values" in raw), (torch.uint8, False))
+    assert set(inputs) <= set(processor.model_input_names)
+    assert inputs["attention_mask"][:, -1].all()  # every answer begins after the last position
     for n, question in enumerate(["what is it?", "<image>\n<image>\nwhich one is blue?", "hello"]):
-        alone = processor(question, [photo, [photo, other], None][n])
+        alone = processor(question, images[n])
         ids = inputs["input_ids"][n][inputs["attention_mask"][n]]
         test_eq(ids.tolist(), alone["input_ids"][0].tolist())
     test_eq(sorted(processor("hello")), ["attention_mask", "input_ids"])
@@ -114,6 +125,8 @@ def test_processor_takes_what_the_model_holds_and_cuts_at_stops():
         num_image_tokens=9,
         image_mean=(0.1, 0.2, 0.3),
         image_std=(0.4, 0.5, 0.6),
+        image_token_id=256_000,
+        vision_aux_config=None,
     )
     own = VLMProcessor.for_model(config, tok, aspect="pad")
     kept = own.to_dict()
@@ -126,17 +139,23 @@ def test_processor_takes_what_the_model_holds_and_cuts_at_stops():
         "image_mean": [0.1, 0.2, 0.3],
         "image_std": [0.4, 0.5, 0.6],
         "num_image_tokens": 9,
+        "has_aux": False,
     }
     test_eq({key: kept["image_processor"][key] for key in want}, want)
     test_eq((kept["template"], kept["control_tokens"]), ("gemma", "refuse"))
-    test_eq(tuple(own("a", photo)["images_aux"].shape), (1, 3, 48, 48))
+    test_eq(kept["image_token_id"], 256_000)
+    test_eq(tuple(own("a", photo)["pixel_values"].shape), (1, 5, 3, 32, 32))
+    test_eq(own._get_num_multimodal_tokens([(9, 9), (5, 5)])["num_image_tokens"], [9, 9])
     written = tok("blue<end_of_turn>\nred", add_special_tokens=False).input_ids
-    test_eq(own.decode(written), "blue")
-    test_eq(own.batch_decode(torch.tensor([written, written])), ["blue"] * 2)
+    test_eq(own.answers(torch.tensor([written, written])), ["blue"] * 2)
+    prompt = own("what?", photo)
+    whole = torch.cat([prompt["input_ids"], torch.tensor([written])], 1)
+    test_eq(own.answers(whole, prompt), ["blue"])
+    test_eq(own.decode(whole[0]).split("model\n")[1], "blue<end_of_turn>\nred")
+    assert own.post_process_image_text_to_text(whole)[0].startswith("user\n")
     plain = VLMProcessor(tok, template="plain")
-    test_eq(plain.decode(tok("blue\nred").input_ids), "blue")
-    # an answer that ends at once
-    test_eq((own.decode([107, 0]), own.batch_decode([[], [1, 5]])), ("", ["", ""]))
+    test_eq(plain.answers([tok("blue\nred").input_ids]), ["blue"])
+    test_eq(own.answers([[107, 0], [], [1, 5]]), ["", "", ""])  # answers that end at once
     bare = golden_tokenizer("chatml_no_bos", None, "<|im_end|>", "<|endoftext|>")
     given = VLMProcessor(bare, template="hf", chat_template=qwen.chat_template)
     whole = VLMProcessor(qwen, template="hf")
@@ -144,6 +163,8 @@ def test_processor_takes_what_the_model_holds_and_cuts_at_stops():
     model = SimpleNamespace(generation_config=GenerationConfig())
     plain.set_generation_config(model)
     test_eq((model.generation_config.eos_token_id, model.generation_config.pad_token_id), ([1, 108], 0))
+    with expect_fail(ConfigError, contains="image_token_id 17534 is the token"):
+        VLMProcessor(tok, image_token_id=17534)
     with expect_fail(ConfigError, contains="aspect belongs to the image processor"):
         VLMProcessor(tok, own.image_processor, aspect="pad")
 
@@ -157,6 +178,38 @@ def test_processor_comes_back_from_a_folder():
     again = VLMProcessor.from_pretrained(folder)
     test_eq((again.template, again.image_processor.to_dict()), ("hf", own.image_processor.to_dict()))
     test_eq(again("a", photo)["input_ids"].tolist(), own("a", photo)["input_ids"].tolist())
+
+def test_rendered_prompts_give_the_ids_of_their_conversation():
+    for own, template in ((tok, "gemma"), (llama, "v1"), (qwen, "hf")):
+        ours = VLMProcessor(own, template=template, image_size=28)
+        talk = [{"from": "human", "value": "<image>\nwhat is it?"}]
+        prompt = generation_prompt(talk, own, template).text
+        want = ours(talk, photo)
+        for given in (prompt, (own.bos_token or "") + prompt):  # BOS once
+            got = ours(text=given, images=photo, return_tensors="pt")
+            test_eq(got["input_ids"].tolist(), want["input_ids"].tolist())
+            assert torch.equal(got["pixel_values"], want["pixel_values"])
+    bare = processor(text="hi", add_special_tokens=False)["input_ids"][0].tolist()
+    test_eq([tok.bos_token_id, *bare], processor(text="hi")["input_ids"][0].tolist())
+    two = processor(text=["<image> a", "<image><image>"], images=[photo, other, photo])
+    test_eq(two["image_index"].tolist(), [0, 1, 0])
+    nested = processor(text=["<image> a", "<image><image>"], images=[[photo], [other, photo]])
+    assert torch.equal(nested["input_ids"], two["input_ids"])
+
+def test_options_have_transformers_names():
+    few = dict(text=["<image> a b c d e", "hi"], images=[[photo], []])
+    right = processor(**few, padding_side="right")
+    assert right["attention_mask"][:, 0].all() and not right["attention_mask"][1, -1]
+    grouped = processor(**few, text_kwargs=dict(padding_side="right"), images_kwargs={})
+    assert torch.equal(grouped["input_ids"], right["input_ids"])
+    test_eq(processor(**few, padding="max_length", max_length=40)["input_ids"].shape, (2, 40))
+    test_eq(processor(**few, pad_to_multiple_of=16)["input_ids"].shape, (2, 16))
+    test_eq(processor(**few, truncation=True, max_length=7)["input_ids"].shape, (2, 7))
+    lists = processor(**few, return_tensors=None, padding=False)["input_ids"]
+    test_eq([len(ids) for ids in lists], right["attention_mask"].sum(1).tolist())
+    test_eq(type(processor(**few, return_tensors="np")["pixel_values"]).__name__, "ndarray")
+    kinds = processor(**few, return_mm_token_type_ids=True)["mm_token_type_ids"]
+    test_eq(kinds.sum(1).tolist(), [4, 0])
 
 def test_processor_names_what_disagrees():
     ask = lambda text: [{"from": "human", "value": text}]
@@ -176,8 +229,23 @@ def test_processor_names_what_disagrees():
         processor("a", labels=True)
     with expect_fail(DataError, contains="record 0: no turns"):
         processor([[], "a"])
-    with expect_fail(ConfigError, contains="must be 'pt'"):
-        processor("a", return_tensors="np")
+    with expect_fail(ConfigError, contains="must be 'pt', 'np' or None"):
+        processor("a", return_tensors="tf")
+    with expect_fail(ConfigError, contains="no 'paddign'; did you mean 'padding'?"):
+        processor("a", paddign=True)
+    with expect_fail(ConfigError, contains="give conversations, or rendered prompts"):
+        processor(images=photo)
+    with expect_fail(DataError, contains="record 1: 0 <image> tag(s) for 1 image(s)"):
+        processor(text=["a", "b"], images=[[], [photo]])
+    with expect_fail(DataError, contains="1 image(s) more than <image> tags"):
+        processor(text=["<image> a", "b"], images=[photo, other])
+    with expect_fail(DataError, contains="would cut an image"):
+        processor("a", photo, truncation=True, max_length=4)
+    half = io.BytesIO()
+    photo.save(half, "PNG")
+    broken = Image.open(io.BytesIO(half.getvalue()[:200]))
+    with expect_fail(DataError, contains="record 1: the image cannot be read"):
+        processor(["a", "b"], [photo, broken])
     with expect_fail(ConfigError, contains="control_tokens must be one of"):
         VLMProcessor(llama, template="v1", control_tokens="ignore")
     with expect_fail(ConfigError, contains="unknown template 'v9'"):

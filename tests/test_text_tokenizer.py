@@ -1,5 +1,5 @@
 "Derived from nbs/02_tokenizer.ipynb by `make tests`; edit the notebook, not this file."
-import lzma
+import lzma, re
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,8 +11,10 @@ from fastcore.test import test_eq, expect_fail
 from transformers import GemmaConfig, GemmaForCausalLM
 from vlm_lit.text.tokenizer import adds_bos
 from vlm_lit.text.tokenizer import bundled_gemma
+from vlm_lit.text.tokenizer import check_placeholder
 from vlm_lit.text.tokenizer import control_tokens
 from vlm_lit.text.tokenizer import load_tokenizer
+from vlm_lit.text.tokenizer import placeholder_id
 from vlm_lit.text.tokenizer import prepare_tokenizer
 from vlm_lit.text.tokenizer import special_tokens
 
@@ -76,6 +78,17 @@ def test_gemma_begins_every_call_with_bos():
 
 def test_template_that_spells_bos_doubles_it():
     test_eq(tok("<bos>What").input_ids, [2, 2, 1841])
+
+def test_a_placeholder_is_no_token_of_text():
+    gemma = load_tokenizer("gemma")
+    found = placeholder_id(gemma)
+    print(found, gemma.convert_ids_to_tokens(found))
+    test_eq((found, gemma.convert_ids_to_tokens(found)), (255999, "<unused99>"))
+    test_eq(placeholder_id(gemma, 200_000), gemma.convert_tokens_to_ids("<unused98>"))
+    check_placeholder(gemma, found)
+    check_placeholder(gemma, 256_000)
+    with expect_fail(ConfigError, contains="is the token 'hello' of this tokenizer"):
+        check_placeholder(gemma, gemma.convert_tokens_to_ids("hello"))
 
 def test_gemma_needs_nothing():
     changed = prepare_tokenizer(tok, "gemma")

@@ -13,6 +13,8 @@ from vlm_lit.models.config import VLMConfig
 from vlm_lit.models.towers import EfficientNetLiteConfig, build_vision_tower, stage_maps
 from vlm_lit.models.mining import PatchInfoMining
 from vlm_lit.training.flops import backward_products, causal_pairs, mining_products, tower_ops
+from vlm_lit.models.splice import expand_sentinels
+from vlm_lit.padding import supervised_positions
 from vlm_lit.training.flops import PARTS
 from vlm_lit.training.flops import flops_table
 from vlm_lit.training.flops import peak_flops
@@ -54,12 +56,15 @@ def setup_module():
         ids[:, 1] = IMAGE_TOKEN_INDEX
         labels = ids.clone()
         labels[:, :4] = IGNORE_INDEX
-        images = {"images": torch.randn(n, 3, config.image_size, config.image_size)}
+        images = {"pixel_values": torch.randn(n, 3, config.image_size, config.image_size)}
         if config.vision_aux_config:
-            images["images_aux"] = torch.randn(n, 3, config.image_size_aux, config.image_size_aux)
+            images["pixel_values_aux"] = torch.randn(n, 3, config.image_size_aux, config.image_size_aux)
         length, text = 6 + config.num_image_tokens, config.text_config
+        tokens = config.num_image_tokens, config.image_token_id
+        batch = {**expand_sentinels(ids, None, *tokens, labels=labels), **images}
+        places = supervised_positions(batch["labels"])
         with FlopCounterMode(display=False) as counter:
-            loss = model(input_ids=ids, labels=labels, **images).loss
+            loss = model(**batch, supervised_positions=places).loss
             if backward and trainable: loss.backward()
         table = flops_table(model, trainable_parts(model), [length] * n, n, 3 * n)
         masked_pairs = n * text.num_hidden_layers * length * (length - 1) // 2

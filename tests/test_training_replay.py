@@ -128,7 +128,7 @@ def test_worst_records_are_those_with_the_highest_mean_loss():
     dataset = LazySupervisedDataset(place / "train.json", processor, place / "images", uint8=True)
     means = [own.loss for own in found]
     assert len(found) == 24 and means == sorted(means, reverse=True) and found[0].name == "one-7"
-    collate = DataCollatorForSupervisedDataset(0, None, model.config.num_image_tokens)
+    collate = DataCollatorForSupervisedDataset.for_model(model.config, 0)
     for own in found[:3] + found[-3:]:
         with torch.no_grad():
             out = model(**{k: v for k, v in collate([dataset[own.index]]).items()})

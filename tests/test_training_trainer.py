@@ -19,6 +19,7 @@ from vlm_lit.data.records import one_thread
 from vlm_lit.data.samplers import GlobalBatchSampler
 from vlm_lit.text.encode import pad_id
 from vlm_lit.models.speed import compile_layers
+from vlm_lit.models.vlm import check_head
 from vlm_lit.weights.presets import seeded
 from vlm_lit.weights.pretrained import load_trainable, save_trainable, write_base
 from vlm_lit.training.arguments import PARTS

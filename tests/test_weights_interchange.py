@@ -84,13 +84,13 @@ def test_rows_of_a_loaded_projector_are_mgms_times_the_factor():
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     finished = finish_images(pixels, 28, MGM_2B.config.image_mean, MGM_2B.config.image_std)
     with torch.no_grad():
-        features = MGM_2B.image_encoder.features(finished["images"], finished["images_aux"])
+        features = MGM_2B.image_encoder.features(finished["pixel_values"], finished["pixel_values_aux"])
         names = ("0.weight", "0.bias", "2.weight", "2.bias")
         layers = [state[f"mm_projector.{n}"].float() for n in names]
         # MGM's own
         inside = nn.functional.gelu(nn.functional.linear(features, *layers[:2]))
         rows = nn.functional.linear(inside, *layers[2:])
-        got = MGM_2B.encode_images(None, pixels, rows)
+        got = MGM_2B.encode_images(None, pixels)
         torch.testing.assert_close(got, rows * 32**0.5, atol=1e-4, rtol=1e-5)
 
 def test_projector_files_that_do_not_fit_are_reported():

@@ -25,7 +25,7 @@ from vlm_lit.images import (
 class VLMImageProcessor(BaseImageProcessor):
     "Images of any form as a model takes them; the one home of all image settings."
 
-    model_input_names = ["images_aux", "images"]
+    model_input_names = ["pixel_values", "pixel_values_aux"]
 
     def __init__(
         self,
@@ -38,6 +38,7 @@ class VLMImageProcessor(BaseImageProcessor):
         image_global: bool = False,  # Whether the whole image follows the crops
         # Of one image; None: one per 14 x 14 pixels of every crop
         num_image_tokens: int | None = None,
+        has_aux: bool = True,  # Whether the model reads the large image as well
         **kwargs,  # For transformers
     ):
         super().__init__(**kwargs)
@@ -54,7 +55,7 @@ class VLMImageProcessor(BaseImageProcessor):
         self.aspect = aspect
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.image_grid, self.image_global = image_grid, image_global
-        self.num_image_tokens = num_image_tokens
+        self.num_image_tokens, self.has_aux = num_image_tokens, has_aux
 
     def square(
         self,
@@ -77,22 +78,33 @@ class VLMImageProcessor(BaseImageProcessor):
         "`image`, made from `image_aux`."
         return grid_crops(image_aux, self.image_size, self.image_grid, self.image_global)
 
+    def finish(
+        self,
+        pixels: torch.Tensor,  # uint8, (n_images, 3, image_size_aux, image_size_aux)
+    ) -> dict[str, torch.Tensor]:  # `pixel_values` and, with `has_aux`, `pixel_values_aux`; float32
+        "What a model reads of large squares."
+        large = self.normalize_square(pixels)
+        small = {"pixel_values": self.small(large)}
+        return {**small, "pixel_values_aux": large} if self.has_aux else small
+
     def preprocess(
         self,
         images,  # An image of any form, or a list of them
-        return_tensors: str = "pt",  # The only kind there is
-        as_bytes: bool = False,  # `images_aux` alone, uint8: the model finishes it on its device
+        return_tensors: str = "pt",  # "pt" or "np"
+        # `pixel_values_aux` alone, uint8: the model finishes it on its device
+        as_bytes: bool = False,
         **kwargs,  # None is known
-    ) -> BatchFeature:  # `images` and `images_aux`, float32, one per image
+    ) -> BatchFeature:  # From `finish`, one per image
         "Images as a model takes them. Raises `DataError` for what is no image."
-        if return_tensors not in ("pt", None):
-            raise ConfigError(f"return_tensors must be 'pt', got {return_tensors!r}")
+        if return_tensors not in ("pt", "np", None):
+            raise ConfigError(f"return_tensors must be 'pt' or 'np', got {return_tensors!r}")
         if kwargs:
             raise ConfigError(
                 f"no argument {sorted(kwargs)[0]!r}; settings are the processor's own"
             )
         if not isinstance(images, (list, tuple)): images = [images]
         pixels = torch.stack([self.square(read_image(image)) for image in images])
-        if as_bytes: return BatchFeature({"images_aux": pixels})
-        large = self.normalize_square(pixels)
-        return BatchFeature({"images": self.small(large), "images_aux": large})
+        out = {"pixel_values_aux": pixels} if as_bytes else self.finish(pixels)
+        if return_tensors == "np":
+            out = {key: tensor.numpy() for key, tensor in out.items()}
+        return BatchFeature(out)

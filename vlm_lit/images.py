@@ -124,7 +124,8 @@ def open_image(
     return decode_image(safe_path(name, folder), name, upright)
 
 def read_image(
-    image,  # PIL image, path, or uint8 tensor (3, height, width)
+    # PIL image, path, uint8 tensor (3, height, width) or uint8 array (height, width, 3)
+    image,
     folder: str | Path | None = None,  # Paths stay inside it; None: a path is taken as it is
 ) -> Image.Image:  # RGB
     "An image of any form. Raises `DataError` for what is none."
@@ -135,13 +136,15 @@ def read_image(
     is_bytes = torch.is_tensor(image) and image.dtype == torch.uint8
     if is_bytes and image.dim() == 3 and len(image) == 3:
         return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
+        return Image.fromarray(image)
     if not isinstance(image, Image.Image):
         found = type(image).__name__
         if hasattr(image, "dtype"):
             found = f"{str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}"
         raise DataError(
-            "an image must be a PIL image, a path, or a uint8 tensor (3, height, width); got "
-            f"{found}",
+            "an image must be a PIL image, a path, a uint8 tensor (3, height, width) or a uint8 "
+            f"array (height, width, 3); got {found}",
             kind="image_unreadable",
         )
     if image.mode[0] in "IF":
@@ -150,8 +153,11 @@ def read_image(
             "be cut off; convert it first",
             kind="image_unreadable",
         )
-    image = turn_upright(image)
-    return (on_white(image) if image.has_transparency_data else image).convert("RGB")
+    try:  # a file that is opened and not yet read
+        image = turn_upright(image)
+        return (on_white(image) if image.has_transparency_data else image).convert("RGB")
+    except (OSError, SyntaxError, ValueError) as e:
+        raise DataError(f"the image cannot be read: {e}", kind="image_unreadable") from e
 
 # %% ../nbs/06_images.ipynb #c008
 def sample_image(
@@ -361,23 +367,24 @@ def prepare_image(
 
 # %% ../nbs/06_images.ipynb #c055
 def finish_images(
-    images_aux: torch.Tensor,  # uint8, shape (n_images, 3, height, width), on any device
+    pixel_values_aux: torch.Tensor,  # uint8, shape (n_images, 3, height, width), on any device
     image_size: int = 336,  # Pixels of the small square
     mean=OPENAI_CLIP_MEAN,  # Mean of each channel, 0 to 1
     std=OPENAI_CLIP_STD,  # Standard deviation of each channel, 0 to 1
     image_grid: int = 1,  # Crops along a side, as in `grid_crops`
     image_global: bool = False,  # Whether the whole image follows the crops
     dtype: torch.dtype = torch.float32,  # Of the result; computed in float32
-    # `images` (n_images, [crops,] 3, image_size, image_size), `images_aux` (n_images, 3, height,
-    # width)
+    # `pixel_values` (n_images, [crops,] 3, image_size, image_size), `pixel_values_aux` (n_images,
+    # 3, height, width)
 ) -> dict[str, torch.Tensor]:
     "Both batches that the model sees, on the device where the bytes are."
-    if images_aux.dtype != torch.uint8:
+    if pixel_values_aux.dtype != torch.uint8:
         raise DataError(
-            f"images_aux must be bytes (uint8), got {images_aux.dtype}; floats are finished already"
+            f"pixel_values_aux must be bytes (uint8), got {pixel_values_aux.dtype}; floats are "
+            "finished already"
         )
-    done = normalize(images_aux, mean, std)
+    done = normalize(pixel_values_aux, mean, std)
     return {
-        "images": grid_crops(done, image_size, image_grid, image_global).to(dtype),
-        "images_aux": done.to(dtype),
+        "pixel_values": grid_crops(done, image_size, image_grid, image_global).to(dtype),
+        "pixel_values_aux": done.to(dtype),
     }

@@ -13,8 +13,13 @@ from dataclasses import dataclass
 import numpy as np, torch
 from numpy.typing import ArrayLike
 from ..core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
-from ..padding import count_images, pad_samples, stack_images
-from ..text.sentinels import num_tokens_with_images
+from vlm_lit.padding import (
+    count_images,
+    expand_image_tokens,
+    pad_samples,
+    stack_images,
+    supervised_positions,
+)
 
 # %% ../../nbs/08_batches.ipynb #c006
 def pack_sequences(
@@ -61,11 +66,12 @@ def check_sample(
     n: int,  # Its place in the batch
 ) -> None:
     "Raise `DataError` unless the sample brings one image per sentinel."
-    n_gaps, n_images = int((sample["input_ids"] == IMAGE_TOKEN_INDEX).sum()), count_images(sample)
-    if n_gaps != n_images:
+    n_sentinels = int((sample["input_ids"] == IMAGE_TOKEN_INDEX).sum())
+    n_images = count_images(sample)
+    if n_sentinels != n_images:
         message = (
-            f"sample {n} of the batch has {n_gaps} image sentinel(s) in input_ids for {n_images} "
-            f"image(s); write one {IMAGE_TOKEN} tag for each image"
+            f"sample {n} of the batch has {n_sentinels} image sentinel(s) in input_ids for "
+            f"{n_images} image(s); write one {IMAGE_TOKEN} tag for each image"
         )
         raise DataError(message, record=sample.get("id"), kind="tags")
 
@@ -80,14 +86,14 @@ class BatchInfo:
     n_supervised: list[int]  # tokens that the loss counts
 
 def batch_info(
-    samples: list[dict],  # With the record's `index`, and its `source_index` if there are several
-    num_image_tokens: int | None,  # Tokens of an image; None: 1
+    # Expanded, with the record's `index`, and its `source_index` if there are several
+    samples: list[dict],
 ) -> BatchInfo:
     "What a batch holds, counted on the CPU before a device sees it."
     return BatchInfo(
         [s["index"] for s in samples],
         [s.get("source_index", 0) for s in samples],
-        [num_tokens_with_images(s["input_ids"], num_image_tokens or 1) for s in samples],
+        [len(s["input_ids"]) for s in samples],
         [count_images(s) for s in samples],
         [int((s["labels"][1:] != IGNORE_INDEX).sum()) for s in samples],
     )
@@ -101,14 +107,17 @@ def blank_sample(
 
 @dataclass
 class DataCollatorForSupervisedDataset:
-    "Samples to a batch: padded on the right or packed, images in one stack."
+    "Samples to a batch: sentinels expanded, rows padded or packed, images in one stack."
 
     pad_token_id: int  # filling of `input_ids`; any id will do, nothing reads it
     # pack whole samples into rows of so many expanded positions; None: a row for each sample
     max_length: int | None = None
-    # that a sentinel becomes, `VLMConfig.num_image_tokens`; None: the model counts them, packing
-    # needs them
+    # that a sentinel becomes, `VLMConfig.num_image_tokens`; None: sentinels stay, and the model
+    # expands them
     num_image_tokens: int | None = None
+    image_token_id: int | None = None  # the placeholder, `VLMConfig.image_token_id`
+    supervised_only: bool = False  # add `supervised_positions`: no other logits are computed
+    padding_side: str = "right"  # "left" for prompts to generate from
 
     def __post_init__(self):
         if not isinstance(self.pad_token_id, int):
@@ -116,38 +125,54 @@ class DataCollatorForSupervisedDataset:
             raise ConfigError(
                 f"pad_token_id: expected a number, got a {kind}; see tokenizer.pad_token_id"
             )
-        if self.max_length is not None and self.num_image_tokens is None:
+        needs = "packing (max_length)" if self.max_length is not None else "supervised_only"
+        is_asked = self.max_length is not None or self.supervised_only
+        if is_asked and self.num_image_tokens is None:
             raise ConfigError(
-                "packing (max_length) counts a sentinel as all its image tokens; give "
-                "num_image_tokens, from `count_image_tokens` or the model's config"
+                f"{needs} counts a sentinel as all its image tokens; give num_image_tokens, from "
+                "`count_image_tokens` or the model's config"
             )
+        if (self.num_image_tokens is None) != (self.image_token_id is None):
+            raise ConfigError("num_image_tokens and image_token_id are given together, or neither")
 
-    def lengths(
+    @classmethod
+    def for_model(
+        cls,
+        config,  # `VLMConfig` of the model
+        pad_token_id: int,
+        **settings,  # `max_length`, `supervised_only`, `padding_side`
+    ) -> "DataCollatorForSupervisedDataset":
+        "The collator whose batches a model reads."
+        images = dict(num_image_tokens=config.num_image_tokens)
+        images |= dict(image_token_id=config.image_token_id)
+        return cls(pad_token_id, **images, **settings)
+
+    def expand(
         self,
         samples: list[dict],
-    ) -> list[int]:  # Of each; a sentinel counts 1 where `num_image_tokens` is not known
-        "Tokens of samples, images expanded."
-        return [num_tokens_with_images(s["input_ids"], self.num_image_tokens or 1) for s in samples]
+    ) -> list[dict]:
+        "Samples with placeholders; as they are where `num_image_tokens` is not known."
+        n_tokens, token = self.num_image_tokens, self.image_token_id
+        if n_tokens is None or token is None: return samples
+        return [expand_image_tokens(sample, n_tokens, token) for sample in samples]
 
     def __call__(
         self,
         samples: list[dict],  # Samples of `LazySupervisedDataset`
         # `input_ids`, `labels`, `attention_mask` (batch, seq_len), packed also `sample_ids`; with
-        # images `images` and `images_aux`; with `num_image_tokens` the number `merged_seq_len`
+        # images `pixel_values` and `pixel_values_aux`
     ) -> dict:
         "One batch. Raises `DataError` if sentinels and images of a sample disagree in number."
         for n, sample in enumerate(samples): check_sample(sample, n)
-        if not samples: samples = [blank_sample(self.pad_token_id)]
-        own, shown = samples, samples
+        samples = self.expand(samples or [blank_sample(self.pad_token_id)])
+        rows, shown = samples, samples
         if self.max_length is not None:
-            lengths = self.lengths(samples)
+            lengths = [len(s["input_ids"]) for s in samples]
             names = [s.get("id", n) for n, s in enumerate(samples)]
-            rows = pack_sequences(lengths, self.max_length, names)
-            own = [concatenate_samples([samples[i] for i in row]) for row in rows]
-            shown = [samples[i] for row in rows for i in row]
-        extra: dict = {}
-        if shown and "index" in shown[0]:
-            extra["info"] = batch_info(shown, self.num_image_tokens)
-        if self.num_image_tokens is not None:
-            extra["merged_seq_len"] = max(self.lengths(own))
-        return {**pad_samples(own, self.pad_token_id), **stack_images(shown), **extra}
+            packs = pack_sequences(lengths, self.max_length, names)
+            rows = [concatenate_samples([samples[i] for i in pack]) for pack in packs]
+            shown = [samples[i] for pack in packs for i in pack]
+        batch = {**pad_samples(rows, self.pad_token_id, self.padding_side), **stack_images(shown)}
+        if self.supervised_only:
+            batch["supervised_positions"] = supervised_positions(batch["labels"])
+        return {**batch, "info": batch_info(shown)} if "index" in shown[0] else batch

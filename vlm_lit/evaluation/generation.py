@@ -36,11 +36,11 @@ def generate_ids(
 ) -> list[list[int]]:  # For each sample the ids it wrote, the stop token excluded
     "Answers to a batch of questions."
     pad, stops = pad_id(tokenizer), stop_ids(tokenizer, template)
-    batch = DataCollatorForSupervisedDataset(pad)(samples)
-    batch = {k: v.to(model.device) for k, v in batch.items() if k != "labels"}
+    collate = DataCollatorForSupervisedDataset.for_model(model.config, pad, padding_side="left")
+    batch = {k: v.to(model.device) for k, v in collate(samples).items() if k != "labels"}
     settings = {"do_sample": False, "max_new_tokens": max_new_tokens}
     settings |= {"eos_token_id": stops, "pad_token_id": pad, **kwargs}
-    rows = model.generate(**batch, **settings)
+    rows = model.generate(**batch, **settings)[:, batch["input_ids"].shape[1] :]
     return [truncate_at_eos(row, stops) for row in rows]
 
 def answer_batch(
@@ -68,18 +68,20 @@ def answer_batch(
         ids = generate_ids(
             model, samples, processor.tokenizer, processor.template, max_new_tokens, **kwargs
         )
-        yield from map(processor.decode, ids)
+        yield from processor.answers(ids)
 
 # %% ../../nbs/12_generation.ipynb #c027
 class _IdQueue(BaseStreamer):
     "What `generate` writes to; closing it ends the generation at the next id."
 
-    def __init__(self): self.queue, self.closed = Queue(), False
+    def __init__(self):
+        self.queue, self.closed, self.has_prompt = Queue(), False, False
 
     def put(self, value):
         if self.closed:
             raise InterruptedError("nobody reads the answer any more")
-        self.queue.put(value.flatten().tolist())
+        if self.has_prompt: self.queue.put(value.flatten().tolist())
+        self.has_prompt = True  # the first that `generate` writes is the prompt
 
     def end(self): self.queue.put(None)
 
@@ -122,7 +124,7 @@ class Chat:
     ) -> str:
         "The model's answer. A question that is refused leaves no trace."
         turns, images, sample = self._ask(question, images)
-        text = self.processor.decode(self._generate(sample))
+        [text] = self.processor.answers([self._generate(sample)])
         self.turns, self.images = [*turns, {"from": "gpt", "value": text}], images
         return text
 
@@ -158,7 +160,7 @@ def _decoded(queue, processor):
     text = ""
     for new in iter(queue.get, None):
         ids += new
-        text = processor.decode(ids)
+        [text] = processor.answers([ids])
         if text.startswith(shown) and not text.endswith("\ufffd") and text != shown:
             yield text[len(shown) :]
             shown = text

@@ -27,6 +27,11 @@ class VLMConfig(PreTrainedConfig):
         "vision_config": AutoConfig,
         "vision_aux_config": AutoConfig,
     }
+    # what `Trainer` does not gather for `compute_metrics`
+    keys_to_ignore_at_inference = [
+        *("past_key_values", "hidden_states", "attentions"),
+        *("image_hidden_states", "supervised_logits", "token_losses"),
+    ]
 
     def __init__(
         self,
@@ -46,6 +51,9 @@ class VLMConfig(PreTrainedConfig):
         aux_stages=None,  # Which stages of the high-resolution tower are mined; None: all, as MGM
         image_mean=OPENAI_CLIP_MEAN,  # Of each channel, 0 to 1
         image_std=OPENAI_CLIP_STD,  # Likewise
+        # Id that stands for an image token in `input_ids`; None: the first one after the language
+        # model's embedding table
+        image_token_id: int | None = None,
         **kwargs,  # Of transformers' base class
     ):
         self.text_config = sub_config(text_config, "gemma")
@@ -63,6 +71,8 @@ class VLMConfig(PreTrainedConfig):
         self.select_layer = select_layer
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
+        vocab_size = self.text_config.vocab_size
+        self.image_token_id = vocab_size if image_token_id is None else image_token_id
         if self.vision_aux_config and self.vision_aux_config.model_type not in CONV_MODEL_TYPES:
             raise ConfigError(
                 f"a {self.vision_aux_config.model_type} has no stages to mine; the high-resolution "
@@ -116,7 +126,7 @@ class VLMConfig(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        "Rows that one image takes in the language model."
+        "Tokens that one image takes in the language model."
         return self.grid**2 * (self.image_grid**2 + int(self.image_global))
 
     @property

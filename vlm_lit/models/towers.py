@@ -53,8 +53,10 @@ def build_vision_tower(
     """A tower without what comes after its features. Raises `ConfigError` for a configuration that
     is none of a tower."""
     depth = tower_depth(config, select_layer)
-    tower = AutoModel.from_config(config)
-    if config.model_type in CONV_MODEL_TYPES:
+    is_conv = config.model_type in CONV_MODEL_TYPES
+    # convolutions have no attention to choose, whatever the whole model was asked for
+    tower = AutoModel.from_config(config, **({"attn_implementation": "eager"} if is_conv else {}))
+    if is_conv:
         del tower.encoder.stages[depth:]
         # ConvNeXt's, of the mean of the last map
         if hasattr(tower, "layernorm"): tower.layernorm = nn.Identity()

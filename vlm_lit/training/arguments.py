@@ -63,6 +63,11 @@ class VLMTrainingArguments(TrainingArguments):
     max_packed_length: int | None = _arg(
         None, "With packed: tokens per sequence, image tokens included; null: data.max_length."
     )
+    supervised_logits_only: bool = _arg(
+        True,
+        "Compute logits where a supervised token is predicted and nowhere else; off for "
+        "label smoothing and for a loss of one's own.",
+    )
     hflip_prob: float = _arg(
         0.0, "Share of images flipped left to right. Text, digits, left and right suffer from it."
     )

@@ -140,7 +140,8 @@ def worst_records(
     if not isinstance(data, LazySupervisedDataset):
         dataset = LazySupervisedDataset(data, processor, image_folder, uint8=True)
     pad = pad_id(dataset.tokenizer)
-    collate = DataCollatorForSupervisedDataset(pad, None, model.config.num_image_tokens)
+    settings = dict(supervised_only=True)
+    collate = DataCollatorForSupervisedDataset.for_model(model.config, pad, **settings)
     worst, was_training = [], model.training
     model.eval()
     for start in range(0, len(dataset), batch_size):
@@ -325,6 +326,9 @@ def _run_folder(run) -> Path:
         )
     return found[0]
 
+# functions of a step that a replay can stop in
+_STEP = (VLM.forward, VLM.supervised_forward, VLM.add_loss, Trainer.training_step)
+
 def _stops(at, watch) -> list[Breakpoint]:
     "Breakpoints at a line of a step."
     watch = [check_expression(w) for w in ([watch] if isinstance(watch, str) else watch)]
@@ -332,16 +336,17 @@ def _stops(at, watch) -> list[Breakpoint]:
         step = ["inputs['input_ids'].shape", "num_items_in_batch"]
         return [
             Breakpoint(Trainer.training_step, "loss = self.compute_loss", watch=step),
-            Breakpoint(VLM.forward, "loss = ", watch=watch or ["targets", "losses"]),
+            Breakpoint(VLM.add_loss, "loss = losses", watch=watch or ["targets", "losses"]),
         ]
     errors = []
-    for function in (VLM.forward, Trainer.training_step):
+    for function in _STEP:
         try: return [Breakpoint(function, at, watch=watch)]
         except ConfigError as error:
-            errors.append(str(error).splitlines()[0].removesuffix(" of:"))
+            line = str(error).splitlines()[0].removesuffix(" of:")
+            errors.append(f"{function.__qualname__}: {line}")
     raise ConfigError(
-        f"VLM.forward: {errors[0]}; Trainer.training_step: {errors[1]}; give text that one line of "
-        "one of these functions has, such as 'loss ='"
+        f"{'; '.join(errors)}; give text that one line of one of these functions has, such as "
+        "'loss = losses'"
     )
 
 def _trainer_of(run: Path, folder: Path):
@@ -384,7 +389,9 @@ def _found_in(run: Path, step: int) -> tuple[Replay, set[int], int]:
 def replay(
     run: str | Path,  # Its folder, or its name in runs/; nothing in it is changed
     step: int,  # From 1, as metrics.jsonl counts
-    at: str | None = None,  # Text of one line of `VLM.forward` or `Trainer.training_step`
+    # Text of one line of `VLM.forward`, `.supervised_forward`, `.add_loss` or
+    # `Trainer.training_step`
+    at: str | None = None,
     watch=(),  # Expressions to show at the stop
     console: Console | None = None,  # Told how many steps come before; None: nobody
 ) -> Replay:

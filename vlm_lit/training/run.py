@@ -159,7 +159,9 @@ def _match_scale(trainer, section):
     if not samples: return
     batch = trainer.data_collator(samples)
     with torch.no_grad(), trainer.accelerator.autocast():
-        match_embedding_scale(trainer.model, batch.get("images"), batch.get("images_aux"))
+        match_embedding_scale(
+            trainer.model, batch.get("pixel_values"), batch.get("pixel_values_aux")
+        )
 
 # %% ../../nbs/19_run.ipynb #c007
 def open_run(
