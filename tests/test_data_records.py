@@ -136,7 +136,10 @@ def test_messages_and_images_of_tables():
     decoded = Table.from_list(decoded).cast_column("image", ImageFeature())
     for source in (place, decoded):
         records = Records(source)
-        test_eq(records[1]["conversations"], turns)
+        found = records[1]["conversations"]
+        test_eq([{k: turn[k] for k in ("from", "value")} for turn in found], turns)
+        kept = [["<image>", "q"], ["a"]] if source is place else [None, None]
+        test_eq([turn.get("parts") for turn in found], kept)
         names = [image_names(r)[0] for r in records]
         test_eq(names, ["embedded:0/0", "embedded:1/0", "embedded:2/0"])
         pixels = [records.open_image(n).getpixel((0, 0)) for n in names]
@@ -158,6 +161,21 @@ def test_messages_and_images_of_tables():
     with expect_fail(DataError, contains="record 0: bytes that are no text"):
         Records(place)[0]
     test_eq(Records(place).n_images.tolist(), [-1])
+
+def test_parts_of_messages_survive_the_store():
+    content = [{"type": "text", "text": "What "}, {"type": "text", "text": "now?"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    raws = [{"id": 0, "messages": messages}, {"id": 1, "conversations": turns}]
+    path = Path(tempfile.mkdtemp()) / "records.jsonl"
+    path.write_text("\n".join(map(json.dumps, raws)))
+    import vlm_lit.data.records as module
+
+    small = module.SMALL
+    for module.SMALL in (0, small):  # with a store and without one
+        found = list(Records(path))
+        test_eq(found, [read_record(raw, n) for n, raw in enumerate(raws)])
+    print(found[0]["conversations"][0])
 
 def test_a_changed_file_is_never_read_from_an_old_store():
     path = large_file()

@@ -43,7 +43,8 @@ def test_conversations_of_any_form_are_read_alike():
     ]
     for n, way in enumerate(ways):
         record, pictures = read_conversation(way, [] if n == 2 else [photo])
-        test_eq(record["conversations"], [{"from": "human", "value": "<image>\nwhat is it?"}])
+        (turn,) = record["conversations"]
+        test_eq((turn["from"], turn["value"]), ("human", "<image>\nwhat is it?"))
         assert pictures == [photo]
     two = read_conversation("compare", [photo, other])[0]["conversations"]
     test_eq(two[0]["value"], "<image>\n<image>\ncompare")

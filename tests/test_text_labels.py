@@ -5,11 +5,12 @@ import numpy as np, torch
 from transformers import PreTrainedTokenizerFast
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IM_END_TOKEN, IM_START_TOKEN
 from vlm_lit.core import ConfigError, DataError
+from vlm_lit.text.messages import turn_parts
 from vlm_lit.text.templates import Conversation, Rendered, SeparatorStyle, caption_form
 from vlm_lit.debug.label_view import Segment
 from vlm_lit.text.templates import get_template, render, set_system
 from vlm_lit.text.chat_templates import hf_markers, render_hf
-from vlm_lit.text.sentinels import TokenizerTraits, encode_prompts, tokenizer_traits
+from vlm_lit.text.sentinels import NO_SPACE, TokenizerTraits, encode_prompts, tokenizer_traits
 import json, lzma, random, re, unicodedata, warnings
 import matplotlib.pyplot as plt
 from pathlib import Path

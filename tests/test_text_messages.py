@@ -4,6 +4,7 @@ from vlm_lit.core import IMAGE_TOKEN, DataError
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.text.messages import image_names
 from vlm_lit.text.messages import read_record
+from vlm_lit.text.messages import turn_parts
 
 def test_records_of_all_forms_become_llava_records():
     llava = {
@@ -40,12 +41,34 @@ def test_records_of_all_forms_become_llava_records():
         chat({"type": "image", "text": None}, key="conversations", image=["x.png"]),
         chat(None, "<image>What is this?", images=["x.png"]),
     ]
-    for form in forms: test_eq(read_record(form), llava)
+
+    def without_parts(record):
+        turns = [{k: turn[k] for k in ("from", "value")} for turn in record["conversations"]]
+        return {**record, "conversations": turns}
+
+    for form in forms: test_eq(without_parts(read_record(form)), llava)
     without = {"image": "p.png", "conversations": []}
     test_eq(read_record(without, 7), {"id": 7, **without})
     records = [{"image": image, "conversations": []} for image in ("p", ["p", "q"], None, [])]
     names = [image_names(read_record(record)) for record in records]
     test_eq(names, [["p"], ["p", "q"], [], []])
+
+def test_parts_of_a_message_are_kept():
+    content = [IMAGE, TEXT] = [{"type": "image", "image": "x.png"}, {"type": "text", "text": "q"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]
+    record = read_record({"id": 7, "messages": messages})
+    print(record["conversations"][0])
+    first = {"from": "human", "value": "<image>q", "parts": ["<image>", "q"]}
+    test_eq(record["conversations"], [first, {"from": "gpt", "value": "a"}])
+    test_eq(read_record(record), record)
+    test_eq(turn_parts(first), ["<image>", "q"])
+    test_eq(turn_parts({**first, "value": "<image>\nq"}), None)
+    for parts in (None, [], "<image>q", [3], ["<image>", "?"]):
+        turn = {"from": "human", "value": "<image>q", "parts": parts}
+        test_eq(
+            read_record({"image": "x.png", "conversations": [turn]}, 7)["conversations"][0],
+            {"from": "human", "value": "<image>q"},
+        )
 
 def test_records_that_cannot_be_read_say_why():
     IMAGE, TEXT = {"type": "image", "image": "x.png"}, {"type": "text", "text": "q"}

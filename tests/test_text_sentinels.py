@@ -9,6 +9,7 @@ from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
 from vlm_lit.core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_TOKEN, ConfigError
 from vlm_lit.core import DataError
+from vlm_lit.text.messages import turn_parts
 from vlm_lit.text.templates import Rendered, user_parts
 from vlm_lit.debug.label_view import Segment
 from vlm_lit.text.tokenizer import control_tokens
@@ -77,6 +78,15 @@ def test_several_tags_stay_and_answers_are_left_alone():
     test_eq(moved("write <image> here", who="gpt"), "write <image> here")
     test_eq(moved("a\n<image>", mm_use_im_start_end=True), "<im_start><image><im_end>\na")
     test_eq(moved("a\n<image>", mmtag=True), "<Image><image></Image>\na")
+
+def test_turns_in_parts_are_kept_for_the_tokenizers_own_template():
+    given = {"from": "human", "value": "What?<image>", "parts": ["What?", "<image>"]}
+    named, own = (preprocess_multimodal([[given]], keep_parts=keep)[0][0] for keep in (False, True))
+    test_eq((named["value"], own), ("<image>\nWhat?", given))
+    rewritten = {**given, "value": "What? <image>"}  # its parts no longer make up the text
+    test_eq(preprocess_multimodal([[rewritten]], keep_parts=True)[0][0]["value"], "<image>\nWhat?")
+    (turn,) = preprocess_multimodal([[given]], "mgm", keep_parts=True)[0]
+    test_eq(turn["value"], "<image>\nWhat?")
 
 def test_every_reference_row_of_preprocess_multimodal():
     lines = lzma.open(GOLDEN / "preprocess_multimodal.jsonl.xz", "rt", encoding="utf-8")

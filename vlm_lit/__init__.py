@@ -13,6 +13,7 @@ _MODULES = {
     "debug.label_view": "LabelStrip",
     "text.tokenizer": "load_tokenizer prepare_tokenizer special_tokens",
     "text.templates": "SeparatorStyle Conversation conv_templates render",
+    "text.jinja": "to_jinja",
     "text.sentinels": "preprocess_multimodal tokenizer_image_token",
     "text.labels": "preprocess",
     "images": "prepare_image",

@@ -21,14 +21,14 @@ from ..images import decode_image, open_image
 from .record_files import scan_records
 
 # %% ../../nbs/07_records.ipynb #c006
-STORE_VERSION = 1  # to be raised when the columns or `read_record` change
+STORE_VERSION = 2  # to be raised when the columns or `read_record` change
 
 def _schema():
     "Columns of the store."
     import pyarrow as pa
 
     text = pa.string()
-    turn = pa.struct([("from", text), ("value", text)])
+    turn = pa.struct([("from", text), ("value", text), ("parts", pa.list_(text))])
     return pa.schema(
         [
             ("id", text),
@@ -61,7 +61,10 @@ def _stored_record(
     record = {"id": json.loads(row["id"])}
     names = row["image"]
     if names: record["image"] = names[0] if len(names) == 1 else names
-    record["conversations"] = row["conversations"]
+    record["conversations"] = [
+        {key: value for key, value in turn.items() if value is not None}
+        for turn in row["conversations"]
+    ]
     return record | {key: row[key] for key in ("type", "source") if row[key] is not None}
 
 def _store(

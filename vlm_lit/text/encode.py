@@ -30,7 +30,8 @@ def encode_records(
     conversations = [record["conversations"] for record in records]
     # before the texts are read
     for name, turns in zip(names, conversations): check_turns(turns, name)
-    moved = preprocess_multimodal(conversations, image_tags, mmtag="mmtag" in template)
+    is_hf, mmtag = template == "hf", "mmtag" in template
+    moved = preprocess_multimodal(conversations, image_tags, mmtag=mmtag, keep_parts=is_hf)
     sources = [own if n else turns for own, turns, n in zip(moved, conversations, n_images)]
     has_image = [n > 0 for n in n_images]
     data = preprocess(
@@ -65,12 +66,13 @@ def prompt_ids(
     check_turns(source, name)
     if n_images:
         check_image_count(source, n_images, name)
-        source = preprocess_multimodal([source], mmtag="mmtag" in template)[0]
+        is_hf, mmtag = template == "hf", "mmtag" in template
+        source = preprocess_multimodal([source], mmtag=mmtag, keep_parts=is_hf)[0]
     try:
         return generation_ids(source, tokenizer, template, n_images > 0, control_tokens)
     except DataError as e: raise e.at(name)
 
-# %% ../../nbs/05a_encode.ipynb #c013
+# %% ../../nbs/05a_encode.ipynb #c022
 def stop_ids(
     tokenizer: PreTrainedTokenizerFast,
     template: str = "gemma",  # The one the model was trained with

@@ -15,11 +15,12 @@ import numpy as np, torch
 from transformers import PreTrainedTokenizerFast
 from ..core import IGNORE_INDEX, IMAGE_TOKEN, IM_END_TOKEN, IM_START_TOKEN
 from ..core import ConfigError, DataError
+from .messages import turn_parts
 from .templates import Conversation, Rendered, SeparatorStyle, caption_form
 from ..debug.label_view import Segment
 from .templates import get_template, render, set_system
 from .chat_templates import hf_markers, render_hf
-from .sentinels import TokenizerTraits, encode_prompts, tokenizer_traits
+from .sentinels import NO_SPACE, TokenizerTraits, encode_prompts, tokenizer_traits
 
 # %% ../../nbs/05_labels.ipynb #c007
 def check_turns(
@@ -151,7 +152,9 @@ def refuse_control_tokens(
 ) -> None:
     "Raise `DataError` if a message spells a control token, or `<image>` where no image can be."
     for n, turn in enumerate(source):
-        found = pattern.search(turn["value"].replace(IMAGE_FRAME, IMAGE_TOKEN))
+        # the tag may be a token of the vocabulary; where it stands for no image, it is stray
+        text = turn["value"].replace(IMAGE_FRAME, IMAGE_TOKEN).replace(IMAGE_TOKEN, NO_SPACE)
+        found = pattern.search(text)
         stray = IMAGE_TOKEN in turn["value"] and (turn["from"] != "human" or not has_image)
         if not found and not stray: continue
         if found: what = f"the text spells the control token {found[0]!r}"
@@ -273,7 +276,10 @@ def make_prompt(
         return render(fill_template(source, template, record), add_generation_prompt, has_image)
     check_turns(source, record)
     roles = {"human": "user", "gpt": "assistant", "system": "system"}
-    turns = [(roles[turn["from"]], turn["value"]) for turn in drop_greeting(source, record)]
+    turns = [
+        (roles[turn["from"]], turn_parts(turn) or turn["value"])
+        for turn in drop_greeting(source, record)
+    ]
     try: return render_hf(turns, tokenizer, add_generation_prompt, has_image)
     except DataError as e: raise e.at(record)
 
@@ -305,7 +311,7 @@ def preprocess(
         check_control_tokens(source, control_tokens, pattern, own, record)
     escape = control_tokens == "escape"
     literals = [literal_spans(prompt, pattern) for prompt in prompts] if escape else None
-    encoded = encode_prompts(prompts, tokenizer, literals)
+    encoded = encode_prompts(prompts, tokenizer, literals, is_one_text=template == "hf")
     apart = lambda flat: list(torch.from_numpy(flat).split(encoded.lengths.tolist()))
     input_ids, labels = apart(encoded.ids), apart(mask_prompt(encoded.ids, encoded.segments))
     for record, prompt in zip(records, prompts):
@@ -331,7 +337,8 @@ def generation_ids(
     check_control_tokens(source, control_tokens, pattern, has_image)
     prompt = generation_prompt(source, tokenizer, template, has_image)
     literals = [literal_spans(prompt, pattern)] if control_tokens == "escape" else None
-    return torch.from_numpy(encode_prompts([prompt], tokenizer, literals).ids)
+    encoded = encode_prompts([prompt], tokenizer, literals, is_one_text=template == "hf")
+    return torch.from_numpy(encoded.ids)
 
 def generation_prompt(
     source: list[dict],  # Turns up to and with a user's turn

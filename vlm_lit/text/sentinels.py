@@ -18,6 +18,7 @@ from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
 from ..core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_TOKEN, ConfigError
 from ..core import DataError
+from .messages import turn_parts
 from .templates import Rendered, user_parts
 from ..debug.label_view import Segment
 from .tokenizer import control_tokens
@@ -39,6 +40,7 @@ def preprocess_multimodal(
     mm_use_im_start_end: bool = False,  # Put `<im_start>` and `<im_end>` around each image
     # Put `<Image>` and `</Image>` around each image, for the templates `v0_mmtag` and `v1_mmtag`
     mmtag: bool = False,
+    keep_parts: bool = False,  # Leave turns that were given in parts alone, for template "hf"
 ) -> list[list[dict]]:  # New lists; the input is left as it is
     "Move the image tag of each turn of the user to its front."
     if image_tags not in ("keep", "mgm"):
@@ -50,13 +52,15 @@ def preprocess_multimodal(
         text = sentence["value"]
         # a tag in an answer is text
         in_answer = sentence.get("from") == "gpt" and image_tags == "keep"
-        if IMAGE_TOKEN not in text or in_answer: return sentence.copy()
+        is_kept = keep_parts and image_tags == "keep" and turn_parts(sentence)
+        if IMAGE_TOKEN not in text or in_answer or is_kept:
+            return sentence.copy()
         return {**sentence, "value": move_tag(text, image_tags).replace(IMAGE_TOKEN, tag)}
 
     moved = [[turn(sentence) for sentence in source] for source in sources]
     return moved
 
-# %% ../../nbs/04_sentinels.ipynb #c019
+# %% ../../nbs/04_sentinels.ipynb #c021
 def drop_bos(
     ids: list[int],  # One chunk's ids
     bos_token_id: int | None,  # None for tokenizers that have no BOS
@@ -75,7 +79,7 @@ def insert_separator(
         out += chunk
     return out
 
-# %% ../../nbs/04_sentinels.ipynb #c024
+# %% ../../nbs/04_sentinels.ipynb #c026
 NO_SPACE = "\0"  # a character that merges with no other; after it, no tokenizer adds a space
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +95,11 @@ class TokenizerTraits:
     def n_bos(self) -> int:
         "How many ids it writes before every text."
         return len(self.bos)
+
+    @property
+    def after_control(self) -> str:
+        "What must be encoded before a piece that follows a control token."
+        return NO_SPACE if self.space == "first" else ""
 
     def lead(self, before: str) -> str:
         "What must be encoded before a piece, for it to be tokenized as it is after that text."
@@ -151,7 +160,7 @@ def tokenizer_traits(
         found = TRAITS[tokenizer] = (made_for, make_traits(tokenizer))
     return found[1]
 
-# %% ../../nbs/04_sentinels.ipynb #c029
+# %% ../../nbs/04_sentinels.ipynb #c031
 def join_chunks(
     # Ids of each chunk, each with the BOS that the tokenizer writes
     prompt_chunks: list[list[int]],
@@ -177,6 +186,7 @@ class Piece:
 def chunk_pieces(
     prompt: Rendered,
     n: int,  # Its number in the batch
+    lead: str | None = None,  # Of the pieces after an image or a written BOS, as in `Piece`
 ) -> list[Piece]:  # One more than it has images
     "The texts between the images."
     pieces = []
@@ -186,7 +196,9 @@ def chunk_pieces(
     at = 0
     for text, segment in prompt.parts:
         if segment == Segment.IMAGE:
-            pieces.append(Piece("".join(texts), parts, (n, len(pieces), start)))
+            place = (n, len(pieces), start)
+            own = lead if pieces or prompt.has_bos else None
+            pieces.append(Piece("".join(texts), parts, place, own))
             texts = []
             parts = []
             start = at + len(text)
@@ -194,7 +206,9 @@ def chunk_pieces(
             parts.append((at - start, segment))
             texts.append(text)
         at += len(text)
-    return [*pieces, Piece("".join(texts), parts, (n, len(pieces), start))]
+    place = (n, len(pieces), start)
+    own = lead if pieces or prompt.has_bos else None
+    return [*pieces, Piece("".join(texts), parts, place, own)]
 
 def encode_pieces(
     pieces: list[Piece],
@@ -215,7 +229,7 @@ def encode_pieces(
         found += [(piece, whole[piece.text]) for piece in opening]
     return found
 
-# %% ../../nbs/04_sentinels.ipynb #c033
+# %% ../../nbs/04_sentinels.ipynb #c035
 def cut_piece(
     piece: Piece,
     edges: list[int],  # Characters of its text at which it is cut
@@ -270,7 +284,7 @@ def place_parts(
     begins = begins[:0:-1]
     return begins, edges
 
-# %% ../../nbs/04_sentinels.ipynb #c035
+# %% ../../nbs/04_sentinels.ipynb #c037
 @dataclass(frozen=True)
 class Encoded:
     "A batch of prompts as ids, flat, with the segment of each."
@@ -300,12 +314,15 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerFast,
     # For each prompt (start, end) where control tokens are plain text
     literals: list | None = None,
+    # Whether the text after an image or a written BOS is tokenized as after a control token, and
+    # not as a text of its own, before which some tokenizers put a space
+    is_one_text: bool = False,
 ) -> Encoded:
     "Tokenize prompts, all in one call, and say of each token which segment it starts in."
     traits, found = tokenizer_traits(tokenizer), []
     pieces = []
     for n, prompt in enumerate(prompts):
-        for piece in chunk_pieces(prompt, n):
+        for piece in chunk_pieces(prompt, n, traits.after_control if is_one_text else None):
             pieces += cut_literals(piece, literals[n], traits) if literals else [piece]
     while pieces:
         again = []
@@ -330,7 +347,7 @@ def encode_prompts(
     flat = lambda lists, dtype: np.fromiter(chain.from_iterable(lists), dtype, lengths.sum())
     return Encoded(flat(rows, np.int64), flat(kinds, np.uint8), lengths)
 
-# %% ../../nbs/04_sentinels.ipynb #c046
+# %% ../../nbs/04_sentinels.ipynb #c048
 def tokenizer_image_token(
     prompt: str,  # Text with zero or more `<image>`
     tokenizer: PreTrainedTokenizerFast,
@@ -345,7 +362,7 @@ def tokenizer_image_token(
     ids = [image_token_index if i == IMAGE_TOKEN_INDEX else i for i in encoded.ids.tolist()]
     return torch.tensor(ids, dtype=torch.long) if return_tensors == "pt" else ids
 
-# %% ../../nbs/04_sentinels.ipynb #c058
+# %% ../../nbs/04_sentinels.ipynb #c060
 def check_image_count(
     source: list[dict],  # One conversation's turns
     n_images: int,  # Images that came with it
@@ -360,7 +377,7 @@ def check_image_count(
             kind="tags",
         )
 
-# %% ../../nbs/04_sentinels.ipynb #c061
+# %% ../../nbs/04_sentinels.ipynb #c063
 def num_tokens_with_images(
     input_ids: torch.LongTensor,  # shape (seq_len,)
     num_image_tokens: int,  # Image tokens that take the place of one image

@@ -232,6 +232,7 @@ class Rendered:
 
     text: str
     parts: tuple  # (text, Segment) pairs; their texts joined are `text`
+    has_bos: bool = False  # whether a BOS, which the tokenizer writes itself, was taken off it
 
     def spans(
         self,
