@@ -8,6 +8,7 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 from vlm_lit import __version__
 from vlm_lit.commands import CHAT_HELP, check_out, example_record, export_folder, image_files, load
+from vlm_lit.commands import check_push, push_folder
 from vlm_lit.commands import load_preparation, load_text_settings, printable, report_found, run_folder, print_status
 from vlm_lit.commands import short_recipe, split_words, talk, train_run, user_errors
 from vlm_lit.core import ConfigError, progress_console
@@ -319,7 +320,50 @@ def test_export_of_any_model_folder():
     refuses("export @runs/mine --to gguf", "--to: hf or mgm")
     refuses("export @runs/mine --dtype int3", "--dtype: float32")
     refuses("export @hf --out @images", "is there already")
+    refuses("export @runs/mine --private", "--private is for --push OWNER/NAME")
+    refuses("export @runs/mine --push a/b/c --out @never", "--push: Repo id must be")
     refuses("export nothing", "no model 'nothing'")
+
+def test_export_is_pushed_after_it_is_written():
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    pushed = {}
+
+    class FakeApi:
+        "A hub that notes what it gets."
+
+        def create_repo(self, name, private, exist_ok):
+            pushed["private"] = private
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{name}")
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            pushed[repo_id] = sorted(path.name for path in folder_path.iterdir())
+
+    with (
+        patch.object(constants, "HF_HUB_OFFLINE", False),
+        patch.object(huggingface_hub, "get_token", lambda: "hf_x"),
+        patch.object(huggingface_hub, "HfApi", FakeApi),
+    ):
+        out = run("export @runs/mine --out @pushed --push me/mine --private")
+    assert out.exit_code == 0, out.output
+    print(out.stdout.splitlines()[-1])
+    assert out.stdout.splitlines()[-1] == "uploaded to https://huggingface.co/me/mine"
+    assert pushed["private"] and "README.md" in pushed["me/mine"]
+    assert 'snapshot_download("me/mine")' in (place / "pushed/README.md").read_text()
+    with patch.object(constants, "HF_HUB_OFFLINE", True):
+        refuses("export @runs/mine --out @never --push me/mine", "HF_HUB_OFFLINE is set")
+    assert not (place / "never").exists()
+
+def test_exported_files_have_the_mode_of_the_umask():
+    for umask, expected in [(0o022, "0o644"), (0o027, "0o640")]:
+        before = os.umask(umask)
+        try:
+            for to in ("hf", "mgm"):
+                assert run(f"export @runs/mine --to {to} --out @mode-{to}-{umask}").exit_code == 0
+        finally: os.umask(before)
+        written = [path for path in place.glob(f"mode-*-{umask}/*")]
+        assert {oct(path.stat().st_mode & 0o777) for path in written} == {expected}
 
 def test_a_mistake_in_an_option_is_one_line():
     for words, message in [

@@ -13,9 +13,11 @@ from fastcore.test import expect_fail
 from vlm_lit.images import sample_image
 from vlm_lit.training.callbacks import Interrupted
 from vlm_lit.training.recipe import load_recipe
+from vlm_lit.commands import check_push
 from vlm_lit.commands import image_files
 from vlm_lit.commands import load_preparation
 from vlm_lit.commands import load_text_settings
+from vlm_lit.commands import push_folder
 from vlm_lit.commands import run_folder
 from vlm_lit.commands import short_recipe
 from vlm_lit.commands import split_words
@@ -113,3 +115,40 @@ def test_run_folder_by_name_by_recipe_or_beside_it():
         (own.parent / "metrics.jsonl").write_text("")
         assert run_folder([own], None, runs) == own.parent
         assert run_folder([Path("x/smol.yaml"), own], None, runs) == runs / "smol"
+
+def test_a_push_fails_in_one_line_and_keeps_the_export():
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    class FakeApi:
+        "Notes what is asked of the hub; fails if told so."
+
+        calls, error = [], None
+
+        def create_repo(self, name, **kwargs):
+            if self.error: raise self.error
+            self.calls.append((name, kwargs))
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/me/{name.split('/')[-1]}")
+
+        def upload_folder(self, **kwargs): self.calls.append(kwargs)
+
+    online = patch.object(constants, "HF_HUB_OFFLINE", False)
+    token = lambda value: patch.object(huggingface_hub, "get_token", lambda: value)
+    with patch.object(constants, "HF_HUB_OFFLINE", True):
+        with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set; unset it"):
+            check_push("me/mine")
+    with online, token(None), pytest.raises(ConfigError, match="or set HF_TOKEN"):
+        check_push("me/mine")
+    for wrong in ("a/b/c", "a b", "../up", ""):
+        with pytest.raises(ConfigError, match="^--push: "): check_push(wrong)
+    with online, token("hf_x"), patch.object(huggingface_hub, "HfApi", FakeApi):
+        print(push_folder(Path("export-hf"), "mine", private=True))
+        (name, created), uploaded = FakeApi.calls
+        assert (name, created) == ("mine", {"private": True, "exist_ok": True})
+        assert (uploaded["repo_id"], uploaded["folder_path"]) == ("me/mine", Path("export-hf"))
+        unreachable = type("ConnectError", huggingface_hub.errors.HfHubHTTPError.__bases__[:1], {})
+        for FakeApi.error in (OSError("403 Forbidden\nmore"), unreachable("no route")):
+            with pytest.raises(ConfigError, match="try again with: hf upload me/mine") as found:
+                push_folder(Path("export-hf"), "me/mine")
+            print(found.value)
+            assert "\n" not in str(found.value)

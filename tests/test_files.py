@@ -1,8 +1,10 @@
 "Derived from nbs/01a_files.ipynb by `make tests`; edit the notebook, not this file."
-import hashlib, json, os, shutil, sys, tempfile
+import hashlib, json, os, shutil, stat, sys
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 from vlm_lit.core import ConfigError
+import tempfile
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.files import cache_folder
@@ -14,6 +16,7 @@ from vlm_lit.files import sha256
 from vlm_lit.files import write_file
 from vlm_lit.files import write_json
 from vlm_lit.files import write_rows
+from vlm_lit.files import write_text
 
 def setup_module():
     global path
@@ -65,6 +68,30 @@ def test_a_folder_is_there_completely_or_not_at_all():
         with new_folder(place / "new") as part: (part / "all").write_text(text)
     print([(p.name, (p / "all").read_text()) for p in place.iterdir()])
     test_eq([(p.name, (p / "all").read_text()) for p in place.iterdir()], [("new", "first")])
+
+def test_written_files_have_the_mode_of_the_umask():
+    def private(path):
+        "Write as safetensors does."
+        name = tempfile.mkstemp(dir=path.parent)[1]
+        Path(name).rename(path)
+
+    place = Path(tempfile.mkdtemp())
+    mode = lambda path: oct(path.stat().st_mode & 0o777)
+    for umask, file_mode, folder_mode in [(0o022, "0o644", "0o755"), (0o027, "0o640", "0o750")]:
+        before = os.umask(umask)
+        try:
+            write_file(place / "weights", private)
+            write_text(place / "text", "a")
+            with new_folder(place / f"folder-{umask}") as part:
+                (part / "inner").mkdir()
+                for path in (part / "weights", part / "inner" / "weights"):
+                    private(path)
+        finally: os.umask(before)
+        written = [place / "weights", place / "text", *(place / f"folder-{umask}").rglob("weights")]
+        test_eq([mode(path) for path in written], [file_mode] * 4)
+        folders = [place / f"folder-{umask}", place / f"folder-{umask}" / "inner"]
+        test_eq([mode(folder) for folder in folders], [folder_mode] * 2)
+        test_eq(len(list(place.iterdir())), 3 if umask == 0o022 else 4)  # no probe is left
 
 def test_a_cache_that_cannot_be_written_says_what_to_do():
     place = Path(tempfile.mkdtemp())

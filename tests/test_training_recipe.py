@@ -209,7 +209,7 @@ def test_save_and_load_is_the_identity():
     text = st.one_of(st.text(max_size=8), odd)
     counts = st.integers(1, 9)
     rates = st.floats(1e-9, 9)
-    sources = st.builds(SourceRecipe, path=text, name=text, max_samples=counts, weight=rates)
+    sources = st.builds(SourceRecipe, path=text, name=text, license=text, weight=rates)
     kwargs = st.dictionaries(text, st.one_of(rates, text, st.booleans()), max_size=2)
     training = st.fixed_dictionaries(
         {},
@@ -238,6 +238,7 @@ def test_differences_name_both_values():
     a = load_recipe(small, overrides=["--training.per_device_train_batch_size", "16"])
     flags = ["--training.seed", "0", "--training.logging_steps", "50", "--data.train.0.weight", "2"]
     flags += ["--training.dataloader_num_workers", "4", "--training.per_device_train_batch_size", "8"]
+    flags += ["--data.train.0.license", "cc-by-4.0"]  # for the model card only
     b = load_recipe(small, overrides=[*flags, "--lora", "{r: 8}"])
     print(*recipe_differences(a, b), sep="\n")
     assert recipe_differences(a, a) == []
@@ -251,7 +252,7 @@ def test_differences_name_both_values():
 
 def test_ignored_settings_exist():
     known = [f"training.{name}" for name in training_defaults()] + ["data.bad_samples.max_fraction"]
-    known += [f"data.{f.name}" for f in fields(DataRecipe)]
+    known += [*(f"data.{f.name}" for f in fields(DataRecipe)), "data.train[0].license"]
     for pattern in MAY_DIFFER_ON_RESUME:
         assert any(fnmatch(name, pattern) for name in known), pattern
     assert set(_BATCH) <= training_defaults().keys()

@@ -15,6 +15,7 @@ from vlm_lit.evaluation.scoring import fixed_sample
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.models.vlm import VLM, match_embedding_scale
 from vlm_lit.files import read_json, write_json
+from vlm_lit.weights.model_card import read_run
 from vlm_lit.weights.saving import save_model
 from vlm_lit.weights.interchange import save_projector
 from vlm_lit.weights.presets import seeded
@@ -29,7 +30,7 @@ from vlm_lit.training.doctor import check_samples, environment_info, format_chec
 from vlm_lit.training.recipe import Recipe, load_recipe, recipe_differences, save_recipe
 from vlm_lit.training.trainer import VLMTrainer, reinit_modules, write_error
 from vlm_lit.data.dataset import LazySupervisedDataset
-import os
+import os, re
 import tempfile
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -147,6 +148,14 @@ def test_a_run_leaves_a_model_that_opens():
     rows = read_metrics(folder / "run/metrics.jsonl")
     assert [row["step"] for row in rows] == [2, 4, 6] and sum(len(row["losses"]) for row in rows) == 6
     assert abs(sum(rows[0]["losses"]) / 2 - rows[0]["loss"]) < 1e-6
+    card = (folder / "run/model/README.md").read_text()
+    assert "| train.json | 24 | not given |" in card and "| steps taken | 6 |" in card
+    assert str(folder) not in card
+    code = re.search("```python\n(.*?)```", card, re.DOTALL)[1]
+    code = code.replace("path/to/this/folder", str(folder / "run/model"))
+    exec(code.replace("image.png", str(folder / "images/0.png")), {})
+    modes = {path.stat().st_mode & 0o777 for path in (folder / "run").rglob("*") if path.is_file()}
+    assert modes == {(folder / "train.json").stat().st_mode & 0o777}
 
 def test_a_stage_goes_on_from_a_run_with_an_adapter():
     folder = write_data(Path(tempfile.mkdtemp()) / "data")
@@ -164,6 +173,8 @@ def test_a_stage_goes_on_from_a_run_with_an_adapter():
     for (n, a), b in zip(base.named_parameters(), after.parameters()):
         assert torch.allclose(a, b, atol=1e-6), n
     assert (folder / "two/checkpoint-3/adapter_model.safetensors").is_file()
+    card = (folder / "two/model/README.md").read_text()
+    assert "### Stage 1: one" in card and "### Stage 2: two" in card and "| lora r | 4 |" in card
 
 def test_stopped_run_resumes_to_the_bit():
     folder = write_data(Path(tempfile.mkdtemp()) / "data")

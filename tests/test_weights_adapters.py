@@ -4,6 +4,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 from vlm_lit.core import ConfigError
+from vlm_lit.files import write_file
 from vlm_lit.models.vlm import VLM
 from vlm_lit.weights.language_models import raise_misfit, read_state
 import sys, torch, warnings

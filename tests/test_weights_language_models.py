@@ -1,5 +1,5 @@
 "Derived from nbs/10a_language_models.ipynb by `make tests`; edit the notebook, not this file."
-import importlib.util, io, re, shutil, struct
+import copy, importlib.util, io, re, shutil, struct
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 import torch
@@ -30,6 +30,7 @@ from vlm_lit.weights.language_models import package_file
 from vlm_lit.weights.language_models import package_pieces
 from vlm_lit.weights.language_models import quiet
 from vlm_lit.weights.language_models import read_state
+from vlm_lit.weights.language_models import used_generation_config
 
 def setup_module():
     global SMOL, small_tok, tiny, tok
@@ -156,6 +157,26 @@ def test_language_models_load_by_hub_name_and_from_folders():
         message = "language model 'google/gemma-7b' cannot be loaded: give a folder"
         with expect_fail(ConfigError, contains=message):
             load_language_model("google/gemma-7b")
+
+def test_settings_that_greedy_decoding_ignores_are_left_out():
+    from transformers import GenerationConfig
+
+    vicuna = dict(temperature=0.9, top_p=0.6, max_length=4096, length_penalty=2.0)
+    with tempfile.TemporaryDirectory() as folder:
+        with expect_fail(ValueError, contains="`temperature`: `do_sample` is not set"):
+            GenerationConfig(**vicuna).save_pretrained(folder)
+        used_generation_config(GenerationConfig(**vicuna)).save_pretrained(folder)
+        found = GenerationConfig.from_pretrained(folder)
+        print(found.max_length, found.temperature, found.top_p)
+        test_eq((found.max_length, found.temperature, found.top_p), (4096, None, None))
+        sampling = used_generation_config(GenerationConfig(**vicuna, do_sample=True))
+        test_eq((sampling.temperature, sampling.top_p, sampling.length_penalty), (0.9, 0.6, None))
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**TINY_TEXT))
+        with quiet(): model.save_pretrained(folder)
+        (Path(folder) / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
+        with quiet():
+            load_language_model(folder).save_pretrained(f"{folder}/again")
+    assert used_generation_config(None) is None
 
 def test_a_language_model_with_a_hole_is_refused():
     torch.manual_seed(0)

@@ -19,6 +19,7 @@ from vlm_lit.weights.presets import load_preset
 from vlm_lit.weights.presets import make_model
 from vlm_lit.weights.presets import preset_config
 from vlm_lit.weights.presets import preset_names
+from vlm_lit.weights.presets import preset_settings
 
 def setup_module():
     global SMOL, small_tok, tiny, tok
@@ -58,6 +59,14 @@ def test_statistics_are_those_of_the_images():
     mean, std = channel_statistics([black, white])
     test_eq(mean, (0.5, 0.5, 0.5))
     test_close(torch.tensor(std), torch.full((3,), (8 * 0.25 / 7) ** 0.5), eps=1e-4)
+
+def test_a_replaced_part_brings_its_own_license():
+    license = lambda *args, **kw: preset_settings(*args, **kw)["license"]
+    test_eq(license("smol", image_size=64), "apache-2.0")
+    test_eq(license("smol", language_model={"config": {"model_type": "gemma"}}), "apache-2.0")
+    test_eq(license("smol", language_model="google/gemma-2b-it"), "other")
+    test_eq(license("smol", language_model="google/gemma-2b-it", license="gemma"), "gemma")
+    test_eq(license("mgm-2b", vision_tower_aux=None), "gemma")
 
 def test_tiny_is_small_and_starts_the_same_for_a_seed():
     a = tiny(0)

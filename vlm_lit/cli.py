@@ -15,6 +15,7 @@ from typer import Argument, Option
 from typer.core import TyperGroup
 from . import __version__
 from .commands import CHAT_HELP, check_out, example_record, export_folder, image_files, load
+from .commands import check_push, push_folder
 from vlm_lit.commands import (
     load_preparation,
     load_text_settings,
@@ -285,13 +286,21 @@ def export(
     to: Annotated[str, Option(help="hf (transformers) or mgm (MGM's mm_projector.bin).")] = "hf",
     out: Annotated[Path | None, Option(help="Folder to write. Default: in the run.")] = None,
     dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16.")] = None,
+    push: Annotated[str | None, Option(help="Upload it to the hub as this OWNER/NAME.")] = None,
+    private: Annotated[bool, Option("--private", help="A new repository is private.")] = False,
 ):
     "Write a model for others: transformers, or MGM and LLaVA."
     with user_errors():
-        for path in sorted(export_folder(model, to, out, dtype).iterdir()):
+        if private and push is None:
+            raise ConfigError("--private is for --push OWNER/NAME")
+        if push is not None: check_push(push)
+        folder = export_folder(model, to, out, dtype, push)
+        for path in sorted(folder.iterdir()):
             typer.echo(f"{path.stat().st_size:>12,}  {path}")
+        if push is not None:
+            typer.echo(f"uploaded to {push_folder(folder, push, private)}")
 
-# %% ../nbs/21_cli.ipynb #c048
+# %% ../nbs/21_cli.ipynb #c050
 @app.command()
 def doctor():
     "Test the masks of known conversations; print what belongs in a bug report."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHAT_HELP', 'printable', 'print_status', 'user_errors', 'names_folder', 'load_preparation', 'load_text_settings',
            'image_files', 'check_out', 'example_record', 'split_words', 'short_recipe', 'run_folder', 'result_lines',
-           'train_run', 'load', 'talk', 'report_found', 'export_folder']
+           'train_run', 'load', 'talk', 'report_found', 'export_folder', 'check_push', 'push_folder']
 
 # %% ../nbs/20a_commands.ipynb #c002
 import gc, json, os, re, shlex, signal, sys, warnings
@@ -355,14 +355,16 @@ def export_folder(
     to: str = "hf",  # Or "mgm"
     out: Path | None = None,  # None: in the model's folder, or its run's
     dtype: str | None = None,  # Of the weights; None: as they are
+    name: str | None = None,  # Of its repository on the hub, for the model card
 ) -> Path:  # The folder
-    "Write a model for others, with the result of its run in the model card."
+    "Write a model for others, with its run in the model card."
     if to not in ("hf", "mgm"):
         raise ConfigError(f"--to: hf or mgm; got {to!r}")
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype: float32, bfloat16 or float16; got {dtype!r}")
     import torch
     from vlm_lit.weights.towers import cast
+    from vlm_lit.weights.model_card import model_card, read_run
     from vlm_lit.weights.saving import export_model
     from vlm_lit.weights.pretrained import _load, find_model
 
@@ -375,9 +377,48 @@ def export_folder(
     processor.set_generation_config(found)
     if dtype is not None: cast(found, getattr(torch, dtype))
     export_model(found, out, to)
-    if to == "hf": processor.save_pretrained(out)
-    if to == "hf" and (run / "result.json").is_file():
-        result = result_lines(json.loads((run / "result.json").read_text(encoding="utf-8")))
-        with open(out / "README.md", "a", encoding="utf-8") as file:
-            print("", "## Training", "", "```", *result, "```", sep="\n", file=file)
+    if to == "hf":
+        processor.save_pretrained(out)
+        runs = read_run(run) if (run / "result.json").is_file() else ()
+        (out / "README.md").write_text(model_card(found, runs, name=name), encoding="utf-8")
     return out
+
+def check_push(
+    name: str,  # Of a repository, as owner/name
+) -> None:
+    "Raise `ConfigError` if nothing can be uploaded: no such name, offline, or no token."
+    from huggingface_hub import constants, get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    try: validate_repo_id(name)
+    except HFValidationError as e:
+        raise ConfigError(f"--push: {str(e).splitlines()[0]}") from e
+    if constants.HF_HUB_OFFLINE:
+        raise ConfigError("--push needs the hub, and HF_HUB_OFFLINE is set; unset it")
+    if get_token() is None:
+        raise ConfigError("--push needs a token of the hub: run `hf auth login`, or set HF_TOKEN")
+
+def push_folder(
+    folder: Path,  # From `export_folder`
+    name: str,  # Of the repository, as owner/name; made if it is not there
+    private: bool = False,  # Whether a new repository is private
+) -> str:  # Its address
+    "Upload an exported folder. Raises `ConfigError`; the folder stays."
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    check_push(name)
+    # its bases: what the client raises where no answer comes, too
+    failures = (*HfHubHTTPError.__bases__, ValueError)
+    api = HfApi()
+    try:
+        address = api.create_repo(name, private=private, exist_ok=True)
+        message = "Upload a model exported by vlm-lit"
+        api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message=message)
+    except failures as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ConfigError(
+            f"{name} cannot be uploaded: {reason}; the export is in {folder}, try again with: "
+            f"hf upload {shlex.quote(name)} {shlex.quote(str(folder))}"
+        ) from e
+    return str(address)

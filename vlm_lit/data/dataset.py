@@ -104,7 +104,7 @@ def append_line(
     row: dict,  # JSON
 ) -> None:
     "Append a line in one write, whoever else is appending."
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try: os.write(file, (json.dumps(row) + "\n").encode("utf-8"))
     finally: os.close(file)
 

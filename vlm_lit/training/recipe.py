@@ -110,6 +110,7 @@ class SourceRecipe:
     weight: Annotated[float, Field(ge=0)] | None = None  # Share of the draws; all sources or none
     repeat: Annotated[float, Field(gt=0)] | None = None  # Draws of each record per epoch; None: 1
     max_samples: _Count | None = None  # Only that many records, drawn with the run's seed
+    license: str | None = None  # Of the data, for the model card; a hub's identifier or any text
 
     def __post_init__(self):
         if self.weight is not None and self.repeat is not None:
@@ -408,7 +409,7 @@ def save_recipe(
 
 # %% ../../nbs/16a_recipe.ipynb #c045
 MAY_DIFFER_ON_RESUME = (  # neither data nor updates depend on these, beyond rounding
-    "data.eval_samples", "data.check_samples", "data.bad_samples.max_fraction",
+    "data.eval_samples", "data.check_samples", "data.bad_samples.max_fraction", "data.*.license",
     "training.dataloader_num_workers", "training.dataloader_p*", "training.dataloader_in_order",
     "training.dataloader_multiprocessing_context", "training.log*", "training.disable_tqdm",
     "training.report_to", "training.run_name", "training.project", "training.trackio_*",

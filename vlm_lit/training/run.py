@@ -22,6 +22,7 @@ from ..evaluation.scoring import fixed_sample
 from ..processor import VLMProcessor
 from ..models.vlm import VLM, match_embedding_scale
 from ..files import read_json, write_json
+from ..weights.model_card import read_run
 from ..weights.saving import save_model
 from ..weights.interchange import save_projector
 from ..weights.presets import seeded
@@ -383,7 +384,8 @@ def _finish(prepared, folder) -> dict:
     part = folder / ".model"
     for rest in (part, folder / ".saving"):
         shutil.rmtree(rest, ignore_errors=True)
-    save_model(model, part)
+    this, *earlier = read_run(folder)
+    save_model(model, part, runs=[{**this, "result": result}, *earlier])
     prepared.processor.save_pretrained(part)
     if {"projector", "mining", "all"} & set(trainer.args.trainable_modules):
         save_projector(model, folder / "mm_projector.bin")

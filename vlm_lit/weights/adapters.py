@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import nn
 from ..core import ConfigError
+from ..files import write_file
 from ..models.vlm import VLM
 from .language_models import raise_misfit, read_state
 
@@ -108,7 +109,8 @@ def save_lora(
     "Write adapter_model.safetensors and adapter_config.json, as peft reads them."
     state = {f"base_model.model.{name}": tensor for name, tensor in _lora_state(model).items()}
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    save_file(state, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    write = lambda part: save_file(state, part, metadata={"format": "pt"})
+    write_file(Path(folder) / "adapter_model.safetensors", write)
     model.language_model.peft_config["default"].save_pretrained(folder)
 
 def load_lora(

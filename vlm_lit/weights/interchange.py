@@ -193,22 +193,27 @@ def save_projector(
 def shards(
     folder: str | Path,  # Of a checkpoint
 ) -> list[Path]:  # Its weights files; safetensors first, if there are both
-    """The files that hold a checkpoint's weights. Raises `ConfigError` if there is none, or if its
-    index names one that is not there."""
+    """The files that hold a checkpoint's weights. Raises `ConfigError` if there is none, if its
+    index names one that is not there, or if the folder holds weights of two saves."""
     folder = Path(folder).expanduser()
     for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
-        index = folder / f"{stem}{suffix}.index.json"
-        if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
-            paths = [folder / name for name in names]
-            gone = [p.name for p in paths if not p.is_file() or p.parent != folder]
+        index, whole = folder / f"{stem}{suffix}.index.json", folder / f"{stem}{suffix}"
+        if not index.is_file():
+            if whole.is_file(): return [whole]
+            continue
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        paths = [folder / name for name in names]
+        gone = [p.name for p in paths if not p.is_file() or p.parent != folder]
+        if whole.is_file() and whole not in paths:
             if gone or not paths:
-                raise ConfigError(
-                    f"{index.name} names files that are not there: {format_names(gone)}"
-                )
-            return paths
-        if (folder / f"{stem}{suffix}").is_file():
-            return [folder / f"{stem}{suffix}"]
+                return [whole]  # the index is of an earlier save
+            raise ConfigError(
+                f"{str(folder)!r} holds weights of two saves, {whole.name} and {index.name} with "
+                "its shards: remove the older one"
+            )
+        if gone or not paths:
+            raise ConfigError(f"{index.name} names files that are not there: {format_names(gone)}")
+        return paths
     raise ConfigError(
         f"no weights in {str(folder)!r}: neither model.safetensors nor pytorch_model.bin, nor an "
         "index of shards"

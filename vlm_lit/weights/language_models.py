@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LOAD_ERRORS', 'OTHER_TOWER', 'read_state', 'weights_of', 'print_status', 'package_pieces', 'joined_pieces',
-           'package_file', 'quiet', 'format_names', 'raise_misfit', 'mismatched_names', 'load_pretrained', 'gguf_key',
-           'converted_gguf', 'convert_gguf', 'model_folder', 'load_language_model']
+           'package_file', 'quiet', 'format_names', 'raise_misfit', 'mismatched_names', 'load_pretrained',
+           'used_generation_config', 'gguf_key', 'converted_gguf', 'convert_gguf', 'model_folder',
+           'load_language_model']
 
 # %% ../../nbs/10a_language_models.ipynb #c002
-import importlib.util, io, re, shutil, struct
+import copy, importlib.util, io, re, shutil, struct
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 import torch
@@ -192,6 +193,23 @@ def load_pretrained(
     return model.eval()
 
 # %% ../../nbs/10a_language_models.ipynb #c015
+# transformers' names of what only sampling, and only beam search, uses
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p")
+_SAMPLING += ("epsilon_cutoff", "eta_cutoff")
+_BEAM_SEARCH = ("early_stopping", "length_penalty")
+
+def used_generation_config(
+    config,  # transformers' `GenerationConfig`, or None
+):  # A copy that transformers can save
+    "Settings of generation without those that neither sampling nor beam search will use."
+    config = copy.deepcopy(config)
+    if config is None: return None
+    unused = () if config.do_sample is True else _SAMPLING
+    if config.num_beams in (None, 1): unused += _BEAM_SEARCH
+    for name in unused: setattr(config, name, None)
+    return config
+
+# %% ../../nbs/10a_language_models.ipynb #c017
 def gguf_key(
     path: Path,  # A .gguf file
 ) -> str:  # 16 hexadecimal digits
@@ -256,4 +274,5 @@ def load_language_model(
     model = load_pretrained(cls, model_folder(source), "language model", **settings)
     # else a path of this machine would travel along with every copy
     model.config._name_or_path = ""
+    model.generation_config = used_generation_config(model.generation_config)
     return model

@@ -132,11 +132,15 @@ def preset_settings(
     preset: dict | str | Path,  # A preset, its name or its path
     **overrides,  # Other values for its fields
 ) -> dict:  # All fields
-    "A preset with some values replaced. Raises `ConfigError` for unknown ones."
+    """A preset with some values replaced. Its license is `other` when a part with published weights
+    is, unless one is given. Raises `ConfigError` for unknown values."""
     name = "given" if isinstance(preset, dict) else str(preset)
     if not isinstance(preset, dict): preset = load_preset(preset)
     settings = {**preset, **overrides}
     check_preset(settings, name)
+    replaced = [settings[part] for part in PARTS if settings[part] != preset.get(part)]
+    is_own = all(part is None or is_scratch(part) for part in replaced)  # brings no license
+    if not is_own and "license" not in overrides: settings["license"] = "other"
     return settings
 
 def combined_config(

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from ..core import ConfigError
 from ..processor import VLMProcessor
 from ..models.vlm import VLM
-from ..files import read_json, write_json
+from ..files import read_json, write_file, write_json
 from .language_models import LOAD_ERRORS
 from .presets import PRESET_FIELDS
 from .build import build_model
@@ -130,7 +130,8 @@ def save_trainable(
     folder, parameters = Path(folder), model.named_parameters()
     names = {n for n, p in parameters if p.requires_grad and ".lora_" not in n}
     state = weights_of(model, names)
-    save_file(state, folder / "trainable.safetensors", metadata={"format": "pt"})
+    write = lambda part: save_file(state, part, metadata={"format": "pt"})
+    write_file(folder / "trainable.safetensors", write)
     if any(".mm_projector." in name or ".mining." in name for name in names):
         save_projector(model, folder / "mm_projector.bin")
     if has_lora(model): save_lora(model, folder)
