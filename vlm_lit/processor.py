@@ -21,6 +21,8 @@ from vlm_lit.text.labels import (
     check_turns,
     control_pattern,
 )
+from .text.chat_templates import content_forms
+from .text.jinja import to_jinja
 from .text.encode import truncate_at_eos, encode_records, pad_id, prompt_ids, stop_ids
 from .images import read_image
 from .image_processor import VLMImageProcessor
@@ -221,6 +223,13 @@ def _unpadded(rows, mask):
     "Rows of a batch as lists without their padding."
     return {key: [row[own].tolist() for row, own in zip(v, mask)] for key, v in rows.items()}
 
+def _as_texts(messages):
+    "Messages whose parts are joined to one text, as a record's are."
+    roles = {"human": "user", "gpt": "assistant"}
+    parts = [part for turn in messages for part in turn["content"] if _is_image(part)]
+    turns = read_conversation(messages, [0] * len(parts))[0]["conversations"]
+    return [{"role": roles.get(t["from"], t["from"]), "content": t["value"]} for t in turns]
+
 # %% ../nbs/06c_processor.ipynb #c014
 class VLMProcessor(ProcessorMixin):
     "Conversations and images in, a model's inputs out; and what the model writes back into text."
@@ -235,14 +244,15 @@ class VLMProcessor(ProcessorMixin):
         control_tokens: str = "refuse",  # Control tokens in messages: "refuse", "escape" or "allow"
         # Id that stands for an image token, `VLMConfig.image_token_id`; None: `placeholder_id`
         image_token_id: int | None = None,
-        chat_template=None,  # The tokenizer's, kept in a file of its own; None: it has it
+        chat_template=None,  # With "hf" the tokenizer's, from a file of its own; None: it has it
         **image_settings,  # Of `VLMImageProcessor`: `image_size`, `aspect` and others
     ):
         if control_tokens not in ("refuse", "escape", "allow"):
             raise ConfigError(
                 f"control_tokens must be one of 'refuse', 'escape', 'allow', got {control_tokens!r}"
             )
-        if chat_template is not None: tokenizer.chat_template = chat_template
+        if chat_template is not None and template == "hf":
+            tokenizer.chat_template = chat_template
         check_tokenizer(tokenizer, template)
         if image_processor is None:
             image_processor = VLMImageProcessor(**image_settings)
@@ -254,7 +264,8 @@ class VLMProcessor(ProcessorMixin):
         check_placeholder(tokenizer, image_token_id)
         self.template, self.control_tokens = template, control_tokens
         self.image_token_id = image_token_id
-        chat_template = getattr(tokenizer, "chat_template", None)
+        if template == "hf": chat_template = tokenizer.chat_template
+        else: chat_template = to_jinja(template, bos=adds_bos(tokenizer))
         super().__init__(tokenizer, image_processor, chat_template=chat_template)
 
     @classmethod
@@ -350,6 +361,7 @@ class VLMProcessor(ProcessorMixin):
         text,  # A prompt as a chat template renders it, or several
         images=None,  # For several prompts a list of lists, or all images in the order of the tags
         add_special_tokens: bool = True,  # Whether the tokenizer's BOS goes first
+        image_folder: str | Path | None = None,  # Where paths in `images` start
     ) -> list[dict]:  # As from `samples`
         "Samples of rendered prompts; control tokens in them are control tokens."
         texts, samples = [text] if isinstance(text, str) else list(text), []
@@ -357,7 +369,7 @@ class VLMProcessor(ProcessorMixin):
         for n, (own_text, own) in enumerate(zip(texts, distribute_images(texts, images))):
             check_image_count([{"from": "human", "value": own_text}], len(own), n)
             ids = raw_prompt_ids(own_text, self.tokenizer, add_special_tokens)
-            samples.append({"input_ids": ids, **self._open(own, n, opened)})
+            samples.append({"input_ids": ids, **self._open(own, n, opened, image_folder)})
         return samples
 
     def expand(
@@ -382,13 +394,18 @@ class VLMProcessor(ProcessorMixin):
         # `input_ids`, `attention_mask`; `pixel_values`, `pixel_values_aux`, `image_index`; `labels`
     ) -> BatchFeature:
         "Inputs for `VLM.generate`, or with labels for `VLM.forward`. Raises `DataError`."
-        options = _call_options(options)
         if (conversations is None) == (text is None):
             raise ConfigError("give conversations, or rendered prompts as `text`")
+        options = _call_options(options)
         if text is None:
             samples = self.samples(conversations, images, labels, image_folder)
         else:
-            samples = self.raw_samples(text, images, options["add_special_tokens"])
+            adds_bos = options["add_special_tokens"]
+            samples = self.raw_samples(text, images, adds_bos, image_folder)
+        return self._inputs(samples, options)
+
+    def _inputs(self, samples, options):
+        "A batch of samples, padded and with images as the options say."
         samples = self.expand(samples)
         if options["truncation"] and options["max_length"]:
             most = options["max_length"]
@@ -417,27 +434,48 @@ class VLMProcessor(ProcessorMixin):
         `DataError` for what `control_tokens` refuses."""
         options = {k: kwargs.pop(k) for k in [*kwargs] if k in CALL_OPTIONS}
         options |= processor_kwargs or {}
-        wants_mask = kwargs.pop("return_assistant_tokens_mask", False)
-        is_batch = not all(isinstance(turn, dict) for turn in conversation)
-        talks = [list(talk) for talk in (conversation if is_batch else [conversation])]
-        bare, images = zip(*(extract_images(t, n, image_folder) for n, t in enumerate(talks)))
-        render = super().apply_chat_template
-        texts = [render(talk, chat_template, tokenize=False, **kwargs) for talk in bare]
-        if not tokenize: return texts if is_batch else texts[0]
-        for n, (talk, own) in enumerate(zip(bare, images)):
-            self._check_messages(talk, own, n)
         if options.get("return_tensors") == "auto":
             options.pop("return_tensors")
-        out = self(text=texts, images=[list(own) for own in images], **options)
-        if wants_mask:
-            masked = self(talks, labels=True, image_folder=image_folder, **options)
-            out["assistant_masks"] = (masked["labels"] != IGNORE_INDEX).long()
-        return out if return_dict else out["input_ids"]
+        is_batch = not all(isinstance(turn, dict) for turn in conversation)
+        talks = [list(talk) for talk in (conversation if is_batch else [conversation])]
+        wants_mask = kwargs.pop("return_assistant_tokens_mask", False)
+        ends = {talk[-1].get("role") == "user" for talk in talks if talk}
+        asks = bool(kwargs.get("add_generation_prompt"))
+        is_usual = chat_template is None and not kwargs.keys() - {"add_generation_prompt"}
+        if tokenize and is_usual and ends == {asks}:
+            out = self(talks, None, not asks, image_folder, **options)
+            labels = out.pop("labels", None)
+            if wants_mask and labels is not None:
+                out["assistant_masks"] = (labels != IGNORE_INDEX).long()
+        else:
+            out = self._render(talks, chat_template, tokenize, image_folder, options, kwargs)
+        if tokenize: return out if return_dict else out["input_ids"]
+        return out if is_batch else out[0]
+
+    def _render(self, talks, chat_template, tokenize, image_folder, options, kwargs):
+        "Messages through the Jinja template: texts, or inputs of the model."
+        read = [extract_images(talk, n, image_folder) for n, talk in enumerate(talks)]
+        for n, (bare, images) in enumerate(read):
+            self._check_messages(bare, images, n)
+        bare = [talk for talk, _ in read]
+        if chat_template is None and not self._takes_parts():
+            bare = [_as_texts(t) for t in bare]
+        texts = super().apply_chat_template(bare, chat_template, tokenize=False, **kwargs)
+        if not tokenize: return texts
+        images = [[i for i in own if i is not None] for _, own in read]
+        samples = self.raw_samples(texts, images, True, image_folder)
+        return self._inputs(samples, _call_options(options))
+
+    def _takes_parts(self):
+        "Whether the chat template writes messages in parts; one of texts only gets them joined."
+        if self.template != "hf": return True
+        return content_forms(self.tokenizer, self.tokenizer.chat_template)[1]
 
     def _check_messages(self, talk, images, n):
         "Refuse messages that spell control tokens: once rendered, nobody can tell them apart."
         if self.control_tokens == "allow": return
-        record, own = read_conversation(talk, [i for i in images if i is not None], n)
+        talk = [turn for turn in talk if turn.get("role") in ("system", "user", "assistant")]
+        record, own = read_conversation(talk, [0] * len(images), n)
         pattern = control_pattern(self.tokenizer, self.template)
         try:
             check_control_tokens(record["conversations"], "refuse", pattern, bool(own))
