@@ -29,11 +29,15 @@ from vlm_lit.processor import _split_images
 from vlm_lit.processor import read_conversation
 
 def setup_module():
-    global llama, other, photo, processor, qwen, tok
+    global inputs_of, llama, message, other, photo, processor, qwen, tok
     sys.path[:0] = ["../tests", "tests"]
     tok, llama, qwen = three_tokenizers()
     photo, other = sample_image(90, 60), sample_image(40, 70)
     processor = VLMProcessor(tok, image_size=28, image_size_aux=64)
+    def message(*images):
+        parts = [{"type": "image", "image": image} for image in images]
+        return {"role": "user", "content": [*parts, {"type": "text", "text": "what is it?"}]}
+    inputs_of = dict(tokenize=True, return_dict=True, add_generation_prompt=True)
 
 def test_conversations_of_any_form_are_read_alike():
     text = {"type": "text", "text": "\nwhat is it?"}
@@ -213,11 +217,6 @@ def test_options_have_transformers_names():
     test_eq(kinds.sum(1).tolist(), [4, 0])
 
 def test_chat_templates_give_the_inputs_of_a_conversation():
-    def message(*images):
-        parts = [{"type": "image", "image": image} for image in images]
-        return {"role": "user", "content": [*parts, {"type": "text", "text": "what is it?"}]}
-
-    inputs_of = dict(tokenize=True, return_dict=True, add_generation_prompt=True)
     answer = {"role": "assistant", "content": [{"type": "text", "text": "a box"}]}
     for own, template in ((tok, "gemma"), (llama, "v1"), (llama, "llama_2"), (qwen, "hf")):
         ours = VLMProcessor(own, template=template, image_size=28, image_size_aux=64)
