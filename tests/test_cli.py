@@ -316,10 +316,42 @@ def test_export_of_any_model_folder():
     assert size(place / "hf") < 0.6 * size(place / "runs/mine/model")
     assert run("generate @hf @images/photo.png -q hi --max-new-tokens 2").exit_code == 0
     assert run("export @hf --to mgm --out @hf-mgm").exit_code == 0
-    refuses("export @runs/mine --to gguf", "--to: hf or mgm")
+    refuses("export @runs/mine --to onnx", "--to: hf, llava-hf, mgm or llava; got 'onnx'")
     refuses("export @runs/mine --dtype int3", "--dtype: float32")
+    refuses("export @runs/mine --to llava-hf", "no high-resolution tower with mining; use --to hf")
     refuses("export @hf --out @images", "is there already")
     refuses("export nothing", "no model 'nothing'")
+
+def test_llava_of_transformers_serves_every_command():
+    tokenizer = small_tokenizer()
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    )
+    own = VLMConfig.from_pretrained(place / "runs/mine/model")
+    own.text_config.tie_word_embeddings = False  # else it repeats what it reads
+    config = VLMConfig(own.text_config, own.vision_config, image_size=16, select_layer=-1)
+    model = make_model(config, 1)
+    processor = VLMProcessor.for_model(config, tokenizer, "hf")
+    save_model(model, place / "plain")
+    processor.save_pretrained(place / "plain")
+    out = run("export @plain --to llava-hf --out @llava")
+    assert out.exit_code == 0 and "model.safetensors" in out.stdout, out.output
+    said = [
+        run(f"generate @{name} @images/photo.png -q hi --max-new-tokens 6").stdout
+        for name in ("plain", "llava")
+    ]
+    assert said[0] == said[1] and said[0].strip(), said
+    for line in (
+        "audit @train.json --preset @llava --image-folder @. --workers 1",
+        "walk @train.json --preset @llava --template gemma --image-folder @.",
+        "eval @llava --data @val.json --image-folder @. --max-new-tokens 2",
+        "export @llava --to hf --out @back",
+        "generate @back @images/photo.png -q hi --max-new-tokens 2",
+        "export @llava --to llava --out @projector",
+    ):
+        out = run(line)
+        assert out.exit_code == 0, (line, out.output, out.exception)
 
 def test_a_mistake_in_an_option_is_one_line():
     for words, message in [

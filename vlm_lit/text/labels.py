@@ -151,7 +151,9 @@ def refuse_control_tokens(
 ) -> None:
     "Raise `DataError` if a message spells a control token, or `<image>` where no image can be."
     for n, turn in enumerate(source):
-        found = pattern.search(turn["value"].replace(IMAGE_FRAME, IMAGE_TOKEN))
+        # a tag is no token of the message, whether or not the tokenizer has one for it
+        text = turn["value"].replace(IMAGE_FRAME, IMAGE_TOKEN).replace(IMAGE_TOKEN, "\n")
+        found = pattern.search(text)
         stray = IMAGE_TOKEN in turn["value"] and (turn["from"] != "human" or not has_image)
         if not found and not stray: continue
         if found: what = f"the text spells the control token {found[0]!r}"
