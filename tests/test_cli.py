@@ -316,7 +316,7 @@ def test_export_of_any_model_folder():
     assert size(place / "hf") < 0.6 * size(place / "runs/mine/model")
     assert run("generate @hf @images/photo.png -q hi --max-new-tokens 2").exit_code == 0
     assert run("export @hf --to mgm --out @hf-mgm").exit_code == 0
-    refuses("export @runs/mine --to onnx", "--to: hf, llava-hf, mgm or llava; got 'onnx'")
+    refuses("export @runs/mine --to onnx", "--to: hf, llava-hf, gguf, mgm or llava; got 'onnx'")
     refuses("export @runs/mine --dtype int3", "--dtype: float32")
     refuses("export @runs/mine --to llava-hf", "no high-resolution tower with mining; use --to hf")
     refuses("export @hf --out @images", "is there already")
@@ -329,8 +329,9 @@ def test_llava_of_transformers_serves_every_command():
     "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
     )
     own = VLMConfig.from_pretrained(place / "runs/mine/model")
-    own.text_config.tie_word_embeddings = False  # else it repeats what it reads
-    config = VLMConfig(own.text_config, own.vision_config, image_size=16, select_layer=-1)
+    text = dict(model_type="llama", hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    text |= dict(num_attention_heads=2, vocab_size=own.vocab_size)
+    config = VLMConfig(text, own.vision_config, image_size=16, select_layer=-1)
     model = make_model(config, 1)
     processor = VLMProcessor.for_model(config, tokenizer, "hf")
     save_model(model, place / "plain")
@@ -349,9 +350,13 @@ def test_llava_of_transformers_serves_every_command():
         "export @llava --to hf --out @back",
         "generate @back @images/photo.png -q hi --max-new-tokens 2",
         "export @llava --to llava --out @projector",
+        "export @plain --to gguf --out @gguf --dtype float16",
     ):
         out = run(line)
         assert out.exit_code == 0, (line, out.output, out.exception)
+    written = sorted(path.name for path in (place / "gguf").iterdir())
+    assert written == ["mmproj.gguf", "model.gguf"]
+    refuses("export @runs/mine --to gguf", "llama.cpp's LLaVA has no high-resolution tower")
 
 def test_a_mistake_in_an_option_is_one_line():
     for words, message in [

@@ -356,7 +356,7 @@ def report_found(
     html.write_text(page, encoding="utf-8")
     typer.echo(f"the page is in {html}")
 
-EXPORTS = ("hf", "llava-hf", "mgm", "llava")
+EXPORTS = ("hf", "llava-hf", "gguf", "mgm", "llava")
 
 def export_folder(
     model: str,  # As in `find_model`
@@ -370,6 +370,7 @@ def export_folder(
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise ConfigError(f"--dtype: float32, bfloat16 or float16; got {dtype!r}")
     import torch
+    from vlm_lit.weights.gguf_export import export_gguf
     from vlm_lit.weights.llava_hf import export_llava_hf
     from vlm_lit.weights.towers import cast
     from vlm_lit.weights.saving import export_model
@@ -384,6 +385,7 @@ def export_folder(
     processor.set_generation_config(found)
     if dtype is not None: cast(found, getattr(torch, dtype))
     if to == "llava-hf": export_llava_hf(found, processor, out)
+    elif to == "gguf": export_gguf(found, processor, out)
     else: export_model(found, out, to)
     if to == "hf": processor.save_pretrained(out)
     if to == "hf" and (run / "result.json").is_file():
