@@ -311,6 +311,11 @@ def export_gguf(
     images, folder = processor.image_processor, Path(folder)
     if images.aspect != "pad" or images.image_size_aux != images.image_size:
         print_status("llama.cpp pads images to a square; this model was trained on other pixels")
+    if model.config.vision_config.model_type == "clip_vision_model":
+        print_status(
+            "check answers: versions of llama.cpp with issue 25814 misplace CLIP's class token; "
+            "https://github.com/ggml-org/llama.cpp/issues/25814"
+        )
     if chat_template is None and processor.template == "hf":
         chat_template = processor.tokenizer.chat_template
     folder.mkdir(parents=True, exist_ok=True)
