@@ -317,12 +317,49 @@ def test_export_of_any_model_folder():
     assert size(place / "hf") < 0.6 * size(place / "runs/mine/model")
     assert run("generate @hf @images/photo.png -q hi --max-new-tokens 2").exit_code == 0
     assert run("export @hf --to mgm --out @hf-mgm").exit_code == 0
-    refuses("export @runs/mine --to gguf", "--to: hf or mgm")
+    refuses("export @runs/mine --to onnx", "--to: hf, llava-hf, gguf, mgm or llava; got 'onnx'")
+    refuses("export @runs/mine --to llava-hf", "no high-resolution tower with mining; use --to hf")
     refuses("export @runs/mine --dtype int3", "--dtype: float32")
     refuses("export @hf --out @images", "is there already")
     refuses("export @runs/mine --private", "--private is for --push OWNER/NAME")
     refuses("export @runs/mine --push a/b/c --out @never", "--push: Repo id must be")
     refuses("export nothing", "no model 'nothing'")
+
+def test_llava_of_transformers_serves_every_command():
+    tokenizer = small_tokenizer()
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    )
+    own = VLMConfig.from_pretrained(place / "runs/mine/model")
+    text = dict(model_type="llama", hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    text |= dict(num_attention_heads=2, vocab_size=own.vocab_size)
+    config = VLMConfig(text, own.vision_config, image_size=16, select_layer=-1)
+    model = make_model(config, 1)
+    processor = VLMProcessor.for_model(config, tokenizer, "hf")
+    save_model(model, place / "plain")
+    processor.save_pretrained(place / "plain")
+    out = run("export @plain --to llava-hf --out @llava")
+    assert out.exit_code == 0 and "model.safetensors" in out.stdout, out.output
+    said = [
+        run(f"generate @{name} @images/photo.png -q hi --max-new-tokens 6").stdout
+        for name in ("plain", "llava")
+    ]
+    assert said[0] == said[1] and said[0].strip(), said
+    for line in (
+        "audit @train.json --preset @llava --image-folder @. --workers 1",
+        "walk @train.json --preset @llava --template gemma --image-folder @.",
+        "eval @llava --data @val.json --image-folder @. --max-new-tokens 2",
+        "export @llava --to hf --out @back",
+        "generate @back @images/photo.png -q hi --max-new-tokens 2",
+        "export @llava --to llava --out @projector",
+        "export @plain --to gguf --out @gguf --dtype float16",
+    ):
+        out = run(line)
+        assert out.exit_code == 0, (line, out.output, out.exception)
+    written = sorted(path.name for path in (place / "gguf").iterdir())
+    assert written == ["mmproj.gguf", "model.gguf"]
+    refuses("export @runs/mine --to gguf", "llama.cpp's LLaVA has no high-resolution tower")
 
 def test_export_is_pushed_after_it_is_written():
     import huggingface_hub

@@ -11,6 +11,7 @@ from vlm_lit.weights.presets import PRESET_FIELDS
 from vlm_lit.weights.build import build_model
 from vlm_lit.weights.towers import cast
 from vlm_lit.weights.saving import load_model
+from vlm_lit.weights.llava_hf import is_llava_hf, load_llava_hf, read_llava_hf_processor
 from vlm_lit.weights.build import load_preset_tokenizer
 from vlm_lit.weights.interchange import load_projector
 from vlm_lit.weights.presets import preset_names
@@ -105,6 +106,30 @@ def test_every_folder_opens_to_the_same_logits():
             test_close(logits(*open_model("runs/mine/checkpoint-20", "cpu")), want, eps=1e-5)
             os.chdir("runs/mine")  # and opens from anywhere
             test_close(logits(*open_model("checkpoint-20", "cpu")), want, eps=1e-5)
+
+def test_llava_of_transformers_is_a_model_folder():
+    from vlm_lit.weights.llava_hf import export_llava_hf
+
+    chat = (
+        "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    )
+    with workshop():
+        shape = {"vision_tower_aux": None, "aux_stages": None, "image_size_aux": 32}
+        model, processor = resolve_model({**TINY, **shape})
+        export_llava_hf(model, processor, "llava", chat)
+        test_eq(open_model("llava", "cpu")[1].template, "hf")
+        section, want = {"from": "llava", "template": "gemma"}, logits(model, processor)
+        again, own = resolve_model(section)
+        test_eq((own.template, own.image_processor.aspect), ("gemma", "square"))
+        test_eq(len(logits(again, own)), len(want) + 1)
+        test_close(logits(again, own)[: len(want)], want, eps=1e-5)
+        # a stage's checkpoint names the folder, and opens to what was trained
+        shake(again, "image_encoder.mm_projector")
+        Path("checkpoint-1").mkdir()
+        save_trainable(again, "checkpoint-1")
+        write_base("checkpoint-1", section, 0)
+        test_close(logits(*open_model("checkpoint-1", "cpu")), logits(again, own), eps=1e-5)
 
 def test_stages_start_from_runs():
     with workshop():

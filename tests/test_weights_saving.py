@@ -182,8 +182,15 @@ def test_exports_are_read_again():
         llava = mgm_config(LLAVA_7B.config)
         assert not {"mm_vision_tower_aux", "image_size_aux"} & llava.keys()
         assert llava["architectures"] == ["LlavaLlamaForCausalLM"]
-        with expect_fail(ConfigError, contains="cannot export to 'onnx'; there are: hf, mgm"):
+        with expect_fail(ConfigError, contains="cannot export to 'onnx'; there are: hf, mgm, llava"):
             export_model(MGM_2B, folder, "onnx")
+        with expect_fail(ConfigError, contains="use export_llava_hf(model, processor, folder)"):
+            export_model(MGM_2B, folder, "llava-hf")
+        with expect_fail(ConfigError, contains="no high-resolution tower with mining; use --to mgm"):
+            export_model(MGM_2B, folder, "llava")
+        export_model(LLAVA_7B, Path(folder) / "llava", "llava")
+        test_eq(read_json(Path(folder) / "llava/config.json")["model_type"], "llava_llama")
+        assert load_projector(LLAVA_7B, Path(folder) / "llava/mm_projector.bin").fits
         with expect_fail(ConfigError, contains="is not the configuration of a model of this project"):
             load_model(Path(folder) / "mgm")
 

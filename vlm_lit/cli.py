@@ -283,7 +283,7 @@ def evaluate_model(
 @app.command()
 def export(
     model: _Model,
-    to: Annotated[str, Option(help="hf (transformers) or mgm (MGM's mm_projector.bin).")] = "hf",
+    to: Annotated[str, Option(help="hf, llava-hf, gguf, mgm or llava.")] = "hf",
     out: Annotated[Path | None, Option(help="Folder to write. Default: in the run.")] = None,
     dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16.")] = None,
     push: Annotated[str | None, Option(help="Upload it to the hub as this OWNER/NAME.")] = None,

@@ -18,6 +18,7 @@ from .presets import PRESET_FIELDS
 from .build import build_model
 from .towers import cast
 from .saving import load_model
+from .llava_hf import is_llava_hf, load_llava_hf, read_llava_hf_processor
 from .build import load_preset_tokenizer
 from .interchange import load_projector
 from .presets import preset_names
@@ -80,7 +81,7 @@ def _from_preset(preset, changes, seed, dtype):
 
 def _from_folder(name, changes, dtype):
     "A trained model, perhaps with another template or other images."
-    model, old = _load(find_model(name))
+    model, old = _load(find_model(name), changes.get("template"))
     config = model.config
     encoder = model.image_encoder
     own = changes.get
@@ -184,9 +185,11 @@ def open_model(
     processor.set_generation_config(model)
     return model.to(device).eval(), processor
 
-def _load(folder):
+def _load(folder, template=None):
     "Model and processor of a folder that `find_model` has found; an adapter is merged."
     if (folder / "base.json").is_file(): return _load_checkpoint(folder)
+    if is_llava_hf(folder):
+        return load_llava_hf(folder), read_llava_hf_processor(folder, template)
     return load_model(folder), _read_processor(folder)
 
 def _read_processor(folder):

@@ -192,13 +192,19 @@ def mgm_config(
 def export_model(
     model: VLM,
     folder: str | Path,  # Made if it is not there
-    # "hf": a model folder with a model card; "mgm": mm_projector.bin and config.json as MGM's
+    # "hf": a model folder with a model card; "mgm": mm_projector.bin and config.json as MGM's;
+    # "llava": the same as LLaVA's, for models of its shape
     to: str = "hf",
     dtype: torch.dtype | None = None,  # Of mm_projector.bin; None: as in the model
 ) -> None:
     "Write a model for others. Raises `ConfigError` for an unknown form."
-    if to not in ("hf", "mgm"):
-        raise ConfigError(f"cannot export to {to!r}; there are: hf, mgm")
+    if to in ("llava-hf", "gguf"):
+        name = f"export_{to.replace('-', '_')}"
+        raise ConfigError(f"{to!r} takes a processor, too: use {name}(model, processor, folder)")
+    if to not in ("hf", "mgm", "llava"):
+        raise ConfigError(f"cannot export to {to!r}; there are: hf, mgm, llava, llava-hf, gguf")
+    if to == "llava" and model.config.vision_aux_config is not None:
+        raise ConfigError("LLaVA has no high-resolution tower with mining; use --to mgm")
     folder = Path(folder)
     if to == "hf": return save_model(model, folder)
     folder.mkdir(parents=True, exist_ok=True)
