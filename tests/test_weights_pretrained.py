@@ -21,6 +21,7 @@ from vlm_lit.weights.interchange import save_projector
 from vlm_lit.weights.language_models import weights_of
 from vlm_lit.weights.adapters import check_tensors, add_lora, has_lora, load_lora, merge_lora
 from vlm_lit.weights.adapters import nearest_names, save_lora
+from vlm_lit.text.tokenizer import check_placeholder, placeholder_id
 import sys
 import os, shutil
 from fastcore.test import test_eq, test_close, expect_fail

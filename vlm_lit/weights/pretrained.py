@@ -28,6 +28,7 @@ from .interchange import save_projector
 from .language_models import weights_of
 from .adapters import check_tensors, add_lora, has_lora, load_lora, merge_lora
 from .adapters import nearest_names, save_lora
+from ..text.tokenizer import check_placeholder, placeholder_id
 
 # %% ../../nbs/12a_pretrained.ipynb #c006
 _PREPARATION = ("template", "chat_template", "image_aspect_ratio", "image_mean", "image_std")
@@ -190,20 +191,24 @@ def _load(folder, template=None):
     if (folder / "base.json").is_file(): return _load_checkpoint(folder)
     if is_llava_hf(folder):
         return load_llava_hf(folder), read_llava_hf_processor(folder, template)
-    return load_model(folder), _read_processor(folder)
+    model = load_model(folder)
+    return model, _read_processor(folder, model)
 
-def _read_processor(folder):
-    "The processor that is saved with a model."
+def _read_processor(folder, model):
+    "The processor that is saved with a model; the model says which id stands for an image token."
     if not (folder / "processor_config.json").is_file():
         raise ConfigError(
             f"no processor in {str(folder)!r}; save it with its model: "
             "processor.save_pretrained(folder)"
         )
     try:
-        with quiet(): return VLMProcessor.from_pretrained(folder)
+        with quiet(): processor = VLMProcessor.from_pretrained(folder)
     except LOAD_ERRORS as e:
         reason = str(e).strip().splitlines()[0]
         raise ConfigError(f"the processor in {str(folder)!r} cannot be read: {reason}") from e
+    check_placeholder(processor.tokenizer, model.config.image_token_id)
+    processor.image_token_id = model.config.image_token_id
+    return processor
 
 def _load_checkpoint(folder):
     "The base of a checkpoint, with the checkpoint's weights."
@@ -223,4 +228,4 @@ def _load_checkpoint(folder):
     load_trainable(model, folder)
     if base["lora"]: merge_lora(model)
     has_own = (folder / "processor_config.json").is_file()  # a run may have set its template
-    return model, _read_processor(folder) if has_own else processor
+    return model, _read_processor(folder, model) if has_own else processor
