@@ -126,7 +126,7 @@ def trained(kind, tower, tokenizer, steps, seed=0):
     processor.set_generation_config(model)
     rng, losses = np.random.default_rng(seed), []
     probe = drawn("red", SIDE, SIDE, rng)
-    match_embedding_scale(model, processor.image_processor(probe)["images"])
+    match_embedding_scale(model, processor.image_processor(probe)["pixel_values"])
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
     for _ in range(steps):
@@ -227,16 +227,14 @@ def compare(case, python, steps, n=32):
             add_special=True, max_new_tokens=12,
         ))  # fmt: skip
         x = processor("what color is the image?", image)
-        pixels = processor.image_processor(image)["images"]
+        pixels = processor.image_processor(image)["pixel_values"]
         with torch.no_grad():
             logits = model(**x).logits[0, -1]
-            features = model.encode_images(pixels, None, model.embed(torch.tensor([[1]])))
+            features = model.encode_images(pixels)
             answer = model.generate(**x, max_new_tokens=12, do_sample=False)[0].tolist()
             last = class_token_last(model.image_encoder, pixels) if tower == "clip" else None
-        prompt_ids = x["input_ids"][0].tolist()
-        if answer[: len(prompt_ids)] == prompt_ids:
-            answer = answer[len(prompt_ids) :]
-        answer = [i for i in answer if i not in stops]
+        answer = [i for i in answer[x["input_ids"].shape[1] :] if i not in stops]
+        prompt_ids = processor.samples("what color is the image?", image)[0]["input_ids"].tolist()
         mine.append(
             {
                 "ids": prompt_ids,
