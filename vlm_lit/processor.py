@@ -281,6 +281,7 @@ class VLMProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerFast,  # Its own
         template: str = "gemma",  # The one it was trained with
         control_tokens: str = "refuse",
+        chat_template: str | None = None,  # With "hf"; None: the tokenizer's
         **changes,  # Of image settings: `aspect`
     ) -> "VLMProcessor":
         "A processor whose images are those that the model expects."
@@ -289,7 +290,7 @@ class VLMProcessor(ProcessorMixin):
         own = {name: getattr(config, name) for name in names}
         own["has_aux"] = config.vision_aux_config is not None
         images, token = VLMImageProcessor(**{**own, **changes}), config.image_token_id
-        return cls(tokenizer, images, template, control_tokens, token)
+        return cls(tokenizer, images, template, control_tokens, token, chat_template)
 
     @property
     def model_input_names(self) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from .core import describe
 from .debug.breakpoints import Breakpoint
 from .text.tokenizer import adds_bos, prepare_tokenizer, special_tokens
+from .text.chat_templates import render_hf
 from .text.templates import render
 from .text.sentinels import join_chunks, preprocess_multimodal
 from .debug.label_view import LabelStrip
@@ -30,6 +31,7 @@ class WalkStop:
     at: str  # Text of a line of it
     watch: tuple  # Expressions to show
     only_images: bool = False  # Whether records without images pass it by
+    template: str | None = None  # "named" or "hf": which templates come here; None: both
 
 WALK = (
     WalkStop(
@@ -53,14 +55,41 @@ WALK = (
         ("moved[0]",),
         True,
     ),
-    WalkStop("preprocess: the empty conversation", fill_template, "roles = {", ("conv",)),
     WalkStop(
-        "preprocess: who is who", fill_template, "source = drop_greeting", ("roles", "source")
+        "preprocess: the empty conversation",
+        fill_template,
+        "roles = {",
+        ("conv",),
+        template="named",
     ),
     WalkStop(
-        "preprocess: the conversation with its messages", fill_template, "return conv", ("conv",)
+        "preprocess: who is who",
+        fill_template,
+        "source = drop_greeting",
+        ("roles", "source"),
+        template="named",
     ),
-    WalkStop("render: the prompt, in parts", render, "return Rendered", ("text", "parts")),
+    WalkStop(
+        "preprocess: the conversation with its messages",
+        fill_template,
+        "return conv",
+        ("conv",),
+        template="named",
+    ),
+    WalkStop(
+        "render: the prompt, in parts",
+        render,
+        "return Rendered",
+        ("text", "parts"),
+        template="named",
+    ),
+    WalkStop(
+        "render_hf: the prompt of the tokenizer's own template, in parts",
+        render_hf,
+        "return Rendered",
+        ("text", "parts"),
+        template="hf",
+    ),
     WalkStop(
         "join_chunks: what was tokenized, each side by itself",
         join_chunks,
@@ -94,7 +123,10 @@ def walk_record(
     # The stops with what was seen there, and the item itself
 ) -> tuple[list[tuple[WalkStop, Breakpoint]], dict]:
     "Run `dataset[i]` once with every stop of the walk set."
-    stops = [stop for stop in WALK if not stop.only_images or image_names(dataset.records[i])]
+    has_images = bool(image_names(dataset.records[i]))
+    kind = "hf" if dataset.template == "hf" else "named"
+    stops = [stop for stop in WALK if stop.template in (None, kind)]
+    stops = [stop for stop in stops if has_images or not stop.only_images]
     with ExitStack() as stack:
         seen = []
         for stop in stops:
@@ -118,8 +150,9 @@ def walk_lines(
 ) -> list[str]:  # Lines of text
     "The walk of a record: tokenizer, every stop, and the mask."
     tokenizer, version = dataset.tokenizer, version or dataset.template
-    # a copy: looking changes nothing
-    changed = prepare_tokenizer(copy.deepcopy(tokenizer), version) or "nothing"
+    changed: object = "nothing"
+    if version != "hf":  # a copy: looking changes nothing
+        changed = prepare_tokenizer(copy.deepcopy(tokenizer), version) or "nothing"
     lines = [
         "tokenizer: special tokens",
         *(f"    {role}: {found}" for role, found in special_tokens(tokenizer).items()),

@@ -77,6 +77,7 @@ def _from_preset(preset, changes, seed, dtype):
     rows, ids = model.config.vocab_size, max(tokenizer.get_vocab().values()) + 1
     if ids > rows:
         raise ConfigError(f"model: the tokenizer has {ids:,} entries, the language model {rows:,}")
+    model.config.image_token_id = placeholder_id(tokenizer, rows)
     template, aspect = settings["template"], settings["image_aspect_ratio"]
     return model, VLMProcessor.for_model(model.config, tokenizer, template, aspect=aspect)
 
