@@ -2,16 +2,13 @@
 from pathlib import Path
 from queue import Queue
 from threading import Thread
-from transformers import AutoProcessor, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.generation import BaseStreamer
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from vlm_lit.core import DataError
 from vlm_lit.text.encode import truncate_at_eos, pad_id, stop_ids
-from vlm_lit.image_processor import VLMImageProcessor
 from vlm_lit.processor import VLMProcessor, as_list, insert_image_tokens
 from vlm_lit.data.collator import DataCollatorForSupervisedDataset
 from vlm_lit.models.vlm import VLM
-from vlm_lit.models.config import VLMConfig
 import sys
 import json, tempfile
 from fastcore.test import test_eq, expect_fail
@@ -20,6 +17,7 @@ from transformers import TextStreamer
 from transformers.utils.logging import disable_progress_bar
 from vlm_lit.core import IGNORE_INDEX, DataError
 from vlm_lit.images import sample_image
+from vlm_lit.models.config import VLMConfig
 import torch
 from vlm_lit.data.dataset import LazySupervisedDataset
 from small_parts import three_tokenizers

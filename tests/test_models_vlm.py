@@ -3,15 +3,19 @@ import torch
 from dataclasses import dataclass
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers import AutoModelForMultimodalLM, GenerationMixin, LogitsProcessorList
+from transformers import AutoModelForMultimodalLM, AutoProcessor, GenerationMixin
+from transformers import LogitsProcessorList
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from vlm_lit.images import finish_images
+from vlm_lit.image_processor import VLMImageProcessor
 from vlm_lit.padding import supervised_positions as find_supervised
+from vlm_lit.processor import VLMProcessor
 from vlm_lit.models.towers import VIT_MODEL_TYPES
 from vlm_lit.models.image_encoder import ImageEncoder, last_linear
 from vlm_lit.models.splice import check_image_tokens, check_packing, expand_sentinels, merge_image_features, restart_positions
@@ -499,11 +503,8 @@ def test_generation_is_transformers_own():
             dict(use_cache=False),
             dict(cache_implementation="dynamic"),
             dict(cache_implementation="static"),
-            dict(prompt_lookup_num_tokens=2),
         ):
-            own = batch if "prompt_lookup_num_tokens" not in settings else None
-            if own is None: own = {**images, "input_ids": batch["input_ids"][:1]}
-            test_eq(new_ids(model, own, **settings), greedy[: len(own["input_ids"])])
+            test_eq(new_ids(model, batch, **settings), greedy)
         # padding and neighbors do not matter
         test_eq(greedy[1:], new_ids(model, dict(input_ids=batch["input_ids"][1:, -2:])))
         beams = log_likelihood(model, batch, new_ids(model, batch, num_beams=4))
@@ -514,6 +515,8 @@ def test_generation_is_transformers_own():
             torch.manual_seed(seed)
             sampled.append(new_ids(model, batch, max_new_tokens=8, do_sample=True).tolist())
     assert sampled[0] == sampled[1] != sampled[2]
+    with expect_fail(ConfigError, contains="prompt lookup may propose image_token_id 300"):
+        new_ids(model, batch, prompt_lookup_num_tokens=2)
     with expect_fail(DataError, contains="prompts are padded on the right"):
         model.generate(**question_batch("right"))
 
@@ -609,6 +612,9 @@ def test_other_ways_into_the_model():
         embeds = model.embed(batch["input_ids"])  # now with the placeholder's own embedding
         again = model(inputs_embeds=embeds, **images).logits
         test_close(again[..., :300], out.logits, eps=1e-5)
+        # now the prompt's own continuation can be proposed, placeholders and all
+        resized = new_ids(model, batch)
+        test_eq(new_ids(model, batch, prompt_lookup_num_tokens=2), resized)
         test_eq(
             model.generate(inputs_embeds=embeds, **images, max_new_tokens=2, do_sample=False).shape[1],
             2,

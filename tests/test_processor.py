@@ -217,6 +217,9 @@ def test_options_have_transformers_names():
     test_eq(type(processor(**few, return_tensors="np")["pixel_values"]).__name__, "ndarray")
     kinds = processor(**few, return_mm_token_type_ids=True)["mm_token_type_ids"]
     test_eq(kinds.sum(1).tolist(), [4, 0])
+    # no tag says where images go: a question, as positional ones
+    asked = processor(text="what is it?", images=photo)
+    assert torch.equal(asked["input_ids"], processor("what is it?", photo)["input_ids"])
 
 def test_chat_templates_give_the_inputs_of_a_conversation():
     answer = {"role": "assistant", "content": [{"type": "text", "text": "a box"}]}
@@ -288,7 +291,9 @@ def test_processor_names_what_disagrees():
     with expect_fail(ConfigError, contains="give conversations, or rendered prompts"):
         processor(images=photo)
     with expect_fail(DataError, contains="record 1: 0 <image> tag(s) for 1 image(s)"):
-        processor(text=["a", "b"], images=[[], [photo]])
+        processor(text=["<image> a", "b"], images=[[photo], [photo]])
+    with expect_fail(DataError, contains="a rendered prompt goes in as text="):
+        processor(processor.apply_chat_template([message(photo)]), photo)
     with expect_fail(DataError, contains="1 image(s) more than <image> tags"):
         processor(text=["<image> a", "b"], images=[photo, other])
     with expect_fail(DataError, contains="would cut an image"):

@@ -53,7 +53,7 @@ MAY_IMPORT = {  # room -> rooms that it may import; arrows run downward only
     "padding": "core",
     "processor": "core text images image_processor padding",
     "data": "core files debug text images padding processor",
-    "models": "core images padding",
+    "models": "core images image_processor padding processor",
     "weights": "core files text processor models",
     "evaluation": "core files text image_processor processor data models",
     "training": "core files debug text padding processor data models weights evaluation",

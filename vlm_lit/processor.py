@@ -341,7 +341,13 @@ class VLMProcessor(ProcessorMixin):
             if own or self.control_tokens == "refuse":
                 check_image_count(record["conversations"], len(own), n)
             read.append((record, own))
-        samples, opened = self.texts([record for record, _ in read], labels), {}
+        opened: dict = {}
+        try: samples = self.texts([record for record, _ in read], labels)
+        except DataError as e:
+            is_text = isinstance(e.record, int) and isinstance(talks[e.record], str)
+            if e.kind == "control_tokens" and is_text:
+                e.message += "; a rendered prompt goes in as text="
+            raise
         for sample, (record, own) in zip(samples, read):
             sample |= self._open(own, record["id"], opened, image_folder)
         return samples
@@ -398,6 +404,9 @@ class VLMProcessor(ProcessorMixin):
         if (conversations is None) == (text is None):
             raise ConfigError("give conversations, or rendered prompts as `text`")
         options = _call_options(options)
+        texts = [text] if isinstance(text, str) else text or []
+        if as_list(images) and texts and not any(IMAGE_TOKEN in own for own in texts):
+            conversations, text = text, None  # questions, not rendered prompts: no tag in any
         if text is None:
             samples = self.samples(conversations, images, labels, image_folder)
         else:

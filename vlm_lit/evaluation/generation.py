@@ -9,20 +9,13 @@ __all__ = ['generate_ids', 'answer_batch', 'Chat']
 from pathlib import Path
 from queue import Queue
 from threading import Thread
-from transformers import AutoProcessor, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.generation import BaseStreamer
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from ..core import DataError
 from ..text.encode import truncate_at_eos, pad_id, stop_ids
-from ..image_processor import VLMImageProcessor
 from ..processor import VLMProcessor, as_list, insert_image_tokens
 from ..data.collator import DataCollatorForSupervisedDataset
 from ..models.vlm import VLM
-from ..models.config import VLMConfig
-
-# %% ../../nbs/12_generation.ipynb #c007
-AutoProcessor.register(VLMConfig, VLMProcessor, exist_ok=True)
-AutoImageProcessor.register(VLMConfig, slow_image_processor_class=VLMImageProcessor, exist_ok=True)
 
 # %% ../../nbs/12_generation.ipynb #c024
 def generate_ids(

@@ -10,15 +10,19 @@ import torch
 from dataclasses import dataclass
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-from transformers import AutoModelForMultimodalLM, GenerationMixin, LogitsProcessorList
+from transformers import AutoModelForMultimodalLM, AutoProcessor, GenerationMixin
+from transformers import LogitsProcessorList
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 from ..core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from ..images import finish_images
+from ..image_processor import VLMImageProcessor
 from ..padding import supervised_positions as find_supervised
+from ..processor import VLMProcessor
 from .towers import VIT_MODEL_TYPES
 from .image_encoder import ImageEncoder, last_linear
 from vlm_lit.models.splice import (
@@ -228,6 +232,12 @@ class _Prompts:
         kwargs = _standard_names(kwargs)
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         mask = kwargs.get("attention_mask")
+        looks_up = kwargs.get("prompt_lookup_num_tokens")
+        if looks_up and self.config.image_token_id >= self.config.vocab_size:
+            raise ConfigError(
+                f"prompt lookup may propose image_token_id {self.config.image_token_id}, which is "
+                "outside the vocabulary; resize_token_embeddings to more"
+            )
         if ids is None:
             return super().generate(None, generation_config, **kwargs)
         if not (ids == IMAGE_TOKEN_INDEX).any():
@@ -481,6 +491,8 @@ class VLM(_Images, _Prompts, PreTrainedModel, GenerationMixin):
 AutoConfig.register("vlm_lit", VLMConfig, exist_ok=True)
 for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     auto.register(VLMConfig, VLM, exist_ok=True)
+AutoProcessor.register(VLMConfig, VLMProcessor, exist_ok=True)
+AutoImageProcessor.register(VLMConfig, slow_image_processor_class=VLMImageProcessor, exist_ok=True)
 # `Trainer` shifts labels, for smoothing, where a class is named here
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["vlm_lit"] = "VLM"
 
