@@ -1,4 +1,5 @@
 "Derived from nbs/09b_model.ipynb by `make tests`; edit the notebook, not this file."
+from pathlib import Path
 import torch
 from dataclasses import dataclass
 import torch.nn.functional as F
@@ -488,6 +489,26 @@ def test_saved_models_come_back_through_the_auto_classes():
         again.set_attn_implementation("sdpa")
         for part in (again.language_model, again.image_encoder.vision_tower):
             test_eq(part.config._attn_implementation, "sdpa")
+
+def test_a_second_save_and_other_ways_to_load():
+    torch.manual_seed(0)
+    model = VLM(small_config()).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        for size in ("10KB", "5GB", "10KB"):
+            for p in model.parameters(): p.data += 0.01
+            model.save_pretrained(folder, max_shard_size=size)
+            again = AutoModelForImageTextToText.from_pretrained(folder)
+            pairs = zip(model.parameters(), again.parameters(), strict=True)
+            assert all(torch.equal(p, q) for p, q in pairs), size
+        placed = AutoModelForImageTextToText.from_pretrained(folder, device_map="auto").eval()
+        half = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    with torch.no_grad():
+        want = model(**small_batch()).loss
+        test_close(placed(**small_batch()).loss, want, eps=1e-6)
+        test_close(half(**small_batch()).loss, want, eps=0.05)
+    encoder = half.image_encoder
+    test_eq({p.dtype for p in encoder.mining.parameters()}, {torch.float32})
+    test_eq({p.dtype for p in encoder.mm_projector.parameters()}, {torch.bfloat16})
 
 def test_generation_is_transformers_own():
     model, batch = talking_model(), question_batch()

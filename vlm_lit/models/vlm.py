@@ -6,6 +6,7 @@
 __all__ = ['head_logits', 'check_head', 'VLMOutput', 'has_bytes', 'VLM', 'rms', 'match_embedding_scale']
 
 # %% ../../nbs/09b_model.ipynb #c002
+from pathlib import Path
 import torch
 from dataclasses import dataclass
 import torch.nn.functional as F
@@ -348,6 +349,16 @@ class VLM(_Images, _Prompts, PreTrainedModel, GenerationMixin):
         table = self.language_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.config.text_config.vocab_size = self.language_model.config.vocab_size
         return table
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """transformers' own; weights of an earlier save are not left beside the new ones, where
+        loading would take them."""
+        index = Path(save_directory) / "model.safetensors.index.json"
+        before = index.stat().st_mtime_ns if index.is_file() else None
+        super().save_pretrained(save_directory, *args, **kwargs)
+        has_shards = index.is_file() and index.stat().st_mtime_ns != before
+        stale = index.with_name("model.safetensors") if has_shards else index
+        stale.unlink(missing_ok=True)
 
     def train(self, mode: bool = True):
         "As usual, but a frozen tower stays in evaluation mode: no dropout, no dropped paths."
