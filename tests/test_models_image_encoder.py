@@ -149,7 +149,7 @@ def test_whole_picture_comes_first():
     largest = F.interpolate(large, size=128, mode="bilinear")
     crops = grid_crops(largest, image_size=32, image_grid=2, image_global=True)
     rows, maps = encoder.features(crops, largest), encoder.high_features(largest)
-    peek(images=crops, images_aux=largest, features=rows)
+    peek(pixel_values=crops, pixel_values_aux=largest, features=rows)
     test_eq(tuple(rows.shape), (2, 80, 16))
     joined = upsampled(maps)
     low = [encoder.low_features(crops[:, n]) for n in range(5)]

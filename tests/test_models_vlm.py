@@ -3,7 +3,7 @@ from pathlib import Path
 import torch
 from dataclasses import dataclass
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers import AutoModelForMultimodalLM, AutoProcessor, GenerationMixin
 from transformers import LogitsProcessorList
 from transformers import PreTrainedModel
@@ -476,7 +476,7 @@ def test_saved_models_come_back_through_the_auto_classes():
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             again = AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager")
-            for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM):
+            for auto in (AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM):
                 assert type(auto.from_pretrained(folder, attn_implementation="sdpa")) is VLM
             read = AutoConfig.from_pretrained(folder).to_dict()
             test_eq(read["text_config"], model.config.to_dict()["text_config"])

@@ -73,39 +73,41 @@ class ImageEncoder(nn.Module):
 
     def low_features(
         self,
-        images: torch.Tensor,  # (n_images, 3, image_size, image_size)
+        pixel_values: torch.Tensor,  # (n_images, 3, image_size, image_size)
     ) -> torch.Tensor:  # (n_images, num_image_tokens, hidden_size)
         "One feature a patch."
-        return patch_features(self.vision_tower, images, self.select_layer)
+        return patch_features(self.vision_tower, pixel_values, self.select_layer)
 
     def high_features(
         self,
-        images_aux: torch.Tensor,  # (n_images, 3, image_size_aux, image_size_aux)
+        pixel_values_aux: torch.Tensor,  # (n_images, 3, image_size_aux, image_size_aux)
     ) -> list[torch.Tensor]:  # For each stage in use (n_images, channels, side, side)
         "The maps that mining reads."
-        maps = stage_maps(self.vision_tower_aux, images_aux)
+        maps = stage_maps(self.vision_tower_aux, pixel_values_aux)
         return [maps[n] for n in self.aux_stages]
 
     def features(
         self,
-        images: torch.Tensor,  # (n_images, [crops,] 3, image_size, image_size)
-        images_aux: torch.Tensor | None = None,  # (n_images, 3, image_size_aux, image_size_aux)
+        pixel_values: torch.Tensor,  # (n_images, [crops,] 3, image_size, image_size)
+        pixel_values_aux: torch.Tensor
+        | None = None,  # (n_images, 3, image_size_aux, image_size_aux)
         # (n_images, num_image_tokens, hidden_size): the whole image first, then each crop
     ) -> torch.Tensor:
         "What the projector reads."
-        maps = None if self.mining is None else self.high_features(images_aux)
-        if self.grid > 1: return self.crop_features(images, maps)
-        low = self.low_features(images)
+        maps = None if self.mining is None else self.high_features(pixel_values_aux)
+        if self.grid > 1: return self.crop_features(pixel_values, maps)
+        low = self.low_features(pixel_values)
         return low if maps is None else self.mining(low, maps)
 
     def crop_features(
         self,
         # (n_images, crops, 3, image_size, image_size), the whole image last
-        images: torch.Tensor,
+        pixel_values: torch.Tensor,
         maps: list[torch.Tensor] | None,  # From `high_features`; None: no mining
     ) -> torch.Tensor:  # (n_images, num_image_tokens, hidden_size)
         "`features` of images in crops."
-        low = self.low_features(images.flatten(0, 1)).unflatten(0, images.shape[:2])
+        low = self.low_features(pixel_values.flatten(0, 1))
+        low = low.unflatten(0, pixel_values.shape[:2])
         crops = low[:, : self.grid**2]
         whole = low[:, self.grid**2 :].flatten(1, 2)
         side = round(low.shape[2] ** 0.5)
@@ -118,10 +120,11 @@ class ImageEncoder(nn.Module):
 
     def forward(
         self,
-        images: torch.Tensor,  # (n_images, [crops,] 3, image_size, image_size)
-        images_aux: torch.Tensor | None = None,  # (n_images, 3, image_size_aux, image_size_aux)
+        pixel_values: torch.Tensor,  # (n_images, [crops,] 3, image_size, image_size)
+        pixel_values_aux: torch.Tensor
+        | None = None,  # (n_images, 3, image_size_aux, image_size_aux)
     ) -> torch.Tensor:  # (n_images, num_image_tokens, text hidden_size)
         "The features that stand for each image."
-        features = self.features(images, images_aux)
+        features = self.features(pixel_values, pixel_values_aux)
         weight = getattr(last_linear(self.mm_projector), "weight", features)
         return self.mm_projector(features.to(weight.dtype))

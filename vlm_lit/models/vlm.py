@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from dataclasses import dataclass
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers import AutoModelForMultimodalLM, AutoProcessor, GenerationMixin
 from transformers import LogitsProcessorList
 from transformers import PreTrainedModel
@@ -500,7 +500,8 @@ class VLM(_Images, _Prompts, PreTrainedModel, GenerationMixin):
         out.loss, out.token_losses = loss, losses.detach()
 
 AutoConfig.register("vlm_lit", VLMConfig, exist_ok=True)
-for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
+_AUTO = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+for auto in (AutoModel, *_AUTO):
     auto.register(VLMConfig, VLM, exist_ok=True)
 AutoProcessor.register(VLMConfig, VLMProcessor, exist_ok=True)
 AutoImageProcessor.register(VLMConfig, slow_image_processor_class=VLMImageProcessor, exist_ok=True)
