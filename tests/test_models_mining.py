@@ -387,7 +387,7 @@ def test_inference_mixed_precision_and_adapters():
     # autocast does not reach inside
     assert torch.equal(out, mining(low, maps)) and torch.equal(seen, mining.attention(low, maps))
     adapted = copy.deepcopy(mining)
-    adapted.vlm_uni_val_projector[1] = nn.Identity()  # as an adapter would stand there
+    adapted.vlm_uni_val_projector[0] = nn.Identity()  # as an adapter of layer norms would stand there
     with expect_fail(ConfigError, contains="put 'mining' into modules_to_save"):
         adapted(low, maps)
     flat = [torch.ones_like(m) for m in maps]  # no deviation at all: LayerNorm's epsilon, and no NaN
