@@ -238,6 +238,14 @@ def test_chat_templates_give_the_inputs_of_a_conversation():
         text = ours.apply_chat_template([message(photo)], add_generation_prompt=True)
         assert text.count("<image>") == 1 and "what is it?" in text
 
+def test_labels_set_by_others_are_ignored_at_placeholders():
+    inputs = processor("<image>\nwhat is it?", sample_image(64, 64))
+    is_image = inputs["input_ids"] == processor.image_token_id
+    inputs["labels"] = inputs["input_ids"].clone()
+    assert is_image.sum() == 4 and (inputs["labels"][is_image] == IGNORE_INDEX).all()
+    test_eq(inputs["labels"][~is_image], inputs["input_ids"][~is_image])
+    test_eq(inputs["attention_mask"].dtype, torch.int64)  # as elsewhere; some take its argmax
+
 def test_chat_templates_open_what_the_program_names_and_refuse_control_tokens():
     folder = Path(tempfile.mkdtemp())
     photo.save(folder / "a.png")
