@@ -270,7 +270,7 @@ class PatchInfoMining(MiningLayers):
             found = window_values(*self.look(low, maps, places), values, maps, places)
             return (low.float() + found).to(low.dtype)
 
-# %% ../../nbs/08e_mining.ipynb #c069
+# %% ../../nbs/08e_mining.ipynb #c072
 def to_one_grid(
     # (n_images, grid*grid, side*side, channels): each crop in its own reading order
     crops: torch.Tensor,
