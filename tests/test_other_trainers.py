@@ -363,18 +363,21 @@ def test_sft_with_adapters_and_by_folder():
 
     for shape in SHAPES:
         model, processor = tiny(shape)
-        own = dict(args=trl_settings(SFTConfig, max_steps=3), train_dataset=talks("completion"))
+        own = dict(train_dataset=talks("completion"))
         with tempfile.TemporaryDirectory() as out, quiet(), hushed():
             model.save_pretrained(out)
             processor.save_pretrained(out)
+            saving = dict(gradient_checkpointing=True, max_length=1024)  # as TRL's defaults
+            own["args"] = trl_settings(SFTConfig, max_steps=3, **saving)
             trainer = SFTTrainer(out, **own)
             assert isinstance(trainer.model, VLM) and isinstance(trainer.processing_class, VLMProcessor)
             by_folder = train_losses(trainer)
+        own["args"] = trl_settings(SFTConfig, max_steps=3)
         base = copy.deepcopy(model)
         with quiet():
             by_model = train_losses(SFTTrainer(copy.deepcopy(model), processing_class=processor, **own))
             trainer = SFTTrainer(model, processing_class=processor, peft_config=lora(), **own)
-        assert by_folder == by_model
+        assert max(abs(a - b) for a, b in zip(by_folder, by_model, strict=True)) < 1e-5
         adapted, batch = trainer.model, first_batch(trainer)
         want, losses = by_formula(adapted, batch), train_losses(trainer)
         print(

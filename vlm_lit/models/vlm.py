@@ -66,7 +66,7 @@ def check_head(
             f"is not known here (off by {off:.0%}); set supervised_logits_only to false"
         )
 
-# %% ../../nbs/09b_model.ipynb #c016
+# %% ../../nbs/09b_model.ipynb #c015
 @dataclass
 class VLMOutput(ModelOutput):
     "What a forward pass gives."
@@ -357,7 +357,8 @@ class VLM(_Images, _Prompts, PreTrainedModel, GenerationMixin):
     def __setattr__(self, name, value):
         "As usual; a language model's embedding table gets its check of ids."
         super().__setattr__(name, value)
-        if name == "language_model": self._check_ids()
+        if name == "language_model" and isinstance(value, PreTrainedModel):
+            self._check_ids()
 
     def _check_ids(self):
         "Ids outside the table are refused where others look them up, as prompt tuning does."
@@ -564,7 +565,7 @@ for auto in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMult
 # `Trainer` shifts labels, for smoothing, where a class is named here
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["vlm_lit"] = "VLM"
 
-# %% ../../nbs/09b_model.ipynb #c057
+# %% ../../nbs/09b_model.ipynb #c065
 def rms(x: torch.Tensor) -> float:
     "Root mean square of all elements."
     return float(x.detach().float().pow(2).mean().sqrt())
