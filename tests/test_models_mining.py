@@ -85,7 +85,7 @@ def setup_module():
     def relative(got, want, size=None):
         "Norm of the difference over the norm of `size`, or of what is wanted."
         size = want if size is None else size
-        return float((got.float() - want.float()).norm() / size.float().norm())
+        return float((got - want).detach().float().norm() / size.detach().float().norm())
     def results(run, mining, low, maps, pool):
         "Output and all gradients of one version."
         mining, low = copy.deepcopy(mining), low.clone().requires_grad_()
@@ -387,11 +387,50 @@ def test_inference_mixed_precision_and_adapters():
     # autocast does not reach inside
     assert torch.equal(out, mining(low, maps)) and torch.equal(seen, mining.attention(low, maps))
     adapted = copy.deepcopy(mining)
-    adapted.vlm_uni_val_projector[1] = nn.Identity()  # as an adapter would stand there
+    adapted.vlm_uni_val_projector[0] = nn.Identity()  # as an adapter of layer norms would stand there
     with expect_fail(ConfigError, contains="put 'mining' into modules_to_save"):
         adapted(low, maps)
     flat = [torch.ones_like(m) for m in maps]  # no deviation at all: LayerNorm's epsilon, and no NaN
     test_close(mining(low, flat), mining_in_windows(mining, low, flat), eps=1e-3)
+
+def test_layers_in_the_place_of_linear_ones_are_called():
+    from peft import LoraConfig, get_peft_model
+
+    mining, low, maps = example(layers=PatchInfoMining)
+    plain = mining(low, maps).detach()
+    for settings in ({}, {"use_dora": True}):
+        names = [name for name, m in mining.named_modules() if isinstance(m, nn.Linear)]
+        lora = LoraConfig(r=2, target_modules=names, init_lora_weights=False, **settings)
+        adapted = get_peft_model(copy.deepcopy(mining), lora)
+        out = adapted(low, maps)
+        out.square().sum().backward()
+        grads = [p.grad.abs().sum() for n, p in adapted.named_parameters() if "lora_" in n]
+        assert len(grads) >= 6 and min(grads) > 0
+        merged = adapted.merge_and_unload()
+        assert type(merged.vlm_uni_val_projector[1]) is nn.Linear
+        print(settings, f"adapters change what is found by {relative(out, plain, out - low):.0%}")
+        assert relative(out, merged(low, maps), out - low) < 1e-5 < relative(out, plain, out - low)
+
+def test_int8_layers_are_called():
+    class Int8Linear(nn.Module):
+        "A layer that keeps a weight as bytes and a scale."
+
+        def __init__(self, linear):
+            super().__init__()
+            self.register_buffer("scale", linear.weight.detach().abs().amax(1, keepdim=True) / 127)
+            self.register_buffer("weight", (linear.weight.detach() / self.scale).round().to(torch.int8))
+            self.bias = linear.bias
+
+        def forward(self, x):
+            return F.linear(x, self.weight.float() * self.scale, self.bias)
+
+    mining, low, maps = example(layers=PatchInfoMining)
+    plain, small, rounded = mining(low, maps), copy.deepcopy(mining), copy.deepcopy(mining)
+    for name, module in mining.named_children():
+        getattr(small, name)[1] = own = Int8Linear(module[1])
+        getattr(rounded, name)[1].weight.data = own.weight.float() * own.scale
+    assert relative(small(low, maps), rounded(low, maps)) < 1e-6
+    assert 1e-4 < relative(small(low, maps), plain) < 0.1
 
 def test_counting_without_computing_counts_the_same():
     axis_weights.cache_clear()  # tables are made once and kept; count them in neither or both

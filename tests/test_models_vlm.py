@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers import AutoModelForMultimodalLM, AutoProcessor, GenerationMixin
 from transformers import LogitsProcessorList
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
@@ -645,6 +645,24 @@ def test_other_ways_into_the_model():
     test_eq([p.config._attn_implementation for p in parts], ["eager", "sdpa"])
     with expect_fail(ConfigError, contains="no attention in 'vision_aux_config'"):
         model.set_attn_implementation({"vision_aux_config": "eager"})
+
+def test_base_model_is_everything_but_the_head():
+    import copy
+
+    model, batch = VLM(small_config()).eval(), plain(small_batch())
+    with torch.no_grad():
+        out = model.base_model(**{key: value for key, value in batch.items() if key != "labels"})
+        logits = model.get_output_embeddings()(out.last_hidden_state)
+        test_close(logits, model(**batch).logits, eps=1e-5)
+    assert not any("base_model" in name for name, _ in model.named_modules())
+    with expect_fail(ConfigError, contains="DataCollatorForSupervisedDataset.for_model"):
+        model.base_model(**sentinel_batch())
+    for own in (model, copy.deepcopy(model)):
+        with expect_fail(ConfigError, contains="model.resize_token_embeddings(301) first"):
+            own.get_input_embeddings()(batch["input_ids"])
+        own.embed(batch["input_ids"])  # looked up as 0, and overwritten with image features
+        with expect_fail(ConfigError):
+            own.get_input_embeddings()(batch["input_ids"])
 
 def test_adapters_and_checkpointing_change_no_loss():
     from peft import LoraConfig, get_peft_model

@@ -1,7 +1,7 @@
 "Derived from nbs/06c_processor.ipynb by `make tests`; edit the notebook, not this file."
 from pathlib import Path
 import torch
-from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, ConfigError, DataError, nearest
 from vlm_lit.text.messages import check_path, read_record
@@ -118,7 +118,7 @@ def test_processor_pads_and_keeps_equal_images_once():
     assert inputs["attention_mask"][:, -1].all()  # every answer begins after the last position
     for n, question in enumerate(["what is it?", "<image>\n<image>\nwhich one is blue?", "hello"]):
         alone = processor(question, images[n])
-        ids = inputs["input_ids"][n][inputs["attention_mask"][n]]
+        ids = inputs["input_ids"][n][inputs["attention_mask"][n].bool()]
         test_eq(ids.tolist(), alone["input_ids"][0].tolist())
     test_eq(sorted(processor("hello")), ["attention_mask", "input_ids"])
     test_eq(processor(["a", "b"], photo)["image_index"].tolist(), [0, 0])  # one image, shown to all
@@ -242,6 +242,14 @@ def test_chat_templates_give_the_inputs_of_a_conversation():
         assert torch.equal(full["assistant_masks"].bool(), supervised)
         text = ours.apply_chat_template([message(photo)], add_generation_prompt=True)
         assert text.count("<image>") == 1 and "what is it?" in text
+
+def test_labels_set_by_others_are_ignored_at_placeholders():
+    inputs = processor("<image>\nwhat is it?", sample_image(64, 64))
+    is_image = inputs["input_ids"] == processor.image_token_id
+    inputs["labels"] = inputs["input_ids"].clone()
+    assert is_image.sum() == 4 and (inputs["labels"][is_image] == IGNORE_INDEX).all()
+    test_eq(inputs["labels"][~is_image], inputs["input_ids"][~is_image])
+    test_eq(inputs["attention_mask"].dtype, torch.int64)  # as elsewhere; some take its argmax
 
 def test_chat_templates_open_what_the_program_names_and_refuse_control_tokens():
     folder = Path(tempfile.mkdtemp())

@@ -347,6 +347,56 @@ def test_evaluation_weighs_by_tokens():
     assert abs(metrics["eval_loss"] - torch.cat(losses).mean().item()) < 1e-5
     assert abs(metrics["eval_loss/b"] - torch.cat(losses[-5:]).mean().item()) < 1e-5
 
+def test_smoothed_losses_and_metrics_of_all_logits():
+    def by_formula(model, batch, epsilon):
+        "Label smoothing over supervised tokens, written out."
+        with torch.no_grad(): logits = model.eval()(**batch).logits[:, :-1]
+        labels, log_p = batch["labels"][:, 1:], logits.log_softmax(-1)
+        own = labels != IGNORE_INDEX
+        nll = -log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0][own].mean()
+        return ((1 - epsilon) * nll - epsilon * log_p.mean(-1)[own].mean()).item()
+
+    def own_loss(outputs, labels, num_items_in_batch):
+        "Twice the usual loss."
+        logits, labels = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        return 2 * F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+
+    def token_accuracy(found):
+        "How many supervised tokens have the highest logit, of how many."
+        labels = found.label_ids[:, 1:]
+        right = found.predictions[:, :-1].argmax(-1) == labels
+        return {"right": int(right.sum()), "tokens": int((labels != IGNORE_INDEX).sum())}
+
+    plain, first = by_trainer(new_model(), arguments(max_steps=2))
+    batch = first.data_collator(first.train_mixture.__getitems__(first.sampler.micro_batches(0)[0]))
+    batch = {k: v for k, v in batch.items() if k not in ("info", "supervised_positions")}
+    smoothed, _ = by_trainer(new_model(), arguments(max_steps=2, label_smoothing_factor=0.1))
+    assert abs(smoothed[0] - by_formula(new_model(), batch, 0.1)) < 1e-5
+    assert abs(plain[0] - by_formula(new_model(), batch, 0.0)) < 1e-5 and smoothed[0] != plain[0]
+    four_by_four = dict(per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    parts, _ = by_trainer(
+        new_model(), arguments(max_steps=2, label_smoothing_factor=0.1, **four_by_four)
+    )
+    assert max(abs(a - b) for a, b in zip(smoothed, parts)) < 1e-5
+    for layout in ({}, four_by_four):
+        trainer = VLMTrainer(
+            new_model(), arguments(max_steps=1, **layout), dataset, compute_loss_func=own_loss
+        )
+        trainer.train()
+        assert abs(trainer.state.log_history[0]["loss"] - 2 * plain[0]) < 1e-5
+    args = arguments(per_device_eval_batch_size=7)
+    trainer = VLMTrainer(new_model(), args, dataset, dataset, compute_metrics=token_accuracy)
+    metrics = trainer.evaluate()
+    usual = VLMTrainer(new_model(), args, dataset, dataset).evaluate()
+    print({key: metrics[key] for key in ("eval_right", "eval_tokens")})
+    assert metrics["eval_tokens"] == sum(int((s["labels"][1:] != -100).sum()) for s in dataset)
+    with torch.no_grad():
+        everything = trainer.data_collator([dataset[i] for i in range(len(dataset))])
+        logits = trainer.model.eval()(**everything).logits[:, :-1]
+    own = everything["labels"][:, 1:]
+    assert metrics["eval_right"] == int((logits.argmax(-1) == own).sum())
+    assert abs(metrics["eval_loss"] - usual["eval_loss"]) < 0.05  # a mean of batches, not of tokens
+
 def test_rates_and_decay_by_part():
     rates = dict(projector_lr=1e-3, language_model_lr=1e-5, learning_rate=1e-4)
     args = arguments(trainable_modules=["all"], weight_decay=0.1, **rates)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CALL_OPTIONS', 'as_list', 'extract_images', 'insert_image_tokens', 'read_conversation', 'distribute_images',
-           'raw_prompt_ids', 'VLMProcessor']
+           'raw_prompt_ids', 'VLMInputs', 'VLMProcessor']
 
 # %% ../nbs/06c_processor.ipynb #c002
 from pathlib import Path
 import torch
-from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.processing_utils import MultiModalData
 from .core import IGNORE_INDEX, IMAGE_TOKEN, ConfigError, DataError, nearest
 from .text.messages import check_path, read_record
@@ -144,7 +144,7 @@ def read_conversation(
     conversations = insert_image_tokens(record["conversations"], len(images))
     return {**record, "conversations": conversations}, images
 
-# %% ../nbs/06c_processor.ipynb #c900
+# %% ../nbs/06c_processor.ipynb #c015
 def distribute_images(
     texts: list[str],  # Rendered prompts
     images,  # None, an image, all images in the order of the tags, or a list for each prompt
@@ -230,7 +230,20 @@ def _as_texts(messages):
     turns = read_conversation(messages, [0] * len(parts))[0]["conversations"]
     return [{"role": roles.get(t["from"], t["from"]), "content": t["value"]} for t in turns]
 
-# %% ../nbs/06c_processor.ipynb #c014
+# %% ../nbs/06c_processor.ipynb #c016
+class VLMInputs(BatchFeature):
+    "A processor's batch. Labels that are put in are ignored at placeholders of images."
+
+    image_token_id = None  # of the processor
+
+    def __setitem__(self, key, value):
+        "As usual; collators of other packages take all of `input_ids` for labels."
+        ids = self.data.get("input_ids") if key == "labels" else None
+        is_known = self.image_token_id is not None and torch.is_tensor(ids)
+        if is_known and torch.is_tensor(value) and ids.shape == value.shape:
+            value = value.masked_fill(ids == self.image_token_id, IGNORE_INDEX)
+        super().__setitem__(key, value)
+
 class VLMProcessor(ProcessorMixin):
     "Conversations and images in, a model's inputs out; and what the model writes back into text."
 
@@ -399,7 +412,7 @@ class VLMProcessor(ProcessorMixin):
         text=None,  # Instead of conversations: a rendered prompt with `<image>` tags, or several
         **options,  # Of `CALL_OPTIONS`: `return_tensors`, `padding`, `max_length`, ...
         # `input_ids`, `attention_mask`; `pixel_values`, `pixel_values_aux`, `image_index`; `labels`
-    ) -> BatchFeature:
+    ) -> VLMInputs:
         "Inputs for `VLM.generate`, or with labels for `VLM.forward`. Raises `DataError`."
         if (conversations is None) == (text is None):
             raise ConfigError("give conversations, or rendered prompts as `text`")
@@ -428,7 +441,9 @@ class VLMProcessor(ProcessorMixin):
         if options["return_tensors"] == "np":
             out = {k: v.numpy() for k, v in out.items()}
         if options["return_tensors"] is None: out |= _unpadded(rows, mask)
-        return BatchFeature(out)
+        inputs = VLMInputs(out)
+        inputs.image_token_id = self.image_token_id
+        return inputs
 
     def apply_chat_template(
         self,
@@ -439,7 +454,7 @@ class VLMProcessor(ProcessorMixin):
         image_folder: str | Path | None = None,  # Where paths of images in messages start
         processor_kwargs: dict | None = None,  # `CALL_OPTIONS`, which may also stand alone
         **kwargs,  # transformers' own (`add_generation_prompt`, ...), and the template's variables
-    ):  # str, list of str, ids, or `BatchFeature`
+    ):  # str, list of str, ids, or `VLMInputs`
         """Messages rendered by the chat template, as text or as a model's inputs. Raises
         `DataError` for what `control_tokens` refuses."""
         options = {k: kwargs.pop(k) for k in [*kwargs] if k in CALL_OPTIONS}
@@ -451,7 +466,8 @@ class VLMProcessor(ProcessorMixin):
         wants_mask = kwargs.pop("return_assistant_tokens_mask", False)
         ends = {talk[-1].get("role") == "user" for talk in talks if talk}
         asks = bool(kwargs.get("add_generation_prompt"))
-        is_usual = chat_template is None and not kwargs.keys() - {"add_generation_prompt"}
+        extra = {key for key, value in kwargs.items() if value not in (None, False)}
+        is_usual = chat_template is None and not extra - {"add_generation_prompt"}
         if tokenize and is_usual and ends == {asks}:
             out = self(talks, None, not asks, image_folder, **options)
             labels = out.pop("labels", None)
@@ -503,7 +519,9 @@ class VLMProcessor(ProcessorMixin):
         if options["return_mm_token_type_ids"]:
             rows["mm_token_type_ids"] = (rows["input_ids"] == self.image_token_id).long()
         is_padded = options["padding"] not in (False, "do_not_pad")
-        return rows, rows["attention_mask"] | is_padded
+        keep = rows["attention_mask"] | is_padded
+        rows["attention_mask"] = rows["attention_mask"].long()
+        return rows, keep
 
     def generation_settings(self) -> dict:  # `eos_token_id` (a list) and `pad_token_id`
         "What `generate` must know to end an answer where training ended it."
@@ -554,3 +572,6 @@ class VLMProcessor(ProcessorMixin):
         return self.batch_decode(
             generated_outputs, skip_special_tokens=skip_special_tokens, **kwargs
         )
+
+# by its name in processor_config.json; where configurations are known they are registered, too
+AutoProcessor.register(VLMImageProcessor, VLMProcessor, exist_ok=True)

@@ -73,6 +73,8 @@ def check_sample(
             f"sample {n} of the batch has {n_sentinels} image sentinel(s) in input_ids for "
             f"{n_images} image(s); write one {IMAGE_TOKEN} tag for each image"
         )
+        if not n_images:
+            message += "; if a Trainer dropped the images, set remove_unused_columns=False"
         raise DataError(message, record=sample.get("id"), kind="tags")
 
 @dataclass

@@ -22,6 +22,7 @@ class VLMConfig(PreTrainedConfig):
     together."""
 
     model_type = "vlm_lit"
+    auto_map = {}  # code of a hub repository, which these models do not have; TRL reads it
     sub_configs = {
         "text_config": AutoConfig,
         "vision_config": AutoConfig,

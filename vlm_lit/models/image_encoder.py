@@ -126,5 +126,5 @@ class ImageEncoder(nn.Module):
     ) -> torch.Tensor:  # (n_images, num_image_tokens, text hidden_size)
         "The features that stand for each image."
         features = self.features(pixel_values, pixel_values_aux)
-        weight = getattr(last_linear(self.mm_projector), "weight", features)
-        return self.mm_projector(features.to(weight.dtype))
+        weights = [p for p in self.mm_projector.parameters() if p.is_floating_point()]
+        return self.mm_projector(features.to(weights[0].dtype) if weights else features)

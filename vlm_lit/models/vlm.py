@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from transformers import AutoModelForMultimodalLM, AutoProcessor, GenerationMixin
 from transformers import LogitsProcessorList
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import ModelOutput
@@ -71,7 +71,7 @@ def check_head(
             f"is not known here (off by {off:.0%}); set supervised_logits_only to false"
         )
 
-# %% ../../nbs/09b_model.ipynb #c016
+# %% ../../nbs/09b_model.ipynb #c015
 @dataclass
 class VLMOutput(ModelOutput):
     "What a forward pass gives."
@@ -103,6 +103,42 @@ def has_bytes(
 ) -> bool:
     "Whether images came as bytes and are still to be finished."
     return pixel_values_aux is not None and pixel_values_aux.dtype == torch.uint8
+
+class _IdCheck:
+    "Called before an embedding table: refuses ids that it has no entry for."
+
+    is_off = False  # while `VLM.embed` calls, which has replaced them
+
+    def __call__(self, table, inputs):
+        if self.is_off or torch.compiler.is_compiling() or not inputs or inputs[0].is_meta:
+            return
+        n, highest = table.num_embeddings, int(inputs[0].max()) if inputs[0].numel() else 0
+        if highest >= n:
+            raise ConfigError(
+                f"token {highest} has no embedding, the table has {n}; if it stands for an image "
+                "(image_token_id), prompt tuning needs one: call "
+                f"model.resize_token_embeddings({highest + 1}) first"
+            )
+
+class _Backbone:
+    "A `VLM` up to its head, under the name that other models have for it (`base_model`)."
+
+    def __init__(self, model): self.model = model
+
+    def __getattr__(self, name):
+        return getattr(self.model.language_model, name)
+
+    def __call__(self, input_ids=None, **kwargs):
+        "States of all positions. Raises `ConfigError` for sentinels, which would move them."
+        if input_ids is not None and (input_ids == IMAGE_TOKEN_INDEX).any():
+            raise ConfigError(
+                "input_ids hold one sentinel (-200) per image, and labels are wanted for other "
+                "positions; make batches with DataCollatorForSupervisedDataset.for_model"
+            )
+        inputs, _, features = self.model.decoder_inputs(input_ids, **kwargs)
+        out = self.model.language_model.get_decoder()(**inputs)
+        kept = {key: out.get(key) for key in _OF_LANGUAGE_MODEL[1:]}
+        return BaseModelOutputWithPast(out.last_hidden_state, **kept)
 
 class _Images:
     "The part of `VLM` that reads images."
@@ -185,7 +221,11 @@ class _Images:
         "Embeddings of the ids, at the scale the language model expects."
         table = self.get_input_embeddings()
         inside = (input_ids >= 0) & (input_ids < self.config.vocab_size)
-        return table(torch.where(inside, input_ids, 0))
+        ids = torch.where(inside, input_ids, 0)
+        if torch.compiler.is_compiling(): return table(ids)
+        self.id_check.is_off = True
+        try: return table(ids)
+        finally: self.id_check.is_off = False
 
     def embed_inputs(
         self,
@@ -320,9 +360,27 @@ class VLM(_Images, _Prompts, PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: VLMConfig):
         super().__init__(config)
+        self.id_check = _IdCheck()
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.image_encoder = ImageEncoder(config)
         self.post_init()
+
+    def __setattr__(self, name, value):
+        "As usual; a language model's embedding table gets its check of ids."
+        super().__setattr__(name, value)
+        if name == "language_model" and isinstance(value, PreTrainedModel):
+            self._check_ids()
+
+    def _check_ids(self):
+        "Ids outside the table are refused where others look them up, as prompt tuning does."
+        table = self.language_model.get_input_embeddings()
+        if not any(hook is self.id_check for hook in table._forward_pre_hooks.values()):
+            table.register_forward_pre_hook(self.id_check)
+
+    @property
+    def base_model(self) -> _Backbone:
+        "All but the head: called with what `forward` takes, it returns `last_hidden_state`."
+        return _Backbone(self)
 
     def _init_weights(self, module):
         """What transformers calls for weights that no file brought; parts of transformers have
@@ -348,6 +406,7 @@ class VLM(_Images, _Prompts, PreTrainedModel, GenerationMixin):
         "transformers' own, of the language model; the configuration follows."
         table = self.language_model.resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.config.text_config.vocab_size = self.language_model.config.vocab_size
+        self._check_ids()
         return table
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -416,29 +475,14 @@ class VLM(_Images, _Prompts, PreTrainedModel, GenerationMixin):
         **kwargs,
     ) -> VLMOutput:
         "Logits, and with labels the loss over supervised tokens."
-        if "images" in kwargs or "images_aux" in kwargs:
-            kwargs = _standard_names(kwargs)
-            pixel_values = kwargs.pop("pixel_values", pixel_values)
-            pixel_values_aux = kwargs.pop("pixel_values_aux", pixel_values_aux)
-        is_checked = supervised_positions is not None
-        is_prompt = past_key_values is None or pixel_values is not None
-        if input_ids is not None and is_prompt and not is_checked:
-            text = input_ids, attention_mask, labels, sample_ids
-            input_ids, attention_mask, labels, sample_ids = self._expand(*text)
+        text = input_ids, attention_mask, labels, sample_ids, supervised_positions
         images = pixel_values, pixel_values_aux, image_index
-        is_counted = is_checked or not is_prompt or torch.compiler.is_compiling()
-        embeds, features = self.embed_inputs(input_ids, inputs_embeds, *images, is_counted)
-        if sample_ids is not None:
-            check_packing(self.language_model)
-            position_ids = restart_positions(sample_ids)
-        if is_checked or sample_ids is not None: attention_mask = None
-        if labels is not None:
-            labels = self._own_labels(labels, input_ids, sample_ids)
-            use_cache = bool(use_cache)
-        inputs = dict(inputs_embeds=embeds, attention_mask=attention_mask, use_cache=use_cache)
-        inputs |= dict(position_ids=position_ids, past_key_values=past_key_values, **kwargs)
-        inputs = {key: value for key, value in inputs.items() if value is not None}
-        if is_checked and labels is not None:
+        if labels is not None: use_cache = bool(use_cache)
+        kwargs |= dict(position_ids=position_ids, past_key_values=past_key_values)
+        inputs, labels, features = self.decoder_inputs(
+            *text, *images, inputs_embeds, use_cache=use_cache, **kwargs
+        )
+        if supervised_positions is not None and labels is not None:
             out = self.supervised_forward(inputs, supervised_positions)
         else:
             out = self.language_model(**inputs)
@@ -447,6 +491,43 @@ class VLM(_Images, _Prompts, PreTrainedModel, GenerationMixin):
         if labels is not None:
             self.add_loss(out, labels, supervised_positions, num_items_in_batch)
         return out
+
+    def decoder_inputs(
+        self,
+        # All as in `forward`
+        input_ids=None,
+        attention_mask=None,
+        labels=None,
+        sample_ids=None,
+        supervised_positions=None,
+        pixel_values=None,
+        pixel_values_aux=None,
+        image_index=None,
+        inputs_embeds=None,
+        **kwargs,
+    ) -> tuple[dict, torch.Tensor | None, torch.Tensor | None]:
+        "What the language model is called with, labels of its positions, and the image features."
+        kwargs.pop("info", None)  # the collator's, for `VLMTrainer`
+        if "images" in kwargs or "images_aux" in kwargs:
+            kwargs = _standard_names(kwargs)
+            pixel_values = kwargs.pop("pixel_values", pixel_values)
+            pixel_values_aux = kwargs.pop("pixel_values_aux", pixel_values_aux)
+        is_checked = supervised_positions is not None
+        is_prompt = kwargs.get("past_key_values") is None or pixel_values is not None
+        if input_ids is not None and is_prompt and not is_checked:
+            text = input_ids, attention_mask, labels, sample_ids
+            input_ids, attention_mask, labels, sample_ids = self._expand(*text)
+        images = pixel_values, pixel_values_aux, image_index
+        is_counted = is_checked or not is_prompt or torch.compiler.is_compiling()
+        embeds, features = self.embed_inputs(input_ids, inputs_embeds, *images, is_counted)
+        if sample_ids is not None:
+            check_packing(self.language_model)
+            kwargs["position_ids"] = restart_positions(sample_ids)
+        if is_checked or sample_ids is not None: attention_mask = None
+        if labels is not None:
+            labels = self._own_labels(labels, input_ids, sample_ids)
+        inputs = dict(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
+        return {k: v for k, v in inputs.items() if v is not None}, labels, features
 
     def _expand(self, input_ids, attention_mask, labels, sample_ids):
         "Sentinels of MGM-style code become placeholders; other ids stay as they are."
@@ -508,7 +589,7 @@ AutoImageProcessor.register(VLMConfig, slow_image_processor_class=VLMImageProces
 # `Trainer` shifts labels, for smoothing, where a class is named here
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["vlm_lit"] = "VLM"
 
-# %% ../../nbs/09b_model.ipynb #c057
+# %% ../../nbs/09b_model.ipynb #c065
 def rms(x: torch.Tensor) -> float:
     "Root mean square of all elements."
     return float(x.detach().float().pow(2).mean().sqrt())
