@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, sort
 from vlm_lit.core import ConfigError, nearest
 from vlm_lit.data.collator import DataCollatorForSupervisedDataset
 from vlm_lit.debug.snapshots import same_randomness
+from vlm_lit.files import apply_umask
 from vlm_lit.data.mixture import Mixture
 from vlm_lit.data.records import one_thread
 from vlm_lit.data.samplers import GlobalBatchSampler

@@ -21,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, get_last_checkpoint, sort
 from ..core import ConfigError, nearest
 from ..data.collator import DataCollatorForSupervisedDataset
 from ..debug.snapshots import same_randomness
+from ..files import apply_umask
 from ..data.mixture import Mixture
 from ..data.records import one_thread
 from ..data.samplers import GlobalBatchSampler
@@ -217,6 +218,7 @@ class _Checkpoints:
             own = {n: weights[n].detach().cpu().contiguous() for n in self.trainable}
             save_file(own, folder / "trainable.safetensors", metadata={"format": "pt"})
         if is_peft: model.save_pretrained(folder)
+        apply_umask(folder)  # safetensors writes files that only their owner can read
         model.config.save_pretrained(folder)
         if self.processor is not None: self.processor.save_pretrained(folder)
         if self.base is not None: write_base(folder, **self.base)
