@@ -54,7 +54,7 @@ def needed_modules() -> list[str]:  # Sorted
     return sorted(found)
 
 # %% ../../nbs/10h_remote_code.ipynb #c011
-_LICENSE = "Copyright 2026 the vlm_lit authors. SPDX-License-Identifier: Apache-2.0"
+_LICENSE = "By the vlm_lit authors. SPDX-License-Identifier: Apache-2.0"
 
 def flat_name(
     module: str,  # As in `module_source`
