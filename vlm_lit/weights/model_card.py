@@ -228,11 +228,12 @@ chat = Chat(*open_model({folder}))
 print(chat("What is in the image?", "image.png"))"""
 
 _WITH_TRANSFORMERS = """\
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained({name}{trust})
 processor = AutoProcessor.from_pretrained({name}{trust})
-content = [{{"type": "image", "path": "image.png"}}]
+content = [{{"type": "image", "image": Image.open("image.png")}}]
 content += [{{"type": "text", "text": "What is in the image?"}}]
 inputs = processor.apply_chat_template(
     [{{"role": "user", "content": content}}],

@@ -137,6 +137,7 @@ def load_model(
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in types and tensor.dtype != types[name]:
             tensor.data = tensor.data.to(types[name])
+    vars(model.config).pop("auto_map", None)  # code in this folder, which another would not have
     return model.eval()
 
 # %% ../../nbs/10e_saving.ipynb #c016
