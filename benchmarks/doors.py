@@ -203,7 +203,8 @@ def answer_as_child(args):
     "What that process does."
     export, hidden, function = DOORS[args.door]
     if hidden: sys.modules["vlm_lit"] = None
-    else: importlib.import_module("vlm_lit.evaluation.generation")  # registers the auto classes
+    else:
+        importlib.import_module("vlm_lit.evaluation.generation")  # registers the auto classes
     answers = function(args.folder, json.loads(Path(args.questions_file).read_text()))
     print(json.dumps([answer.strip() for answer in answers]))
 

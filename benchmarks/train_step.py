@@ -297,7 +297,9 @@ class Reference:
     def __call__(self, batch, mark=lambda name: None):
         encoder, lm = self.model.image_encoder, self.model.language_model
         with torch.no_grad():
-            low = self.clip(batch["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+            low = self.clip(batch["pixel_values"], output_hidden_states=True).hidden_states[-2][
+                :, 1:
+            ]
             mark("low tower")
             maps = stage_maps(encoder.vision_tower_aux, batch["pixel_values_aux"])
             mark("high tower")

@@ -144,7 +144,8 @@ def test_a_second_save_replaces_the_weights_of_the_first():
         assert same(load_model(folder), first)
         whole = (Path(folder) / "model.safetensors").read_bytes()
         with quiet(): second.save_pretrained(folder, max_shard_size="1MB")
-        with quiet(): assert same(AutoModelForCausalLM.from_pretrained(folder), second)
+        with quiet():
+            assert same(AutoModelForCausalLM.from_pretrained(folder), second)
         (Path(folder) / "model.safetensors").write_bytes(whole)
         with expect_fail(ConfigError, contains="holds weights of two saves"):
             load_model(folder)
