@@ -17,7 +17,7 @@ from ..processor import VLMProcessor, as_list, insert_image_tokens
 from ..data.collator import DataCollatorForSupervisedDataset
 from ..models.vlm import VLM
 
-# %% ../../nbs/12_generation.ipynb #c024
+# %% ../../nbs/12_generation.ipynb #c023
 def generate_ids(
     model: VLM,  # In evaluation mode
     # From `VLMProcessor.samples`, or a dataset's samples cut before the answer
@@ -63,7 +63,7 @@ def answer_batch(
         )
         yield from processor.answers(ids)
 
-# %% ../../nbs/12_generation.ipynb #c027
+# %% ../../nbs/12_generation.ipynb #c026
 class _IdQueue(BaseStreamer):
     "What `generate` writes to; closing it ends the generation at the next id."
 
