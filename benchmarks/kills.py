@@ -312,16 +312,16 @@ def state_of(folder):
         "evaluations": [[row["step"], row["eval_loss"]] for row in rows if "eval_loss" in row],
         "bad steps": bad.read_text().splitlines() if bad.exists() else [],
         "result": {key: result[key] for key in kept},
-        "model": digests(folder / "model"),
+        "model": digests(folder / "model", skip=("README.md",)),  # it has the run's minutes
         "files": sorted(str(p.relative_to(folder)) for p in folder.rglob("*")),
     }
 
-def digests(folder):
+def digests(folder, skip=()):
     "Name -> SHA-256 of every file below a folder."
     return {
         str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
         for p in sorted(folder.rglob("*"))
-        if p.is_file()
+        if p.is_file() and p.name not in skip
     }
 
 def newest(folder):

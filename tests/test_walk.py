@@ -58,7 +58,6 @@ def test_walk_passes_every_stop_once_and_changes_nothing():
     own_template = LazySupervisedDataset([seed], VLMProcessor(qwen, template="hf"), folder)
     seen, item = walk_record(own_template, 0)
     test_eq([len(bp.hits) for _, bp in seen], [1] * (len(WALK) - 4))
-    assert "<|im_start|>user" in "\n".join(walk_lines(own_template, 0))
 
 def test_walk_text_holds_the_values_of_the_seed():
     text = "\n".join(walk_lines(ds, 0))
@@ -76,6 +75,11 @@ def test_walk_text_holds_the_values_of_the_seed():
         "8 of 25 tokens supervised",
     ]:
         assert words in text, words
+    own_template = LazySupervisedDataset(
+        [seed], VLMProcessor(three_tokenizers()[2], template="hf"), folder
+    )
+    text = "\n".join(walk_lines(own_template, 0))
+    assert "<|im_start|>user" in text and "render_hf" in text
 
 def test_walk_of_a_broken_record_raises_its_error():
     broken = LazySupervisedDataset([{**seed, "image": "gone.png"}], VLMProcessor(tok), folder)

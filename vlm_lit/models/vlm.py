@@ -410,8 +410,7 @@ class VLM(_Images, _Prompts, PreTrainedModel, GenerationMixin):
         return table
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """transformers' own; weights of an earlier save are not left beside the new ones, where
-        loading would take them."""
+        "transformers' own; weights of an earlier save, which loading might take, are removed."
         index = Path(save_directory) / "model.safetensors.index.json"
         before = index.stat().st_mtime_ns if index.is_file() else None
         super().save_pretrained(save_directory, *args, **kwargs)

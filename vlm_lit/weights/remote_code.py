@@ -66,7 +66,8 @@ def _is_registration(node) -> bool:
     "Whether a statement registers the model with transformers' automatic classes."
     calls = [call for call in ast.walk(node) if isinstance(call, ast.Call)]
     calls = [call for call in calls if getattr(call.func, "attr", "") == "register"]
-    return any(getattr(arg, "id", "") == "VLMConfig" for call in calls for arg in call.args)
+    own = {getattr(arg, "id", "") for call in calls for arg in call.args}
+    return not own.isdisjoint(("VLMConfig", "VLMProcessor"))
 
 def flat_source(
     module: str,  # As in `module_source`
