@@ -432,6 +432,19 @@ def test_int8_layers_are_called():
     assert relative(small(low, maps), rounded(low, maps)) < 1e-6
     assert 1e-4 < relative(small(low, maps), plain) < 0.1
 
+def test_offloaded_layers_are_called():
+    from accelerate import cpu_offload
+
+    torch.manual_seed(0)
+    mining = PatchInfoMining(16, 20)
+    for p in mining.parameters(): torch.nn.init.normal_(p)
+    low, maps = torch.randn(2, 16, 16), [torch.randn(2, 8, 32, 32), torch.randn(2, 12, 16, 16)]
+    with torch.no_grad():
+        want = mining(low, maps)
+        cpu_offload(mining, execution_device=torch.device("cpu"))
+        assert mining.vlm_uni_val_projector[1].weight.is_meta
+        test_close(mining(low, maps), want, eps=1e-4)
+
 def test_counting_without_computing_counts_the_same():
     axis_weights.cache_clear()  # tables are made once and kept; count them in neither or both
     for run in (mining_in_windows, fast):

@@ -300,7 +300,7 @@ def export(
         if push is not None:
             typer.echo(f"uploaded to {push_folder(folder, push, private)}")
 
-# %% ../nbs/21_cli.ipynb #c050
+# %% ../nbs/21_cli.ipynb #c052
 @app.command()
 def doctor():
     "Test the masks of known conversations; print what belongs in a bug report."

@@ -91,7 +91,7 @@ def adds_bos(
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("").input_ids[:1] == [bos]
 
-# %% ../../nbs/02_tokenizer.ipynb #c901
+# %% ../../nbs/02_tokenizer.ipynb #c034
 IMAGE_TOKENS = ("<image>", "<|image_pad|>", "<|image|>", "<image_soft_token>")
 
 def is_reserved(
@@ -126,7 +126,7 @@ def check_placeholder(
             "can contain; take placeholder_id(tokenizer, vocab_size)"
         )
 
-# %% ../../nbs/02_tokenizer.ipynb #c034
+# %% ../../nbs/02_tokenizer.ipynb #c037
 def resize_embeddings(
     model: "PreTrainedModel",
     size: int,  # New number of rows, at least the old one
