@@ -540,6 +540,10 @@ def test_generation_is_transformers_own():
         new_ids(model, batch, prompt_lookup_num_tokens=2)
     with expect_fail(DataError, contains="prompts are padded on the right"):
         model.generate(**question_batch("right"))
+    with expect_fail(DataError, contains="16 image placeholder(s) in input_ids for 0 image(s)"):
+        new_ids(model, {"input_ids": batch["input_ids"][:1]})
+    with expect_fail(DataError, contains="16 image placeholder(s) in input_ids for 2 image(s)"):
+        new_ids(model, dict(input_ids=row[:, :-5], pixel_values_aux=torch.zeros(2, 3, 64, 64).byte()))
 
 def test_beams_share_images_and_processors_see_text():
     model = talking_model()

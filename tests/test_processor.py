@@ -158,6 +158,7 @@ def test_processor_takes_what_the_model_holds_and_cuts_at_stops():
     prompt = own("what?", photo)
     whole = torch.cat([prompt["input_ids"], torch.tensor([written])], 1)
     test_eq(own.answers(whole, prompt), ["blue"])
+    test_eq(own.answers(SimpleNamespace(sequences=whole), prompt), ["blue"])
     test_eq(own.decode(whole[0]).split("model\n")[1], "blue<end_of_turn>\nred")
     assert own.post_process_image_text_to_text(whole)[0].startswith("user\n")
     plain = VLMProcessor(tok, template="plain")
@@ -273,6 +274,14 @@ def test_chat_templates_open_what_the_program_names_and_refuse_control_tokens():
     text = rendered(turns, tokenize=False)
     test_eq(text, processor.apply_chat_template(turns))
     print(text)
+    form = dict(**inputs_of, processor_kwargs=dict(image_folder=folder))
+    named = processor.apply_chat_template(asked(path="a.png"), **form)
+    beside = processor.apply_chat_template(asked(), **inputs_of, images=[photo])
+    assert torch.equal(named["pixel_values"], beside["pixel_values"])
+    with expect_fail(DataError, contains="unknown role 'tool'"):
+        processor.apply_chat_template([{"role": "tool", "content": "x"}], **inputs_of)
+    with expect_fail(DataError, contains="no turns"):
+        processor.apply_chat_template([], **inputs_of)
 
 def test_processor_names_what_disagrees():
     ask = lambda text: [{"from": "human", "value": text}]

@@ -243,6 +243,7 @@ def test_logits_are_equal_to_the_last_bit():
         with tempfile.TemporaryDirectory() as folder:
             export_llava_hf(model, processor, folder, max_shard_size="60KB")
             assert len(list(Path(folder).glob("*.safetensors"))) > 1
+            test_eq(AutoProcessor.from_pretrained(folder).tokenizer.padding_side, "left")
             found = compare(model, processor, folder)
             test_eq(
                 {k: v for k, v in found.items() if k != "pixels"},

@@ -297,6 +297,8 @@ def export(
         folder = export_folder(model, to, out, dtype, push)
         for path in sorted(folder.iterdir()):
             typer.echo(f"{path.stat().st_size:>12,}  {path}")
+        if to in ("mgm", "llava"):
+            typer.echo("projector only: language model and towers are taken by their names there")
         if push is not None:
             typer.echo(f"uploaded to {push_folder(folder, push, private)}")
 

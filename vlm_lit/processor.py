@@ -460,6 +460,8 @@ class VLMProcessor(ProcessorMixin):
         `DataError` for what `control_tokens` refuses."""
         options = {k: kwargs.pop(k) for k in [*kwargs] if k in CALL_OPTIONS}
         options |= processor_kwargs or {}
+        image_folder = options.pop("image_folder", image_folder)
+        images = options.pop("images", kwargs.pop("images", None))
         if options.get("return_tensors") == "auto":
             options.pop("return_tensors")
         is_batch = not all(isinstance(turn, dict) for turn in conversation)
@@ -470,7 +472,7 @@ class VLMProcessor(ProcessorMixin):
         extra = {key for key, value in kwargs.items() if value not in (None, False)}
         is_usual = chat_template is None and not extra - {"add_generation_prompt"}
         if tokenize and is_usual and ends == {asks}:
-            out = self(talks, None, not asks, image_folder, **options)
+            out = self(talks, images, not asks, image_folder, **options)
             labels = out.pop("labels", None)
             if wants_mask and labels is not None:
                 out["assistant_masks"] = (labels != IGNORE_INDEX).long()
@@ -501,8 +503,10 @@ class VLMProcessor(ProcessorMixin):
     def _check_messages(self, talk, images, n):
         "Refuse messages that spell control tokens: once rendered, nobody can tell them apart."
         if self.control_tokens == "allow": return
-        talk = [turn for turn in talk if turn.get("role") in ("system", "user", "assistant")]
+        known = [turn for turn in talk if turn.get("role") in ("system", "user", "assistant")]
+        talk = known or talk  # none is known: reading names what is wrong
         record, own = read_conversation(talk, [0] * len(images), n)
+        if not record["conversations"]: raise DataError("no turns", n)
         pattern = control_pattern(self.tokenizer, self.template)
         try:
             check_control_tokens(record["conversations"], "refuse", pattern, bool(own))
@@ -542,6 +546,7 @@ class VLMProcessor(ProcessorMixin):
         inputs=None,  # What `generate` was given; None: the sequences are the answers' ids alone
     ) -> list[str]:
         "The texts of answers, each up to its stop token."
+        sequences = getattr(sequences, "sequences", sequences)  # of `return_dict_in_generate`
         n_prompt = 0 if inputs is None else inputs["input_ids"].shape[1]
         stops = stop_ids(self.tokenizer, self.template)
         own = [truncate_at_eos(ids[n_prompt:], stops) for ids in sequences]

@@ -281,6 +281,9 @@ class _Prompts:
             )
         if ids is None:
             return super().generate(None, generation_config, **kwargs)
+        given = ("pixel_values", "pixel_values_aux", "past_key_values", "inputs_embeds")
+        if all(kwargs.get(key) is None for key in given):
+            check_image_tokens(self.get_placeholder_mask(ids), 0, self.config.num_image_tokens)
         if not (ids == IMAGE_TOKEN_INDEX).any():
             if mask is not None and mask.dim() == 2 and not mask[:, -1].all():
                 raise DataError(
@@ -512,7 +515,8 @@ class VLM(_Images, _Prompts, PreTrainedModel, GenerationMixin):
             pixel_values = kwargs.pop("pixel_values", pixel_values)
             pixel_values_aux = kwargs.pop("pixel_values_aux", pixel_values_aux)
         is_checked = supervised_positions is not None
-        is_prompt = kwargs.get("past_key_values") is None or pixel_values is not None
+        has_images = pixel_values is not None or pixel_values_aux is not None
+        is_prompt = kwargs.get("past_key_values") is None or has_images
         if input_ids is not None and is_prompt and not is_checked:
             text = input_ids, attention_mask, labels, sample_ids
             input_ids, attention_mask, labels, sample_ids = self._expand(*text)

@@ -81,6 +81,7 @@ def image_tokenizer(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id(tokenizer))
     tokenizer.padding_side = "left"
+    tokenizer.init_kwargs["padding_side"] = "left"  # what `save_pretrained` writes
     return tokenizer, image_id
 
 # %% ../../nbs/10f_llava_hf.ipynb #c012
