@@ -2,6 +2,7 @@
 from pathlib import Path
 import torch
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.image_utils import load_image
 from transformers.processing_utils import MultiModalData
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, ConfigError, DataError, nearest
 from vlm_lit.text.messages import check_path, read_record
@@ -282,6 +283,30 @@ def test_chat_templates_open_what_the_program_names_and_refuse_control_tokens():
         processor.apply_chat_template([{"role": "tool", "content": "x"}], **inputs_of)
     with expect_fail(DataError, contains="no turns"):
         processor.apply_chat_template([], **inputs_of)
+
+def test_addresses_are_fetched_where_the_program_allows_it():
+    from functools import partial
+    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+    from threading import Thread
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+
+    folder = Path(tempfile.mkdtemp())
+    photo.save(folder / "a.png")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}/"
+    asked = lambda name: [{"role": "user", "content": [{"type": "image", "url": address + name}]}]
+    want = processor("", photo)["pixel_values"]
+    allowed = dict(**inputs_of, allow_urls=True)
+    assert torch.equal(processor.apply_chat_template(asked("a.png"), **allowed)["pixel_values"], want)
+    assert torch.equal(processor(asked("a.png"), allow_urls=True)["pixel_values"], want)
+    with expect_fail(DataError, contains="gone.png' cannot be fetched"):
+        processor(asked("gone.png"), allow_urls=True)
+    with expect_fail(DataError, contains="an address, not a path"):
+        processor(asked("a.png"))
+    server.shutdown()
 
 def test_processor_names_what_disagrees():
     ask = lambda text: [{"from": "human", "value": text}]

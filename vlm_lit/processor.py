@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CALL_OPTIONS', 'as_list', 'extract_images', 'insert_image_tokens', 'read_conversation', 'distribute_images',
-           'raw_prompt_ids', 'VLMInputs', 'VLMProcessor']
+           'raw_prompt_ids', 'fetch_images', 'VLMInputs', 'VLMProcessor']
 
 # %% ../nbs/06c_processor.ipynb #c002
 from pathlib import Path
 import torch
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
+from transformers.image_utils import load_image
 from transformers.processing_utils import MultiModalData
 from .core import IGNORE_INDEX, IMAGE_TOKEN, ConfigError, DataError, nearest
 from .text.messages import check_path, read_record
@@ -187,8 +188,34 @@ CALL_OPTIONS = dict(
     truncation=False,  # leave out what is longer than `max_length`; an image is never cut
     add_special_tokens=True,  # with `text`: whether the tokenizer's BOS goes first
     return_mm_token_type_ids=False,  # add 1 at placeholders, 0 elsewhere
+    allow_urls=False,  # whether http(s) addresses of images in messages may be fetched
     as_bytes=False,  # images as uint8 in `pixel_values_aux`, for the model to finish
 )
+
+def fetch_images(
+    turns: list,  # A conversation's, whose parts may name images by http(s) address
+) -> list:  # The same with the images in their place
+    "Images of addresses in messages, fetched. Raises `DataError` for one that does not come."
+    out = []
+    for n, turn in enumerate(turns):
+        key = "value" if isinstance(turn, dict) and "from" in turn else "content"
+        parts = turn.get(key) if isinstance(turn, dict) else None
+        if isinstance(parts, list):
+            turn = {**turn, key: [_fetched(part, n) for part in parts]}
+        out.append(turn)
+    return out
+
+def _fetched(part, n):
+    "A part of a message, its image fetched if it is an address."
+    if not _is_image(part): return part
+    found = next((part[key] for key in ("image", "url", "image_url") if part.get(key)), None)
+    if isinstance(found, dict): found = found.get("url")
+    is_address = isinstance(found, str) and found.lower().startswith(("http://", "https://"))
+    if not is_address: return part
+    try: return {"type": "image", "image": load_image(found, timeout=30)}
+    except Exception as e:  # each library that fetches has errors of its own
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise DataError(f"image {found!r} cannot be fetched: {reason}", turn=n) from e
 
 def _call_options(given):
     "All options of a call, from transformers' groups of them too. Raises `ConfigError`."
@@ -418,6 +445,9 @@ class VLMProcessor(ProcessorMixin):
         if (conversations is None) == (text is None):
             raise ConfigError("give conversations, or rendered prompts as `text`")
         options = _call_options(options)
+        if options["allow_urls"] and not isinstance(conversations, (str, type(None))):
+            talks = _split_conversations(conversations)
+            conversations = [t if isinstance(t, str) else fetch_images(t) for t in talks]
         texts = [text] if isinstance(text, str) else text or []
         if as_list(images) and texts and not any(IMAGE_TOKEN in own for own in texts):
             conversations, text = text, None  # questions, not rendered prompts: no tag in any
@@ -466,6 +496,8 @@ class VLMProcessor(ProcessorMixin):
             options.pop("return_tensors")
         is_batch = not all(isinstance(turn, dict) for turn in conversation)
         talks = [list(talk) for talk in (conversation if is_batch else [conversation])]
+        if options.pop("allow_urls", False):
+            talks = [fetch_images(talk) for talk in talks]
         wants_mask = kwargs.pop("return_assistant_tokens_mask", False)
         ends = {talk[-1].get("role") == "user" for talk in talks if talk}
         asks = bool(kwargs.get("add_generation_prompt"))
