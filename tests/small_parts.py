@@ -66,17 +66,18 @@ def three_tokenizers():
     )
     return load_tokenizer("gemma"), llama, qwen
 
-def small_tokenizer():
-    "Gemma's control tokens, and what a few sentences need: a vocabulary of 300."
+SHAPES = ["user\nwhat color is the shape? model\na blue circle"] * 3
+
+def small_tokenizer(texts=SHAPES, vocab_size=300):
+    "Gemma's control tokens, and what a few sentences need."
     control = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     options = dict(special_tokens=control, initial_alphabet=alphabet, show_progress=False)
-    trainer = trainers.BpeTrainer(vocab_size=300, **options)
-    text = "user\nwhat color is the shape? model\na blue circle"
-    backend.train_from_iterator([text] * 3, trainer)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, **options)
+    backend.train_from_iterator(texts, trainer)
     bos = [("<bos>", 2)]
     backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=bos)
     names = dict(bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", pad_token="<pad>")

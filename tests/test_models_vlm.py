@@ -29,6 +29,7 @@ from vlm_lit.padding import expand_image_tokens, pad_samples
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.core import peek
 from vlm_lit.images import resize_to_square, prepare_image, sample_image, to_bytes
+from transformers import GenerationConfig
 from transformers.utils import logging
 from vlm_lit.models.vlm import VLM
 from vlm_lit.models.vlm import auto
@@ -318,6 +319,8 @@ def test_disagreeing_batches_are_refused_and_sentinels_expanded():
     test_eq(len(model(**{**batch, "labels": careless}).token_losses), n_text)
     with expect_fail(ConfigError, contains="leave out logits_to_keep"):
         model(**batch, logits_to_keep=1)
+    with expect_fail(IndexError):  # an id that is no token and no placeholder is not read as one
+        model(input_ids=torch.tensor([[2, 301]]))
 
 def test_bytes_give_the_logits_of_floats():
     torch.manual_seed(0)
@@ -538,6 +541,8 @@ def test_generation_is_transformers_own():
     assert sampled[0] == sampled[1] != sampled[2]
     with expect_fail(ConfigError, contains="prompt lookup may propose image_token_id 300"):
         new_ids(model, batch, prompt_lookup_num_tokens=2)
+    with expect_fail(ConfigError, contains="prompt lookup may propose image_token_id 300"):
+        model.generate(**batch, generation_config=GenerationConfig(prompt_lookup_num_tokens=2))
     with expect_fail(DataError, contains="prompts are padded on the right"):
         model.generate(**question_batch("right"))
     with expect_fail(DataError, contains="16 image placeholder(s) in input_ids for 0 image(s)"):

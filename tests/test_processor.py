@@ -1,8 +1,10 @@
 "Derived from nbs/06c_processor.ipynb by `make tests`; edit the notebook, not this file."
+import io
+from http.client import HTTPException
 from pathlib import Path
+from urllib.request import urlopen
 import torch
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
-from transformers.image_utils import load_image
 from transformers.processing_utils import MultiModalData
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, ConfigError, DataError, nearest
 from vlm_lit.text.messages import check_path, read_record
@@ -12,7 +14,7 @@ from vlm_lit.text.labels import check_control_tokens, check_tokenizer, check_tur
 from vlm_lit.text.chat_templates import content_forms
 from vlm_lit.text.jinja import to_jinja
 from vlm_lit.text.encode import truncate_at_eos, encode_records, pad_id, prompt_ids, stop_ids
-from vlm_lit.images import read_image
+from vlm_lit.images import decode_image, read_image
 from vlm_lit.image_processor import VLMImageProcessor
 from vlm_lit.padding import expand_image_tokens, pad_samples, stack_images
 import io, sys, tempfile
@@ -279,6 +281,10 @@ def test_chat_templates_open_what_the_program_names_and_refuse_control_tokens():
     named = processor.apply_chat_template(asked(path="a.png"), **form)
     beside = processor.apply_chat_template(asked(), **inputs_of, images=[photo])
     assert torch.equal(named["pixel_values"], beside["pixel_values"])
+    # the same on the way through the Jinja template alone
+    own_text = dict(tokenize=True, return_dict=True, chat_template=processor.chat_template)
+    jinja = processor.apply_chat_template(asked(), **own_text, images=[photo])
+    assert torch.equal(jinja["pixel_values"], beside["pixel_values"])
     with expect_fail(DataError, contains="unknown role 'tool'"):
         processor.apply_chat_template([{"role": "tool", "content": "x"}], **inputs_of)
     with expect_fail(DataError, contains="no turns"):
@@ -302,8 +308,16 @@ def test_addresses_are_fetched_where_the_program_allows_it():
     allowed = dict(**inputs_of, allow_urls=True)
     assert torch.equal(processor.apply_chat_template(asked("a.png"), **allowed)["pixel_values"], want)
     assert torch.equal(processor(asked("a.png"), allow_urls=True)["pixel_values"], want)
-    with expect_fail(DataError, contains="gone.png' cannot be fetched"):
+    with expect_fail(DataError, contains="record 0, turn 0: image"):
         processor(asked("gone.png"), allow_urls=True)
+    # as from a file: transparent pixels become white, a broken image is named
+    clear = Image.new("RGBA", (40, 30), (0, 0, 0, 0))
+    clear.save(folder / "clear.png")
+    fetched = processor(asked("clear.png"), allow_urls=True)["pixel_values"]
+    assert torch.equal(fetched, processor("", folder / "clear.png")["pixel_values"])
+    (folder / "broken.png").write_bytes(b"no image")
+    with expect_fail(DataError, contains="record 1: image"):
+        processor(["hello", asked("broken.png")], allow_urls=True)
     with expect_fail(DataError, contains="an address, not a path"):
         processor(asked("a.png"))
     server.shutdown()
@@ -330,6 +344,8 @@ def test_processor_names_what_disagrees():
         processor("a", return_tensors="tf")
     with expect_fail(ConfigError, contains="no 'paddign'; did you mean 'padding'?"):
         processor("a", paddign=True)
+    with expect_fail(ConfigError, contains="a rendered prompt has no labels"):
+        processor(text="a", labels=True)
     with expect_fail(ConfigError, contains="give conversations, or rendered prompts"):
         processor(images=photo)
     with expect_fail(DataError, contains="record 1: 0 <image> tag(s) for 1 image(s)"):

@@ -184,6 +184,13 @@ def test_accumulated_packed_and_flipped_steps_are_equal_to_the_bit():
         losses = [loss for own in found.records for loss in own.losses]
         assert abs(sum(losses) / len(losses) - found.loss) < 1e-5, name
         assert sorted(own.name for own in found.records) == sorted(found.names)
+    # a smoothed loss is no sum of tokens' own: the step is replayed, without records' losses
+    run = place / "runs/smoothed"
+    smoothing = dict(label_smoothing_factor=0.1)
+    train(small_recipe(place, max_steps=3, **smoothing), run, console=quiet)
+    found = replay(run, 3)
+    assert found.is_equal and found.records == [] and len(found.names) == 4
+    str(found), found._repr_html_()
 
 def test_step_that_stopped_the_run_is_replayed():
     run = place / "runs/bad"

@@ -6,7 +6,6 @@ from vlm_lit.core import ConfigError
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.models.vlm import VLM
 from vlm_lit.files import read_json, write_file, write_json
-from vlm_lit.weights.language_models import LOAD_ERRORS
 from vlm_lit.weights.presets import PRESET_FIELDS
 from vlm_lit.weights.build import build_model
 from vlm_lit.weights.towers import cast
@@ -16,7 +15,7 @@ from vlm_lit.weights.build import load_preset_tokenizer
 from vlm_lit.weights.interchange import load_projector
 from vlm_lit.weights.presets import preset_names
 from vlm_lit.weights.presets import preset_settings
-from vlm_lit.weights.language_models import quiet, read_state
+from vlm_lit.weights.language_models import read_state, reading
 from vlm_lit.weights.interchange import save_projector
 from vlm_lit.weights.language_models import weights_of
 from vlm_lit.weights.adapters import check_tensors, add_lora, has_lora, load_lora, merge_lora
@@ -28,6 +27,7 @@ from fastcore.test import test_eq, test_close, expect_fail
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.weights.saving import export_model, save_model
 from small_parts import TINY, logits, shake, workshop
+from vlm_lit.weights.language_models import quiet
 from vlm_lit.weights.pretrained import open_model
 from vlm_lit.weights.pretrained import read_base
 from vlm_lit.weights.pretrained import resolve_model

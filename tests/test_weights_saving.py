@@ -9,7 +9,7 @@ from vlm_lit.files import apply_umask, read_json
 from vlm_lit.files import write_json, write_text
 from vlm_lit.models.vlm import VLM
 from vlm_lit.models.config import VLMConfig
-from vlm_lit.weights.language_models import LOAD_ERRORS, mismatched_names, quiet, read_state, raise_misfit, used_generation_config, weights_of
+from vlm_lit.weights.language_models import mismatched_names, quiet, read_state, reading, raise_misfit, used_generation_config, weights_of
 from vlm_lit.weights.model_card import model_card
 from vlm_lit.weights.interchange import save_projector, shards
 import os, sys

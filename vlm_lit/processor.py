@@ -7,10 +7,12 @@ __all__ = ['CALL_OPTIONS', 'as_list', 'extract_images', 'insert_image_tokens', '
            'raw_prompt_ids', 'fetch_images', 'VLMInputs', 'VLMProcessor']
 
 # %% ../nbs/06c_processor.ipynb #c002
+import io
+from http.client import HTTPException
 from pathlib import Path
+from urllib.request import urlopen
 import torch
 from transformers import AutoProcessor, BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
-from transformers.image_utils import load_image
 from transformers.processing_utils import MultiModalData
 from .core import IGNORE_INDEX, IMAGE_TOKEN, ConfigError, DataError, nearest
 from .text.messages import check_path, read_record
@@ -25,7 +27,7 @@ from vlm_lit.text.labels import (
 from .text.chat_templates import content_forms
 from .text.jinja import to_jinja
 from .text.encode import truncate_at_eos, encode_records, pad_id, prompt_ids, stop_ids
-from .images import read_image
+from .images import decode_image, read_image
 from .image_processor import VLMImageProcessor
 from .padding import expand_image_tokens, pad_samples, stack_images
 
@@ -194,6 +196,7 @@ CALL_OPTIONS = dict(
 
 def fetch_images(
     turns: list,  # A conversation's, whose parts may name images by http(s) address
+    record: object,  # The conversation's name, for messages
 ) -> list:  # The same with the images in their place
     "Images of addresses in messages, fetched. Raises `DataError` for one that does not come."
     out = []
@@ -201,21 +204,24 @@ def fetch_images(
         key = "value" if isinstance(turn, dict) and "from" in turn else "content"
         parts = turn.get(key) if isinstance(turn, dict) else None
         if isinstance(parts, list):
-            turn = {**turn, key: [_fetched(part, n) for part in parts]}
+            turn = {**turn, key: [_fetched(part, record, n) for part in parts]}
         out.append(turn)
     return out
 
-def _fetched(part, n):
+def _fetched(part, record, n):
     "A part of a message, its image fetched if it is an address."
     if not _is_image(part): return part
     found = next((part[key] for key in ("image", "url", "image_url") if part.get(key)), None)
     if isinstance(found, dict): found = found.get("url")
     is_address = isinstance(found, str) and found.lower().startswith(("http://", "https://"))
     if not is_address: return part
-    try: return {"type": "image", "image": load_image(found, timeout=30)}
-    except Exception as e:  # each library that fetches has errors of its own
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        raise DataError(f"image {found!r} cannot be fetched: {reason}", turn=n) from e
+    try:
+        with urlopen(found, timeout=30) as answer: data = answer.read()
+    except (OSError, HTTPException, ValueError) as e:
+        raise DataError(f"image {found!r} cannot be fetched: {e}", record, n) from e
+    try:
+        return {"type": "image", "image": decode_image(io.BytesIO(data), found)}
+    except DataError as e: raise e.at(record)
 
 def _call_options(given):
     "All options of a call, from transformers' groups of them too. Raises `ConfigError`."
@@ -446,11 +452,13 @@ class VLMProcessor(ProcessorMixin):
             raise ConfigError("give conversations, or rendered prompts as `text`")
         options = _call_options(options)
         if options["allow_urls"] and not isinstance(conversations, (str, type(None))):
-            talks = _split_conversations(conversations)
-            conversations = [t if isinstance(t, str) else fetch_images(t) for t in talks]
+            pairs = enumerate(_split_conversations(conversations))
+            conversations = [t if isinstance(t, str) else fetch_images(t, n) for n, t in pairs]
         texts = [text] if isinstance(text, str) else text or []
         if as_list(images) and texts and not any(IMAGE_TOKEN in own for own in texts):
             conversations, text = text, None  # questions, not rendered prompts: no tag in any
+        if text is not None and labels:
+            raise ConfigError("a rendered prompt has no labels; give the conversation itself")
         if text is None:
             samples = self.samples(conversations, images, labels, image_folder)
         else:
@@ -497,7 +505,7 @@ class VLMProcessor(ProcessorMixin):
         is_batch = not all(isinstance(turn, dict) for turn in conversation)
         talks = [list(talk) for talk in (conversation if is_batch else [conversation])]
         if options.pop("allow_urls", False):
-            talks = [fetch_images(talk) for talk in talks]
+            talks = [fetch_images(talk, n) for n, talk in enumerate(talks)]
         wants_mask = kwargs.pop("return_assistant_tokens_mask", False)
         ends = {talk[-1].get("role") == "user" for talk in talks if talk}
         asks = bool(kwargs.get("add_generation_prompt"))
@@ -509,21 +517,24 @@ class VLMProcessor(ProcessorMixin):
             if wants_mask and labels is not None:
                 out["assistant_masks"] = (labels != IGNORE_INDEX).long()
         else:
-            out = self._render(talks, chat_template, tokenize, image_folder, options, kwargs)
+            given = images, image_folder
+            out = self._render(talks, chat_template, tokenize, *given, options, kwargs)
         if tokenize: return out if return_dict else out["input_ids"]
         return out if is_batch else out[0]
 
-    def _render(self, talks, chat_template, tokenize, image_folder, options, kwargs):
+    def _render(self, talks, chat_template, tokenize, images, image_folder, options, kwargs):
         "Messages through the Jinja template: texts, or inputs of the model."
         read = [extract_images(talk, n, image_folder) for n, talk in enumerate(talks)]
-        for n, (bare, images) in enumerate(read):
-            self._check_messages(bare, images, n)
+        for n, (bare, own) in enumerate(read):
+            self._check_messages(bare, own, n)
         bare = [talk for talk, _ in read]
         if chat_template is None and not self._takes_parts():
             bare = [_as_texts(t) for t in bare]
         texts = super().apply_chat_template(bare, chat_template, tokenize=False, **kwargs)
         if not tokenize: return texts
-        images = [[i for i in own if i is not None] for _, own in read]
+        if images is None:
+            images = [[i for i in own if i is not None] for _, own in read]
+        else: images = _split_images(images, len(talks))
         samples = self.raw_samples(texts, images, True, image_folder)
         return self._inputs(samples, _call_options(options))
 

@@ -217,11 +217,13 @@ class _Images:
     def embed(
         self,
         input_ids: torch.Tensor,  # (batch, seq_len)
-    ) -> torch.Tensor:  # (batch, seq_len, hidden_size); arbitrary at ids outside the table
+    ) -> (
+        torch.Tensor
+    ):  # (batch, seq_len, hidden_size); arbitrary at a placeholder outside the table
         "Embeddings of the ids, at the scale the language model expects."
-        table = self.get_input_embeddings()
-        inside = (input_ids >= 0) & (input_ids < self.config.vocab_size)
-        ids = torch.where(inside, input_ids, 0)
+        table, token = self.get_input_embeddings(), self.config.image_token_id
+        is_outside = token >= self.config.vocab_size
+        ids = input_ids.masked_fill(input_ids == token, 0) if is_outside else input_ids
         if torch.compiler.is_compiling(): return table(ids)
         self.id_check.is_off = True
         try: return table(ids)
@@ -273,7 +275,8 @@ class _Prompts:
         kwargs = _standard_names(kwargs)
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         mask = kwargs.get("attention_mask")
-        looks_up = kwargs.get("prompt_lookup_num_tokens")
+        config = self.generation_config if generation_config is None else generation_config
+        looks_up = kwargs.get("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens)
         if looks_up and self.config.image_token_id >= self.config.vocab_size:
             raise ConfigError(
                 f"prompt lookup may propose image_token_id {self.config.image_token_id}, which is "

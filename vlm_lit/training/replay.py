@@ -272,7 +272,11 @@ class _Stop(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step + 1 != self.found.step: return
         args.max_grad_norm = 0.0  # gradients as they are; the step changes nothing
-        note = lambda module, inputs, out: self.losses.append(out.token_losses.cpu())
+
+        def note(module, inputs, out):  # a smoothed loss is not made of tokens' own
+            if out.token_losses is not None:
+                self.losses.append(out.token_losses.cpu())
+
         self.stack.callback(self.trainer.model.register_forward_hook(note).remove)
         for stop in self.found.stops: self.stack.enter_context(stop)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOAD_ERRORS', 'OTHER_TOWER', 'read_state', 'weights_of', 'print_status', 'package_pieces', 'joined_pieces',
-           'package_file', 'quiet', 'format_names', 'raise_misfit', 'mismatched_names', 'load_pretrained',
+           'package_file', 'quiet', 'format_names', 'raise_misfit', 'mismatched_names', 'load_pretrained', 'reading',
            'used_generation_config', 'gguf_key', 'converted_gguf', 'convert_gguf', 'model_folder',
            'load_language_model']
 
@@ -191,6 +191,17 @@ def load_pretrained(
     if rest:
         print_status(f"{what} {Path(name).name}: left out {format_names(rest)}")
     return model.eval()
+
+@contextmanager
+def reading(
+    what: str,  # What is read, and that it cannot be: the beginning of the message
+):
+    "Errors of libraries that read a file or folder, as a `ConfigError` of one line; quietly."
+    try:
+        with quiet(): yield
+    except LOAD_ERRORS as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ConfigError(f"{what}: {reason}") from e
 
 # %% ../../nbs/10a_language_models.ipynb #c015
 # transformers' names of what only sampling, and only beam search, uses

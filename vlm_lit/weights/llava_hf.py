@@ -27,7 +27,7 @@ from ..text.encode import pad_id
 from ..text.labels import check_tokenizer, generation_prompt
 from ..text.templates import conv_templates
 from .build import combined_model
-from .language_models import LOAD_ERRORS, print_status, quiet, raise_misfit
+from .language_models import print_status, quiet, raise_misfit, reading
 from .language_models import mismatched_names
 
 # %% ../../nbs/10f_llava_hf.ipynb #c007
@@ -274,12 +274,8 @@ def _read_config(folder: Path) -> LlavaConfig:
     "transformers' configuration of a folder."
     if not is_llava_hf(folder):
         raise ConfigError(f"no LLaVA in {str(folder)!r}: give a folder of transformers' LLaVA")
-    try:
-        with quiet():
-            return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except LOAD_ERRORS as e:
-        reason = str(e).strip().splitlines()[0]
-        raise ConfigError(f"{str(folder)!r} cannot be loaded: {reason}") from e
+    with reading(f"{str(folder)!r} cannot be loaded"):
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
 
 def _check_llava_config(config: LlavaConfig, folder: Path) -> None:
     "Raise `ConfigError` for what a `VLM` does not compute."
@@ -335,14 +331,8 @@ def load_llava_hf(
     config = read_llava_hf_config(folder)
     settings = dict(dtype="auto", local_files_only=True, use_safetensors=True)
     checked = dict(output_loading_info=True, ignore_mismatched_sizes=True)
-    try:
-        with quiet():
-            theirs, info = LlavaForConditionalGeneration.from_pretrained(
-                folder, **settings, **checked
-            )
-    except LOAD_ERRORS as e:
-        reason = str(e).strip().splitlines()[0]
-        raise ConfigError(f"{str(folder)!r} cannot be loaded: {reason}") from e
+    with reading(f"{str(folder)!r} cannot be loaded"):
+        theirs, info = LlavaForConditionalGeneration.from_pretrained(folder, **settings, **checked)
     # a sum of the positions that old checkpoints carry along
     unexpected = {n for n in info["unexpected_keys"] if not n.endswith("rotary_emb.inv_freq")}
     missing = set(info["missing_keys"])
@@ -369,12 +359,8 @@ def _from_llava(theirs: LlavaForConditionalGeneration, config: VLMConfig) -> VLM
 # %% ../../nbs/10f_llava_hf.ipynb #c035
 def _open_processor(folder: Path):
     "transformers' processor of a folder."
-    try:
-        with quiet():
-            return AutoProcessor.from_pretrained(folder, local_files_only=True)
-    except LOAD_ERRORS as e:
-        reason = str(e).strip().splitlines()[0]
-        raise ConfigError(f"the processor in {str(folder)!r} cannot be read: {reason}") from e
+    with reading(f"the processor in {str(folder)!r} cannot be read"):
+        return AutoProcessor.from_pretrained(folder, local_files_only=True)
 
 def _image_settings(folder: Path) -> dict:  # `aspect`, `image_mean`, `image_std`
     "Image settings of a folder. Raises `ConfigError` for images that are not made so here."

@@ -13,7 +13,6 @@ from ..core import ConfigError
 from ..processor import VLMProcessor
 from ..models.vlm import VLM
 from ..files import read_json, write_file, write_json
-from .language_models import LOAD_ERRORS
 from .presets import PRESET_FIELDS
 from .build import build_model
 from .towers import cast
@@ -23,7 +22,7 @@ from .build import load_preset_tokenizer
 from .interchange import load_projector
 from .presets import preset_names
 from .presets import preset_settings
-from .language_models import quiet, read_state
+from .language_models import read_state, reading
 from .interchange import save_projector
 from .language_models import weights_of
 from .adapters import check_tensors, add_lora, has_lora, load_lora, merge_lora
@@ -202,11 +201,8 @@ def _read_processor(folder, model):
             f"no processor in {str(folder)!r}; save it with its model: "
             "processor.save_pretrained(folder)"
         )
-    try:
-        with quiet(): processor = VLMProcessor.from_pretrained(folder)
-    except LOAD_ERRORS as e:
-        reason = str(e).strip().splitlines()[0]
-        raise ConfigError(f"the processor in {str(folder)!r} cannot be read: {reason}") from e
+    with reading(f"the processor in {str(folder)!r} cannot be read"):
+        processor = VLMProcessor.from_pretrained(folder)
     check_placeholder(processor.tokenizer, model.config.image_token_id)
     processor.image_token_id = model.config.image_token_id
     return processor

@@ -17,10 +17,10 @@ from ..files import write_json, write_text
 from ..models.vlm import VLM
 from ..models.config import VLMConfig
 from vlm_lit.weights.language_models import (
-    LOAD_ERRORS,
     mismatched_names,
     quiet,
     read_state,
+    reading,
     raise_misfit,
     used_generation_config,
     weights_of,
@@ -126,12 +126,8 @@ def load_model(
     one = next(iter(set(types.values()))) if len(set(types.values())) == 1 else torch.float32
     checked = dict(output_loading_info=True, ignore_mismatched_sizes=True)
     settings = dict(dtype=one, local_files_only=True, use_safetensors=True)
-    try:
-        with quiet():
-            model, info = VLM.from_pretrained(folder, **settings, **checked)
-    except LOAD_ERRORS as e:
-        reason = str(e).strip().splitlines()[0]
-        raise ConfigError(f"{str(folder)!r} cannot be loaded: {reason}") from e
+    with reading(f"{str(folder)!r} cannot be loaded"):
+        model, info = VLM.from_pretrained(folder, **settings, **checked)
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     raise_misfit(f"{str(folder)!r}", missing, unexpected, mismatched_names(info))
     for name, tensor in model.state_dict(keep_vars=True).items():
