@@ -1,6 +1,7 @@
 "Derived from nbs/00_core.ipynb by `make tests`; edit the notebook, not this file."
 import difflib, numbers, sys
 from collections.abc import Iterable, Sequence
+from enum import IntEnum
 from typing import Any
 from rich.console import Console
 import numpy as np, torch

@@ -7,7 +7,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 from vlm_lit.core import ConfigError, progress_console
-from vlm_lit.debug.label_view import Segment
+from vlm_lit.core import Segment
 from vlm_lit.text.labels import check_tokenizer
 from vlm_lit.data.records import Records
 from vlm_lit.data.records import one_thread

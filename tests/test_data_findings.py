@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 from vlm_lit.core import DataError
 from vlm_lit.data.records import Records
-from vlm_lit.debug.label_view import Segment
+from vlm_lit.core import Segment
 from vlm_lit.images import count_image_tokens, safe_path
 from vlm_lit.text.encode import bisect_failures, encode_records
 from vlm_lit.text.labels import check_control_tokens, check_turns, control_pattern, first_turn

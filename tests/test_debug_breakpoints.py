@@ -1,21 +1,24 @@
 "Derived from nbs/01_breakpoints.ipynb by `make tests`; edit the notebook, not this file."
-import dataclasses, html
-import re, types
+import dataclasses, inspect, linecache, sys, types
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-from vlm_lit.core import ConfigError, describe
+from typing import Any, NamedTuple
+from vlm_lit.core import ConfigError
+from vlm_lit.debug.compare import Outcome, outcome_of
+from vlm_lit.debug.expectations import FUNCTIONS, Expectations, StopDiff
 from vlm_lit.debug.lines import find_stop, name_of, plain_function, source_lines
 from vlm_lit.debug.snapshots import LineStop, Note, check_expression, evaluate, failure
-from vlm_lit.debug.snapshots import same_randomness, snapshot
-import contextlib, json, os, random, subprocess, sys, tempfile, threading, weakref
+from vlm_lit.debug.snapshots import same_randomness, set_local, snapshot
+from vlm_lit.debug.stop_display import html_display, text_display
+from vlm_lit.debug.workers import Mailbox, process_name
+import contextlib, json, os, random, re, subprocess, sys, tempfile, threading, weakref
 import numpy as np, torch
 from fastcore.test import test_eq, expect_fail
-from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, peek
+from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, describe, peek
 from small_parts import pack
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.debug.breakpoints import Hit
-from vlm_lit.debug.breakpoints import place_of
-from vlm_lit.debug.breakpoints import why_not
+from vlm_lit.debug.breakpoints import short_path
 
 def setup_module():
     global build_labels, mask_prompt, missing_lines, nasty, sample, sample_seeded, turns
@@ -121,49 +124,95 @@ def test_hit_is_indexed_by_name_or_expression():
     test_eq([hit["n"], hit["n + 1"], repr(hit["m"])], [2, 3, "<NameError: name 'm' is not defined>"])
     with expect_fail(LookupError, contains="no 'k' here; there are 'n + 1', 'm', 'n'"):
         hit["k"]
-    print(place_of(describe), place_of(json.dumps), place_of(mask_prompt))
-    test_eq([place_of(describe), place_of(json.dumps)], ["vlm_lit/core.py", "json/__init__.py"])
+    places = [short_path(f.__code__.co_filename, f.__module__) for f in (describe, json.dumps)]
+    test_eq(places, ["vlm_lit/core.py", "json/__init__.py"])
 
 def test_breakpoint_copies_the_value_before_the_line_runs():
     input_ids = torch.tensor([2, 106, 1645, 9, 7, 1])
-    with Breakpoint(mask_prompt, at="labels[:prompt_len] =", watch=["labels", "prompt_len"]) as bp:
+    with Breakpoint(mask_prompt, at="labels[:prompt_len] =", watch="labels prompt_len") as bp:
         labels = mask_prompt(input_ids, prompt_len=4)
-    peek(at_the_stop=bp["labels"], afterwards=labels)
-    test_eq(bp["labels"].tolist(), [2, 106, 1645, 9, 7, 1])
+    bp.expect(labels=[2, 106, 1645, 9, 7, 1], prompt_len=4)
+
+def test_copies_stay_as_they_were():
+    input_ids = torch.tensor([2, 106, 1645, 9, 7, 1])
+    with Breakpoint(mask_prompt, at="labels[:prompt_len] =", watch="labels prompt_len") as bp:
+        labels = mask_prompt(input_ids, prompt_len=4)
     test_eq(labels.tolist(), [IGNORE_INDEX] * 4 + [7, 1])
-    test_eq(bp["prompt_len"], 4)
+    test_eq(bp["labels"].tolist(), [2, 106, 1645, 9, 7, 1])
     test_eq(sorted(bp.hits[0].locals), ["input_ids", "labels", "prompt_len"])
-    test_eq(bp.hits[0].locals["labels"].tolist(), [2, 106, 1645, 9, 7, 1])
+    test_eq([call.name for call in bp.hits[0].calls][-1], "mask_prompt")
+    assert bp.hits[0].calls[0].name.startswith("labels = mask_prompt(input_ids")
 
-def test_text_face_shows_place_source_and_values():
-    with Breakpoint(mask_prompt, at="labels[:prompt_len] =", watch=["labels", "prompt_len"]) as bp:
-        mask_prompt(torch.tensor([2, 106, 1645, 9, 7, 1]), 4)
-    name, *source, row_labels, row_len = repr(bp).splitlines()
-    assert re.fullmatch(r"mask_prompt  [\w<>.]+:\d+, 1 hit", name)
-    test_eq([line[:2] for line in source], ["  ", "  ", "->", "  "])
-    assert source[2].endswith("labels[:prompt_len] = IGNORE_INDEX")
-    test_eq(row_labels.split(), "labels (6,) int64 2 106 1645 9 7 1".split())
-    test_eq(row_len.split(), "prompt_len int 4".split())
+def test_a_prompt_one_token_short_supervises_one_more():
+    with Breakpoint(mask_prompt, at="labels[:prompt_len] =", set={"prompt_len": lambda n: n - 1}) as bp:
+        mask_prompt(torch.tensor([2, 106, 1645, 9, 7, 1]), prompt_len=4)
+    bp.expect_changed({"(result != -100).sum()": (2, 3)})
 
-def test_html_face_escapes_everything():
-    def greet(text):
-        reply = f"<b>{text}</b>"
-        return reply
+def test_set_changes_what_it_should_and_nothing_else():
+    def scaled(xs, *more, factor=2, **named):
+        parts = [factor * x for x in (*xs, *more, *named.values())]
+        return parts
 
-    with Breakpoint(greet, at="return reply", watch=["text", "reply", "'<i>'"]) as bp:
-        greet("<script>alert(1)</script>")
-    face = bp._repr_html_()
-    assert "<script" not in face and "<i>" not in face and "&lt;script&gt;alert(1)" in face
-    assert "reply = f&quot;&lt;b&gt;{text}" in face and "→" in face
-    test_eq(face.count("<tr"), 1 + 3)
+    given = [1, 2]
+    with Breakpoint(scaled, at="parts =", set={"factor": 10}) as bp:
+        test_eq(scaled(given, 3, factor=3, last=4), [10, 20, 30, 40])
+    bp.expect_changed(result=([3, 6, 9, 12], [10, 20, 30, 40]))
+    test_eq(bp.settings, [("factor", 3, 10)])
+
+    def emptied(xs):
+        xs.clear()
+        return xs
+
+    with Breakpoint(scaled, at="parts =", set={"xs": emptied, "more": ()}) as bp:
+        test_eq(scaled(given, 3), [])
+    test_eq(given, [1, 2])
+
+    def slow_start(n):
+        first = n
+        second = 1 / first
+        return second
+
+    with Breakpoint(slow_start, at="second =", set={"first": 0}) as bp:
+        with expect_fail(ZeroDivisionError): slow_start(4)
+    bp.expect_changed({"result": (0.25, lambda found: "ZeroDivisionError" in repr(found))})
+    with Breakpoint(slow_start, at="second =", set={"first": 1}, when="n == 2") as bp:
+        test_eq([slow_start(n) for n in (4, 2)], [0.25, 1.0])
+    seen = []
+    with Breakpoint(slow_start, at="second =", watch="first") as plain:  # two on one line
+        with Breakpoint(slow_start, at="second =", set={"first": 2}) as bp:
+            with Breakpoint(slow_start, at="return second", watch="second") as after:
+                slow_start(4)
+    test_eq((after["second"], bp.hits[0].outcomes[0].value), (0.5, 0.25))
+
+def test_set_is_refused_where_it_cannot_work():
+    def counts(n):
+        for i in range(n):
+            yield i
+
+    def outer(n):
+        def inner(k):
+            twice = 2 * k
+            return twice
+
+        return inner(n)
+
+    with expect_fail(ConfigError, contains="set= names 'lables', which is no variable of mask_prompt"):
+        Breakpoint(mask_prompt, at="return labels", set={"lables": 1})
+    with expect_fail(ConfigError, contains="counts is a generator"):
+        Breakpoint(counts, at="yield i", set={"i": 1})
+    with expect_fail(ConfigError, contains="not in a function inside it"):
+        Breakpoint(outer, at="return twice", set={"twice": 1})
+
+    def fails(n): raise KeyError("no value")
+
+    with expect_fail(ConfigError, contains="set= at"):
+        with Breakpoint(mask_prompt, at="return labels", set={"labels": fails}):
+            mask_prompt(torch.tensor([1, 2]), 1)
 
 def test_each_pass_of_a_loop_is_a_hit():
     with Breakpoint(pack, at="total += x", watch=["x", "total", "total + x"]) as bp:
         pack([3, 1, 4, 1])
-    print(bp)
-    test_eq([hit["total"] for hit in bp.hits], [0, 3, 4, 8])
-    test_eq(bp["total"], 0)
-    test_eq([hit["total + x"] for hit in bp.hits], [3, 4, 8, 9])
+    bp.expect_each({"total": [0, 3, 4, 8], "total + x": [3, 4, 8, 9]})
 
 def test_a_condition_chooses_hits():
     with Breakpoint(pack, at="total += x", watch="total", when="x == 1") as bp:
@@ -191,6 +240,130 @@ def test_a_failing_condition_is_reported_after_the_run():
     with Breakpoint(pack, at="total += x", watch=["x", "y + 1"]) as bp: pack([3])
     print(bp["y + 1"])
     test_eq(repr(bp["y + 1"]), "<NameError: name 'y' is not defined>")
+
+def test_a_method_is_stopped_in_its_own_class():
+    class Doubles:
+        def __init__(self, n):
+            self.n = n
+            self.asked = []
+
+        def __getitem__(self, i):
+            self.asked.append(i)
+            value = 2 * i
+            return value + self.n
+
+    class Other(Doubles):
+        def __getitem__(self, i):
+            value = -i
+            return value
+
+    numbers = Doubles(100)
+    watch = ["i", "value", "self.n", "self.asked"]
+    with Breakpoint(Doubles.__getitem__, at="return value", watch=watch) as bp:
+        print(numbers[3], Other(0)[4], numbers[5])
+    test_eq([(hit["i"], hit["value"]) for hit in bp.hits], [(3, 6), (5, 10)])
+    test_eq(bp["self.n"], 100)
+    test_eq([hit["self.asked"] for hit in bp.hits], [[3], [3, 5]])
+    assert bp["self"] is numbers
+    with Breakpoint(numbers.__getitem__, at="return value") as bp: numbers[7]
+    test_eq(bp["value"], 14)
+
+def test_recursion_generators_and_nested_functions():
+    def depth(n):
+        if n == 0: return 0
+        below = depth(n - 1)
+        return below + 1
+
+    def numbers_up_to(n):
+        for i in range(n):
+            yield i
+
+        def last():
+            end = "end"
+            return end
+
+        yield last()
+
+    with Breakpoint(depth, at="return below") as bp: depth(3)
+    test_eq([hit["below"] for hit in bp.hits], [0, 1, 2])
+    with (
+        Breakpoint(numbers_up_to, at="yield i", watch="i") as bp,
+        Breakpoint(numbers_up_to, at="return end") as inner,
+    ):
+        print(list(numbers_up_to(3)))
+    test_eq([hit["i"] for hit in bp.hits], [0, 1, 2])
+    test_eq(inner["end"], "end")
+
+def test_nested_breakpoints_both_stop():
+    def total_of(xs):
+        packed = pack(xs)
+        return packed["mean"] * packed["size"]
+
+    with Breakpoint(total_of, at="return packed", watch="packed") as outer:
+        with Breakpoint(pack, at="return row", watch="total") as inner:
+            total_of([3, 4])
+        total_of([5])
+    test_eq([hit["total"] for hit in inner.hits], [7])
+    test_eq([hit["packed"]["size"] for hit in outer.hits], [2, 1])
+    inner.expect(total=7, hits=1)
+    outer.expect_each({"packed['size']": [2, 1]})
+
+def test_an_exception_leaves_hits_and_tracer_as_they_should_be():
+    before = sys.gettrace()
+    with expect_fail(TypeError, contains="unsupported operand"):
+        with Breakpoint(pack, at="total += x", watch=["x", "total"]) as bp:
+            pack([3, 1, "4"])
+    print(bp)
+    test_eq([hit["x"] for hit in bp.hits], [3, 1, "4"])
+    assert sys.gettrace() is before
+
+def test_never_reached_says_why():
+    not_run = Breakpoint(pack, at="return row")
+    with expect_fail(IndexError):
+        with Breakpoint(pack, at="return row") as failed_before: pack([])
+    with Breakpoint(pack, at="total += x", when="x > 100") as refused: pack([3, 1])
+    with Breakpoint(pack, at="return row") as elsewhere:
+        worker = threading.Thread(target=pack, args=([1],))
+        worker.start()
+        worker.join()
+
+    from vlm_lit.debug.stop_display import why_not
+
+    for bp in [not_run, failed_before, refused, elsewhere]:
+        print("-", why_not(bp)[:100])
+    reasons = [
+        (not_run, "not run yet"),
+        (failed_before, "but not this line"),
+        (refused, "was about to run 2 times, and `when` did not hold"),
+        (elsewhere, "not entered in this thread"),
+    ]
+    for bp, words in reasons:
+        assert words in repr(bp) and words in bp._repr_html_()
+        with expect_fail(LookupError, contains=words): bp["row"]
+
+def test_watching_does_not_change_the_run():
+    plain, *numbers = sample_seeded()
+    with Breakpoint(sample, at="out[i] +=", watch=nasty, when="torch.rand(1) < 2 and left.pop()") as bp:
+        watched, *watched_numbers = sample_seeded()
+    print(watched)
+    assert torch.equal(plain, watched) and numbers == watched_numbers
+    test_eq(len(bp.hits), 5)
+    test_eq(repr(bp["next(steps)"]), "<TypeError: 'Note' object is not an iterator>")
+
+def test_coverage_misses_no_line_inside_the_block():
+    cores = ["ctrace", "pytrace"] + ["sysmon"] * (sys.version_info >= (3, 12))
+    missing = {core: missing_lines(core) for core in cores}
+    print(missing["ctrace"])
+    for core in cores: test_eq(missing[core], {"shop.py": [], "test_shop.py": []})
+
+def test_build_labels_grows_turn_by_turn():
+    watch = ["role", "len(input_ids)", "labels"]
+    with Breakpoint(build_labels, at="input_ids += ids", watch=watch) as growing:
+        with Breakpoint(build_labels, at='"labels": torch', watch="input_ids labels") as done:
+            out = build_labels(turns)
+    test_eq(done["labels"], out["labels"].tolist())
+    assert done["labels"][done["input_ids"].index(IMAGE_TOKEN_INDEX)] == IGNORE_INDEX
+    growing.expect_each({"len(input_ids)": [1, 5, 8, 9], "role": ["user", "model"] * 2})
 
 def test_no_frame_is_kept():
     class Thing: pass
@@ -263,59 +436,6 @@ def test_one_execution_of_a_statement_is_one_hit():
     with Breakpoint(plus_one, at="lambda x") as bp: plus_one(4)
     test_eq(bp["x"], 4)
 
-def test_a_method_is_stopped_in_its_own_class():
-    class Doubles:
-        def __init__(self, n):
-            self.n = n
-            self.asked = []
-
-        def __getitem__(self, i):
-            self.asked.append(i)
-            value = 2 * i
-            return value + self.n
-
-    class Other(Doubles):
-        def __getitem__(self, i):
-            value = -i
-            return value
-
-    numbers = Doubles(100)
-    watch = ["i", "value", "self.n", "self.asked"]
-    with Breakpoint(Doubles.__getitem__, at="return value", watch=watch) as bp:
-        print(numbers[3], Other(0)[4], numbers[5])
-    test_eq([(hit["i"], hit["value"]) for hit in bp.hits], [(3, 6), (5, 10)])
-    test_eq(bp["self.n"], 100)
-    test_eq([hit["self.asked"] for hit in bp.hits], [[3], [3, 5]])
-    assert bp["self"] is numbers
-    with Breakpoint(numbers.__getitem__, at="return value") as bp: numbers[7]
-    test_eq(bp["value"], 14)
-
-def test_recursion_generators_and_nested_functions():
-    def depth(n):
-        if n == 0: return 0
-        below = depth(n - 1)
-        return below + 1
-
-    def numbers_up_to(n):
-        for i in range(n):
-            yield i
-
-        def last():
-            end = "end"
-            return end
-
-        yield last()
-
-    with Breakpoint(depth, at="return below") as bp: depth(3)
-    test_eq([hit["below"] for hit in bp.hits], [0, 1, 2])
-    with (
-        Breakpoint(numbers_up_to, at="yield i", watch="i") as bp,
-        Breakpoint(numbers_up_to, at="return end") as inner,
-    ):
-        print(list(numbers_up_to(3)))
-    test_eq([hit["i"] for hit in bp.hits], [0, 1, 2])
-    test_eq(inner["end"], "end")
-
 def test_a_generator_that_outlives_the_block_is_left_alone():
     def count(n):
         for i in range(n):
@@ -332,19 +452,6 @@ def test_a_generator_that_outlives_the_block_is_left_alone():
     test_eq(rest, [1, 2, 3, 4])
     test_eq(len(bp.hits), 1)
 
-def test_nested_breakpoints_both_stop():
-    def total_of(xs):
-        packed = pack(xs)
-        return packed["mean"] * packed["size"]
-
-    with Breakpoint(total_of, at="return packed", watch="packed") as outer:
-        with Breakpoint(pack, at="return row", watch="total") as inner:
-            total_of([3, 4])
-        total_of([5])
-    print(inner, outer, sep="\n\n")
-    test_eq([hit["total"] for hit in inner.hits], [7])
-    test_eq([hit["packed"]["size"] for hit in outer.hits], [2, 1])
-
 def test_two_breakpoints_on_one_line_and_three_deep():
     with (
         Breakpoint(pack, at="total += x") as a,
@@ -358,80 +465,3 @@ def test_two_breakpoints_on_one_line_and_three_deep():
             with a: pass
     with a: pack([1])
     test_eq(len(a.hits), 1)
-
-def test_an_exception_leaves_hits_and_tracer_as_they_should_be():
-    before = sys.gettrace()
-    with expect_fail(TypeError, contains="unsupported operand"):
-        with Breakpoint(pack, at="total += x", watch=["x", "total"]) as bp:
-            pack([3, 1, "4"])
-    print(bp)
-    test_eq([hit["x"] for hit in bp.hits], [3, 1, "4"])
-    assert sys.gettrace() is before
-
-def test_never_reached_says_why():
-    not_run = Breakpoint(pack, at="return row")
-    with expect_fail(IndexError):
-        with Breakpoint(pack, at="return row") as failed_before: pack([])
-    with Breakpoint(pack, at="total += x", when="x > 100") as refused: pack([3, 1])
-    with Breakpoint(pack, at="return row") as elsewhere:
-        worker = threading.Thread(target=pack, args=([1],))
-        worker.start()
-        worker.join()
-
-    for bp in [not_run, failed_before, refused, elsewhere]: print("-", why_not(bp))
-    reasons = [
-        (not_run, "not run yet"),
-        (failed_before, "but not this line"),
-        (refused, "was about to run 2 times, and `when` did not hold"),
-        (elsewhere, "not entered in this thread"),
-    ]
-    for bp, words in reasons:
-        assert words in repr(bp) and words in bp._repr_html_()
-        with expect_fail(LookupError, contains=words): bp["row"]
-
-def test_a_data_loader_is_seen_only_without_workers():
-    class Squares(torch.utils.data.Dataset):
-        def __len__(self): return 4
-
-        def __getitem__(self, i):
-            value = torch.tensor(i * i)
-            return value
-
-    seen = {}
-    for num_workers in [0, 1]:
-        with Breakpoint(Squares.__getitem__, at="return value") as bp:
-            loader = torch.utils.data.DataLoader(Squares(), batch_size=2, num_workers=num_workers)
-            loaded = torch.cat(list(loader)).tolist()
-        test_eq(loaded, [0, 1, 4, 9])
-        seen[num_workers] = len(bp.hits)
-    print(seen)
-    test_eq(seen, {0: 4, 1: 0})
-    assert "DataLoader worker" in repr(bp)
-
-def test_watching_does_not_change_the_run():
-    plain, *numbers = sample_seeded()
-    with Breakpoint(sample, at="out[i] +=", watch=nasty, when="torch.rand(1) < 2 and left.pop()") as bp:
-        watched, *watched_numbers = sample_seeded()
-    print(watched)
-    print(bp.hits[4]["torch.rand(2)"], bp.hits[4]["next(steps)"])
-    assert torch.equal(plain, watched) and numbers == watched_numbers
-    test_eq(len(bp.hits), 5)
-    test_eq(repr(bp["next(steps)"]), "<TypeError: 'Note' object is not an iterator>")
-
-def test_coverage_misses_no_line_inside_the_block():
-    cores = ["ctrace", "pytrace"] + ["sysmon"] * (sys.version_info >= (3, 12))
-    missing = {core: missing_lines(core) for core in cores}
-    print(missing["ctrace"])
-    for core in cores: test_eq(missing[core], {"shop.py": [], "test_shop.py": []})
-
-def test_build_labels_grows_as_its_picture_shows():
-    watch = ["role", "len(input_ids)", "labels"]
-    with Breakpoint(build_labels, at="input_ids += ids", watch=watch) as growing:
-        with Breakpoint(build_labels, at='"labels": torch', watch=["input_ids", "labels"]) as done:
-            out = build_labels(turns)
-    test_eq([hit["len(input_ids)"] for hit in growing.hits], [1, 5, 8, 9])
-    test_eq(growing.hits[1]["labels"], [IGNORE_INDEX] * 5)
-    test_eq(growing.hits[2]["labels"], [IGNORE_INDEX] * 5 + [573, 3741, 107])
-    test_eq(done["labels"], out["labels"].tolist())
-    test_eq([hit["role"] for hit in growing.hits], ["user", "model", "user", "model"])
-    assert done["labels"][done["input_ids"].index(IMAGE_TOKEN_INDEX)] == IGNORE_INDEX

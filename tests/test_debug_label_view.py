@@ -1,12 +1,11 @@
 "Derived from nbs/01b_label_view.ipynb by `make tests`; edit the notebook, not this file."
 import html
-from enum import IntEnum
 from itertools import zip_longest
 from rich.text import Text
-from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
+from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Segment
+from vlm_lit.debug.values import token_text
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.debug.label_view import LabelStrip
-from vlm_lit.debug.label_view import Segment
 from vlm_lit.debug.label_view import StripPair
 
 def setup_module():
@@ -36,6 +35,8 @@ def test_strip_names_segments_and_escapes_what_it_shows():
     assert "\x1b" not in repr(strip) and "<b>?" not in strip._repr_html_()
     assert "&lt;" in strip._repr_html_() and strip.__rich__().plain == repr(strip)
     test_eq(repr(strip).splitlines()[1], "ANSWER [y][e][s]")
+    wide = LabelStrip([ord("a")] * 80, [-100] * 80, Letters(), [Segment.USER] * 80)
+    test_eq([len(line) for line in repr(wide).splitlines()], [99, 75, 33])
     test_eq(repr(LabelStrip(ids, labels, Letters(), title="plain")).splitlines()[0], "plain")
     with expect_fail(ValueError, contains="2 input_ids but 1 labels"):
         LabelStrip([1, 2], [1], Letters())

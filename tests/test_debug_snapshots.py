@@ -1,5 +1,5 @@
 "Derived from nbs/92_snapshots.ipynb by `make tests`; edit the notebook, not this file."
-import ast, bdb, collections, contextlib, copy, dataclasses, random, sys, types
+import ast, bdb, collections, contextlib, copy, ctypes, dataclasses, inspect, random, sys, types
 from typing import Any
 from vlm_lit.core import ConfigError
 from vlm_lit.debug.lines import Stop
@@ -18,6 +18,7 @@ from vlm_lit.debug.snapshots import check_expression
 from vlm_lit.debug.snapshots import copy_leaf
 from vlm_lit.debug.snapshots import evaluate
 from vlm_lit.debug.snapshots import same_randomness
+from vlm_lit.debug.snapshots import set_local
 from vlm_lit.debug.snapshots import snapshot
 
 def setup_module():
@@ -209,6 +210,40 @@ def test_linestop_shares_the_run_with_another_tracer():
     test_eq(once, [0])
     test_eq(events, alone)
     assert still_there is other_tool
+
+def test_linestop_tells_when_the_statement_is_over():
+    events = []
+
+    def follow(event, frame, value):
+        events.append((event, frame.f_locals["total"], value and value["size"]))
+
+    stop = LineStop(find_stop(pack, "total += x"), lambda frame: follow)
+    stop.start()
+    try: pack([3, 4])
+    finally: stop.stop()
+    print(events)
+    test_eq(events[0], ("line", 3, None))
+    test_eq(events[-1], ("return", 7, 2))
+
+    def fails(n):
+        half = n / 0
+        return half
+
+    raised = []
+    stop = LineStop(find_stop(fails, "half ="), lambda frame: lambda *event: raised.append(event))
+    stop.start()
+    try:
+        with expect_fail(ZeroDivisionError): fails(1)
+    finally: stop.stop()
+    test_eq([(event, type(value)) for event, _, value in raised], [("raise", ZeroDivisionError)])
+
+def test_set_local_changes_the_run():
+    stop = LineStop(find_stop(pack, "total += x"), lambda frame: set_local(frame, "x", 10))
+    stop.start()
+    try: changed = pack([3, 4])["mean"]
+    finally: stop.stop()
+    print("mean of 3 and 4:", pack([3, 4])["mean"], " with x set to 10:", changed)
+    test_eq((pack([3, 4])["mean"], changed), (3.5, 10))
 
 def test_runcall_forgets_the_previous_tracer():
     before = sys.gettrace()

@@ -4,7 +4,7 @@ from functools import lru_cache
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 from vlm_lit.core import IMAGE_TOKEN, ConfigError, DataError
-from vlm_lit.debug.label_view import Segment
+from vlm_lit.core import Segment
 from vlm_lit.text.templates import Rendered, user_parts
 from fastcore.test import expect_fail, test_eq
 from vlm_lit.text.tokenizer import load_tokenizer

@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 from vlm_lit.core import IMAGE_TOKEN, DataError
 from vlm_lit.text.messages import image_names
-from vlm_lit.debug.label_view import Segment
+from vlm_lit.core import Segment
 from vlm_lit.text.sentinels import check_image_count, preprocess_multimodal
 from vlm_lit.text.labels import check_turns, generation_ids, preprocess
 import sys

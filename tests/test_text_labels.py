@@ -7,7 +7,7 @@ from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IM_END_TOKEN, IM_START_TOKEN
 from vlm_lit.core import ConfigError, DataError
 from vlm_lit.text.messages import turn_parts
 from vlm_lit.text.templates import Conversation, Rendered, SeparatorStyle, caption_form
-from vlm_lit.debug.label_view import Segment
+from vlm_lit.core import Segment
 from vlm_lit.text.templates import get_template, render, set_system
 from vlm_lit.text.chat_templates import hf_markers, render_hf
 from vlm_lit.text.sentinels import NO_SPACE, TokenizerTraits, encode_prompts, tokenizer_traits
@@ -24,7 +24,8 @@ from vlm_lit.core import IMAGE_TOKEN_INDEX, peek
 from vlm_lit.text.sentinels import preprocess_multimodal
 from vlm_lit.text.templates import conv_templates
 from vlm_lit.text.tokenizer import load_tokenizer
-from vlm_lit.debug.label_view import COLORS, LabelStrip, StripPair, visible
+from vlm_lit.debug.label_view import LabelStrip, StripPair
+from vlm_lit.debug.values import visible
 from vlm_lit.text.labels import check_tokenizer
 from vlm_lit.text.labels import control_pattern
 from vlm_lit.text.labels import fill_template

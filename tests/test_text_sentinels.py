@@ -11,7 +11,7 @@ from vlm_lit.core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_
 from vlm_lit.core import DataError
 from vlm_lit.text.messages import turn_parts
 from vlm_lit.text.templates import Rendered, user_parts
-from vlm_lit.debug.label_view import Segment
+from vlm_lit.core import Segment
 from vlm_lit.text.tokenizer import control_tokens
 import copy, json, lzma
 from itertools import groupby

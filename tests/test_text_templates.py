@@ -3,7 +3,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import lru_cache
 from vlm_lit.core import IMAGE_TOKEN, ConfigError, DataError
-from vlm_lit.debug.label_view import Segment
+from vlm_lit.core import Segment
 import json, lzma
 from pathlib import Path
 from fastcore.test import test_eq, expect_fail

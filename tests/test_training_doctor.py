@@ -10,7 +10,7 @@ from vlm_lit.text.templates import SeparatorStyle, caption_form, get_template, t
 from vlm_lit.text.chat_templates import stop_text
 from vlm_lit.text.sentinels import preprocess_multimodal, tokenizer_traits
 from vlm_lit.text.labels import generation_ids, make_prompt, preprocess
-from vlm_lit.debug.label_view import visible
+from vlm_lit.debug.values import visible
 from vlm_lit.data.dataset import TooLong
 from vlm_lit.text.encode import bisect_failures, encode_records
 from vlm_lit.text.sentinels import num_tokens_with_images

@@ -10,7 +10,8 @@ from transformers import Trainer, TrainerCallback
 from vlm_lit.core import IGNORE_INDEX, ConfigError
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.debug.snapshots import check_expression
-from vlm_lit.debug.label_view import LabelStrip, visible
+from vlm_lit.debug.label_view import LabelStrip
+from vlm_lit.debug.values import visible
 from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.text.encode import encode_records
 from vlm_lit.data.collator import DataCollatorForSupervisedDataset

@@ -11,7 +11,7 @@ from vlm_lit.images import interpolate_image, sample_image
 from vlm_lit.debug.label_view import LabelStrip
 from vlm_lit.text.labels import fill_template, preprocess
 from vlm_lit.text.sentinels import join_chunks, preprocess_multimodal
-from vlm_lit.debug.label_view import Segment
+from vlm_lit.core import Segment
 from vlm_lit.text.templates import conv_templates, render
 from vlm_lit.text.tokenizer import adds_bos, bundled_gemma, load_tokenizer, prepare_tokenizer
 from vlm_lit.text.tokenizer import special_tokens

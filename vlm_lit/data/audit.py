@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerFast
 from ..core import ConfigError, progress_console
-from ..debug.label_view import Segment
+from ..core import Segment
 from ..text.labels import check_tokenizer
 from .records import Records
 from .records import one_thread

@@ -15,7 +15,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 from ..core import DataError
 from .records import Records
-from ..debug.label_view import Segment
+from ..core import Segment
 from ..images import count_image_tokens, safe_path
 from ..text.encode import bisect_failures, encode_records
 from ..text.labels import check_control_tokens, check_turns, control_pattern, first_turn

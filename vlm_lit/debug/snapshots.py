@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['CONTAINERS', 'Note', 'failure', 'copy_leaf', 'is_record', 'record_values', 'snapshot', 'same_randomness',
-           'check_expression', 'evaluate', 'both', 'LineStop']
+           'check_expression', 'evaluate', 'both', 'LineStop', 'set_local']
 
 # %% ../../nbs/92_snapshots.ipynb #c002
-import ast, bdb, collections, contextlib, copy, dataclasses, random, sys, types
+import ast, bdb, collections, contextlib, copy, ctypes, dataclasses, inspect, random, sys, types
 from typing import Any
 from ..core import ConfigError
 from .lines import Stop
@@ -155,19 +155,26 @@ def both(
     return local
 
 class LineStop(bdb.Bdb):
-    """Calls `on_stop(frame)` each time a statement is about to run. Other tracers keep seeing
-    everything."""
+    """Calls `on_stop(frame)` each time a statement is about to run, and what it returns when that
+    statement is over. Other tracers keep seeing everything."""
 
     def __init__(
         self,
         place: Stop,  # Where to stop
-        on_stop,  # Called with the frame; it must not keep it
+        # Called with the frame, which it must not keep. Returns None, or a function that is called
+        # with (event, frame, value) when the statement is over ("line") and when the function
+        # ends ("return" with what it returns, "raise" with the exception)
+        on_stop,
+        on_call=None,  # Called with the frame when the function is entered
     ):
         super().__init__()
         self.place = place
         self.on_stop = on_stop
+        self.on_call = on_call
         self.calls = 0
         self.is_on = False
+        self.waiting = {}  # id of a running frame -> functions that wait for its next events
+        self.raised = {}  # id of a running frame -> the exception that is passing through it
 
     def stop_here(self, frame): return False
 
@@ -176,7 +183,34 @@ class LineStop(bdb.Bdb):
     def break_here(self, frame):
         return self.is_on and self.break_anywhere(frame) and frame.f_lasti in self.place.offsets
 
-    def user_line(self, frame): self.on_stop(frame)
+    def user_line(self, frame):
+        waiting = self.on_stop(frame)
+        if waiting: self.waiting.setdefault(id(frame), []).append(waiting)
+
+    def dispatch_line(self, frame):
+        self.raised.pop(id(frame), None)
+        inside = self.place.line <= frame.f_lineno <= self.place.last
+        if not inside or frame.f_lasti in self.place.offsets:
+            self.tell("line", frame)
+        return super().dispatch_line(frame)
+
+    def dispatch_exception(self, frame, arg):
+        if arg[0] is not StopIteration:
+            self.raised[id(frame)] = arg[1]  # a loop's end is none
+        return self.trace_dispatch
+
+    def dispatch_return(self, frame, arg):
+        error = self.raised.pop(id(frame), None)
+        if error is not None: self.tell("raise", frame, error)
+        else: self.tell("return", frame, arg)
+        if not frame.f_code.co_flags & inspect.CO_GENERATOR:
+            self.waiting.pop(id(frame), None)
+        return self.trace_dispatch
+
+    def tell(self, event, frame, value=None):
+        "Pass an event on to those that wait for it."
+        for waiting in self.waiting.get(id(frame), ()):
+            waiting(event, frame, value)
 
     def start(self):
         "Begin to trace this thread."
@@ -187,6 +221,8 @@ class LineStop(bdb.Bdb):
     def stop(self):
         "Put the previous tracer back."
         self.is_on = False
+        self.waiting.clear()
+        self.raised.clear()
         sys.settrace(self.previous)
 
     def trace(self, frame, event, arg):
@@ -197,5 +233,18 @@ class LineStop(bdb.Bdb):
         mine, lines = self.trace_dispatch(frame, event, arg), frame.f_trace_lines
         if mine:
             frame.f_trace_lines = True  # coverage turns them off in files it does not measure
-        self.calls += self.break_anywhere(frame)
+        if self.break_anywhere(frame):
+            self.calls += 1
+            if self.on_call: self.on_call(frame)
         return both(mine, theirs, lines)
+
+# %% ../../nbs/92_snapshots.ipynb #n03329
+def set_local(
+    frame: types.FrameType,  # Of a function that is running
+    name: str,  # One of its variables
+    value: Any,
+) -> None:
+    "Give a variable of a running function another value."
+    frame.f_locals[name] = value
+    if sys.version_info < (3, 13):
+        ctypes.pythonapi.PyFrame_LocalsToFast(ctypes.py_object(frame), ctypes.c_int(0))

@@ -11,7 +11,7 @@ from functools import lru_cache
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 from ..core import IMAGE_TOKEN, ConfigError, DataError
-from ..debug.label_view import Segment
+from ..core import Segment
 from .templates import Rendered, user_parts
 
 # %% ../../nbs/03b_chat_template.ipynb #c005

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 from ..core import IMAGE_TOKEN, DataError
 from .messages import image_names
-from ..debug.label_view import Segment
+from ..core import Segment
 from .sentinels import check_image_count, preprocess_multimodal
 from .labels import check_turns, generation_ids, preprocess
 

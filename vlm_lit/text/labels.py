@@ -17,7 +17,7 @@ from ..core import IGNORE_INDEX, IMAGE_TOKEN, IM_END_TOKEN, IM_START_TOKEN
 from ..core import ConfigError, DataError
 from .messages import turn_parts
 from .templates import Conversation, Rendered, SeparatorStyle, caption_form
-from ..debug.label_view import Segment
+from ..core import Segment
 from .templates import get_template, render, set_system
 from .chat_templates import hf_markers, render_hf
 from .sentinels import NO_SPACE, TokenizerTraits, encode_prompts, tokenizer_traits

@@ -20,7 +20,7 @@ from ..core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_TOKEN,
 from ..core import DataError
 from .messages import turn_parts
 from .templates import Rendered, user_parts
-from ..debug.label_view import Segment
+from ..core import Segment
 from .tokenizer import control_tokens
 
 # %% ../../nbs/04_sentinels.ipynb #c009

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import lru_cache
 from ..core import IMAGE_TOKEN, ConfigError, DataError
-from ..debug.label_view import Segment
+from ..core import Segment
 
 # %% ../../nbs/03_templates.ipynb #c006
 class SeparatorStyle(Enum):

@@ -17,7 +17,7 @@ from ..text.templates import SeparatorStyle, caption_form, get_template, turn_fr
 from ..text.chat_templates import stop_text
 from ..text.sentinels import preprocess_multimodal, tokenizer_traits
 from ..text.labels import generation_ids, make_prompt, preprocess
-from ..debug.label_view import visible
+from ..debug.values import visible
 from ..data.dataset import TooLong
 from ..text.encode import bisect_failures, encode_records
 from ..text.sentinels import num_tokens_with_images

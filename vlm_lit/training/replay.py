@@ -17,7 +17,8 @@ from transformers import Trainer, TrainerCallback
 from ..core import IGNORE_INDEX, ConfigError
 from ..debug.breakpoints import Breakpoint
 from ..debug.snapshots import check_expression
-from ..debug.label_view import LabelStrip, visible
+from ..debug.label_view import LabelStrip
+from ..debug.values import visible
 from ..data.dataset import LazySupervisedDataset
 from ..text.encode import encode_records
 from ..data.collator import DataCollatorForSupervisedDataset

@@ -1,0 +1,61 @@
+"Derived from nbs/95_stop_display.ipynb by `make tests`; edit the notebook, not this file."
+import html, textwrap
+from typing import NamedTuple
+from vlm_lit.debug.compare import changed_parts, first_difference
+from vlm_lit.debug.snapshots import Note
+from vlm_lit.debug.values import Shown, shown, thumbnail, visible
+import re, sys
+import torch
+from fastcore.test import test_eq
+from vlm_lit.debug.breakpoints import Breakpoint
+from small_parts import mask_prompt, pack
+
+def setup_module():
+
+    sys.path[:0] = ["../tests", "tests"]
+
+def test_text_shows_path_source_values_and_changes():
+    input_ids = torch.tensor([2, 106, 1645, 9, 7, 1])
+    with Breakpoint(mask_prompt, at="labels[:prompt_len] =", watch="labels prompt_len") as bp:
+        mask_prompt(input_ids, 4)
+    bp.expect(prompt_len=4).expect_after(labels=[-100, -100, -100, -100, 7, 1])
+    print(bp)
+    text = repr(bp).splitlines()
+    test_eq(text[0], f"mask_prompt  small_parts.py:{bp.stop.line}, 1 hit")
+    assert text[1].strip().startswith("mask_prompt(input_ids, 4) (") and "→ mask_prompt (" in text[1]
+    assert [line[:2] for line in text[2:6]] == ["  ", "  ", "->", "  "]
+    test_eq(text[6].split(), "labels (6,) int64 2 106 1645 9 7 1".split())
+    test_eq(text[7].split(), "* after (6,) int64 -100×4 7 1".split())
+    test_eq(text[8].split(), "✓ prompt_len int 4".split())
+
+def test_several_hits_are_a_time_line():
+    with Breakpoint(pack, at="total += x", watch="x total") as bp: pack([3, 1, 4])
+    bp.expect_each(total=[0, 3, 4])
+    print(bp)
+    rows = repr(bp).splitlines()[-4:]
+    test_eq(rows[0].split(), ["hit", "x", "total"])
+    test_eq(
+        [row.split()[2:] for row in rows[1:]], [["✓", *r.split()] for r in ("0 → 3", "3 → 4", "4 → 8")]
+    )
+
+def test_html_escapes_everything():
+    def greet(text):
+        reply = f"<b>{text}</b>"
+        return reply
+
+    with Breakpoint(greet, at="return reply", watch=["text", "reply", "'<i>'"]) as bp:
+        greet("<script>alert(1)</script>")
+    page = bp._repr_html_()
+    assert "<script" not in page and "<i>" not in page and "&lt;script&gt;alert(1)" in page
+    assert "reply = f&quot;&lt;b&gt;{text}" in page and "→" in page
+    test_eq(page.count("<tr"), 1 + 3)
+
+def test_no_line_is_longer_than_100_columns():
+    def long_one(words):
+        joined = " ".join(words) + "                                                            end"
+        return joined
+
+    with Breakpoint(long_one, at="return joined") as bp:
+        long_one(["a longer word"] * 200)
+    assert max(map(len, repr(bp).splitlines())) <= 100
+    assert len(repr(bp).splitlines()) < 30 and "…" in repr(bp)
