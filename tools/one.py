@@ -2,10 +2,10 @@
 
     python tools/one.py 05_labels
 
-Writes what all notebooks share, exports the package, runs the notebook and stores its outputs, derives the tests, runs those of
-this notebook, and checks its layout and its module. A marked cell that took longer than a second
-has been a test already; as a derived test, only its names are resolved. What other notebooks make
-of a change is for `make test` to find.
+Writes what all notebooks share, exports the package, runs the notebook and stores its outputs,
+derives the tests, runs those of this notebook, and checks its layout and its module. A marked cell
+that took longer than a second has been a test already; as a derived test, only its names are
+resolved. What other notebooks make of a change is for `make test` to find.
 """
 
 import argparse
