@@ -4,12 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= easy-vqa
 
-.PHONY: one export lint format pretrain test test-all notebooks tests readme bench clean help
+.PHONY: one export lint book format pretrain test test-all notebooks tests readme bench clean help
 
 help:
 	@echo "make one NB=05_labels    the daily loop: export, run that notebook, derive tests, run its own, check layout"
 	@echo "make export      export the package from the notebooks"
 	@echo "make format NB=05_labels  lay out the code of that notebook; without NB, of everything"
+	@echo "make book NB=05_labels  write its opening line, links and checks; without NB, of every notebook"
 	@echo "make lint        ruff, mypy, and whether the layout is as make format makes it"
 	@echo "make pretrain    train a small vision-language model on easy-vqa into runs/$(RUN)"
 	@echo "make test        export, clean, notebooks and tests, with one line of totals"
@@ -41,6 +42,9 @@ export: .venv/.made
 
 format: .venv/.made
 	$(BIN)/python tools/format.py $(NB)
+
+book: .venv/.made
+	$(BIN)/python tools/book.py $(NB)
 
 lint: .venv/.made
 	$(BIN)/ruff check --no-cache --quiet .

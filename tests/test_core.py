@@ -34,10 +34,6 @@ def test_data_error_names_record_and_turn():
     test_eq(str(error), "record '000123', turn 3: the answer is empty")
     assert isinstance(error, ValueError) and isinstance(ConfigError("x"), ValueError)
 
-def test_data_error_without_a_place_is_just_its_message():
-    test_eq(str(DataError("no records in data.json")), "no records in data.json")
-    test_eq(str(DataError("bad", record=0)), "record 0: bad")
-
 def test_nearest_finds_the_misspelled_name():
     print(
         nearest("learning_ratee", ["learning_rate", "warmup_steps"]), nearest("xyz", ["learning_rate"])
@@ -54,12 +50,16 @@ def test_peek_shows_shape_dtype_and_six_values():
     test_eq(describe(np.array([[1.5, 2.0]])), ("(1, 2)", "float64", "cpu", "1.5 2"))
     test_eq(describe("cat"), ("(3)", "str", "", "'cat'"))
 
+def test_progress_moves_only_in_a_terminal():
+    # neither a notebook nor a test is one
+    assert progress_console().stderr and not progress_console().is_terminal
+
+def test_data_error_without_a_place_is_just_its_message():
+    test_eq(str(DataError("no records in data.json")), "no records in data.json")
+    test_eq(str(DataError("bad", record=0)), "record 0: bad")
+
 def test_peek_takes_scalars_and_empty_tensors():
     test_eq(describe(torch.tensor(3)), ("()", "int64", "cpu", "3"))
     test_eq(describe(torch.zeros(0, 5)), ("(0, 5)", "float32", "cpu", ""))
     test_eq(len(describe("x" * 1000)[3]), 160)
     peek()
-
-def test_progress_moves_only_in_a_terminal():
-    # neither a notebook nor a test is one
-    assert progress_console().stderr and not progress_console().is_terminal

@@ -80,10 +80,6 @@ def test_batch_is_padded_and_pictures_are_kept_once():
         image = ds[i]["image"] if k is None else ds[i]["image"][k]
         assert torch.equal(batch["pixel_values"][batch["image_index"][n]], image)
 
-def test_batch_without_pictures_has_no_image_keys():
-    test_eq(sorted(collate([ds[1], ds[1]])), ["attention_mask", "input_ids", "labels"])
-    assert "image_index" not in collate([ds[2]])
-
 def test_collator_expands_every_sentinel():
     expands = DataCollatorForSupervisedDataset(
         tok.pad_token_id, num_image_tokens=16, image_token_id=255999, supervised_only=True
@@ -174,13 +170,6 @@ def test_packed_batch_holds_every_sample_whole():
     with expect_fail(DataError, contains="record 'long': the sample takes"):
         DataCollatorForSupervisedDataset(0, 30, **images)([{**ds[2], "id": "long"}])
 
-def test_first_token_of_a_packed_sample_is_not_a_target():
-    plain = {"input_ids": torch.tensor([2, 7, 8]), "labels": torch.tensor([2, 7, 8])}
-    row = concatenate_samples([plain, plain])
-    test_eq(row["labels"].tolist(), [-100, 7, 8, -100, 7, 8])
-    test_eq(row["sample_ids"].tolist(), [1, 1, 1, 2, 2, 2])
-    test_eq(plain["labels"].tolist(), [2, 7, 8])  # the sample itself is not touched
-
 def test_mask_from_lengths_keeps_real_eos():
     pads_with_eos = DataCollatorForSupervisedDataset(pad_token_id=tok.eos_token_id)
     batch = pads_with_eos([ds[0], ds[1]])
@@ -220,3 +209,14 @@ def test_batch_of_skipped_samples_has_nothing_supervised():
     assert batch["input_ids"].shape == (1, 1)
     assert (batch["labels"] == -100).all()
     assert "info" not in batch
+
+def test_batch_without_pictures_has_no_image_keys():
+    test_eq(sorted(collate([ds[1], ds[1]])), ["attention_mask", "input_ids", "labels"])
+    assert "image_index" not in collate([ds[2]])
+
+def test_first_token_of_a_packed_sample_is_not_a_target():
+    plain = {"input_ids": torch.tensor([2, 7, 8]), "labels": torch.tensor([2, 7, 8])}
+    row = concatenate_samples([plain, plain])
+    test_eq(row["labels"].tolist(), [-100, 7, 8, -100, 7, 8])
+    test_eq(row["sample_ids"].tolist(), [1, 1, 1, 2, 2, 2])
+    test_eq(plain["labels"].tolist(), [2, 7, 8])  # the sample itself is not touched

@@ -227,24 +227,6 @@ def test_cached_items_equal_lazy_ones():
         assert all(torch.equal(lazy[i][k], loaded[i][k]) for k in lazy[i])
     assert loaded[1]["image"] is loaded[2]["image"]  # one picture, two records
 
-def test_blind_dataset_shows_black_pictures():
-    own = VLMProcessor(tok, image_size=32, image_size_aux=64)
-    blind = LazySupervisedDataset([seed], own, folder, blank_images=True)[0]
-    assert len(blind["image_aux"].unique()) == 3 and blind["input_ids"].shape == (25,)
-
-def test_folder_and_template_are_checked_at_once():
-    from vlm_lit.core import ConfigError
-
-    with expect_fail(ConfigError, contains="no image folder"):
-        LazySupervisedDataset([seed], VLMProcessor(tok), folder / "nowhere")
-    with expect_fail(ConfigError, contains="unknown template 'gema'"):
-        LazySupervisedDataset([seed], VLMProcessor(tok, template="gema"), folder)
-    (folder / "data.json").write_text(json.dumps([seed]))
-    beside = LazySupervisedDataset(
-        folder / "data.json", VLMProcessor(tok)
-    )  # images beside the data file
-    test_eq(beside.texts([0])[0]["input_ids"].shape, (25,))
-
 def test_a_limit_is_kept_before_images_are_opened():
     whole = limited([rounds])
     length = int(whole.lengths[0])
@@ -268,14 +250,6 @@ def test_a_limit_is_kept_before_images_are_opened():
         limited([rounds], max_length=length)[0]
     with expect_fail(TooLong, contains="record 'r': its first question and answer do not fit"):
         limited([rounds], max_length=20, overlength="truncate")[0]
-
-def test_limits_that_cannot_be_are_refused():
-    for wrong, message in [
-        ({"max_length": 0}, "max_length must be at least 1"),
-        ({"overlength": "shorten"}, "overlength must be one of"),
-        ({"skip_bad": 0.1}, "skip_bad needs bad_samples"),
-    ]:
-        with expect_fail(ConfigError, contains=message): limited([rounds], **wrong)
 
 def test_hd_crops_come_out_of_the_dataset():
     small = dict(image_size_aux=96, image_size=42)
@@ -343,40 +317,6 @@ def test_bad_samples_are_noted_left_out_and_bounded():
     with expect_fail(DataError, contains="record 'missing': no image"):
         batches.dataset[14]
 
-def test_lengths_and_memory_know_the_bad_samples():
-    file = Path(tempfile.mkdtemp()) / "bad_samples.jsonl"
-    ds = limited([*bad_ones, rounds, seed], skip_bad=0.9, bad_samples=file)
-    length = int(limited([rounds]).lengths[0])
-    test_eq(ds.lengths.tolist(), [40, 40, 0, 0, length, 40])  # the images are not opened for it
-    limits = dict(max_length=50, skip_bad=0.9, bad_samples=file)
-    for overlength, wanted in [("error", length), ("truncate", 50), ("skip", 0)]:
-        ds = limited([*bad_ones, rounds, seed], overlength=overlength, **limits)
-        test_eq(ds.lengths.tolist(), [40, 40, 0, 0, wanted, 40])
-    lazy = ds.__getitems__(range(6))
-    kept = limited([*bad_ones, rounds, seed], overlength="skip", **limits).cache_in_memory()
-    kept = kept.__getitems__(range(6))
-    test_eq((len(lazy), len(kept)), (1, 1))
-    tensors = lazy[0].keys() - {"index", "image_keys"}
-    assert all(torch.equal(lazy[0][key], kept[0][key]) for key in tensors)
-    with expect_fail(DataError, contains="no image 'gone.png'"):
-        limited([seed, bad_ones[0]]).cache_in_memory()
-
-def test_skipping_has_limits_of_its_own():
-    file = Path(tempfile.mkdtemp()) / "bad_samples.jsonl"
-    ds = limited([*bad_ones[:2], *good], skip_bad=0.5, bad_samples=file)
-    test_eq(ds.__getitems__([0, 1]), [])  # a batch may be empty
-    test_eq((ds.bad.totals, len(file.read_text().splitlines())), ((2, 2), 2))
-    with expect_fail(DataError, contains="2 of 2 records are bad, more than the share of 0.01"):
-        limited([*bad_ones[:2], *good], skip_bad=0.01, bad_samples=file).__getitems__([0, 1])
-    long = [rounds, *good[:30]]
-    with expect_fail(TooLong):
-        list(loader(0.5, file, 0, long, max_length=45))  # an error is not skipped
-    ds = limited([rounds, plain], max_length=20, overlength="truncate", skip_bad=0.6, bad_samples=file)
-    # not even the first answer fits
-    test_eq((len(ds.__getitems__([0, 1])), ds.bad.totals), (1, (2, 1)))
-    test_eq(list(loader(0.5, file, 0, long, max_length=45, overlength="skip")), [9, 10, 10, 1])
-    assert "max_length is 45" in file.read_text().splitlines()[-1]
-
 def test_an_interrupt_ends_a_run_with_workers():
     (folder / "mixed.json").write_text(json.dumps(mixed))
     (folder / "script.py").write_text("\n".join(SCRIPT))
@@ -410,3 +350,63 @@ def test_an_interrupt_ends_a_run_with_workers():
     for _ in range(50):
         if any(map(alive, workers)): time.sleep(0.1)
     assert not any(map(alive, workers))
+
+def test_blind_dataset_shows_black_pictures():
+    own = VLMProcessor(tok, image_size=32, image_size_aux=64)
+    blind = LazySupervisedDataset([seed], own, folder, blank_images=True)[0]
+    assert len(blind["image_aux"].unique()) == 3 and blind["input_ids"].shape == (25,)
+
+def test_folder_and_template_are_checked_at_once():
+    from vlm_lit.core import ConfigError
+
+    with expect_fail(ConfigError, contains="no image folder"):
+        LazySupervisedDataset([seed], VLMProcessor(tok), folder / "nowhere")
+    with expect_fail(ConfigError, contains="unknown template 'gema'"):
+        LazySupervisedDataset([seed], VLMProcessor(tok, template="gema"), folder)
+    (folder / "data.json").write_text(json.dumps([seed]))
+    beside = LazySupervisedDataset(
+        folder / "data.json", VLMProcessor(tok)
+    )  # images beside the data file
+    test_eq(beside.texts([0])[0]["input_ids"].shape, (25,))
+
+def test_limits_that_cannot_be_are_refused():
+    for wrong, message in [
+        ({"max_length": 0}, "max_length must be at least 1"),
+        ({"overlength": "shorten"}, "overlength must be one of"),
+        ({"skip_bad": 0.1}, "skip_bad needs bad_samples"),
+    ]:
+        with expect_fail(ConfigError, contains=message): limited([rounds], **wrong)
+
+def test_lengths_and_memory_know_the_bad_samples():
+    file = Path(tempfile.mkdtemp()) / "bad_samples.jsonl"
+    ds = limited([*bad_ones, rounds, seed], skip_bad=0.9, bad_samples=file)
+    length = int(limited([rounds]).lengths[0])
+    test_eq(ds.lengths.tolist(), [40, 40, 0, 0, length, 40])  # the images are not opened for it
+    limits = dict(max_length=50, skip_bad=0.9, bad_samples=file)
+    for overlength, wanted in [("error", length), ("truncate", 50), ("skip", 0)]:
+        ds = limited([*bad_ones, rounds, seed], overlength=overlength, **limits)
+        test_eq(ds.lengths.tolist(), [40, 40, 0, 0, wanted, 40])
+    lazy = ds.__getitems__(range(6))
+    kept = limited([*bad_ones, rounds, seed], overlength="skip", **limits).cache_in_memory()
+    kept = kept.__getitems__(range(6))
+    test_eq((len(lazy), len(kept)), (1, 1))
+    tensors = lazy[0].keys() - {"index", "image_keys"}
+    assert all(torch.equal(lazy[0][key], kept[0][key]) for key in tensors)
+    with expect_fail(DataError, contains="no image 'gone.png'"):
+        limited([seed, bad_ones[0]]).cache_in_memory()
+
+def test_skipping_has_limits_of_its_own():
+    file = Path(tempfile.mkdtemp()) / "bad_samples.jsonl"
+    ds = limited([*bad_ones[:2], *good], skip_bad=0.5, bad_samples=file)
+    test_eq(ds.__getitems__([0, 1]), [])  # a batch may be empty
+    test_eq((ds.bad.totals, len(file.read_text().splitlines())), ((2, 2), 2))
+    with expect_fail(DataError, contains="2 of 2 records are bad, more than the share of 0.01"):
+        limited([*bad_ones[:2], *good], skip_bad=0.01, bad_samples=file).__getitems__([0, 1])
+    long = [rounds, *good[:30]]
+    with expect_fail(TooLong):
+        list(loader(0.5, file, 0, long, max_length=45))  # an error is not skipped
+    ds = limited([rounds, plain], max_length=20, overlength="truncate", skip_bad=0.6, bad_samples=file)
+    # not even the first answer fits
+    test_eq((len(ds.__getitems__([0, 1])), ds.bad.totals), (1, (2, 1)))
+    test_eq(list(loader(0.5, file, 0, long, max_length=45, overlength="skip")), [9, 10, 10, 1])
+    assert "max_length is 45" in file.read_text().splitlines()[-1]

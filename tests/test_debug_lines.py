@@ -65,10 +65,6 @@ def test_plain_function_refuses_what_has_no_lines():
         except ConfigError as e: print(e)
         with expect_fail(ConfigError, contains=words): plain_function(func)
 
-def test_plain_function_follows_what_dynamo_leaves_alone():
-    assert plain_function(torch.no_grad()(mask_prompt)) is mask_prompt
-    assert plain_function(torch._dynamo.disable(mask_prompt)) is mask_prompt
-
 def test_find_line_wants_exactly_one():
     lines = source_lines(mask_prompt)
     first = min(lines)
@@ -86,16 +82,6 @@ def test_find_line_takes_text_that_spans_lines():
     with expect_fail(ConfigError, contains="is in 2 lines"):
         find_line(twice, "x = 1")
     test_eq(find_line(twice, "else:\n    x = 1"), 13)
-
-def test_find_line_refuses_an_empty_text():
-    lines = source_lines(mask_prompt)
-    for at in ["", "  ", None, 3]:
-        with expect_fail(ConfigError, contains="names no line"):
-            find_line(lines, at)
-    unreadable = {}
-    exec("def f(x): return x", unreadable)
-    with expect_fail(ConfigError, contains="cannot be read"):
-        source_lines(unreadable["f"])
 
 def test_line_events_come_back_to_a_statement():
     print(line_events(pack, [3, 4]))
@@ -133,3 +119,17 @@ def test_find_stop_goes_to_the_first_line_of_the_statement():
         with expect_fail(ConfigError, contains="nothing runs"): find_stop(pack, at)
     with expect_fail(ConfigError, contains="nothing runs"):
         find_stop(mask_prompt, "Labels for")
+
+def test_plain_function_follows_what_dynamo_leaves_alone():
+    assert plain_function(torch.no_grad()(mask_prompt)) is mask_prompt
+    assert plain_function(torch._dynamo.disable(mask_prompt)) is mask_prompt
+
+def test_find_line_refuses_an_empty_text():
+    lines = source_lines(mask_prompt)
+    for at in ["", "  ", None, 3]:
+        with expect_fail(ConfigError, contains="names no line"):
+            find_line(lines, at)
+    unreadable = {}
+    exec("def f(x): return x", unreadable)
+    with expect_fail(ConfigError, contains="cannot be read"):
+        source_lines(unreadable["f"])

@@ -67,77 +67,6 @@ def test_neither_copy_nor_deepcopy_would_do():
     with expect_fail(RuntimeError): copy.deepcopy(hidden_states)
     test_eq(snapshot(hidden_states).shape, (1, 2))
 
-def test_snapshot_keeps_aliases_cycles_and_types():
-    a = [1]
-    both_names = snapshot({"x": a, "y": a})
-    assert both_names["x"] is both_names["y"] and both_names["x"] is not a
-    t = torch.ones(2)
-    made = snapshot({"x": t, "y": [t]})
-    assert made["x"] is made["y"][0] and made["x"] is not t
-    loop = []
-    loop.append(loop)
-    made = snapshot(loop)
-    assert made[0] is made and made is not loop
-    knot = ([],)
-    knot[0].append(knot)
-    made = snapshot(knot)
-    assert made[0][0][0] is made[0] and made is not knot
-    Pair = namedtuple("Pair", "ids mask")
-    pair = snapshot(Pair(torch.tensor([1]), None))
-    assert type(pair) is Pair and pair.ids.tolist() == [1]
-    top = torch.tensor([3.0, 9.0]).max(dim=0)
-    kept = snapshot(top)
-    top.values.zero_()
-    assert type(kept) is type(top) and kept.values == 9
-    dd = collections.defaultdict(list, a=[1])
-    made = snapshot(dd)
-    dd["a"].append(2)
-    assert made == {"a": [1]} and made["new"] == []
-    dq = collections.deque([[1], [2]], maxlen=2)
-    made = snapshot(dq)
-    dq[0].append(9)
-    assert list(made) == [[1], [2]] and made.maxlen == 2
-    space = types.SimpleNamespace(ids=[1])
-    made = snapshot(space)
-    space.ids.append(2)
-    assert made.ids == [1]
-    assert snapshot({1, 2}) == {1, 2}
-    assert snapshot(frozenset("ab")) == frozenset("ab")
-    assert snapshot(torch.Size([1])) == torch.Size([1])
-
-    @dataclass(frozen=True, slots=True)
-    class Slotted: ids: list
-
-    s = Slotted([1])
-    made = snapshot(s)
-    s.ids.append(2)
-    assert made.ids == [1]
-
-    @dataclass
-    class Fussy:
-        def __new__(cls, x): return object.__new__(cls)
-
-        x: int
-
-    fussy = Fussy(1)
-    assert snapshot(fussy) is fussy
-
-    class Touchy:
-        def __getattr__(self, name): raise RuntimeError("was asked for " + name)
-
-    touchy = Touchy()
-    assert snapshot(touchy) is touchy
-
-    class BadArray:
-        dtype = "x"
-
-        def copy(self): raise MemoryError("no room")
-
-    test_eq(repr(snapshot([BadArray()])), "[<MemoryError: no room>]")
-    generators = [random.Random(1), np.random.default_rng(1), np.random.RandomState(1)]
-    for rng in [*generators, torch.Generator().manual_seed(1)]:
-        assert snapshot(rng) is not rng and type(snapshot(rng)) is type(rng)
-
 def test_evaluate_works_on_copies():
     variables = {"messages": ["hello", "you"], "n": 1}
     print(
@@ -254,3 +183,74 @@ def test_runcall_forgets_the_previous_tracer():
     finally: sys.settrace(before)
     print("after runcall:", after)
     assert after is None
+
+def test_snapshot_keeps_aliases_cycles_and_types():
+    a = [1]
+    both_names = snapshot({"x": a, "y": a})
+    assert both_names["x"] is both_names["y"] and both_names["x"] is not a
+    t = torch.ones(2)
+    made = snapshot({"x": t, "y": [t]})
+    assert made["x"] is made["y"][0] and made["x"] is not t
+    loop = []
+    loop.append(loop)
+    made = snapshot(loop)
+    assert made[0] is made and made is not loop
+    knot = ([],)
+    knot[0].append(knot)
+    made = snapshot(knot)
+    assert made[0][0][0] is made[0] and made is not knot
+    Pair = namedtuple("Pair", "ids mask")
+    pair = snapshot(Pair(torch.tensor([1]), None))
+    assert type(pair) is Pair and pair.ids.tolist() == [1]
+    top = torch.tensor([3.0, 9.0]).max(dim=0)
+    kept = snapshot(top)
+    top.values.zero_()
+    assert type(kept) is type(top) and kept.values == 9
+    dd = collections.defaultdict(list, a=[1])
+    made = snapshot(dd)
+    dd["a"].append(2)
+    assert made == {"a": [1]} and made["new"] == []
+    dq = collections.deque([[1], [2]], maxlen=2)
+    made = snapshot(dq)
+    dq[0].append(9)
+    assert list(made) == [[1], [2]] and made.maxlen == 2
+    space = types.SimpleNamespace(ids=[1])
+    made = snapshot(space)
+    space.ids.append(2)
+    assert made.ids == [1]
+    assert snapshot({1, 2}) == {1, 2}
+    assert snapshot(frozenset("ab")) == frozenset("ab")
+    assert snapshot(torch.Size([1])) == torch.Size([1])
+
+    @dataclass(frozen=True, slots=True)
+    class Slotted: ids: list
+
+    s = Slotted([1])
+    made = snapshot(s)
+    s.ids.append(2)
+    assert made.ids == [1]
+
+    @dataclass
+    class Fussy:
+        def __new__(cls, x): return object.__new__(cls)
+
+        x: int
+
+    fussy = Fussy(1)
+    assert snapshot(fussy) is fussy
+
+    class Touchy:
+        def __getattr__(self, name): raise RuntimeError("was asked for " + name)
+
+    touchy = Touchy()
+    assert snapshot(touchy) is touchy
+
+    class BadArray:
+        dtype = "x"
+
+        def copy(self): raise MemoryError("no room")
+
+    test_eq(repr(snapshot([BadArray()])), "[<MemoryError: no room>]")
+    generators = [random.Random(1), np.random.default_rng(1), np.random.RandomState(1)]
+    for rng in [*generators, torch.Generator().manual_seed(1)]:
+        assert snapshot(rng) is not rng and type(snapshot(rng)) is type(rng)

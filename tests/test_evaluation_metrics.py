@@ -36,6 +36,20 @@ def test_metrics_of_single_answers():
     # the period counts
     test_eq([round(anls(*pair), 3) for pair in pairs], [0.667, 0.0, 0.0, 0.714, 0.0])
 
+def test_baselines_of_a_few_questions():
+    train = [
+        ("how many dots?", "1"),
+        ("how many dots?", "3"),
+        ("How many dots?", "3"),
+        ("is it dark?", "yes"),
+        ("is it dark?", "no"),
+        ("is it old?", "no"),
+    ]
+    asked = ["how many dots?", "is it dark?", "is it new?"]
+    print(majority_baseline(train, asked), question_only_baseline(train, asked))
+    test_eq(majority_baseline(train, asked), ["3"] * 3)  # "3" and "no" twice each
+    test_eq(question_only_baseline(train, asked), ["3", "no", "3"])  # a tie, a new question
+
 def test_metrics_at_their_edges():
     pairs = [(" A  blue\ncircle. ", "a blue circle"), ("cafe\u0301", "caf\u00e9"), ("", ""), ("a", "")]
     test_eq([exact(*pair) for pair in pairs], [1.0, 1.0, 1.0, 0.0])
@@ -68,17 +82,3 @@ def test_metrics_by_name():
     ]:
         with expect_fail(ConfigError, contains=message):
             score_answers(metric, "a", "b", {"id": 7})
-
-def test_baselines_of_a_few_questions():
-    train = [
-        ("how many dots?", "1"),
-        ("how many dots?", "3"),
-        ("How many dots?", "3"),
-        ("is it dark?", "yes"),
-        ("is it dark?", "no"),
-        ("is it old?", "no"),
-    ]
-    asked = ["how many dots?", "is it dark?", "is it new?"]
-    print(majority_baseline(train, asked), question_only_baseline(train, asked))
-    test_eq(majority_baseline(train, asked), ["3"] * 3)  # "3" and "no" twice each
-    test_eq(question_only_baseline(train, asked), ["3", "no", "3"])  # a tie, a new question

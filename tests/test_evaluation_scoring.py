@@ -183,37 +183,6 @@ def setup_module():
             settings = dict(batch_first=True, padding_value=pad_token_id)
             return torch.cat([input_ids, torch.nn.utils.rnn.pad_sequence(rows, **settings)], 1)
 
-def test_prompts_end_where_their_answers_begin():
-    llama = golden_tokenizer("sentencepiece_like", "<s>", "</s>", "<unk>")
-    qwen = golden_tokenizer("chatml_no_bos", None, "<|im_end|>", "<|endoftext|>")
-    qwen.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    talk = [r for r in records if r["id"] in ("talk-2dark.png", "two")]
-    for tokenizer, template, end in [
-        (tok, "gemma", "<start_of_turn>model\n"),
-        (llama, "v1", "ASSISTANT:"),
-        (qwen, "hf", "<|im_start|>assistant\n"),
-    ]:
-        ds = LazySupervisedDataset(talk, processor_of(tokenizer, template), folder, uint8=True)
-        for n, r in enumerate(talk):
-            ids, turns = ds[n]["input_ids"], _turns(r)
-            prompts = _prompts(ds[n])
-            test_eq(len(prompts), len(turns))
-            for prompt, (_, question, answer) in zip(prompts, turns):
-                begun = prompt["input_ids"]
-                text = tokenizer.decode([i for i in begun.tolist() if i >= 0])
-                rest = tokenizer.decode([i for i in ids[len(begun) :].tolist() if i >= 0])
-                assert text.endswith(end) and question in text, text
-                assert rest.strip().startswith(answer), rest
-                assert torch.equal(begun, ids[: len(begun)])
-        print(f"{template:6}", [tuple(p["image_aux"].shape) for p in prompts])
-        # the second image only in the second turn
-        test_eq([tuple(p["image_aux"].shape) for p in prompts], [(1, 3, 64, 64), (2, 3, 64, 64)])
-    for bad in (record(1, None, "q", "a", "q"), record(1, None, "q"), {"id": 1, "conversations": []}):
-        with expect_fail(DataError, contains="record 1, turn"): _turns(bad)
-
 def test_questions_about_an_image_meet_in_a_batch():
     print(batch_by_image(["a", "b", "a", "c", "b", "a"], 4))
     test_eq(batch_by_image(["a", "b", "a", "c", "b", "a"], 4), [[0, 2, 5], [1, 4, 3]])
@@ -272,6 +241,68 @@ def test_predictions_do_not_depend_on_their_own_answers():
     print("first turns equal:", first[0] == first[1], "| later turns equal:", later[0] == later[1])
     assert first[0] == first[1] and later[0] != later[1] and len(set(first[0])) > 1 and model.training
 
+def test_scores_by_type_and_baselines():
+    ds = LazySupervisedDataset(records, processor, folder, uint8=True)
+    metrics = ("exact", f"{folder}/my.py:score")
+    result = evaluate(
+        Oracle(ds), None, ds, metrics=metrics, train_data=ds, out=folder / "predictions.jsonl"
+    )
+    groups = ("all", "count", "yes_no")
+    test_eq(
+        result["metrics"], {"exact": dict.fromkeys(groups, 1.0), "score": dict.fromkeys(groups, 0.0)}
+    )
+    test_eq((result["n"], result["n_by_type"], result["skipped"]), (33, {"count": 6, "yes_no": 8}, []))
+    majority, blind = [result["baselines"][name]["exact"] for name in ("majority", "question_only")]
+    test_eq((blind, majority["yes_no"]), ({"all": 19 / 33, "count": 2 / 6, "yes_no": 5 / 8}, 0.5))
+    written = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    test_eq((written, json.loads(json.dumps(result))), (result["predictions"], result))
+    print(written[0])
+    test_eq(
+        written[0],
+        {
+            "id": "count-1dark.png",
+            "index": 0,
+            "image": "1dark.png",
+            "type": "count",
+            "turn": 0,
+            "question": "how many dots?",
+            "answer": "1",
+            "prediction": "1",
+            "scores": {"exact": 1.0, "score": 0.0},
+        },
+    )
+
+def test_prompts_end_where_their_answers_begin():
+    llama = golden_tokenizer("sentencepiece_like", "<s>", "</s>", "<unk>")
+    qwen = golden_tokenizer("chatml_no_bos", None, "<|im_end|>", "<|endoftext|>")
+    qwen.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    talk = [r for r in records if r["id"] in ("talk-2dark.png", "two")]
+    for tokenizer, template, end in [
+        (tok, "gemma", "<start_of_turn>model\n"),
+        (llama, "v1", "ASSISTANT:"),
+        (qwen, "hf", "<|im_start|>assistant\n"),
+    ]:
+        ds = LazySupervisedDataset(talk, processor_of(tokenizer, template), folder, uint8=True)
+        for n, r in enumerate(talk):
+            ids, turns = ds[n]["input_ids"], _turns(r)
+            prompts = _prompts(ds[n])
+            test_eq(len(prompts), len(turns))
+            for prompt, (_, question, answer) in zip(prompts, turns):
+                begun = prompt["input_ids"]
+                text = tokenizer.decode([i for i in begun.tolist() if i >= 0])
+                rest = tokenizer.decode([i for i in ids[len(begun) :].tolist() if i >= 0])
+                assert text.endswith(end) and question in text, text
+                assert rest.strip().startswith(answer), rest
+                assert torch.equal(begun, ids[: len(begun)])
+        print(f"{template:6}", [tuple(p["image_aux"].shape) for p in prompts])
+        # the second image only in the second turn
+        test_eq([tuple(p["image_aux"].shape) for p in prompts], [(1, 3, 64, 64), (2, 3, 64, 64)])
+    for bad in (record(1, None, "q", "a", "q"), record(1, None, "q"), {"id": 1, "conversations": []}):
+        with expect_fail(DataError, contains="record 1, turn"): _turns(bad)
+
 def test_records_that_cannot_be_used_are_named():
     bad = [
         record("gone", "gone.png", "<image>\nq", "a"),
@@ -303,37 +334,6 @@ def test_records_that_cannot_be_used_are_named():
     _, skipped = predict(small_model(len(tok)), short, strict=False, max_new_tokens=2)
     left = "record 'talk-1dark.png': 1 of 3 answers are left after truncation"
     test_eq([row["reason"] for row in skipped], [f"{left}; evaluate without max_length"])
-
-def test_scores_by_type_and_baselines():
-    ds = LazySupervisedDataset(records, processor, folder, uint8=True)
-    metrics = ("exact", f"{folder}/my.py:score")
-    result = evaluate(
-        Oracle(ds), None, ds, metrics=metrics, train_data=ds, out=folder / "predictions.jsonl"
-    )
-    groups = ("all", "count", "yes_no")
-    test_eq(
-        result["metrics"], {"exact": dict.fromkeys(groups, 1.0), "score": dict.fromkeys(groups, 0.0)}
-    )
-    test_eq((result["n"], result["n_by_type"], result["skipped"]), (33, {"count": 6, "yes_no": 8}, []))
-    majority, blind = [result["baselines"][name]["exact"] for name in ("majority", "question_only")]
-    test_eq((blind, majority["yes_no"]), ({"all": 19 / 33, "count": 2 / 6, "yes_no": 5 / 8}, 0.5))
-    written = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    test_eq((written, json.loads(json.dumps(result))), (result["predictions"], result))
-    print(written[0])
-    test_eq(
-        written[0],
-        {
-            "id": "count-1dark.png",
-            "index": 0,
-            "image": "1dark.png",
-            "type": "count",
-            "turn": 0,
-            "question": "how many dots?",
-            "answer": "1",
-            "prediction": "1",
-            "scores": {"exact": 1.0, "score": 0.0},
-        },
-    )
 
 def test_data_in_any_form_gives_the_same_result():
     (folder / "data.json").write_text(json.dumps(records))

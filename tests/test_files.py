@@ -49,14 +49,6 @@ def test_a_killed_writer_leaves_the_old_file():
     with expect_fail(ConfigError, contains="cannot read"): read_json(in_place)
     print("in place:", in_place.read_text())
 
-def test_rows_are_read_line_by_line():
-    write_rows(path, [{"step": 1}, {"step": 2}])
-    test_eq([json.loads(line) for line in path.read_text().splitlines()], [{"step": 1}, {"step": 2}])
-    write_rows(path, [])
-    test_eq(path.read_text(), "")
-    with expect_fail(ConfigError, contains="cannot read"):
-        read_json(path.with_name("gone.json"))
-
 def test_a_folder_is_there_completely_or_not_at_all():
     place = Path(tempfile.mkdtemp())
     with expect_fail(KeyboardInterrupt):
@@ -68,6 +60,24 @@ def test_a_folder_is_there_completely_or_not_at_all():
         with new_folder(place / "new") as part: (part / "all").write_text(text)
     print([(p.name, (p / "all").read_text()) for p in place.iterdir()])
     test_eq([(p.name, (p / "all").read_text()) for p in place.iterdir()], [("new", "first")])
+
+def test_parts_do_not_run_into_one_another():
+    print(digest("ab", "c"), digest("a", "bc"))
+    assert digest("ab", "c") != digest("a", "bc") and digest("ab") == digest(b"ab")
+    abc = Path(tempfile.mkdtemp()) / "abc"
+    abc.write_bytes(b"abc")
+    test_eq(sha256(abc)[:16], "ba7816bf8f01cfea")  # of "abc", as FIPS 180-2 gives it
+    before = file_stamp(abc)
+    abc.write_bytes(b"abcd")
+    assert file_stamp(abc) != before and file_stamp(abc)[0] == 4
+
+def test_rows_are_read_line_by_line():
+    write_rows(path, [{"step": 1}, {"step": 2}])
+    test_eq([json.loads(line) for line in path.read_text().splitlines()], [{"step": 1}, {"step": 2}])
+    write_rows(path, [])
+    test_eq(path.read_text(), "")
+    with expect_fail(ConfigError, contains="cannot read"):
+        read_json(path.with_name("gone.json"))
 
 def test_written_files_have_the_mode_of_the_umask():
     def private(path):
@@ -102,13 +112,3 @@ def test_a_cache_that_cannot_be_written_says_what_to_do():
     try: assert cache_folder().name == "vlm_lit" and cache_folder() != Path(old)
     finally: os.environ["VLM_LIT_CACHE"] = old
     test_eq(cache_folder(), Path(old))
-
-def test_parts_do_not_run_into_one_another():
-    print(digest("ab", "c"), digest("a", "bc"))
-    assert digest("ab", "c") != digest("a", "bc") and digest("ab") == digest(b"ab")
-    path = Path(tempfile.mkdtemp()) / "abc"
-    path.write_bytes(b"abc")
-    test_eq(sha256(path)[:16], "ba7816bf8f01cfea")  # of "abc", as FIPS 180-2 gives it
-    before = file_stamp(path)
-    path.write_bytes(b"abcd")
-    assert file_stamp(path) != before and file_stamp(path)[0] == 4

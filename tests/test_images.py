@@ -74,15 +74,6 @@ def test_bad_files_are_refused_with_their_path():
         ):
             open_image("good.png", root)
 
-def test_odd_names_deep_pixels_and_thin_pictures_are_refused():
-    with tempfile.TemporaryDirectory() as folder:
-        Image.fromarray(np.array([[0, 300, 65535]], dtype=np.uint16)).save(Path(folder) / "deep.png")
-        with expect_fail(DataError, contains="more than 8 bits a channel"):
-            open_image("deep.png", folder)
-        for name in ("a\0.png", "x" * 5000):
-            with expect_fail(DataError, contains="cannot be used"):
-                open_image(name, folder)
-
 def test_every_mode_becomes_rgb():
     with tempfile.TemporaryDirectory() as folder:
         for mode in ("L", "P", "RGBA", "1", "CMYK"):
@@ -100,21 +91,6 @@ def test_orientation_notes_are_obeyed():
             test_eq(np.asarray(open_image("x.jpg", folder)), np.asarray(want))
             test_eq(np.asarray(open_image("x.jpg", folder, upright=False)), np.asarray(stored))
             test_eq(open_image("x.jpg", folder).size, (24, 40) if turn in (5, 6, 7, 8) else (40, 24))
-
-def test_broken_notes_are_no_notes():
-    good, rng = saved_turned(sample_image(40, 24), 6), np.random.default_rng(0)
-    start = good.index(b"Exif\0\0") + 6
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(200):  # noise in the EXIF block: the pixels stay readable
-            bad = bytearray(good)
-            for k in rng.integers(start, start + 26, 4): bad[k] = rng.integers(256)
-            Path(folder, "x.jpg").write_bytes(bad)
-            assert sorted(open_image("x.jpg", folder).size) == [24, 40]
-        for name in ("x.png", "x.tif", "x.webp"):
-            note = Image.Exif()
-            note[ExifTags.Base.Orientation] = 6
-            sample_image(40, 24).save(Path(folder, name), exif=note)
-            test_eq(open_image(name, folder).size, (24, 40))
 
 def test_transparent_parts_are_white():
     letters = Image.new("RGBA", (60, 40), (0, 0, 0, 0))
@@ -267,13 +243,6 @@ def test_bytes_finished_later_equal_the_float_path():
     with expect_fail(DataError, contains="must be bytes"):
         finish_images(torch.zeros(1, 3, 8, 8))
 
-def test_dtype_is_taken_at_the_end():
-    bytes_ = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).repeat(1, 3, 1, 1)
-    half = finish_images(bytes_, 8, dtype=torch.bfloat16)
-    test_eq([v.dtype for v in half.values()], [torch.bfloat16] * 2)
-    for key, full in finish_images(bytes_, 8).items():
-        assert torch.equal(half[key], full.bfloat16())
-
 def test_interpolating_bytes_first_rounds():
     picture = to_bytes(resize_to_square(sample_image(), 768))
     right = finish_images(picture[None])["pixel_values"]
@@ -327,3 +296,34 @@ def test_images_come_in_any_form():
     with expect_fail(DataError, contains="got bytes"): read_image(b"png")
     with expect_fail(DataError, contains="more than 8 bits"):
         read_image(Image.new("I;16", (2, 2)))
+
+def test_odd_names_deep_pixels_and_thin_pictures_are_refused():
+    with tempfile.TemporaryDirectory() as folder:
+        Image.fromarray(np.array([[0, 300, 65535]], dtype=np.uint16)).save(Path(folder) / "deep.png")
+        with expect_fail(DataError, contains="more than 8 bits a channel"):
+            open_image("deep.png", folder)
+        for name in ("a\0.png", "x" * 5000):
+            with expect_fail(DataError, contains="cannot be used"):
+                open_image(name, folder)
+
+def test_broken_notes_are_no_notes():
+    good, rng = saved_turned(sample_image(40, 24), 6), np.random.default_rng(0)
+    start = good.index(b"Exif\0\0") + 6
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(200):  # noise in the EXIF block: the pixels stay readable
+            bad = bytearray(good)
+            for k in rng.integers(start, start + 26, 4): bad[k] = rng.integers(256)
+            Path(folder, "x.jpg").write_bytes(bad)
+            assert sorted(open_image("x.jpg", folder).size) == [24, 40]
+        for name in ("x.png", "x.tif", "x.webp"):
+            note = Image.Exif()
+            note[ExifTags.Base.Orientation] = 6
+            sample_image(40, 24).save(Path(folder, name), exif=note)
+            test_eq(open_image(name, folder).size, (24, 40))
+
+def test_dtype_is_taken_at_the_end():
+    bytes_ = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).repeat(1, 3, 1, 1)
+    half = finish_images(bytes_, 8, dtype=torch.bfloat16)
+    test_eq([v.dtype for v in half.values()], [torch.bfloat16] * 2)
+    for key, full in finish_images(bytes_, 8).items():
+        assert torch.equal(half[key], full.bfloat16())

@@ -375,24 +375,6 @@ def test_bf16_inputs_lose_nothing():
         assert relative(after, want.bfloat16(), found) < 1e-3
         assert relative(plain, want.bfloat16(), found) > 5e-3
 
-def test_inference_mixed_precision_and_adapters():
-    axis_weights.cache_clear()
-    with torch.inference_mode(): axis_weights(3, 9, 3)
-    assert not axis_weights(3, 9, 3)[1].is_inference()
-    (axis_weights(3, 9, 3)[1] * torch.ones(3, requires_grad=True)).sum().backward()
-    mining, low, maps = example(layers=PatchInfoMining)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        out = mining(low, maps)
-        seen = mining.attention(low, maps)
-    # autocast does not reach inside
-    assert torch.equal(out, mining(low, maps)) and torch.equal(seen, mining.attention(low, maps))
-    adapted = copy.deepcopy(mining)
-    adapted.vlm_uni_val_projector[0] = nn.Identity()  # as an adapter of layer norms would stand there
-    with expect_fail(ConfigError, contains="put 'mining' into modules_to_save"):
-        adapted(low, maps)
-    flat = [torch.ones_like(m) for m in maps]  # no deviation at all: LayerNorm's epsilon, and no NaN
-    test_close(mining(low, flat), mining_in_windows(mining, low, flat), eps=1e-3)
-
 def test_layers_in_the_place_of_linear_ones_are_called():
     from peft import LoraConfig, get_peft_model
 
@@ -565,3 +547,21 @@ def test_cutting_before_enlarging_leaves_seams():
     seam = (enlarge(coarse)[..., :12] - enlarge(coarse[..., :3])).abs().amax((0, 1, 2))
     print("difference in the columns of the left half:", seam)
     assert (seam[:-2] == 0).all() and (seam[-2:] > 0.1).all()
+
+def test_inference_mixed_precision_and_adapters():
+    axis_weights.cache_clear()
+    with torch.inference_mode(): axis_weights(3, 9, 3)
+    assert not axis_weights(3, 9, 3)[1].is_inference()
+    (axis_weights(3, 9, 3)[1] * torch.ones(3, requires_grad=True)).sum().backward()
+    mining, low, maps = example(layers=PatchInfoMining)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = mining(low, maps)
+        seen = mining.attention(low, maps)
+    # autocast does not reach inside
+    assert torch.equal(out, mining(low, maps)) and torch.equal(seen, mining.attention(low, maps))
+    adapted = copy.deepcopy(mining)
+    adapted.vlm_uni_val_projector[0] = nn.Identity()  # as an adapter of layer norms would stand there
+    with expect_fail(ConfigError, contains="put 'mining' into modules_to_save"):
+        adapted(low, maps)
+    flat = [torch.ones_like(m) for m in maps]  # no deviation at all: LayerNorm's epsilon, and no NaN
+    test_close(mining(low, flat), mining_in_windows(mining, low, flat), eps=1e-3)

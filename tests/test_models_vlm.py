@@ -273,21 +273,6 @@ def test_frozen_language_model_in_bf16():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         test_close(model(**small_batch()).loss, want, eps=0.05)
 
-def test_image_shown_twice_is_encoded_once():
-    torch.manual_seed(0)
-    model, one = VLM(small_config()).eval(), sentinel_batch()
-    twice = {
-        **one,
-        "input_ids": torch.tensor([[2, -200, 20, 1], [2, -200, 30, 1]]),
-        "labels": torch.tensor([[-100, -100, 20, 1], [-100, -100, 30, 1]]),
-        "attention_mask": torch.ones(2, 4).bool(),
-    }
-    with torch.no_grad():
-        indexed = model(**twice, image_index=torch.tensor([0, 0])).logits
-        images = {key: one[key].repeat(2, 1, 1, 1) for key in ("pixel_values", "pixel_values_aux")}
-        repeated = model(**{**twice, **images}).logits
-    test_close(indexed, repeated, eps=1e-5)
-
 def test_padding_changes_nothing():
     torch.manual_seed(0)
     model, batch = VLM(small_config()).eval(), plain(small_batch())
@@ -361,27 +346,6 @@ def test_packed_samples_do_not_see_each_other():
             assert (other[:3] - packed[:3]).abs().max() > 1e-3  # sample 1 did change
             # and the others did not notice
             assert (other[3:] - packed[3:]).abs().max() < 1e-6, (family, attention)
-
-def test_collator_and_model_agree_on_packed_rows():
-    model = packing_model()
-    samples = packing_samples()
-    packs = DataCollatorForSupervisedDataset.for_model(model.config, 0, max_length=44)
-    batch = packs(samples)
-    test_eq(batch["input_ids"].shape[0], 1)  # 20 + 20 + 3 positions
-    test_eq([num_tokens_with_images(s["input_ids"], 16) for s in samples], [20, 20, 3])
-    padded = DataCollatorForSupervisedDataset.for_model(model.config, 0, supervised_only=True)(samples)
-    sentinels = DataCollatorForSupervisedDataset(0)(samples)
-    with torch.no_grad():
-        loss = model(**batch, num_items_in_batch=1).loss
-        test_close(loss, model(**padded, num_items_in_batch=1).loss, eps=1e-4)
-        test_close(loss, model(**sentinels, num_items_in_batch=1).loss, eps=1e-4)
-    # labels that somebody else joined: no 11, no second 2
-    careless = {**batch, "labels": torch.where(batch["attention_mask"], batch["input_ids"], -100)}
-    with torch.no_grad(): n_supervised = len(model(**careless).token_losses)
-    test_eq(n_supervised, len([20, 21, 22, 30, 31, 32, 40, 41]))
-    model.language_model.config._attn_implementation = "flash_attention_2"
-    with expect_fail(ConfigError, contains="packed rows need attention"):
-        model(**batch)
 
 def test_other_ways_to_pack_leak():
     samples, model = packing_samples(), packing_model("gemma", "eager")
@@ -733,3 +697,39 @@ def test_calibrated_rows_are_as_large_as_words():
     pixels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)  # bytes will do
     before, words = match_embedding_scale(model, None, pixels)
     test_close(rms(model.encode_images(None, pixels)), words, eps=1e-4)
+
+def test_image_shown_twice_is_encoded_once():
+    torch.manual_seed(0)
+    model, one = VLM(small_config()).eval(), sentinel_batch()
+    twice = {
+        **one,
+        "input_ids": torch.tensor([[2, -200, 20, 1], [2, -200, 30, 1]]),
+        "labels": torch.tensor([[-100, -100, 20, 1], [-100, -100, 30, 1]]),
+        "attention_mask": torch.ones(2, 4).bool(),
+    }
+    with torch.no_grad():
+        indexed = model(**twice, image_index=torch.tensor([0, 0])).logits
+        images = {key: one[key].repeat(2, 1, 1, 1) for key in ("pixel_values", "pixel_values_aux")}
+        repeated = model(**{**twice, **images}).logits
+    test_close(indexed, repeated, eps=1e-5)
+
+def test_collator_and_model_agree_on_packed_rows():
+    model = packing_model()
+    samples = packing_samples()
+    packs = DataCollatorForSupervisedDataset.for_model(model.config, 0, max_length=44)
+    batch = packs(samples)
+    test_eq(batch["input_ids"].shape[0], 1)  # 20 + 20 + 3 positions
+    test_eq([num_tokens_with_images(s["input_ids"], 16) for s in samples], [20, 20, 3])
+    padded = DataCollatorForSupervisedDataset.for_model(model.config, 0, supervised_only=True)(samples)
+    sentinels = DataCollatorForSupervisedDataset(0)(samples)
+    with torch.no_grad():
+        loss = model(**batch, num_items_in_batch=1).loss
+        test_close(loss, model(**padded, num_items_in_batch=1).loss, eps=1e-4)
+        test_close(loss, model(**sentinels, num_items_in_batch=1).loss, eps=1e-4)
+    # labels that somebody else joined: no 11, no second 2
+    careless = {**batch, "labels": torch.where(batch["attention_mask"], batch["input_ids"], -100)}
+    with torch.no_grad(): n_supervised = len(model(**careless).token_losses)
+    test_eq(n_supervised, len([20, 21, 22, 30, 31, 32, 40, 41]))
+    model.language_model.config._attn_implementation = "flash_attention_2"
+    with expect_fail(ConfigError, contains="packed rows need attention"):
+        model(**batch)

@@ -67,28 +67,6 @@ def test_conversations_of_any_form_are_read_alike():
     talk = read_conversation(talk, [photo])[0]["conversations"]
     test_eq([t["value"] for t in talk], ["be brief", "<image>\nhi", "yes?", "what?"])
 
-def test_images_are_given_to_conversations():
-    from vlm_lit.processor import _split_conversations, _split_images
-
-    test_eq(_split_images(None, 3), [[], [], []])
-    assert _split_images(photo, 2) == [[photo], [photo]]
-    assert _split_images([photo, None], 2) == [[photo], []]
-    assert _split_images([[photo, other], other], 2) == [[photo, other], [other]]
-    for one in (photo, [photo], [[photo]]):
-        assert _split_images(one, 1) == [[photo]]
-    assert _split_images([photo, other], 1) == [[photo, other]]
-    pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    test_eq([len(own) for own in _split_images(pixels, 1)], [2])
-    test_eq([len(own) for own in _split_images(pixels, 2)], [1, 1])
-    test_eq((_split_conversations("a"), _split_conversations(["a", "b"])), (["a"], ["a", "b"]))
-    turns = [{"from": "human", "value": "a"}]
-    test_eq(_split_conversations(turns), [turns])
-    with expect_fail(DataError, contains="2 conversations and a list of 3 images"):
-        _split_images([photo] * 3, 2)
-    for wrong in ([], None, 7):
-        with expect_fail(DataError, contains="a question or a list of turns"):
-            _split_conversations(wrong)
-
 def test_paths_in_messages_need_a_folder():
     def ask(**part):
         parts = [{"type": "image", **part}, {"type": "text", "text": "what?"}]
@@ -125,70 +103,6 @@ def test_processor_pads_and_keeps_equal_images_once():
         test_eq(ids.tolist(), alone["input_ids"][0].tolist())
     test_eq(sorted(processor("hello")), ["attention_mask", "input_ids"])
     test_eq(processor(["a", "b"], photo)["image_index"].tolist(), [0, 0])  # one image, shown to all
-
-def test_processor_takes_what_the_model_holds_and_cuts_at_stops():
-    config = SimpleNamespace(
-        image_size=32,
-        image_size_aux=48,
-        image_grid=2,
-        image_global=True,
-        num_image_tokens=9,
-        image_mean=(0.1, 0.2, 0.3),
-        image_std=(0.4, 0.5, 0.6),
-        image_token_id=256_000,
-        vision_aux_config=None,
-    )
-    own = VLMProcessor.for_model(config, tok, aspect="pad")
-    kept = own.to_dict()
-    want = {
-        "image_size": 32,
-        "image_size_aux": 48,
-        "image_grid": 2,
-        "image_global": True,
-        "aspect": "pad",
-        "image_mean": [0.1, 0.2, 0.3],
-        "image_std": [0.4, 0.5, 0.6],
-        "num_image_tokens": 9,
-        "has_aux": False,
-    }
-    test_eq({key: kept["image_processor"][key] for key in want}, want)
-    test_eq((kept["template"], kept["control_tokens"]), ("gemma", "refuse"))
-    test_eq(kept["image_token_id"], 256_000)
-    test_eq(tuple(own("a", photo)["pixel_values"].shape), (1, 5, 3, 32, 32))
-    test_eq(own._get_num_multimodal_tokens([(9, 9), (5, 5)])["num_image_tokens"], [9, 9])
-    written = tok("blue<end_of_turn>\nred", add_special_tokens=False).input_ids
-    test_eq(own.answers(torch.tensor([written, written])), ["blue"] * 2)
-    prompt = own("what?", photo)
-    whole = torch.cat([prompt["input_ids"], torch.tensor([written])], 1)
-    test_eq(own.answers(whole, prompt), ["blue"])
-    test_eq(own.answers(SimpleNamespace(sequences=whole), prompt), ["blue"])
-    test_eq(own.decode(whole[0]).split("model\n")[1], "blue<end_of_turn>\nred")
-    assert own.post_process_image_text_to_text(whole)[0].startswith("user\n")
-    plain = VLMProcessor(tok, template="plain")
-    test_eq(plain.answers([tok("blue\nred").input_ids]), ["blue"])
-    test_eq(own.answers([[107, 0], [], [1, 5]]), ["", "", ""])  # answers that end at once
-    bare = golden_tokenizer("chatml_no_bos", None, "<|im_end|>", "<|endoftext|>")
-    given = VLMProcessor(bare, template="hf", chat_template=qwen.chat_template)
-    whole = VLMProcessor(qwen, template="hf")
-    test_eq(given("a")["input_ids"].tolist(), whole("a")["input_ids"].tolist())
-    changed = VLMProcessor.for_model(config, bare, "hf", chat_template=qwen.chat_template + " ")
-    test_eq(changed.chat_template, qwen.chat_template + " ")
-    model = SimpleNamespace(generation_config=GenerationConfig())
-    plain.set_generation_config(model)
-    test_eq((model.generation_config.eos_token_id, model.generation_config.pad_token_id), ([1, 108], 0))
-    with expect_fail(ConfigError, contains="image_token_id 17534 is the token"):
-        VLMProcessor(tok, image_token_id=17534)
-    with expect_fail(ConfigError, contains="aspect belongs to the image processor"):
-        VLMProcessor(tok, own.image_processor, aspect="pad")
-
-def test_processor_comes_back_from_a_folder():
-    folder = Path(tempfile.mkdtemp())
-    own = VLMProcessor(qwen, template="hf", image_size=28, aspect="pad", num_image_tokens=5)
-    own.save_pretrained(folder)
-    print(sorted(p.name for p in folder.iterdir()))
-    again = VLMProcessor.from_pretrained(folder)
-    test_eq((again.template, again.image_processor.to_dict()), ("hf", own.image_processor.to_dict()))
-    test_eq(again("a", photo)["input_ids"].tolist(), own("a", photo)["input_ids"].tolist())
 
 def test_rendered_prompts_give_the_ids_of_their_conversation():
     for own, template in ((tok, "gemma"), (llama, "v1"), (qwen, "hf")):
@@ -369,3 +283,89 @@ def test_processor_names_what_disagrees():
         VLMProcessor(tok, template="hf")
     escaped = VLMProcessor(llama, template="v1", control_tokens="escape")("x</s>")
     assert llama.eos_token_id not in escaped["input_ids"]
+
+def test_images_are_given_to_conversations():
+    from vlm_lit.processor import _split_conversations, _split_images
+
+    test_eq(_split_images(None, 3), [[], [], []])
+    assert _split_images(photo, 2) == [[photo], [photo]]
+    assert _split_images([photo, None], 2) == [[photo], []]
+    assert _split_images([[photo, other], other], 2) == [[photo, other], [other]]
+    for one in (photo, [photo], [[photo]]):
+        assert _split_images(one, 1) == [[photo]]
+    assert _split_images([photo, other], 1) == [[photo, other]]
+    pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    test_eq([len(own) for own in _split_images(pixels, 1)], [2])
+    test_eq([len(own) for own in _split_images(pixels, 2)], [1, 1])
+    test_eq((_split_conversations("a"), _split_conversations(["a", "b"])), (["a"], ["a", "b"]))
+    turns = [{"from": "human", "value": "a"}]
+    test_eq(_split_conversations(turns), [turns])
+    with expect_fail(DataError, contains="2 conversations and a list of 3 images"):
+        _split_images([photo] * 3, 2)
+    for wrong in ([], None, 7):
+        with expect_fail(DataError, contains="a question or a list of turns"):
+            _split_conversations(wrong)
+
+def test_processor_takes_what_the_model_holds_and_cuts_at_stops():
+    config = SimpleNamespace(
+        image_size=32,
+        image_size_aux=48,
+        image_grid=2,
+        image_global=True,
+        num_image_tokens=9,
+        image_mean=(0.1, 0.2, 0.3),
+        image_std=(0.4, 0.5, 0.6),
+        image_token_id=256_000,
+        vision_aux_config=None,
+    )
+    own = VLMProcessor.for_model(config, tok, aspect="pad")
+    kept = own.to_dict()
+    want = {
+        "image_size": 32,
+        "image_size_aux": 48,
+        "image_grid": 2,
+        "image_global": True,
+        "aspect": "pad",
+        "image_mean": [0.1, 0.2, 0.3],
+        "image_std": [0.4, 0.5, 0.6],
+        "num_image_tokens": 9,
+        "has_aux": False,
+    }
+    test_eq({key: kept["image_processor"][key] for key in want}, want)
+    test_eq((kept["template"], kept["control_tokens"]), ("gemma", "refuse"))
+    test_eq(kept["image_token_id"], 256_000)
+    test_eq(tuple(own("a", photo)["pixel_values"].shape), (1, 5, 3, 32, 32))
+    test_eq(own._get_num_multimodal_tokens([(9, 9), (5, 5)])["num_image_tokens"], [9, 9])
+    written = tok("blue<end_of_turn>\nred", add_special_tokens=False).input_ids
+    test_eq(own.answers(torch.tensor([written, written])), ["blue"] * 2)
+    prompt = own("what?", photo)
+    whole = torch.cat([prompt["input_ids"], torch.tensor([written])], 1)
+    test_eq(own.answers(whole, prompt), ["blue"])
+    test_eq(own.answers(SimpleNamespace(sequences=whole), prompt), ["blue"])
+    test_eq(own.decode(whole[0]).split("model\n")[1], "blue<end_of_turn>\nred")
+    assert own.post_process_image_text_to_text(whole)[0].startswith("user\n")
+    plain = VLMProcessor(tok, template="plain")
+    test_eq(plain.answers([tok("blue\nred").input_ids]), ["blue"])
+    test_eq(own.answers([[107, 0], [], [1, 5]]), ["", "", ""])  # answers that end at once
+    bare = golden_tokenizer("chatml_no_bos", None, "<|im_end|>", "<|endoftext|>")
+    given = VLMProcessor(bare, template="hf", chat_template=qwen.chat_template)
+    whole = VLMProcessor(qwen, template="hf")
+    test_eq(given("a")["input_ids"].tolist(), whole("a")["input_ids"].tolist())
+    changed = VLMProcessor.for_model(config, bare, "hf", chat_template=qwen.chat_template + " ")
+    test_eq(changed.chat_template, qwen.chat_template + " ")
+    model = SimpleNamespace(generation_config=GenerationConfig())
+    plain.set_generation_config(model)
+    test_eq((model.generation_config.eos_token_id, model.generation_config.pad_token_id), ([1, 108], 0))
+    with expect_fail(ConfigError, contains="image_token_id 17534 is the token"):
+        VLMProcessor(tok, image_token_id=17534)
+    with expect_fail(ConfigError, contains="aspect belongs to the image processor"):
+        VLMProcessor(tok, own.image_processor, aspect="pad")
+
+def test_processor_comes_back_from_a_folder():
+    folder = Path(tempfile.mkdtemp())
+    own = VLMProcessor(qwen, template="hf", image_size=28, aspect="pad", num_image_tokens=5)
+    own.save_pretrained(folder)
+    print(sorted(p.name for p in folder.iterdir()))
+    again = VLMProcessor.from_pretrained(folder)
+    test_eq((again.template, again.image_processor.to_dict()), ("hf", own.image_processor.to_dict()))
+    test_eq(again("a", photo)["input_ids"].tolist(), own("a", photo)["input_ids"].tolist())

@@ -83,6 +83,21 @@ def test_wrong_answers_come_first_up_to_half():
     test_eq(len(pick_samples([False] * 3 + [True] * 1, 8)), 4)
     test_eq(pick_samples([False] * 10, 4), [0, 2, 5, 7])
 
+def test_audit_page_escapes_what_the_data_says():
+    page = audit_page(report, "<Audit>")
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<title>&lt;Audit&gt;</title>" in page
+    assert "NOT OK" in page and "image_missing" in page and "data:image/png;base64," in page
+    assert page.count("<tr") == page.count("</tr>") == 1 + 2 + 1 + 7 + len(report["settings"])
+    lines = audit_lines(report)
+    assert lines[0] == report["verdict"]
+    assert any("control_tokens" in line for line in lines)
+    assert any("turn 0" in line for line in lines)
+    assert not any("\x1b" in line for line in audit_lines({**report, "verdict": "\x1b[31m"}))
+    right = audit(doubtful[:3], load_tokenizer("gemma"), AuditSettings(image_folder=audited))
+    assert "No findings." in audit_page(right)
+
 def test_sheets_show_any_rows():
     def titles(rows, **kwargs):
         return [ax.get_title() for ax in plot_samples(rows, ds, **kwargs).axes if ax.get_title()]
@@ -102,18 +117,3 @@ def test_sheets_show_any_rows():
     assert max(len(line) for line in titles([odd])[0].split("\n")) == 42
     test_eq(titles([{**sheet[0], "image": ["0.png", "1.png"]}]), titles(sheet[:1]))
     test_eq(titles([]), [])
-
-def test_audit_page_escapes_what_the_data_says():
-    page = audit_page(report, "<Audit>")
-    assert "<script>" not in page
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert "<title>&lt;Audit&gt;</title>" in page
-    assert "NOT OK" in page and "image_missing" in page and "data:image/png;base64," in page
-    assert page.count("<tr") == page.count("</tr>") == 1 + 2 + 1 + 7 + len(report["settings"])
-    lines = audit_lines(report)
-    assert lines[0] == report["verdict"]
-    assert any("control_tokens" in line for line in lines)
-    assert any("turn 0" in line for line in lines)
-    assert not any("\x1b" in line for line in audit_lines({**report, "verdict": "\x1b[31m"}))
-    right = audit(doubtful[:3], load_tokenizer("gemma"), AuditSettings(image_folder=audited))
-    assert "No findings." in audit_page(right)

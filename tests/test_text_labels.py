@@ -475,35 +475,6 @@ def test_ids_of_generation_are_a_prefix_of_ids_of_training():
     prefix_law()
     print("150 conversations, none breaks the law")
 
-def test_what_cannot_be_answered_or_supervised_is_said():
-    human, gpt = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
-    with expect_fail(DataError, contains="generation needs a question"):
-        generation_ids([human, gpt], tok, has_image=False)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        greeted = generation_ids([gpt, human], tok, has_image=False)
-        test_eq(greeted.tolist(), generation_ids([human], tok, has_image=False).tolist())
-        preprocess([[human]], tok, has_image=False, records=["r"])
-    assert "record 'r': nothing in it is supervised" in str(caught[-1].message)
-    assert "\x1b" not in repr(LabelStrip([tok("\x1b[31m").input_ids[1]], [1], tok))
-
-def test_plain_template_learns_the_caption_and_its_newline():
-    out = preprocess([source], tok, template="plain")
-    test_eq(out["input_ids"][0].tolist(), [2, -200, 1175, 3741, 9488, 45189, 2656, 108])
-    test_eq(out["labels"][0].tolist(), [-100, -100, 1175, 3741, 9488, 45189, 2656, 108])
-    test_eq(generation_ids(source[:1], tok, template="plain").tolist(), [2, -200])
-
-def test_batch_and_single_calls_give_the_same():
-    talks = [
-        [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
-        for q, a in [("<image>\na", "b"), ("c\n<image>", "\nd"), ("e<image>f", " g ")]
-    ]
-    many = preprocess(preprocess_multimodal(talks), tok)
-    for n, talk in enumerate(talks):
-        one = preprocess(preprocess_multimodal([talk]), tok)
-        test_eq(one["input_ids"][0].tolist(), many["input_ids"][n].tolist())
-        test_eq(one["labels"][0].tolist(), many["labels"][n].tolist())
-
 def test_empty_answer_loses_its_turn_and_not_the_sample():
     wrong = [row for row in rows if row["verdict"] == "mgm_wrong" and row["template"] == "v1"]
     row = next(row for row in wrong if len(row["conversations"]) > 2)
@@ -619,3 +590,32 @@ def test_text_path_is_several_times_faster_than_counting():
         f"{own['ratio_raw']:.1f} times"
         )
         assert own["ratio_ours"] >= bar
+
+def test_what_cannot_be_answered_or_supervised_is_said():
+    human, gpt = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
+    with expect_fail(DataError, contains="generation needs a question"):
+        generation_ids([human, gpt], tok, has_image=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        greeted = generation_ids([gpt, human], tok, has_image=False)
+        test_eq(greeted.tolist(), generation_ids([human], tok, has_image=False).tolist())
+        preprocess([[human]], tok, has_image=False, records=["r"])
+    assert "record 'r': nothing in it is supervised" in str(caught[-1].message)
+    assert "\x1b" not in repr(LabelStrip([tok("\x1b[31m").input_ids[1]], [1], tok))
+
+def test_plain_template_learns_the_caption_and_its_newline():
+    out = preprocess([source], tok, template="plain")
+    test_eq(out["input_ids"][0].tolist(), [2, -200, 1175, 3741, 9488, 45189, 2656, 108])
+    test_eq(out["labels"][0].tolist(), [-100, -100, 1175, 3741, 9488, 45189, 2656, 108])
+    test_eq(generation_ids(source[:1], tok, template="plain").tolist(), [2, -200])
+
+def test_batch_and_single_calls_give_the_same():
+    talks = [
+        [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
+        for q, a in [("<image>\na", "b"), ("c\n<image>", "\nd"), ("e<image>f", " g ")]
+    ]
+    many = preprocess(preprocess_multimodal(talks), tok)
+    for n, talk in enumerate(talks):
+        one = preprocess(preprocess_multimodal([talk]), tok)
+        test_eq(one["input_ids"][0].tolist(), many["input_ids"][n].tolist())
+        test_eq(one["labels"][0].tolist(), many["labels"][n].tolist())

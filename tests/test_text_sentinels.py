@@ -264,6 +264,23 @@ def test_tag_in_an_answer_gets_no_sentinel():
     test_eq(ids.count(-200), 1)
     assert tok.decode([i for i in ids if i >= 0]).count("<image>") == 1
 
+def test_tags_and_pictures_must_be_equally_many():
+    source = [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "an <image> tag"},
+    ]
+    check_image_count(source, 1)
+    with expect_fail(DataError, contains="record 7: 1 <image> tag(s) for 2 image(s)"):
+        check_image_count(source, 2, record=7)
+    with expect_fail(DataError, contains="1 <image> tag(s) for 0"):
+        check_image_count(source, 0)
+
+def test_an_image_counts_as_all_its_tokens():
+    ids = torch.tensor([2, IMAGE_TOKEN_INDEX, 108, IMAGE_TOKEN_INDEX, 5])
+    print(len(ids), "->", num_tokens_with_images(ids, 576))
+    assert num_tokens_with_images(ids, 576) == 3 + 2 * 576
+    assert num_tokens_with_images(ids, 1) == 5
+
 def test_empty_prompts_and_batches_are_no_trouble():
     for t in (tok, *families.values()):
         empty, some = Rendered("", ()), Rendered("a", (("a", Segment.ANSWER),))
@@ -290,20 +307,3 @@ def test_spaces_are_added_first_or_always_or_never():
     ]
     for normalizer, pre, expected in cases:
         test_eq(added_space(backend(normalizer, pre)), expected)
-
-def test_tags_and_pictures_must_be_equally_many():
-    source = [
-        {"from": "human", "value": "<image>\nWhat is it?"},
-        {"from": "gpt", "value": "an <image> tag"},
-    ]
-    check_image_count(source, 1)
-    with expect_fail(DataError, contains="record 7: 1 <image> tag(s) for 2 image(s)"):
-        check_image_count(source, 2, record=7)
-    with expect_fail(DataError, contains="1 <image> tag(s) for 0"):
-        check_image_count(source, 0)
-
-def test_an_image_counts_as_all_its_tokens():
-    ids = torch.tensor([2, IMAGE_TOKEN_INDEX, 108, IMAGE_TOKEN_INDEX, 5])
-    print(len(ids), "->", num_tokens_with_images(ids, 576))
-    assert num_tokens_with_images(ids, 576) == 3 + 2 * 576
-    assert num_tokens_with_images(ids, 1) == 5

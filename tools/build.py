@@ -19,7 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS, TESTS = ROOT / "nbs", ROOT / "tests"
 EXPORTS = {"export", "exporti"}
 SCOPES = ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp
-ORDER = ["[0-9]*.ipynb", "walkthrough.ipynb", "own_data.ipynb", "other_trainers.ipynb"]
+ORDER = [
+    "[0-9]*.ipynb",
+    "walkthrough.ipynb",
+    "walkthrough_step.ipynb",
+    "own_data.ipynb",
+    "other_trainers.ipynb",
+]
 ORDER += ["alignment.ipynb", "index.ipynb"]
 
 def notebooks(names=()):

@@ -10,7 +10,7 @@ notebook ran, and if the derived test has, where that ran.
 import argparse, os, re, subprocess, sys, tempfile, time
 from collections import Counter
 from pathlib import Path
-import build, warm
+import book, build, warm
 
 BIN = Path(sys.executable).parent
 ENV = {
@@ -135,6 +135,24 @@ def check_layout():
     code, text = sh(sys.executable, build.ROOT / "tools/format.py", "--check")
     return f"run `python tools/format.py`:\n{text}" if code else ""
 
+BOOK = ["names"]  # rules of tools/book.py that hold; one is added as soon as all notebooks keep it
+
+def check_book():
+    "Notebooks keep the rules of tools/book.py, and translations change nothing but prose."
+    troubles = [f"{rule}: {line}" for rule in BOOK for line in book.broken(rule)]
+    return "\n".join(troubles + book.compare_translations())
+
+def list_claims(shown=20):
+    "Print numbers in Markdown that no cell of their section holds; that is no failure."
+    lines = book.claim_lines()
+    print(
+        f"       claims: {len(lines)} numbers in Markdown are in no cell of their section",
+        flush=True,
+    )
+    for line in lines[:shown]: print(f"       {line}")
+    if lines[shown:]:
+        print("       all: python tools/book.py --claims", flush=True)
+
 CHECKS = [
     check_lint,
     check_types,
@@ -145,6 +163,7 @@ CHECKS = [
     check_outputs,
     check_derived,
     check_readme,
+    check_book,
 ]
 
 def run_all(workers, slow):
@@ -204,6 +223,7 @@ def main():
         outcomes[check.__name__] = "failed" if trouble else "passed"
         print(f"{'FAILED' if trouble else 'ok':7}{check.__doc__}", flush=True)
         if trouble: print(trouble, flush=True)
+    list_claims()
     print(f"       file checks: {time.time() - began:.0f} s", flush=True)
     warm.import_heavy()
     print(f"       imports: {time.time() - began:.0f} s", flush=True)

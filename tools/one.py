@@ -2,10 +2,10 @@
 
     python tools/one.py 05_labels
 
-Exports the package, runs the notebook and stores its outputs, derives the tests, runs those of
-this notebook, and checks its layout and its module. A marked cell that took longer than a second
-has been a test already; as a derived test, only its names are resolved. What other notebooks make
-of a change is for `make test` to find.
+Writes what all notebooks share, exports the package, runs the notebook and stores its outputs,
+derives the tests, runs those of this notebook, and checks its layout and its module. A marked cell
+that took longer than a second has been a test already; as a derived test, only its names are
+resolved. What other notebooks make of a change is for `make test` to find.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import book
 import build
 import check
 import warm
@@ -28,6 +29,10 @@ def step(title, function, *args):
     print(f"{'FAILED' if trouble else 'ok':7}{title}, {time.time() - began:.0f} s", flush=True)
     if trouble: print(trouble, flush=True)
     return not trouble
+
+def rewrite(path):
+    "Write the structure that all notebooks share."
+    book.rewrite(path)
 
 def run_notebook(path, seconds):
     "Run the notebook and store its outputs; seconds of its marked cells go into a dictionary."
@@ -59,6 +64,7 @@ def main():
         )
     path, seconds = found[0], {}
     os.chdir(build.ROOT)
+    step("opening line, links, checks at the end", rewrite, path)
     if not step("export", build.export): sys.exit(1)
     warming = threading.Thread(target=warm.import_heavy)  # while the kernel is busy
     warming.start()

@@ -70,7 +70,7 @@ class DataError(ValueError):
         if self.turn is None: self.turn = turn
         return self
 
-# %% ../nbs/00_core.ipynb #c017
+# %% ../nbs/00_core.ipynb #c016
 def nearest(
     name: str,  # As somebody wrote it
     known: Iterable,  # Names that exist
@@ -79,7 +79,7 @@ def nearest(
     found = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     return found[0] if found else None
 
-# %% ../nbs/00_core.ipynb #c020
+# %% ../nbs/00_core.ipynb #c019
 def first_values(
     values: Sequence,  # Flat, of numbers
     n: int = 6,  # How many to write
@@ -114,7 +114,7 @@ def peek(
     for row in rows:
         print("  ".join([*(cell.ljust(w) for cell, w in zip(row[:4], widths)), row[4]]).rstrip())
 
-# %% ../nbs/00_core.ipynb #c025
+# %% ../nbs/00_core.ipynb #c023
 def progress_console() -> Console:
     "Standard error; a terminal only if it is one, and not the output of a notebook."
     return Console(

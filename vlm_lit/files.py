@@ -64,7 +64,7 @@ def read_json(
     except (OSError, ValueError) as e:
         raise ConfigError(f"cannot read {str(path)!r}: {e}") from e
 
-# %% ../nbs/01a_files.ipynb #c014
+# %% ../nbs/01a_files.ipynb #c013
 def cache_folder() -> Path:
     "Where indexes and converted weights are kept: VLM_LIT_CACHE, or the platform's own place."
     if own := os.environ.get("VLM_LIT_CACHE"):
@@ -108,7 +108,7 @@ def new_folder(
             if not folder.is_dir(): raise  # else: another process was faster
     finally: shutil.rmtree(part, ignore_errors=True)
 
-# %% ../nbs/01a_files.ipynb #c019
+# %% ../nbs/01a_files.ipynb #c016
 def digest(
     *parts,  # Bytes or text
 ) -> str:  # 32 hexadecimal digits

@@ -56,7 +56,7 @@ def plain_function(
         "argument to Breakpoint, and call that one"
     )
 
-# %% ../../nbs/91_stop_lines.ipynb #c013
+# %% ../../nbs/91_stop_lines.ipynb #c012
 def source_lines(
     func: types.FunctionType,
 ) -> dict[int, str]:  # Line number in the file -> line
@@ -92,7 +92,7 @@ def find_line(
         )
     raise ConfigError(f"at={at!r} is in no line of:\n{numbered(lines)}")
 
-# %% ../../nbs/91_stop_lines.ipynb #c025
+# %% ../../nbs/91_stop_lines.ipynb #c023
 def span(
     node: ast.AST,  # A statement, an `except` or a `case`
     # (line, column) of its start, and of its end or of its body's start
@@ -136,7 +136,7 @@ def statement_at(
     "The outermost statement that this line is part of."
     return next((node for node in nodes if span(node)[0][0] <= line <= last_line(node)), None)
 
-# %% ../../nbs/91_stop_lines.ipynb #c028
+# %% ../../nbs/91_stop_lines.ipynb #c026
 def starts(
     code: types.CodeType,  # Compiled code
     node: ast.AST,  # A statement of its source
@@ -169,7 +169,7 @@ def starts(
         found.append(again)
     return frozenset(steps[k].offset for k in found)
 
-# %% ../../nbs/91_stop_lines.ipynb #c032
+# %% ../../nbs/91_stop_lines.ipynb #c030
 class Stop(NamedTuple):
     "A place to stop: one statement of one code object."
 

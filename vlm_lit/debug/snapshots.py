@@ -100,7 +100,7 @@ def snapshot(
     try: return memo.setdefault(id(value), copy_leaf(value))
     except Exception as e: return memo.setdefault(id(value), failure(e))
 
-# %% ../../nbs/92_snapshots.ipynb #c016
+# %% ../../nbs/92_snapshots.ipynb #c015
 @contextlib.contextmanager
 def same_randomness():
     """Put back the random states of Python, NumPy and PyTorch at the end; those not imported are
@@ -135,7 +135,7 @@ def evaluate(
     copies = snapshot({name: variables[name] for name in names if name in variables})
     return snapshot(eval(expression, {**variables, **copies}))
 
-# %% ../../nbs/92_snapshots.ipynb #c023
+# %% ../../nbs/92_snapshots.ipynb #c022
 def both(
     mine,  # A frame's local tracer, or None
     theirs,  # The one that another tool wants for the same frame, or None
@@ -238,7 +238,7 @@ class LineStop(bdb.Bdb):
             if self.on_call: self.on_call(frame)
         return both(mine, theirs, lines)
 
-# %% ../../nbs/92_snapshots.ipynb #n03329
+# %% ../../nbs/92_snapshots.ipynb #c028
 def set_local(
     frame: types.FrameType,  # Of a function that is running
     name: str,  # One of its variables

@@ -595,7 +595,7 @@ AutoImageProcessor.register(VLMConfig, slow_image_processor_class=VLMImageProces
 # `Trainer` shifts labels, for smoothing, where a class is named here
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["vlm_lit"] = "VLM"
 
-# %% ../../nbs/09b_model.ipynb #c067
+# %% ../../nbs/09b_model.ipynb #c065
 def rms(x: torch.Tensor) -> float:
     "Root mean square of all elements."
     return float(x.detach().float().pow(2).mean().sqrt())

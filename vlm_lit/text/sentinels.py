@@ -362,7 +362,7 @@ def tokenizer_image_token(
     ids = [image_token_index if i == IMAGE_TOKEN_INDEX else i for i in encoded.ids.tolist()]
     return torch.tensor(ids, dtype=torch.long) if return_tensors == "pt" else ids
 
-# %% ../../nbs/04_sentinels.ipynb #c060
+# %% ../../nbs/04_sentinels.ipynb #c058
 def check_image_count(
     source: list[dict],  # One conversation's turns
     n_images: int,  # Images that came with it
@@ -377,7 +377,7 @@ def check_image_count(
             kind="tags",
         )
 
-# %% ../../nbs/04_sentinels.ipynb #c063
+# %% ../../nbs/04_sentinels.ipynb #c061
 def num_tokens_with_images(
     input_ids: torch.LongTensor,  # shape (seq_len,)
     num_image_tokens: int,  # Image tokens that take the place of one image
