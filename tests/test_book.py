@@ -208,3 +208,24 @@ def test_a_translated_readme_has_the_same_commands_and_numbers(tmp_path):
     twin.write_text("12 分钟:\n\n```\nmake tests\n```\n")
     assert len(book.compare_translations(tmp_path)) == 2
     assert json.dumps(book.compare_translations(tmp_path)).count("10, 12") == 1
+
+def test_a_translation_takes_code_and_outputs_of_its_original(tmp_path):
+    folder = tmp_path / "nbs"
+    folder.mkdir()
+    cell = {"cell_type": "code", "metadata": {}, "source": "1 + 1", "execution_count": 1}
+    cell["outputs"] = [{"output_type": "execute_result", "data": {"text/plain": "2"}}]
+    text = {"cell_type": "markdown", "id": "a", "metadata": {}, "source": "# One"}
+    form = {"metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    stale = {**cell, "id": "x", "source": "1 + 2", "outputs": []}
+    original = {"cells": [text, {**cell, "id": "b"}], **form}
+    (folder / "one.ipynb").write_text(book.dump(original))
+    twin = folder / "one.zh.ipynb"
+    twin.write_text(book.dump({"cells": [{**text, "source": "# 一"}, stale], **form}))
+    assert "outputs differ" in book.stale_twins(tmp_path)[0]
+    twin.write_text(book.with_code_of(folder / "one.ipynb", twin))
+    assert book.stale_twins(tmp_path) == []
+    cells = json.loads(twin.read_text())["cells"]
+    assert (cells[0]["source"], cells[1]["id"]) == (["# 一"], "b")
+    assert cells[1]["outputs"][0]["data"]["text/plain"] in ("2", ["2"])
+    twin.write_text(book.dump({"cells": [text], **form}))
+    assert "has 0 code cells, one.ipynb has 1" in book.stale_twins(tmp_path)[0]

@@ -8,25 +8,19 @@ def setup_module():
     root = next(p for p in (Path(".."), Path(".")) if (p / "benchmarks/results").is_dir())
     results = root / "benchmarks/results"
 
-def test_ten_lines_of_the_readme():
-    from vlm_lit import Breakpoint, LazySupervisedDataset, VLMProcessor
-    from vlm_lit import load_tokenizer, preprocess
+def test_the_picture_of_the_readme():
+    from vlm_lit import Breakpoint, LazySupervisedDataset, VLMProcessor, load_tokenizer, preprocess
     from vlm_lit.images import sample_image
 
     folder = Path(tempfile.mkdtemp())
     sample_image().save(folder / "photo.png")
-    record = {
-        "id": "seed",
-        "image": "photo.png",
-        "conversations": [
-            {"from": "human", "value": "What is in the photo?\n<image>"},
-            {"from": "gpt", "value": "the box chain purse black"},
-        ],
-    }
+    question = {"from": "human", "value": "What is in the photo?\n<image>"}
+    answer = {"from": "gpt", "value": "the box chain purse black"}
+    record = {"id": "seed", "image": "photo.png", "conversations": [question, answer]}
     ds = LazySupervisedDataset([record], VLMProcessor(load_tokenizer("gemma")), folder)
-    with Breakpoint(preprocess, at='return {"input_ids"', watch=["labels[0]"]) as bp:
-        item = ds[0]
-    test_eq(bp["labels[0]"].tolist(), [-100] * 17 + [1175, 3741, 9488, 45189, 2656, 107, 108, 1])
+    with Breakpoint(preprocess, at='return {"input_ids"', watch="input_ids[0] labels[0]") as bp:
+        ds[0]
+    bp.expect({"labels[0]": [-100] * 17 + [1175, 3741, 9488, 45189, 2656, 107, 108, 1]})
 
 def test_commands_of_the_readme_exist():
     import shlex

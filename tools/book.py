@@ -549,11 +549,39 @@ def compare_notebooks(path, twin):
         found += differences(cell["source"], other["source"], place)
     return found
 
+def with_code_of(path, twin):
+    "The text of a translated notebook with the code cells and outputs of its original."
+    notebook, original = load(twin), load(path)
+    code = [c for c in original["cells"] if is_code(c)]
+    own = [c for c in notebook["cells"] if is_code(c)]
+    if len(own) != len(code):
+        raise SystemExit(f"{twin.name} has {len(own)} code cells, {path.name} has {len(code)}")
+    for cell, other in zip(own, code): cell.update(other)
+    for cell, other in zip(notebook["cells"], original["cells"]): cell["id"] = other["id"]
+    return dump(notebook)
+
+def twins(root=None):
+    "`X.zh.ipynb` with the `X.ipynb` of each."
+    found = sorted((Path(root or build.ROOT) / "nbs").glob("*.zh.ipynb"))
+    return [(twin.with_name(twin.name.replace(".zh.", ".")), twin) for twin in found]
+
+def stale_twins(root=None):
+    "Translated notebooks whose code cells or outputs are not those of the original."
+    found = []
+    for path, twin in twins(root):
+        if not path.exists(): continue
+        try: text = with_code_of(path, twin)
+        except SystemExit as e:
+            found.append(str(e))
+            continue
+        if text != twin.read_text(encoding="utf-8"):
+            found.append(f"{twin.name}: code or outputs differ, run `python tools/book.py`")
+    return found
+
 def compare_translations(root=None):
     "Where `X.zh.ipynb` and `README.zh-CN.md` differ from their originals in more than prose."
     root, found = Path(root or build.ROOT), []
-    for twin in sorted((root / "nbs").glob("*.zh.ipynb")):
-        path = twin.with_name(twin.name.replace(".zh.", "."))
+    for path, twin in twins(root):
         if path.exists(): found += compare_notebooks(path, twin)
         else: found.append(f"{twin.name}: there is no {path.name}")
     readme, twin = root / "README.md", root / "README.zh-CN.md"
@@ -613,6 +641,13 @@ def main():
         differ += 1
         print(f"{path.name}: {'differs' if args.check else 'written'}")
         if not args.check: path.write_text(text, encoding="utf-8")
+    for path, twin in twins():
+        if names and path.stem not in names: continue
+        text = with_code_of(path, twin)
+        if text == twin.read_text(encoding="utf-8"): continue
+        differ += 1
+        print(f"{twin.name}: {'differs' if args.check else 'written'}")
+        if not args.check: twin.write_text(text, encoding="utf-8")
     sys.exit(args.check and bool(differ))
 
 if __name__ == "__main__": main()

@@ -26,7 +26,7 @@ ORDER = [
     "own_data.ipynb",
     "other_trainers.ipynb",
 ]
-ORDER += ["alignment.ipynb", "index.ipynb"]
+ORDER += ["alignment.ipynb", "measurements.ipynb", "index.ipynb"]
 
 def notebooks(names=()):
     "Paths of the notebooks in reading order, or only those named."

@@ -140,7 +140,7 @@ BOOK = ["names"]  # rules of tools/book.py that hold; one is added as soon as al
 def check_book():
     "Notebooks keep the rules of tools/book.py, and translations change nothing but prose."
     troubles = [f"{rule}: {line}" for rule in BOOK for line in book.broken(rule)]
-    return "\n".join(troubles + book.compare_translations())
+    return "\n".join(troubles + book.compare_translations() + book.stale_twins())
 
 def list_claims(shown=20):
     "Print numbers in Markdown that no cell of their section holds; that is no failure."

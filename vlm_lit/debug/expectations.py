@@ -175,7 +175,7 @@ class Expectations:
 
     def _brief(self, name, value):
         found = shown(name, value, self.tokenizer)
-        text = " ".join(filter(None, found))
+        text = " ".join(filter(None, found if found.shape else found[2:]))
         return text if len(text) <= 100 else f"{text[:99]}…"
 
 # %% ../../nbs/97_expectations.ipynb #c015

@@ -124,6 +124,7 @@ def shown(
     except Exception as e:
         return Shown("", type(value).__name__, repr(failure(e)))
     if device not in ("", "cpu"): kind = f"{kind} {device}"
+    shape = "" if shape == "()" else shape
     ids = as_ids(name, value)
     if ids is not None: return Shown(shape, kind, ids_text(ids, tokenizer))
     if isinstance(value, str): text = visible_spaces(value)
