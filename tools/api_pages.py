@@ -6,6 +6,8 @@ the help in its default.
 """
 
 import ast, io, re, tokenize
+from pathlib import Path
+
 import build
 
 PACKAGE = build.ROOT / "vlm_lit"
@@ -85,6 +87,10 @@ class Parameter:
 
 def unparse(node): return ast.unparse(node) if node is not None else ""
 
+def annotation(node):
+    "A type as text; one that is written as a string loses its quotes."
+    return node.value if isinstance(getattr(node, "value", None), str) else unparse(node)
+
 def parameters(module, function, is_method):
     "Parameters of a function, with their comments."
     args = function.args
@@ -98,13 +104,13 @@ def parameters(module, function, is_method):
     found = []
     for arg, stars, default in rows:
         meaning = module.comment(default if default is not None else arg)
-        own = Parameter(stars + arg.arg, unparse(arg.annotation), unparse(default), meaning)
+        own = Parameter(stars + arg.arg, annotation(arg.annotation), unparse(default), meaning)
         found.append(own)
     return found
 
 def returned(module, function):
     "A row for what a function returns, or None."
-    kind = unparse(function.returns)
+    kind = annotation(function.returns)
     last = function.returns.end_lineno if function.returns else function.body[0].lineno - 1
     meaning = module.comments.get(last, "") if last < function.body[0].lineno else ""
     return Parameter("returns", kind, "", meaning) if meaning or kind not in ("", "None") else None
@@ -124,7 +130,7 @@ def fields(module, node):
     for item in node.body:
         if not isinstance(item, ast.AnnAssign) or item.target.id.startswith("_"):
             continue
-        kind, default, meaning = unparse(item.annotation), item.value, module.comment(item)
+        kind, default, meaning = annotation(item.annotation), item.value, module.comment(item)
         if isinstance(default, ast.Call):
             helps = [words(arg) for arg in default.args[1:]]
             for keyword in default.keywords:
@@ -191,7 +197,7 @@ def function_text(module, node, name, *, is_method=False, extra="", fence=6):
     only = {arg.arg for arg in node.args.kwonlyargs}
     content = f"{doc(node)}\n\n{table(rows, result)}\n\n{extra}"
     if is_method and decorators & {"property", "cached_property"}:
-        if node.returns: options["type"] = unparse(node.returns)
+        if node.returns: options["type"] = annotation(node.returns)
         meaning = f"\n\n{escaped(result.meaning)}" if result and result.meaning else ""
         return directive("property", name, options, doc(node) + meaning, fence)
     if "classmethod" in decorators: options["classmethod"] = ""
@@ -248,25 +254,33 @@ def summary(name, module):
     if isinstance(node, ast.Assign): return module.comment(node)
     return " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
 
+def rooms_of_names():
+    "`{room: {name: module}}` of the public names, rooms in their order."
+    found = {room: {} for room in ROOMS}
+    for name, module in public_names().items():
+        found.setdefault(caption(module), {})[name] = module
+    return {room: names for room, names in found.items() if names}
+
+def page_of(room):
+    "Where the reference of a room is, without the ending."
+    return f"api/{room.lower().replace(' ', '_')}"
+
 def pages():
     "`{file: text}` of the reference: one page per room, and an index of all names."
-    names, modules, rooms = public_names(), {}, {}
-    for name, home in names.items():
-        modules.setdefault(home, Module(home))
-        rooms.setdefault(caption(home), []).append(name)
-    found, rows, stems = {}, [], []
-    for room, members in rooms.items():
-        stem = room.lower().replace(" ", "_")
-        stems.append(stem)
-        # as it is written by a user: `vlm_lit.preprocess`
+    found, index, modules = {}, [], {}
+    for room, names in rooms_of_names().items():
+        # as a user writes it: `vlm_lit.preprocess`
         text = [f"# {room}\n", "```{py:currentmodule} vlm_lit\n```\n"]
-        for name in members:
-            text.append(f"## {escaped(name)}\n\n{name_text(name, modules[names[name]])}")
-            line = in_cell(escaped(summary(name, modules[names[name]])))
-            rows.append(f"| {{py:obj}}`{name} <vlm_lit.{name}>` | {line} |")
-        found[f"api/{stem}.md"] = "\n".join(text)
-    toctree = "```{toctree}\n:hidden:\n\n" + "\n".join(stems) + "\n```\n"
-    head = "# Public names\n\nEach is imported by `from vlm_lit import NAME`, and loaded then.\n"
-    lines = ["| name | what it is |", "|---|---|", *rows]
-    found["api/index.md"] = "\n".join([head, *lines, "", toctree])
+        index.append(f"\n## {room}\n")
+        for name, home in names.items():
+            module = modules.setdefault(home, Module(home))
+            text.append(name_text(name, module))
+            line = summary(name, module)
+            line = escaped(line[:1].upper() + line[1:])
+            index.append(f"- {{py:obj}}`{name} <vlm_lit.{name}>`: {line}")
+        found[f"{page_of(room)}.md"] = "\n".join(text)
+    stems = [Path(name).stem for name in found]
+    toctree = "\n\n```{toctree}\n:hidden:\n\n" + "\n".join(stems) + "\n```\n"
+    head = "# Public names\n\n`from vlm_lit import NAME` imports each of them, and its module then."
+    found["api/index.md"] = "\n".join([head, *index, toctree])
     return found

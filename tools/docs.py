@@ -108,7 +108,11 @@ def links_line(path, module):
     is_chinese = CHINESE.search(path.stem)
     words = ("在 Colab 中打开", "源文件") if is_chinese else ("Open in Colab", "Source")
     parts = [f'<a href="{colab(name)}">{words[0]}</a>', f'<a href="{blob(name)}">{words[1]}</a>']
-    if module: parts.append(f"<code>vlm_lit.{module}</code>")
+    if module:
+        name, room = f"<code>vlm_lit.{module}</code>", api_pages.caption(module)
+        has_page = room in api_pages.rooms_of_names()
+        page = f"{api_pages.page_of(room)}.html"
+        parts.append(f'<a href="{page}">{name}</a>' if has_page else name)
     return f'<p class="notebook-links">{" ".join(parts)}</p>'
 
 def code_cell(cell, stem):

@@ -1,9 +1,9 @@
 """Looking at pages in Chromium: open one at a width and in a theme, and ask what is wrong with it.
 
-    with browser() as chromium:
-        with open_page(chromium, "walk.html", width=390, scheme="dark") as page:
-            assert not problems(page)
-            assert not contrast_offenders(page)
+with browser() as chromium:
+    with open_page(chromium, "walk.html", width=390, scheme="dark") as page:
+        assert not problems(page)
+        assert not contrast_offenders(page)
 """
 
 import functools, sys, threading
@@ -16,7 +16,7 @@ from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-from browser import FLAGS, find_chromium
+from chromium import FLAGS, find_chromium
 
 WIDTHS = 390, 1280  # CSS pixels: a phone, a laptop
 SCHEMES = "light", "dark"
@@ -57,7 +57,8 @@ CONTRAST = r"""
   };
   const dark = matchMedia("(prefers-color-scheme: dark)").matches;
   const scheme = getComputedStyle(document.documentElement).colorScheme;
-  const paper = scheme.includes("dark") && dark ? [18, 18, 18] : [255, 255, 255];
+  const isDark = scheme.includes("dark") && (dark || !scheme.includes("light"));
+  const paper = isDark ? [18, 18, 18] : [255, 255, 255];
   const seen = new Map();
   const backdrop = (element) => {  // color behind an element's text, and where it is an image
     if (!element) return {color: paper, image: false};
@@ -163,6 +164,13 @@ def open_page(chromium, target, *, width=1280, height=800, scheme="light", scale
         page.goto(address, wait_until="load")
         yield page
     finally: context.close()
+
+def set_theme(page, scheme):
+    "Show an open page in another theme; furo's is an attribute of the body."
+    page.emulate_media(color_scheme=scheme)
+    page.evaluate(
+        "s => { if (document.body.dataset.theme) document.body.dataset.theme = s; }", scheme
+    )
 
 def overflow(page):
     "By how many pixels a page is wider than its window, and what reaches out."

@@ -1,9 +1,9 @@
 """Chromium for the tests of pages: where it is, how it is installed, and the tests themselves.
 
-    python tools/browser.py              run tests/browser, a line of totals at the end
-    python tools/browser.py --install    install Chromium where there is none and apt may be used
+    python tools/chromium.py              run tests/browser, a line of totals at the end
+    python tools/chromium.py --install    install Chromium where there is none and apt may be used
 
-Words after the first are passed on to pytest: `python tools/browser.py -k search`.
+Words after the first are passed on to pytest: `python tools/chromium.py -k search`.
 """
 
 import os, shutil, subprocess, sys
