@@ -57,8 +57,8 @@ def test_lines_of_100_columns_fit_on_a_laptop(site, look):
       const style = getComputedStyle(pre), text = document.createElement("span");
       text.textContent = "x".repeat(100);
       pre.append(text);
-      const inside = pre.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
-      return inside - text.getBoundingClientRect().width;
+      const padding = parseFloat(style.paddingLeft) + parseFloat(style.paddingRight);
+      return pre.clientWidth - padding - text.getBoundingClientRect().width;
     }""")
     assert room >= 0
 
@@ -176,9 +176,10 @@ def test_a_notebook_for_the_site(monkeypatch, tmp_path):
 
 def test_broken_links_are_found(tmp_path):
     (tmp_path / "a.html").write_text(
-        '<p id="here"><a href="b.html#there">1</a><a href="#here">2</a><a href="https://x.org">3</a>'
-        '<a href="b.html#gone">4</a><a href="c.html">5</a><a href="#nowhere">6</a>'
-        '<img src="d.png"><img src="https://x.org/e.png"><img src="data:,"><link rel="stylesheet" href="s.css">'
+        '<p id="here"><a href="b.html#there">1</a><a href="#here">2</a>'
+        '<a href="https://x.org">3</a><a href="b.html#gone">4</a><a href="c.html">5</a>'
+        '<a href="#nowhere">6</a><img src="d.png"><img src="https://x.org/e.png">'
+        '<img src="data:,"><link rel="stylesheet" href="s.css">'
     )
     (tmp_path / "b.html").write_text('<p id="there"></p>')
     (tmp_path / "s.css").write_text("@import 'https://x.org/f.css'; a{background:url(data:,)}")
