@@ -8,23 +8,31 @@ Three PNG files of less than 200 kB: the first stop of the walk, a label strip, 
 import io, sys
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageChops, ImageOps
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests/browser"))
 from pages import browser, open_page, served
 
 LARGEST = 200_000  # bytes
+MARGIN = 24  # pixels
 COLORS = 256, 128, 64, 32
 
-def compressed(png):
+def compressed(png, is_whole):
     "The image with as many colors of a palette as fit into `LARGEST` bytes."
     image = Image.open(io.BytesIO(png)).convert("RGB")
+    if not is_whole: image = trimmed(image)
     for n in COLORS:
         out = io.BytesIO()
         image.quantize(n, dither=Image.Dither.NONE).save(out, "png", optimize=True)
         if out.tell() < LARGEST: return out.getvalue()
     raise SystemExit(f"with {n} colors an image still takes {out.tell()} bytes")
+
+def trimmed(image):
+    "The image without its empty margins, and a small one instead."
+    paper = image.getpixel((image.width - 1, 0))
+    box = ImageChops.difference(image, Image.new("RGB", image.size, paper)).getbbox()
+    return ImageOps.expand(image.crop(box), MARGIN, paper)
 
 def first_cell(page, call):
     "The first cell with an output whose code holds `call`."
@@ -39,8 +47,8 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     with browser() as chromium, served(ROOT / "_docs/html") as site:
 
-        def save(name, png):
-            data = compressed(png)
+        def save(name, png, is_whole=False):
+            data = compressed(png, is_whole)
             (folder / name).write_bytes(data)
             print(f"{name}: {Image.open(io.BytesIO(data)).size}, {len(data) / 1000:.0f} kB")
 
@@ -50,9 +58,9 @@ def main():
                 save(name, (found.locator(part).first if part else found).screenshot())
 
         cell("stop.png", "walkthrough", "with Breakpoint(", "")
-        cell("labels.png", "05_labels", "LabelStrip(", ".cell_output")
+        cell("labels.png", "05_labels", "LabelStrip(", ".cell_output .text_html")
         look = dict(width=1280, height=800, scheme="dark", scale=2)
         with open_page(chromium, f"{site}/index.html", **look) as page:
-            save("site-dark.png", page.screenshot())
+            save("site-dark.png", page.screenshot(), is_whole=True)
 
 if __name__ == "__main__": main()
