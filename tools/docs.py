@@ -115,6 +115,12 @@ def links_line(path, module):
         parts.append(f'<a href="{page}">{name}</a>' if has_page else name)
     return f'<p class="notebook-links">{" ".join(parts)}</p>'
 
+def alt_text(source):
+    "What a cell's code says of its image: `alt="..."`, else the comment above, else that it is one."
+    if match := re.search(r"""\balt\s*=\s*(["'])(.+?)\1""", source): return match[2]
+    if match := re.match(r"# (.+)", source): return match[1]
+    return "image that the code above shows"
+
 def code_cell(cell, stem):
     "A code cell for the site, or None where nothing of it is shown."
     words, source = split_directives(cell["source"])
@@ -125,7 +131,10 @@ def code_cell(cell, stem):
     if not source and not outputs: return None
     tags = sorted({SHOWN[word] for word in words if word in SHOWN})
     if "hide_input" in words: tags.append("remove-input")
-    return {**cell, "source": source, "outputs": outputs, "metadata": {"tags": tags}}
+    metadata = {"tags": tags}
+    if any(key.startswith("image/") for o in outputs for key in o.get("data", {})):
+        metadata["mystnb"] = {"image": {"alt": alt_text(source)}}
+    return {**cell, "source": source, "outputs": outputs, "metadata": metadata}
 
 def page(path):
     "A notebook as the site shows it."

@@ -174,6 +174,14 @@ def test_a_notebook_for_the_site(monkeypatch, tmp_path):
         with pytest.raises(SystemExit, match="which is not there"):
             docs.markdown(gone)
 
+def test_images_say_what_they_show(site, look):
+    for stem in ("walkthrough", "own_data"):
+        page = look(f"{site}/{stem}.html")
+        texts = page.eval_on_selector_all("article img", "all => all.map((e) => e.alt)")
+        assert texts and all(text and ".png" not in text for text in texts), texts
+    assert docs.alt_text('show(x, alt="two curves")') == "two curves"
+    assert docs.alt_text("# the sample\nimage") == "the sample"
+
 def test_broken_links_are_found(tmp_path):
     (tmp_path / "a.html").write_text(
         '<p id="here"><a href="b.html#there">1</a><a href="#here">2</a>'
