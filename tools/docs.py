@@ -116,8 +116,9 @@ def links_line(path, module):
     return f'<p class="notebook-links">{" ".join(parts)}</p>'
 
 def alt_text(source):
-    "What a cell's code says of its image: `alt="..."`, else the comment above, else that it is one."
-    if match := re.search(r"""\balt\s*=\s*(["'])(.+?)\1""", source): return match[2]
+    "What a cell's code says of its image: its argument `alt`, or the comment in its first line."
+    if match := re.search(r"""\balt\s*=\s*(["'])(.+?)\1""", source):
+        return match[2]
     if match := re.match(r"# (.+)", source): return match[1]
     return "image that the code above shows"
 
