@@ -59,6 +59,9 @@ def split_directives(source):
         words += lines.pop(0)[2:].split()[:1]
     return words, "\n".join(lines).rstrip()
 
+class BrokenLink(Exception):
+    "A link of a notebook to a file that is not there."
+
 def local_file(target):
     "A file of the repository, by a path that is relative to nbs/; None outside of it."
     path = (build.NBS / unquote(target)).resolve()
@@ -70,7 +73,7 @@ def new_target(target, is_image, is_html):
     if parts.scheme or not parts.path: return target
     path = local_file(parts.path)
     if path is None or not (build.ROOT / path).exists():
-        raise SystemExit(f"a notebook links to {target}, which is not there")
+        raise BrokenLink(f"no file {target}")
     if path.suffix == ".ipynb" and path.parent == Path("nbs"):
         suffix = ".html" if is_html else ".ipynb"
         return path.stem + suffix + (f"#{parts.fragment}" if parts.fragment else "")
@@ -207,12 +210,17 @@ def prepare():
     (SOURCE / "api").mkdir(parents=True)
     (SOURCE / "extra").mkdir()
     paths = sorted(build.NBS.glob("*.ipynb"))
+    trouble = []
     for path in paths:
-        nb = page(path)
+        try: nb = page(path)
+        except BrokenLink as e:
+            trouble.append(f"{path.name}: {e}")
+            continue
         if path.stem == "index":
             nb["cells"].append(new_cell("markdown", toctrees(navigation(paths)), "navigation"))
         text = json.dumps(nb, ensure_ascii=False)
         (SOURCE / path.name).write_text(text, encoding="utf-8")
+    if trouble: raise SystemExit("\n".join(trouble))
     for name, text in api_pages.pages().items():
         (SOURCE / name).write_text(text, encoding="utf-8")
     return len(paths)

@@ -161,7 +161,7 @@ def test_links_of_a_notebook(site, look):
     assert source == docs.settings()["git_url"] + "/blob/main/nbs/05_labels.ipynb"
     assert module.endswith("api/text.html")
 
-def test_a_notebook_for_the_site(monkeypatch, tmp_path):
+def test_a_notebook_for_the_site():
     def shown(text): return docs.markdown(text)
 
     assert shown("[a](05_labels.ipynb#x)") == "[a](05_labels.ipynb#x)"
