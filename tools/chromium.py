@@ -60,6 +60,8 @@ class Totals:
 def main():
     if "--install" in sys.argv: return install()
     if not find_chromium(): raise SystemExit(ADVICE)
+    if not (build.ROOT / "_docs/html/index.html").is_file():
+        raise SystemExit("no site to look at: run `make docs`")
     totals = Totals()
     code = pytest.main([str(build.TESTS / "browser"), *sys.argv[1:]], plugins=[totals])
     counts = Counter(totals.outcomes.values())

@@ -171,7 +171,7 @@ def test_a_notebook_for_the_site():
     assert shown("`[a](b)` and\n```\n[a](b)\n```") == "`[a](b)` and\n```\n[a](b)\n```"
     assert shown("![badge](https://example.org/b.svg)") == "[badge](https://example.org/b.svg)"
     for gone in ("[a](gone.ipynb)", "[a](../gone.md)", '<img src="../gone.png">'):
-        with pytest.raises(SystemExit, match="which is not there"):
+        with pytest.raises(docs.BrokenLink, match="no file"):
             docs.markdown(gone)
 
 def test_images_say_what_they_show(site, look):
