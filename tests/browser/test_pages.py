@@ -33,14 +33,16 @@ def test_low_contrast_is_found_with_its_ratio(written, style, ratio):
 
 def test_enough_contrast_is_no_offender(written):
     page = written(
-        '<p style="color:#767676">gray</p><div style="background:#000"><b style="color:#fff">b</b></div>'
+        '<p style="color:#767676">gray</p>'
+        '<div style="background:#000"><b style="color:#fff">white</b></div>'
     )
     assert texts_measured(page) == 2 and not contrast_offenders(page)
 
 def test_backgrounds_are_laid_over_each_other(written):
     inner = '<span style="background:#fff2;color:#ddd">light on dark</span>'
     page = written(
-        f'<div style="background:#222">{inner}</div><span style="background:#fff2;color:#ddd">lost</span>'
+        f'<div style="background:#222">{inner}</div>'
+        '<span style="background:#fff2;color:#ddd">lost</span>'
     )
     assert [found["text"] for found in contrast_offenders(page)] == ["lost"]
 
