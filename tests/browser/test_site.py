@@ -103,6 +103,18 @@ def test_theme_button(site, look):
         seen.add(paper())
     assert len(seen) == 2
 
+def test_outputs_follow_the_theme_and_not_the_system(site, look):
+    page = look(f"{site}/05_labels.html", scheme="light")
+    color = """() => {
+      const text = document.createElement("p");
+      text.style.color = "light-dark(rgb(1, 1, 1), rgb(254, 254, 254))";
+      document.querySelector(".cell_output").append(text);
+      return getComputedStyle(text).color;
+    }"""
+    assert page.evaluate(color) == "rgb(1, 1, 1)"
+    page.evaluate("document.body.dataset.theme = 'dark'")  # the system's scheme stays light
+    assert page.evaluate(color) == "rgb(254, 254, 254)"
+
 def test_navigation_holds_every_page_once_and_the_path_first(site, look):
     page = look(f"{site}/index.html")
     captions = page.eval_on_selector_all(
