@@ -22,7 +22,8 @@ import build
 
 COLUMNS = 100  # of every line
 ONE_LINE = 80  # a compound statement on one line is shorter than this
-PATTERNS = ["tools/*.py", "benchmarks/*.py", "examples/**/*.py", "tests/*.py"]
+PATTERNS = ["tools/*.py", "docs/*.py", "benchmarks/*.py", "examples/**/*.py", "tests/*.py"]
+PATTERNS += ["tests/browser/*.py"]
 BODIES = "body", "orelse", "finalbody"
 COMPOUND = (
     *(ast.If, ast.For, ast.AsyncFor, ast.While, ast.With, ast.AsyncWith, ast.Try, ast.TryStar),
