@@ -229,3 +229,8 @@ def test_a_translation_takes_code_and_outputs_of_its_original(tmp_path):
     assert cells[1]["outputs"][0]["data"]["text/plain"] in ("2", ["2"])
     twin.write_text(book.dump({"cells": [text], **form}))
     assert "has 0 code cells, one.ipynb has 1" in book.stale_twins(tmp_path)[0]
+
+def test_sentences_are_drawn_by_seed():
+    first, again, other = (book.drawn(5, seed, ["05_labels"]) for seed in (1, 1, 2))
+    assert first == again != other and len(set(first)) == 5
+    assert all(line.startswith("05_labels ") for line in first)

@@ -18,6 +18,7 @@ import ast
 import html
 import json
 import math
+import random
 import re
 import symtable
 import sys
@@ -513,6 +514,20 @@ def claim_lines(names=()):
         for title, number, sentence in claims(path)
     ]
 
+def drawn(n, seed, names=()):
+    "Sentences of the book that state something, drawn at random, each with its notebook and cell."
+    found = []
+    for path in notebooks(names):
+        for cell in load(path)["cells"]:
+            if is_code(cell): continue
+            text = FENCE.sub("", opening_of(cell["source"])[0])
+            text = re.sub(r"^#+ .*$|^\|.*$", "", text, flags=re.M)
+            for sentence in re.split(r"(?<=[.!:])\s+(?=[A-Z*`\"(])|\n\s*\n", text):
+                sentence = " ".join(sentence.split())
+                if len(sentence.split()) > 6 and sentence[-1] in ".:)*":
+                    found.append(f"{path.stem} {cell['id']}: {sentence}")
+    return random.Random(seed).sample(found, min(n, len(found)))
+
 # -- translations ----------------------------------------------------------------------------
 
 def facts(markdown):
@@ -557,7 +572,8 @@ def with_code_of(path, twin):
     if len(own) != len(code):
         raise SystemExit(f"{twin.name} has {len(own)} code cells, {path.name} has {len(code)}")
     for cell, other in zip(own, code): cell.update(other)
-    for cell, other in zip(notebook["cells"], original["cells"]): cell["id"] = other["id"]
+    for cell, other in zip(notebook["cells"], original["cells"]):
+        cell["id"] = other["id"]
     return dump(notebook)
 
 def twins(root=None):
@@ -627,11 +643,14 @@ def main():
     parser.add_argument("--check", action="store_true", help="change nothing, say what would")
     parser.add_argument("--report", action="store_true", help="what writers have to change")
     parser.add_argument("--claims", action="store_true", help="numbers that no cell holds")
+    parser.add_argument("--draw", type=int, help="that many sentences at random, to be verified")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing")
     args, differ = parser.parse_args(), 0
     names = [Path(name).stem for name in args.names]
     if unknown := set(names) - {p.stem for p in notebooks()}:
         raise SystemExit(f"no such notebook: {sorted(unknown)}")
     if args.report: return report(names)
+    if args.draw: return print(*drawn(args.draw, args.seed, names), sep="\n")
     if args.claims: return print(*claim_lines(names), sep="\n")
     for path in notebooks(names):
         text, reasons = written(path)
