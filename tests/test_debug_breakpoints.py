@@ -148,67 +148,6 @@ def test_a_prompt_one_token_short_supervises_one_more():
         mask_prompt(torch.tensor([2, 106, 1645, 9, 7, 1]), prompt_len=4)
     bp.expect_changed({"(result != -100).sum()": (2, 3)})
 
-def test_set_changes_what_it_should_and_nothing_else():
-    def scaled(xs, *more, factor=2, **named):
-        parts = [factor * x for x in (*xs, *more, *named.values())]
-        return parts
-
-    given = [1, 2]
-    with Breakpoint(scaled, at="parts =", set={"factor": 10}) as bp:
-        test_eq(scaled(given, 3, factor=3, last=4), [10, 20, 30, 40])
-    bp.expect_changed(result=([3, 6, 9, 12], [10, 20, 30, 40]))
-    test_eq(bp.settings, [("factor", 3, 10)])
-
-    def emptied(xs):
-        xs.clear()
-        return xs
-
-    with Breakpoint(scaled, at="parts =", set={"xs": emptied, "more": ()}) as bp:
-        test_eq(scaled(given, 3), [])
-    test_eq(given, [1, 2])
-
-    def slow_start(n):
-        first = n
-        second = 1 / first
-        return second
-
-    with Breakpoint(slow_start, at="second =", set={"first": 0}) as bp:
-        with expect_fail(ZeroDivisionError): slow_start(4)
-    bp.expect_changed({"result": (0.25, lambda found: "ZeroDivisionError" in repr(found))})
-    with Breakpoint(slow_start, at="second =", set={"first": 1}, when="n == 2") as bp:
-        test_eq([slow_start(n) for n in (4, 2)], [0.25, 1.0])
-    seen = []
-    with Breakpoint(slow_start, at="second =", watch="first") as plain:  # two on one line
-        with Breakpoint(slow_start, at="second =", set={"first": 2}) as bp:
-            with Breakpoint(slow_start, at="return second", watch="second") as after:
-                slow_start(4)
-    test_eq((after["second"], bp.hits[0].outcomes[0].value), (0.5, 0.25))
-
-def test_set_is_refused_where_it_cannot_work():
-    def counts(n):
-        for i in range(n):
-            yield i
-
-    def outer(n):
-        def inner(k):
-            twice = 2 * k
-            return twice
-
-        return inner(n)
-
-    with expect_fail(ConfigError, contains="set= names 'lables', which is no variable of mask_prompt"):
-        Breakpoint(mask_prompt, at="return labels", set={"lables": 1})
-    with expect_fail(ConfigError, contains="counts is a generator"):
-        Breakpoint(counts, at="yield i", set={"i": 1})
-    with expect_fail(ConfigError, contains="not in a function inside it"):
-        Breakpoint(outer, at="return twice", set={"twice": 1})
-
-    def fails(n): raise KeyError("no value")
-
-    with expect_fail(ConfigError, contains="set= at"):
-        with Breakpoint(mask_prompt, at="return labels", set={"labels": fails}):
-            mask_prompt(torch.tensor([1, 2]), 1)
-
 def test_each_pass_of_a_loop_is_a_hit():
     with Breakpoint(pack, at="total += x", watch=["x", "total", "total + x"]) as bp:
         pack([3, 1, 4, 1])
@@ -330,7 +269,7 @@ def test_never_reached_says_why():
     from vlm_lit.debug.stop_display import why_not
 
     for bp in [not_run, failed_before, refused, elsewhere]:
-        print("-", why_not(bp)[:100])
+        print("-", why_not(bp)[:98])
     reasons = [
         (not_run, "not run yet"),
         (failed_before, "but not this line"),
@@ -465,3 +404,64 @@ def test_two_breakpoints_on_one_line_and_three_deep():
             with a: pass
     with a: pack([1])
     test_eq(len(a.hits), 1)
+
+def test_set_changes_what_it_should_and_nothing_else():
+    def scaled(xs, *more, factor=2, **named):
+        parts = [factor * x for x in (*xs, *more, *named.values())]
+        return parts
+
+    given = [1, 2]
+    with Breakpoint(scaled, at="parts =", set={"factor": 10}) as bp:
+        test_eq(scaled(given, 3, factor=3, last=4), [10, 20, 30, 40])
+    bp.expect_changed(result=([3, 6, 9, 12], [10, 20, 30, 40]))
+    test_eq(bp.settings, [("factor", 3, 10)])
+
+    def emptied(xs):
+        xs.clear()
+        return xs
+
+    with Breakpoint(scaled, at="parts =", set={"xs": emptied, "more": ()}) as bp:
+        test_eq(scaled(given, 3), [])
+    test_eq(given, [1, 2])
+
+    def slow_start(n):
+        first = n
+        second = 1 / first
+        return second
+
+    with Breakpoint(slow_start, at="second =", set={"first": 0}) as bp:
+        with expect_fail(ZeroDivisionError): slow_start(4)
+    bp.expect_changed({"result": (0.25, lambda found: "ZeroDivisionError" in repr(found))})
+    with Breakpoint(slow_start, at="second =", set={"first": 1}, when="n == 2") as bp:
+        test_eq([slow_start(n) for n in (4, 2)], [0.25, 1.0])
+    seen = []
+    with Breakpoint(slow_start, at="second =", watch="first") as plain:  # two on one line
+        with Breakpoint(slow_start, at="second =", set={"first": 2}) as bp:
+            with Breakpoint(slow_start, at="return second", watch="second") as after:
+                slow_start(4)
+    test_eq((after["second"], bp.hits[0].outcomes[0].value), (0.5, 0.25))
+
+def test_set_is_refused_where_it_cannot_work():
+    def counts(n):
+        for i in range(n):
+            yield i
+
+    def outer(n):
+        def inner(k):
+            twice = 2 * k
+            return twice
+
+        return inner(n)
+
+    with expect_fail(ConfigError, contains="set= names 'lables', which is no variable of mask_prompt"):
+        Breakpoint(mask_prompt, at="return labels", set={"lables": 1})
+    with expect_fail(ConfigError, contains="counts is a generator"):
+        Breakpoint(counts, at="yield i", set={"i": 1})
+    with expect_fail(ConfigError, contains="not in a function inside it"):
+        Breakpoint(outer, at="return twice", set={"twice": 1})
+
+    def fails(n): raise KeyError("no value")
+
+    with expect_fail(ConfigError, contains="set= at"):
+        with Breakpoint(mask_prompt, at="return labels", set={"labels": fails}):
+            mask_prompt(torch.tensor([1, 2]), 1)

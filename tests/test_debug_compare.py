@@ -16,15 +16,7 @@ def test_first_difference_says_where():
     print(first_difference(torch.tensor([2, 106, 9]), [2, 106, 1645]))
     print(first_difference({"labels": [[-100, 7]]}, {"labels": [[-100, 8]]}))
     test_eq(first_difference(torch.tensor([2, 106, 9]), [2, 106, 1645]), ("[2]", 9, 1645))
-    test_eq(first_difference({"a": [[1, 7]]}, {"a": [[1, 8]]}), ("['a'][0][1]", 7, 8))
-    test_eq(first_difference((1, 2), [1, 2]), None)
-    test_eq(first_difference([1, 2], [1, 2, 3]), ("len(value)", 2, 3))
-    test_eq(first_difference({"a": 1}, {"b": 1}), (".keys()", ["a"], ["b"]))
-    test_eq(first_difference(1.0, 1.0 + 1e-6), ("", 1.0, 1.0 + 1e-6))
     test_eq(first_difference([1.0], [1.0 + 1e-6], tolerance=1e-5), None)
-    test_eq(first_difference(float("nan"), torch.tensor(float("nan"))), None)
-    test_eq(first_difference(torch.ones(2, 3), torch.ones(2, 3)), None)
-    test_eq(first_difference("3", 3.0), ("", "3", 3.0))
 
 def test_texts_differ_from_a_character_on():
     a = "<start_of_turn>user\n<image>\nWhat is in the photo?"
@@ -52,3 +44,15 @@ def test_the_walk_is_stopped_at_the_difference():
     with Breakpoint(first_difference, at="return None if equal", watch="a b path") as bp:
         first_difference([[2, 106], [9]], [[2, 106], [7]])
     bp.expect_each(path=["[0][0]", "[0][1]", "[1][0]"], a=[2, 106, 9], b=[2, 106, 7])
+
+def test_first_differences_at_their_edges():
+    test_eq(first_difference(torch.tensor([2, 106, 9]), [2, 106, 1645]), ("[2]", 9, 1645))
+    test_eq(first_difference({"a": [[1, 7]]}, {"a": [[1, 8]]}), ("['a'][0][1]", 7, 8))
+    test_eq(first_difference((1, 2), [1, 2]), None)
+    test_eq(first_difference([1, 2], [1, 2, 3]), ("len(value)", 2, 3))
+    test_eq(first_difference({"a": 1}, {"b": 1}), (".keys()", ["a"], ["b"]))
+    test_eq(first_difference(1.0, 1.0 + 1e-6), ("", 1.0, 1.0 + 1e-6))
+    test_eq(first_difference([1.0], [1.0 + 1e-6], tolerance=1e-5), None)
+    test_eq(first_difference(float("nan"), torch.tensor(float("nan"))), None)
+    test_eq(first_difference(torch.ones(2, 3), torch.ones(2, 3)), None)
+    test_eq(first_difference("3", 3.0), ("", "3", 3.0))

@@ -11,6 +11,7 @@ from collections import namedtuple
 from dataclasses import dataclass
 from fastcore.test import expect_fail, test_eq
 from vlm_lit.core import IGNORE_INDEX
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.debug.lines import find_stop
 from small_parts import mask_prompt, pack
 from vlm_lit.debug.snapshots import LineStop
@@ -79,28 +80,12 @@ def test_evaluate_works_on_copies():
     with expect_fail(ConfigError, contains="'x =' is not a Python expression"):
         check_expression("x =")
 
-def test_same_randomness_gives_the_next_number_back():
-    def next_numbers():
-        return random.random(), np.random.rand(), torch.rand(1).item()
-
-    def seeded():
-        random.seed(0)
-        np.random.seed(0)
-        torch.manual_seed(0)
-
-    seeded()
-    undisturbed = next_numbers()
-    seeded()
-    next_numbers()
-    disturbed = next_numbers()
-    seeded()
-    with same_randomness(): next_numbers()
-    protected = next_numbers()
-    print(
-        f"torch's next number: {undisturbed[2]:.3f} undisturbed, {disturbed[2]:.3f} after a look, "
-    f"{protected[2]:.3f} after a protected look"
-    )
-    assert protected == undisturbed != disturbed
+def test_evaluate_copies_what_an_expression_names():
+    variables = {"messages": ["hello", "you"], "n": 1}
+    with Breakpoint(evaluate, at="return snapshot", watch="expression names copies") as bp:
+        evaluate("messages.pop()", variables)
+    bp.expect(names={"messages"}, copies={"messages": ["hello", "you"]})
+    bp.expect_return({"result": "you", "len(result)": 3})
 
 def test_bdb_shares_its_breakpoints():
     one = bdb.Bdb()
@@ -109,36 +94,6 @@ def test_bdb_shares_its_breakpoints():
     test_eq(len(bdb.Bdb().breaks), 1)
     one.clear_all_breaks()
     test_eq(len(bdb.Bdb().breaks), 0)
-
-def test_linestop_shares_the_run_with_another_tracer():
-    def watched(xs, at, totals):
-        stop = LineStop(find_stop(pack, at), lambda frame: totals.append(frame.f_locals["total"]))
-        stop.start()
-        try: return pack(xs)
-        finally: stop.stop()
-
-    events, seen = [], []
-
-    def other_tool(frame, event, arg):
-        if frame.f_code is pack.__code__: events.append((event, frame.f_lineno))
-        return other_tool
-
-    before = sys.gettrace()
-    sys.settrace(other_tool)
-    try:
-        pack([3, 4, 5])
-        alone = events.copy()
-        events.clear()
-        watched([3, 4, 5], "total += x", seen)
-        still_there = sys.gettrace()
-    finally: sys.settrace(before)
-    once = []
-    watched([3, 4, 5], "row = dict(", once)
-    print(seen, once, len(events))
-    test_eq(seen, [0, 3, 7])
-    test_eq(once, [0])
-    test_eq(events, alone)
-    assert still_there is other_tool
 
 def test_linestop_tells_when_the_statement_is_over():
     events = []
@@ -150,21 +105,9 @@ def test_linestop_tells_when_the_statement_is_over():
     stop.start()
     try: pack([3, 4])
     finally: stop.stop()
-    print(events)
+    print(*events, sep="\n")
     test_eq(events[0], ("line", 3, None))
     test_eq(events[-1], ("return", 7, 2))
-
-    def fails(n):
-        half = n / 0
-        return half
-
-    raised = []
-    stop = LineStop(find_stop(fails, "half ="), lambda frame: lambda *event: raised.append(event))
-    stop.start()
-    try:
-        with expect_fail(ZeroDivisionError): fails(1)
-    finally: stop.stop()
-    test_eq([(event, type(value)) for event, _, value in raised], [("raise", ZeroDivisionError)])
 
 def test_set_local_changes_the_run():
     stop = LineStop(find_stop(pack, "total += x"), lambda frame: set_local(frame, "x", 10))
@@ -254,3 +197,69 @@ def test_snapshot_keeps_aliases_cycles_and_types():
     generators = [random.Random(1), np.random.default_rng(1), np.random.RandomState(1)]
     for rng in [*generators, torch.Generator().manual_seed(1)]:
         assert snapshot(rng) is not rng and type(snapshot(rng)) is type(rng)
+
+def test_linestop_tells_of_an_exception():
+    def fails(n):
+        half = n / 0
+        return half
+
+    raised = []
+    stop = LineStop(find_stop(fails, "half ="), lambda frame: lambda *event: raised.append(event))
+    stop.start()
+    try:
+        with expect_fail(ZeroDivisionError): fails(1)
+    finally: stop.stop()
+    test_eq([(event, type(value)) for event, _, value in raised], [("raise", ZeroDivisionError)])
+
+def test_same_randomness_gives_the_next_number_back():
+    def next_numbers():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    def seeded():
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+
+    seeded()
+    undisturbed = next_numbers()
+    seeded()
+    next_numbers()
+    disturbed = next_numbers()
+    seeded()
+    with same_randomness(): next_numbers()
+    protected = next_numbers()
+    print(
+        f"torch's next number: {undisturbed[2]:.3f} undisturbed, {disturbed[2]:.3f} after a look, "
+    f"{protected[2]:.3f} after a protected look"
+    )
+    assert protected == undisturbed != disturbed
+
+def test_linestop_shares_the_run_with_another_tracer():
+    def watched(xs, at, totals):
+        stop = LineStop(find_stop(pack, at), lambda frame: totals.append(frame.f_locals["total"]))
+        stop.start()
+        try: return pack(xs)
+        finally: stop.stop()
+
+    events, seen = [], []
+
+    def other_tool(frame, event, arg):
+        if frame.f_code is pack.__code__: events.append((event, frame.f_lineno))
+        return other_tool
+
+    before = sys.gettrace()
+    sys.settrace(other_tool)
+    try:
+        pack([3, 4, 5])
+        alone = events.copy()
+        events.clear()
+        watched([3, 4, 5], "total += x", seen)
+        still_there = sys.gettrace()
+    finally: sys.settrace(before)
+    once = []
+    watched([3, 4, 5], "row = dict(", once)
+    print(seen, once, len(events))
+    test_eq(seen, [0, 3, 7])
+    test_eq(once, [0])
+    test_eq(events, alone)
+    assert still_there is other_tool

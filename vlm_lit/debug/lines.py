@@ -92,7 +92,7 @@ def find_line(
         )
     raise ConfigError(f"at={at!r} is in no line of:\n{numbered(lines)}")
 
-# %% ../../nbs/91_stop_lines.ipynb #c023
+# %% ../../nbs/91_stop_lines.ipynb #c022
 def span(
     node: ast.AST,  # A statement, an `except` or a `case`
     # (line, column) of its start, and of its end or of its body's start
@@ -136,7 +136,7 @@ def statement_at(
     "The outermost statement that this line is part of."
     return next((node for node in nodes if span(node)[0][0] <= line <= last_line(node)), None)
 
-# %% ../../nbs/91_stop_lines.ipynb #c026
+# %% ../../nbs/91_stop_lines.ipynb #c025
 def starts(
     code: types.CodeType,  # Compiled code
     node: ast.AST,  # A statement of its source
@@ -169,7 +169,7 @@ def starts(
         found.append(again)
     return frozenset(steps[k].offset for k in found)
 
-# %% ../../nbs/91_stop_lines.ipynb #c030
+# %% ../../nbs/91_stop_lines.ipynb #c029
 class Stop(NamedTuple):
     "A place to stop: one statement of one code object."
 

@@ -238,7 +238,7 @@ class LineStop(bdb.Bdb):
             if self.on_call: self.on_call(frame)
         return both(mine, theirs, lines)
 
-# %% ../../nbs/92_snapshots.ipynb #c028
+# %% ../../nbs/92_snapshots.ipynb #c026
 def set_local(
     frame: types.FrameType,  # Of a function that is running
     name: str,  # One of its variables
