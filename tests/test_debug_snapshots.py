@@ -68,18 +68,6 @@ def test_neither_copy_nor_deepcopy_would_do():
     with expect_fail(RuntimeError): copy.deepcopy(hidden_states)
     test_eq(snapshot(hidden_states).shape, (1, 2))
 
-def test_evaluate_works_on_copies():
-    variables = {"messages": ["hello", "you"], "n": 1}
-    print(
-        evaluate("messages.pop()", variables),
-        evaluate("(n := 5) + n", variables),
-        evaluate("[m for m in messages if len(m) > n]", variables),
-    )
-    test_eq(variables, {"messages": ["hello", "you"], "n": 1})
-    test_eq(evaluate("[m for m in messages if len(m) > n]", variables), ["hello", "you"])
-    with expect_fail(ConfigError, contains="'x =' is not a Python expression"):
-        check_expression("x =")
-
 def test_evaluate_copies_what_an_expression_names():
     variables = {"messages": ["hello", "you"], "n": 1}
     with Breakpoint(evaluate, at="return snapshot", watch="expression names copies") as bp:
@@ -263,3 +251,15 @@ def test_linestop_shares_the_run_with_another_tracer():
     test_eq(once, [0])
     test_eq(events, alone)
     assert still_there is other_tool
+
+def test_evaluate_works_on_copies():
+    variables = {"messages": ["hello", "you"], "n": 1}
+    print(
+        evaluate("messages.pop()", variables),
+        evaluate("(n := 5) + n", variables),
+        evaluate("[m for m in messages if len(m) > n]", variables),
+    )
+    test_eq(variables, {"messages": ["hello", "you"], "n": 1})
+    test_eq(evaluate("[m for m in messages if len(m) > n]", variables), ["hello", "you"])
+    with expect_fail(ConfigError, contains="'x =' is not a Python expression"):
+        check_expression("x =")
