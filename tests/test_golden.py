@@ -115,7 +115,7 @@ def test_every_reference_row(golden, template):
 
 @pytest.mark.skipif(not FULL.is_dir(), reason="no shared/golden beside the checkout")
 def test_reference_files_are_the_ones_kept_here():
-    for name in ("prompts", "preprocess_multimodal", "labels"):
+    for name in ("prompts", "preprocess_multimodal", "labels", "versions"):
         assert rows(OWN, name) == rows(FULL, name)
 
 def test_every_reference_prompt():

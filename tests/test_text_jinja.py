@@ -7,14 +7,19 @@ import json, lzma, random, sys
 from pathlib import Path
 from fastcore.test import expect_fail, test_eq
 from jinja2 import Environment, TemplateError
+from vlm_lit.debug.breakpoints import Breakpoint
+from vlm_lit.debug.values import ids_text
+from vlm_lit.text.chat_templates import render_hf
 from vlm_lit.text.templates import conv_templates, render
 from small_parts import GOLDEN, small_tokenizer, three_tokenizers
+from vlm_lit.text.jinja import _turn_literals
 from vlm_lit.text.jinja import to_jinja
 
 def setup_module():
-    global PIECES, as_messages, filled, random_turns, tok, written
+    global IMAGE, PIECES, TURNS, as_messages, filled, question, random_turns, tok, written
     sys.path[:0] = ["../tests", "tests"]
     tok = small_tokenizer()
+    TURNS = [("user", "<image>\nWhat is in the photo?"), ("assistant", "the box chain purse black")]
     def written(messages, jinja, **settings):
         "What transformers renders."
         tok.chat_template = jinja
@@ -29,6 +34,13 @@ def setup_module():
             if role == "system": set_system(conv, text)
             else: conv.append_message(conv.roles[role == "assistant"], text)
         return conv
+    IMAGE = {"type": "image"}
+    def question(*parts, template="v1"):
+        "What a question of these parts becomes in a template; a text stands for a text part."
+        content = [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]
+        text = written([{"role": "user", "content": content}], to_jinja(template))
+        row = get_template(template)
+        return text.removeprefix(row.system + row.sep + "USER: ").removesuffix(row.sep)
     PIECES = [
         "the box",
         "\n",
@@ -51,6 +63,50 @@ def setup_module():
             turns += [("user", text()), ("assistant", text())]
         return [*turns, ("user", text())]
 
+def test_strings_of_the_row_become_literals():
+    conv = get_template("v1")
+    with Breakpoint(_turn_literals, at="return {", watch="opening glue closing model") as bp:
+        literals = _turn_literals(conv)
+    test_eq(literals["model_turn"], "' ' ~ text ~ '</s>'")
+    test_eq(literals["user_turn"].strip(), "{{- ' ' ~ text ~ ' ' }}")
+    bp.expect(opening="'USER:'", glue="' '", closing="' '", model=("ASSISTANT:", " ", "</s>"))
+
+def test_jinja_of_v1_renders_what_render_renders():
+    text = written(as_messages(TURNS), to_jinja("v1"))
+    conv = filled(TURNS, "v1")
+    with Breakpoint(render, at="return Rendered", watch=["text[155:]", "len(parts)"]) as bp:
+        prompt = render(conv)
+    print(text[155:])
+    bp.expect_return(text=text)
+
+def test_parts_found_in_the_program_are_those_of_render():
+    qwen = three_tokenizers()[2]
+    qwen.chat_template = to_jinja("chatml_direct")
+    answers = "[t for t, s in parts if s in (Segment.ANSWER, Segment.STOP)]"
+    watch = ["text", answers, "[s.name for t, s in parts if t]"]
+    with Breakpoint(render, at="return Rendered", watch=watch) as recorded:
+        render(filled(TURNS, "chatml_direct"))
+    with Breakpoint(render_hf, at="return Rendered", watch=watch) as found:
+        render_hf(TURNS, qwen)
+    recorded.expect({answers: ["the box chain purse black", "<|im_end|>"]})
+    diff = recorded.diff(found, titles=("render", "render_hf"))
+    test_eq(list(diff.differences), ["[s.name for t, s in parts if t]"])
+    diff.expect({"[s.name for t, s in parts if t][0]": ("SYSTEM", "HEADER")})
+
+def test_one_missing_space_in_the_program():
+    space = "' ' ~ text ~ '</s>'"
+    without = {"program": lambda program: program.replace(space, "text ~ '</s>'")}
+    with Breakpoint(to_jinja, at="written = [", watch=["name", "is_caption"], set=without) as bp:
+        wrong = written(as_messages(TURNS), to_jinja("v1"))
+    right = written(as_messages(TURNS), to_jinja("v1"))
+    print(f"{right[-47:]!r}\n{wrong[-46:]!r}")
+    test_eq(right.replace("ASSISTANT: ", "ASSISTANT:"), wrong)
+    gemma = three_tokenizers()[0]
+    ids = [gemma(text.partition("ASSISTANT:")[2]).input_ids[1] for text in (right, wrong)]
+    print(ids_text(ids, gemma))
+    test_eq(ids, [573, 1175])
+    bp.expect_changed({f"result.count({space!r})": (1, 0)})
+
 def test_every_reference_prompt_as_jinja():
     lines = lzma.open(GOLDEN / "prompts.jsonl.xz", "rt", encoding="utf-8")
     rows = [json.loads(line) for line in lines]
@@ -66,15 +122,32 @@ def test_every_reference_prompt_as_jinja():
         return all(text == row["prompt"] for text in texts) and bool(texts)
 
     wrong = [row["id"] for row in rows if not is_same(row)]
-    print(
-        len(rows),
-        "prompts,",
-        len({row["template"] for row in rows}),
-        "templates,",
-        len(wrong),
-        "differ",
-    )
+    names = {row["template"] for row in rows}
+    print(len(rows), "prompts,", len(names), "templates,", len(wrong), "differ")
     test_eq((len(rows), wrong), (474, []))
+
+def test_bos_comes_first_and_no_engine_setting_matters():
+    turns = [("user", " Hi\n"), ("assistant", "Hello!")]
+    with Breakpoint(to_jinja, at="return", watch=["bos", "written[0]"], when="bos") as bp:
+        asked = written(as_messages(turns), to_jinja("gemma", bos=True))
+    test_eq(asked, "<bos>" + render(filled(turns, "gemma")).text)
+    ids = tok.apply_chat_template(as_messages(turns), tokenize=True, return_dict=False)
+    test_eq(ids, tok(render(filled(turns, "gemma")).text).input_ids)
+    for trim in (False, True):
+        engine = Environment(trim_blocks=trim, lstrip_blocks=trim)
+        for name in conv_templates:
+            if "plain" in name: continue
+            own = engine.from_string(to_jinja(name)).render(messages=as_messages(turns))
+            test_eq(own, render(filled(turns, name)).text)
+    qwen = three_tokenizers()[2]  # it has no BOS, so there is none to write
+    qwen.chat_template = to_jinja("chatml_direct", bos=True)
+    own = qwen.apply_chat_template(as_messages(turns), tokenize=False)
+    test_eq(own, render(filled(turns, "chatml_direct")).text)
+    bp.expect_return({"result[:16]": "{{- bos_token }}"})
+
+def test_answer_of_the_second_exercise():
+    found = _turn_literals(get_template("llama_2"))["first_glue"]
+    test_eq(found, "('[INST] ' if loop.first else '<s>[INST] ')")
 
 def test_random_conversations_render_as_in_training():
     rng, n_same, n_refused = random.Random(0), 0, 0
@@ -101,17 +174,8 @@ def test_random_conversations_render_as_in_training():
     assert n_same > 1000 and n_refused > 5
 
 def test_image_parts_are_placed_as_in_training():
-    IMAGE = {"type": "image"}
-
-    def question(*parts, template="v1"):
-        "What a question of these parts becomes in a template; a text stands for a text part."
-        content = [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]
-        text = written([{"role": "user", "content": content}], to_jinja(template))
-        row = get_template(template)
-        return text.removeprefix(row.system + row.sep + "USER: ").removesuffix(row.sep)
-
     for parts in [(IMAGE, "What is it?"), ("What is it?", IMAGE), (" What ", IMAGE, "is it? \n")]:
-        print(repr(question(*parts)))
+        test_eq(question(*parts), "<image>\nWhat is it?")
     test_eq(question(IMAGE, "What is it?"), "<image>\nWhat is it?")
     test_eq(question("What is it?\n", IMAGE), "<image>\nWhat is it?")
     test_eq(question(IMAGE), "<image>")
@@ -129,7 +193,6 @@ def test_captions_are_written_as_stage_1_trains_them():
     for name in ("plain", "v0_plain"):
         jinja = to_jinja(name)
         told = written(as_messages([*asked, ("assistant", "a falcon")]), jinja)
-        print(repr(told))
         test_eq(told, "<image>a falcon\n")
         test_eq(written(as_messages(asked), jinja, add_generation_prompt=True), "<image>")
         for turns in (asked, [("user", "q"), ("assistant", "a")], [*asked, ("assistant", "a"), *asked]):
@@ -175,20 +238,3 @@ def test_templates_that_cannot_be_written_say_why():
         (strange, "separator style None"),
     ]:
         with expect_fail(ConfigError, contains=message): to_jinja(template)
-
-def test_bos_comes_first_and_no_engine_setting_matters():
-    turns = [("user", " Hi\n"), ("assistant", "Hello!")]
-    asked = written(as_messages(turns), to_jinja("gemma", bos=True))
-    test_eq(asked, "<bos>" + render(filled(turns, "gemma")).text)
-    ids = tok.apply_chat_template(as_messages(turns), tokenize=True, return_dict=False)
-    test_eq(ids, tok(render(filled(turns, "gemma")).text).input_ids)
-    for trim in (False, True):
-        engine = Environment(trim_blocks=trim, lstrip_blocks=trim)
-        for name in conv_templates:
-            if "plain" in name: continue
-            own = engine.from_string(to_jinja(name)).render(messages=as_messages(turns))
-            test_eq(own, render(filled(turns, name)).text)
-    qwen = three_tokenizers()[2]  # it has no BOS, so there is none to write
-    qwen.chat_template = to_jinja("chatml_direct", bos=True)
-    own = qwen.apply_chat_template(as_messages(turns), tokenize=False)
-    test_eq(own, render(filled(turns, "chatml_direct")).text)

@@ -1,10 +1,73 @@
 "Derived from nbs/03a_messages.ipynb by `make tests`; edit the notebook, not this file."
 import re
 from vlm_lit.core import IMAGE_TOKEN, DataError
+import textwrap
 from fastcore.test import test_eq, expect_fail
+from vlm_lit.debug.breakpoints import Breakpoint
+from vlm_lit.text.messages import _llava_turn
+from vlm_lit.text.messages import _part_images
+from vlm_lit.text.messages import _read_turn
 from vlm_lit.text.messages import image_names
 from vlm_lit.text.messages import read_record
 from vlm_lit.text.messages import turn_parts
+
+def test_a_turn_becomes_a_role_and_pairs():
+    content = [{"type": "image", "image": "x.png"}, {"type": "text", "text": "What is this?"}]
+    with Breakpoint(_read_turn, at="return ROLES[role], parts", watch="role content parts") as bp:
+        _read_turn({"role": "user", "content": content}, record="a", n=0)
+        _read_turn({"from": "gpt", "value": "A cat"}, record="a", n=1)
+    pairs = [[(None, "x.png"), ("What is this?", None)], [("A cat", None)]]
+    bp.expect_each(role=["user", "gpt"], parts=pairs)
+
+def test_a_weight_would_be_lost():
+    unwanted = {"role": "assistant", "content": "I guess", "weight": 0}
+    at, names = "if unsupported:", "role unsupported"
+    with Breakpoint(_read_turn, at=at, watch=names, set={"unsupported": []}) as bp:
+        _read_turn(unwanted, record="a", n=1)
+    is_refused = lambda found: "the turn has 'weight'" in repr(found)
+    bp.expect_changed(result=(is_refused, ("gpt", [("I guess", None)])))
+
+def test_three_forms_are_one_record():
+    def chat(image):
+        content = [image, {"type": "text", "text": "What is this?"}]
+        return {"id": "a", "messages": [{"role": "user", "content": content}]}
+
+    llava = [{"from": "human", "value": "<image>What is this?"}]
+    forms = [{"id": "a", "image": "x.png", "conversations": llava}]
+    forms.append(chat({"type": "image", "image": "x.png"}))
+    forms.append(chat({"type": "image_url", "image_url": {"url": "x.png"}}))
+    watch = ["paths", "conversations[0]['value']", "'parts' in conversations[0]"]
+    with Breakpoint(read_record, at='image = {"image"', watch=watch) as bp:
+        for form in forms: read_record(form)
+    bp.expect_each({watch[0]: [["x.png"]] * 3, watch[1]: ["<image>What is this?"] * 3})
+    bp.expect_each({watch[2]: [False, True, True]})
+
+def test_parts_that_no_longer_make_up_the_text_do_not_count():
+    turn = {"from": "human", "value": "<image>q", "parts": ["<image>", "q"]}
+    with Breakpoint(turn_parts, at="return parts if parts", watch=["parts", "turn['value']"]) as bp:
+        turn_parts(turn)
+        turn_parts({**turn, "value": "<image>\nq"})
+    bp.expect_return(result=["<image>", "q"], hit=0)
+    bp.expect_return(result=None, hit=1)
+
+def test_a_spelled_tag_would_be_one_image_too_many():
+    parts = [{"type": "image", "image": "x.png"}, {"type": "text", "text": "Write <image> first"}]
+    turns = [_read_turn({"role": "user", "content": parts}, record="a", n=0)]
+    with Breakpoint(_part_images, at="for n, text in texts:", watch="texts", set={"texts": []}) as bp:
+        _part_images(turns, record="a")
+    test_eq(_llava_turn({"content": parts}, *turns[0])["value"].count("<image>"), 2)
+    is_refused = lambda found: "the text spells <image>" in repr(found)
+    bp.expect_changed(result=(is_refused, ["x.png"]))
+
+def test_answer_of_the_exercise():
+    parts = [{"type": "image"}, {"type": "text", "text": " or "}, {"type": "image"}]
+    raw = {"messages": [{"role": "user", "content": parts}], "images": ["a.png", "b.png"]}
+    record = read_record(raw)
+    test_eq(
+        (record["image"], record["conversations"][0]["value"]), (raw["images"], "<image> or <image>")
+    )
+    with expect_fail(DataError, contains="the messages hold 2 image(s), and 'image' names 1"):
+        read_record({**raw, "images": ["a.png"]})
 
 def test_records_of_all_forms_become_llava_records():
     llava = {
@@ -57,7 +120,6 @@ def test_parts_of_a_message_are_kept():
     content = [IMAGE, TEXT] = [{"type": "image", "image": "x.png"}, {"type": "text", "text": "q"}]
     messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]
     record = read_record({"id": 7, "messages": messages})
-    print(record["conversations"][0])
     first = {"from": "human", "value": "<image>q", "parts": ["<image>", "q"]}
     test_eq(record["conversations"], [first, {"from": "gpt", "value": "a"}])
     test_eq(read_record(record), record)
@@ -131,4 +193,4 @@ def test_records_that_cannot_be_read_say_why():
         with expect_fail(DataError, contains=message): read_record(record)
     kept = read_record(turn("assistant", "a", weight=1, refusal=None))
     test_eq(kept["conversations"][1]["value"], "a")
-    print(len(wrong), "kinds are refused, such as:", list(wrong)[16])
+    test_eq(len(wrong), 26)

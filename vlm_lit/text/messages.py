@@ -9,7 +9,7 @@ __all__ = ['ROLES', 'UNSUPPORTED_KEYS', 'EMPTY', 'check_path', 'turn_parts', 're
 import re
 from ..core import IMAGE_TOKEN, DataError
 
-# %% ../../nbs/03a_messages.ipynb #c006
+# %% ../../nbs/03a_messages.ipynb #c005
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 UNSUPPORTED_KEYS = ("tool_calls", "function_call", "refusal", "weight")
 EMPTY = (None, [], 1, "")  # values of these keys that change nothing
@@ -93,7 +93,7 @@ def _read_turn(
     _check_utf8("".join(text or "" for text, _ in parts), "the text", record, n)
     return ROLES[role], parts
 
-# %% ../../nbs/03a_messages.ipynb #c008
+# %% ../../nbs/03a_messages.ipynb #c011
 def _one_of(
     raw: dict,  # A record as it was read
     names: tuple[str, str],  # Two keys with the same meaning

@@ -14,7 +14,7 @@ from functools import lru_cache
 from ..core import IMAGE_TOKEN, ConfigError, DataError
 from ..core import Segment
 
-# %% ../../nbs/03_templates.ipynb #c006
+# %% ../../nbs/03_templates.ipynb #c008
 class SeparatorStyle(Enum):
     "How the pieces of a conversation are put together; names and numbers as in MGM."
 
@@ -30,13 +30,13 @@ class SeparatorStyle(Enum):
 class Conversation:
     "Turns, and the template that turns them into text."
 
-    system: str  # text before the first turn
+    system: str  # text before the first turn; Llama 2's stands inside it
     roles: tuple[str, str]  # how the user and the model are called
-    # `[role, text]` pairs; text None means: the model is to speak now
+    # `[role, text]` pairs; a turn whose text is None is open
     messages: list = field(default_factory=list)
-    offset: int = 0  # turns at the start that are examples, not part of the talk
+    offset: int = 0  # number of turns at the start that are examples
     sep_style: SeparatorStyle = SeparatorStyle.SINGLE
-    sep: str = "###"  # after a user's turn
+    sep: str = "###"  # after a user's turn; Llama 2: before one
     sep2: str | None = None  # after a model's turn
     version: str = "Unknown"  # name of the template
     skip_next: bool = False  # used by LLaVA's chat server only
@@ -55,7 +55,7 @@ class Conversation:
         "The text of the conversation."
         return render(self).text
 
-# %% ../../nbs/03_templates.ipynb #c008
+# %% ../../nbs/03_templates.ipynb #c010
 CURIOUS = (
     "A chat between a curious {} and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the {}'s questions."
@@ -260,7 +260,7 @@ class Rendered:
 
 # %% ../../nbs/03_templates.ipynb #c024
 def user_parts(
-    message: str,  # What the user said
+    message: str,  # Text of the user's turn
     has_image: bool = True,  # Whether `<image>` stands for an image
 ) -> list[tuple[str, Segment]]:
     "A user's message, cut at its image tags."
@@ -328,7 +328,7 @@ def render(
     text = "".join([text for text, _ in parts])
     return Rendered(text, tuple(parts))
 
-# %% ../../nbs/03_templates.ipynb #c040
+# %% ../../nbs/03_templates.ipynb #c054
 def caption_form(
     conv: Conversation,  # `plain` or `v0_plain`
 ) -> Conversation:  # The same with the separator after the caption only
@@ -337,10 +337,10 @@ def caption_form(
 
 def set_system(
     conv: Conversation,  # Changed in place
-    text: str,  # What a `system` turn says
+    text: str,  # Text of a `system` turn
 ) -> None:
-    """Put a record's own system text in the place of the template's. Raises `DataError` if the
-    template has no such place."""
+    """Replace the template's system text by a record's own. Raises `DataError` if the template
+    has no place for one."""
     if conv.sep_style in (SeparatorStyle.GEMMA, SeparatorStyle.PLAIN):
         name = conv.version if conv.version != "Unknown" else "plain"
         raise DataError(

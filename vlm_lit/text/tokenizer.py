@@ -17,8 +17,8 @@ from ..core import ConfigError
 
 if TYPE_CHECKING: from transformers import PreTrainedModel  # takes seconds
 
-# %% ../../nbs/02_tokenizer.ipynb #c006
-def bundled_gemma() -> PreTrainedTokenizerFast:  # Gemma 1's tokenizer, 256,000 words
+# %% ../../nbs/02_tokenizer.ipynb #c005
+def bundled_gemma() -> PreTrainedTokenizerFast:  # Gemma 1's tokenizer, 256,000 tokens
     "The tokenizer that comes with the package; needs no network."
     packed = files("vlm_lit").joinpath("assets/gemma_tokenizer.json.xz").read_bytes()
     # from a file it is parsed once; from an object transformers copies it, which takes three times
@@ -34,7 +34,7 @@ def bundled_gemma() -> PreTrainedTokenizerFast:  # Gemma 1's tokenizer, 256,000 
             pad_token="<pad>",
         )
 
-# %% ../../nbs/02_tokenizer.ipynb #c011
+# %% ../../nbs/02_tokenizer.ipynb #c010
 def load_tokenizer(
     name: str = "gemma",  # "gemma" for the one in the package, a folder, or a hub name
 ) -> PreTrainedTokenizerFast:
@@ -58,7 +58,7 @@ def load_tokenizer(
         )
     return tokenizer
 
-# %% ../../nbs/02_tokenizer.ipynb #c017
+# %% ../../nbs/02_tokenizer.ipynb #c014
 def special_tokens(
     tokenizer: PreTrainedTokenizerFast,
 ) -> dict[str, tuple[str, int] | None]:  # role -> (token, id), or None where the tokenizer has none
@@ -75,7 +75,7 @@ def special_tokens(
 
     return {role: with_id(token) for role, token in roles.items()}
 
-# %% ../../nbs/02_tokenizer.ipynb #c021
+# %% ../../nbs/02_tokenizer.ipynb #c020
 def control_tokens(
     tokenizer: PreTrainedTokenizerFast,
 ) -> list[str]:  # Longest first, so that a search finds the whole token
@@ -91,7 +91,7 @@ def adds_bos(
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("").input_ids[:1] == [bos]
 
-# %% ../../nbs/02_tokenizer.ipynb #c034
+# %% ../../nbs/02_tokenizer.ipynb #c036
 IMAGE_TOKENS = ("<image>", "<|image_pad|>", "<|image|>", "<image_soft_token>")
 
 def is_reserved(
@@ -126,7 +126,7 @@ def check_placeholder(
             "can contain; take placeholder_id(tokenizer, vocab_size)"
         )
 
-# %% ../../nbs/02_tokenizer.ipynb #c037
+# %% ../../nbs/02_tokenizer.ipynb #c041
 def resize_embeddings(
     model: "PreTrainedModel",
     size: int,  # New number of rows, at least the old one
@@ -144,7 +144,7 @@ def resize_embeddings(
 def prepare_tokenizer(
     tokenizer: PreTrainedTokenizerFast,  # Changed in place
     version: str = "gemma",  # Name of the template, as in MGM's `--version`
-    model: "PreTrainedModel | None" = None,  # Grows with the vocabulary when a word is added
+    model: "PreTrainedModel | None" = None,  # Grows with the vocabulary when a token is added
 ) -> dict[str, str]:  # What changed: role -> token; empty when there was nothing to do
     """Give the tokenizer the padding and unknown token that MGM's training gives it for this
     version."""
