@@ -8,11 +8,11 @@ from vlm_lit.core import IGNORE_INDEX, ConfigError, DataError, Segment, describe
 from vlm_lit.debug.breakpoints import Breakpoint, short_path
 from vlm_lit.debug.label_view import COLORS, LabelStrip
 from vlm_lit.debug.stop_display import path_of, rows_of, source_rows
-from vlm_lit.debug.values import as_ids, ids_text, shown, thumbnail, visible
+from vlm_lit.debug.values import as_ids, as_image, ids_text, shown, thumbnail, visible
 from vlm_lit.text.tokenizer import adds_bos, prepare_tokenizer, special_tokens
 from vlm_lit.text.chat_templates import render_hf
 from vlm_lit.text.templates import render
-from vlm_lit.text.sentinels import join_chunks, preprocess_multimodal
+from vlm_lit.text.sentinels import preprocess_multimodal, tokenizer_image_token
 from vlm_lit.text.labels import fill_template, preprocess
 from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.text.messages import image_names
