@@ -36,7 +36,9 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     packages=find_packages(include=["vlm_lit", "vlm_lit.*"]),
-    package_data={"vlm_lit": ["py.typed", "assets/*.json.xz", "assets/presets/*.json"]},
+    package_data={
+        "vlm_lit": ["py.typed", "assets/*.html", "assets/*.json.xz", "assets/presets/*.json"]
+    },
     include_package_data=False,
     cmdclass={"build_py": Build},
     python_requires=f">={cfg['min_python']}",

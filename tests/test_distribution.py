@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = {
     "py.typed",
     "assets/gemma_tokenizer.json.xz",
+    "assets/walk.html",
     *(f"assets/presets/{name}.json" for name in "gemma3-270m llava-7b mgm-2b smol tiny".split()),
 }
 PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}

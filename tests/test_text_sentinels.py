@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from vlm_lit.core import IMAGE_TOKEN, IMAGE_TOKEN_INDEX, IM_END_TOKEN, IM_START_TOKEN, ConfigError
 from vlm_lit.core import DataError
 from vlm_lit.text.messages import turn_parts
-from vlm_lit.text.templates import Rendered, user_parts
+from vlm_lit.text.templates import Rendered
 from vlm_lit.core import Segment
 from vlm_lit.text.tokenizer import control_tokens
 import copy, json, lzma
@@ -20,14 +20,13 @@ from tokenizers import AddedToken, Tokenizer
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.core import peek
 from vlm_lit.debug.breakpoints import Breakpoint
-from vlm_lit.text.templates import get_template, render
+from vlm_lit.text.templates import get_template, render, user_parts
 from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.text.sentinels import added_space
 from vlm_lit.text.sentinels import check_image_count
 from vlm_lit.text.sentinels import drop_bos
 from vlm_lit.text.sentinels import encode_prompts
 from vlm_lit.text.sentinels import insert_separator
-from vlm_lit.text.sentinels import join_chunks
 from vlm_lit.text.sentinels import make_traits
 from vlm_lit.text.sentinels import num_tokens_with_images
 from vlm_lit.text.sentinels import place_parts
@@ -125,6 +124,38 @@ def test_families_write_different_things_unasked():
     )
     with expect_fail(ConfigError, contains="writes ['</s>'] around every text"):
         make_traits(endless)
+
+def test_chunks_and_ids_of_the_seed():
+    prompt = (
+        "<start_of_turn>user\n<image>\nWhat is in the photo?<end_of_turn>\n"
+    "<start_of_turn>model\nthe box chain purse black<end_of_turn>\n<eos>"
+    )
+    with Breakpoint(
+        tokenizer_image_token, at="input_ids = insert_separator", watch=["prompt_chunks"]
+    ) as bp:
+        input_ids = tokenizer_image_token(prompt, tok, return_tensors="pt")
+    print(bp["prompt_chunks"])
+    peek(input_ids=input_ids)
+    before = [2, 106, 1645, 108]
+    question = [108, 1841, 603, 575, 573, 2686, 235336, 107, 108]
+    answer = [106, 2516, 108, 1175, 3741, 9488, 45189, 2656, 107, 108, 1]
+    test_eq(bp["prompt_chunks"], [before, [2, *question, *answer]])
+    test_eq(input_ids.tolist(), [*before, -200, *question, *answer])
+
+def test_keeping_every_bos_shifts_the_rest():
+    chunks = [tok("<start_of_turn>user\n").input_ids, tok("\nWhat").input_ids]
+    naive = insert_separator(chunks, IMAGE_TOKEN_INDEX)
+    right = tokenizer_image_token("<start_of_turn>user\n<image>\nWhat", tok)
+    print(naive, right)
+    test_eq(naive[4:6], [-200, 2])
+    test_eq((right[4:6], len(naive)), ([-200, 108], len(right) + 1))
+    assert right.count(tok.bos_token_id) == 1
+
+def test_pictures_at_the_edges_and_side_by_side():
+    for prompt, n in [("<image>a", 1), ("a<image>", 1), ("<image><image>", 2), ("a", 0), ("", 0)]:
+        ids = tokenizer_image_token(prompt, tok)
+        print(repr(prompt), ids)
+        test_eq((ids.count(-200), ids.count(2), ids[0]), (n, 1, 2))
 
 def test_fused_newline_is_split_at_the_start_of_the_answer():
     header, answer = "<start_of_turn>model\n", "\nA list:"
@@ -226,36 +257,6 @@ def test_stop_text_that_fuses_with_an_answer_is_supervised():
     print(found)
     test_eq(found[-1], (".\n", "ANSWER"))
 
-def test_chunks_and_ids_of_the_seed():
-    prompt = (
-        "<start_of_turn>user\n<image>\nWhat is in the photo?<end_of_turn>\n"
-    "<start_of_turn>model\nthe box chain purse black<end_of_turn>\n<eos>"
-    )
-    with Breakpoint(join_chunks, at="input_ids = insert_separator", watch=["prompt_chunks"]) as bp:
-        input_ids = tokenizer_image_token(prompt, tok, return_tensors="pt")
-    print(bp["prompt_chunks"])
-    peek(input_ids=input_ids)
-    before = [2, 106, 1645, 108]
-    question = [108, 1841, 603, 575, 573, 2686, 235336, 107, 108]
-    answer = [106, 2516, 108, 1175, 3741, 9488, 45189, 2656, 107, 108, 1]
-    test_eq(bp["prompt_chunks"], [before, [2, *question, *answer]])
-    test_eq(input_ids.tolist(), [*before, -200, *question, *answer])
-
-def test_keeping_every_bos_shifts_the_rest():
-    chunks = [tok("<start_of_turn>user\n").input_ids, tok("\nWhat").input_ids]
-    naive = insert_separator(chunks, IMAGE_TOKEN_INDEX)
-    right = tokenizer_image_token("<start_of_turn>user\n<image>\nWhat", tok)
-    print(naive, right)
-    test_eq(naive[4:6], [-200, 2])
-    test_eq((right[4:6], len(naive)), ([-200, 108], len(right) + 1))
-    assert right.count(tok.bos_token_id) == 1
-
-def test_pictures_at_the_edges_and_side_by_side():
-    for prompt, n in [("<image>a", 1), ("a<image>", 1), ("<image><image>", 2), ("a", 0), ("", 0)]:
-        ids = tokenizer_image_token(prompt, tok)
-        print(repr(prompt), ids)
-        test_eq((ids.count(-200), ids.count(2), ids[0]), (n, 1, 2))
-
 def test_tag_in_an_answer_gets_no_sentinel():
     conv = get_template("gemma")
     conv.append_message("user", "<image>\nHow?")
@@ -307,3 +308,13 @@ def test_spaces_are_added_first_or_always_or_never():
     ]
     for normalizer, pre, expected in cases:
         test_eq(added_space(backend(normalizer, pre)), expected)
+
+def test_one_prompt_alone_gives_the_ids_of_the_batch():
+    texts = ["plain", " a  b ", "\n\nx\n", "é e\u0301", "日本語😀", "龘▁", "<image>", ""]
+    texts = [f"{a}<image>{b}" for a in texts for b in texts] + texts
+    for t in (tok, *families.values()):
+        prompts = [Rendered(text, tuple(user_parts(text))) for text in texts]
+        out = encode_prompts(prompts, t)
+        ends = out.lengths.cumsum()
+        batch = [out.ids[end - n : end].tolist() for end, n in zip(ends, out.lengths)]
+        test_eq([tokenizer_image_token(text, t) for text in texts], batch)
