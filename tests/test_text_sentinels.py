@@ -295,16 +295,6 @@ def test_empty_prompts_and_batches_are_no_trouble():
     with expect_fail(ConfigError, contains="image_tags"):
         preprocess_multimodal([], image_tags="all")
 
-def test_one_prompt_alone_gives_the_ids_of_the_batch():
-    texts = ["plain", " a  b ", "\n\nx\n", "é e\u0301", "日本語😀", "龘▁", "<image>", ""]
-    texts = [f"{a}<image>{b}" for a in texts for b in texts] + texts
-    for t in (tok, *families.values()):
-        prompts = [Rendered(text, tuple(user_parts(text))) for text in texts]
-        out = encode_prompts(prompts, t)
-        ends = out.lengths.cumsum()
-        batch = [out.ids[end - n : end].tolist() for end, n in zip(ends, out.lengths)]
-        test_eq([tokenizer_image_token(text, t) for text in texts], batch)
-
 def test_spaces_are_added_first_or_always_or_never():
     from types import SimpleNamespace
 
@@ -318,3 +308,13 @@ def test_spaces_are_added_first_or_always_or_never():
     ]
     for normalizer, pre, expected in cases:
         test_eq(added_space(backend(normalizer, pre)), expected)
+
+def test_one_prompt_alone_gives_the_ids_of_the_batch():
+    texts = ["plain", " a  b ", "\n\nx\n", "é e\u0301", "日本語😀", "龘▁", "<image>", ""]
+    texts = [f"{a}<image>{b}" for a in texts for b in texts] + texts
+    for t in (tok, *families.values()):
+        prompts = [Rendered(text, tuple(user_parts(text))) for text in texts]
+        out = encode_prompts(prompts, t)
+        ends = out.lengths.cumsum()
+        batch = [out.ids[end - n : end].tolist() for end, n in zip(ends, out.lengths)]
+        test_eq([tokenizer_image_token(text, t) for text in texts], batch)

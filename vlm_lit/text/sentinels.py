@@ -275,7 +275,8 @@ def place_parts(
     piece: Piece,
     encoding: Encoding,  # Of its lead and its text
 ) -> tuple[list[int], list[int]]:
-    "First token of each part, and the edges of answers that a token lies across."
+    """First token of each part, and the edges of answers that a token lies across. A token is of
+    the part that its first character is of, the spaces that it begins with left aside."""
     shift = len(piece.lead or "")
     firsts: list[int | None] = []
     edges = []
@@ -287,7 +288,10 @@ def place_parts(
         span = encoding.token_to_chars(first) if first is not None and start else None
         if first is not None and span is not None and span[0] < start + shift:
             if supervised != (segment >= Segment.ANSWER): edges.append(start)
-            first += 1  # the token starts in the part before
+            before = piece.text[max(span[0] - shift, 0) : start]
+            own = piece.text[start : span[1] - shift]
+            if before.strip() or not own.strip():
+                first += 1  # the token is of the part before
         firsts.append(first)
         supervised = segment >= Segment.ANSWER
     begins = [len(encoding.ids)]
