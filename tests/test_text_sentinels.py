@@ -13,21 +13,25 @@ from vlm_lit.text.messages import turn_parts
 from vlm_lit.text.templates import Rendered
 from vlm_lit.core import Segment
 from vlm_lit.text.tokenizer import control_tokens
-import copy, json, lzma
+import copy, json, lzma, sys
 from itertools import groupby
-from pathlib import Path
-from tokenizers import AddedToken, Tokenizer
-from fastcore.test import test_eq, expect_fail
+from types import SimpleNamespace
+from fastcore.test import expect_fail, test_eq
+from tokenizers import AddedToken
+from tokenizers.processors import TemplateProcessing
 from vlm_lit.core import peek
 from vlm_lit.debug.breakpoints import Breakpoint
+from vlm_lit.debug.values import token_text
 from vlm_lit.text.templates import get_template, render, user_parts
 from vlm_lit.text.tokenizer import load_tokenizer
+from small_parts import GOLDEN, golden_tokenizer
 from vlm_lit.text.sentinels import added_space
 from vlm_lit.text.sentinels import check_image_count
-from vlm_lit.text.sentinels import drop_bos
+from vlm_lit.text.sentinels import chunk_pieces
 from vlm_lit.text.sentinels import encode_prompts
 from vlm_lit.text.sentinels import insert_separator
 from vlm_lit.text.sentinels import make_traits
+from vlm_lit.text.sentinels import move_tag
 from vlm_lit.text.sentinels import num_tokens_with_images
 from vlm_lit.text.sentinels import place_parts
 from vlm_lit.text.sentinels import preprocess_multimodal
@@ -35,26 +39,237 @@ from vlm_lit.text.sentinels import tokenizer_image_token
 from vlm_lit.text.sentinels import tokenizer_traits
 
 def setup_module():
-    global GOLDEN, ROLES, families, family, tok
+    global ROLES, answer, conv, families, family, fused, header, prompt, seed, tok
+    sys.path[:0] = ["../tests", "tests"]
     tok = load_tokenizer("gemma")
-    GOLDEN = next(
-        folder for folder in map(Path, ("tests/golden", "../tests/golden")) if folder.is_dir()
-    )
     ROLES = {
         "sentencepiece_like": ("<s>", "</s>", "<unk>"),
         "llama3_bos": ("<|begin_of_text|>", "<|eot_id|>", "<|reserved_special_token_0|>"),
         "chatml_no_bos": (None, "<|im_end|>", "<|endoftext|>"),
     }
-    def family(name, folder=GOLDEN):
-        bos, eos, unk = ROLES[name]
-        packed = (folder / f"{name}.tokenizer.json.xz").read_bytes()
-        backend = Tokenizer.from_str(lzma.decompress(packed).decode())
-        return PreTrainedTokenizerFast(
-            tokenizer_object=backend, bos_token=bos, eos_token=eos, unk_token=unk, pad_token=unk
-        )
+    family = lambda name: golden_tokenizer(name, *ROLES[name])
     families = {name: family(name) for name in ROLES}
+    prompt = (
+        "<start_of_turn>user\n<image>\nWhat is in the photo?<end_of_turn>\n"
+    "<start_of_turn>model\nthe box chain purse black<end_of_turn>\n<eos>"
+    )
+    conv = get_template("gemma")
+    conv.append_message("user", "<image>\nWhat is in the photo?")
+    conv.append_message("model", "the box chain purse black")
+    seed = render(conv)
+    header, answer = "<start_of_turn>model\n", "\nA list:"
+    fused = Rendered(header + answer, ((header, Segment.HEADER), (answer, Segment.ANSWER)))
 
 def test_tag_moves_to_the_front_as_in_the_seed():
+    human = {"from": "human", "value": "What is in the photo?\n<image>"}
+    gpt = {"from": "gpt", "value": "the box chain purse black"}
+    watch = "sources[0][0]['value'] moved[0][0]['value'] len(moved[0])"
+    with Breakpoint(preprocess_multimodal, at="return moved", watch=watch.split()) as bp:
+        moved = preprocess_multimodal([[human, gpt]])
+    bp.expect(
+        {
+            "sources[0][0]['value']": "What is in the photo?\n<image>",
+            "moved[0][0]['value']": "<image>\nWhat is in the photo?",
+        }
+    )
+    bp.expect_return({"result[0][1]": gpt})
+
+def test_mgms_rule_loses_the_second_of_two_tags():
+    human = {"from": "human", "value": "compare <image> with <image>"}
+    with Breakpoint(move_tag, at='if IMAGE_TOKEN not in', set={"image_tags": "mgm"}) as bp:
+        preprocess_multimodal([[human]])
+    bp.expect_changed(
+        {"result.count('<image>')": (2, 1)},
+        result=("compare <image> with <image>", "<image>\ncompare  with"),
+    )
+
+def test_every_reference_row_of_preprocess_multimodal():
+    lines = lzma.open(GOLDEN / "preprocess_multimodal.jsonl.xz", "rt", encoding="utf-8")
+    rows, same = [json.loads(line) for line in lines], 0
+    for row in rows:
+        for name in ("plain", "plain_imse", "mmtag", "mmtag_imse"):
+            options = dict(mm_use_im_start_end="imse" in name, mmtag="mmtag" in name)
+            (got,) = preprocess_multimodal([row["conversations"]], "mgm", **options)
+            same += [turn["value"] for turn in got] == row[name]
+    print(f"{len(rows)} conversations, {same} of {4 * len(rows)} results are MGM's")
+    test_eq((len(rows), same), (180, 720))
+
+def test_families_add_different_things():
+    with Breakpoint(make_traits, at="return TokenizerTraits", watch="empty added_space(backend)") as bp:
+        for t in (tok, *families.values()): make_traits(t)
+    bp.expect_each(
+        {
+            "len(empty)": [1, 1, 1, 0],
+            "added_space(backend)": ["never", "always", "never", "never"],
+        }
+    )
+
+def test_chunks_and_ids_of_the_seed():
+    watch = "prompt_chunks input_ids len(input_ids)"
+    with Breakpoint(tokenizer_image_token, at="return input_ids", watch=watch) as bp:
+        tokenizer_image_token(prompt, tok)
+    before = [2, 106, 1645, 108]
+    after = [108, 1841, 603, 575, 573, 2686, 235336, 107, 108]
+    after += [106, 2516, 108, 1175, 3741, 9488, 45189, 2656, 107, 108, 1]
+    bp.expect({"len(input_ids)": 25}, prompt_chunks=[before, [2, *after]])
+    bp.expect(input_ids=[*before, -200, *after])
+
+def test_a_bos_that_is_kept_stands_after_the_image():
+    with Breakpoint(
+        tokenizer_image_token, at="chunks = [prompt", watch="prompt_chunks", set={"offset": 0}
+    ) as bp:
+        tokenizer_image_token(prompt, tok)
+    bp.expect_changed(
+        {"len(result)": (25, 26), "result.count(2)": (1, 2), "result[4:6]": ([-200, 108], [-200, 2])}
+    )
+
+def test_mgms_rule_loses_a_token_where_the_template_writes_bos():
+    chatml = golden_tokenizer("chatml_no_bos", "<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    with Breakpoint(
+        tokenizer_image_token, at="chunks = [prompt", watch="offset", set={"offset": 1}
+    ) as bp:
+        tokenizer_image_token("<|im_start|>user\n<image>What is it?", chatml)
+    assert bp["prompt_chunks"][0][0] == chatml.bos_token_id
+    bp.expect_changed({"len(result)": (8, 7), "result[4]": (3838, 374)})
+
+def test_images_at_the_edges_and_side_by_side():
+    for text, n in [("<image>a", 1), ("a<image>", 1), ("<image><image>", 2), ("a", 0), ("", 0)]:
+        ids = tokenizer_image_token(text, tok)
+        print(f"{text!r:17} {ids}")
+        test_eq((ids.count(-200), ids.count(2), ids[0]), (n, 1, 2))
+
+def test_pieces_know_where_the_parts_of_the_prompt_begin():
+    with Breakpoint(chunk_pieces, at="return [*pieces", watch="pieces[0].text start parts") as bp:
+        chunk_pieces(seed, n=0)
+    begins = seed.text.index("\nWhat")
+    bp.expect({"pieces[0].text": "<start_of_turn>user\n"}, start=begins)
+    bp.expect(parts=[(0, Segment.USER), (22, Segment.HEADER), (57, Segment.ANSWER), (82, Segment.STOP)])
+
+def test_fused_newline_is_split_at_the_start_of_the_answer():
+    with Breakpoint(place_parts, at="return begins", watch="encoding.ids edges") as bp:
+        out = encode_prompts([fused], tok)
+    test_eq(out.ids.tolist(), tok(header).input_ids + tok(answer, add_special_tokens=False).input_ids)
+    bp.expect_each(edges=[[21], [], []]).expect({"encoding.ids[:4]": [2, 106, 2516, 109]})
+
+def test_without_the_edge_the_newline_of_the_answer_is_lost():
+    with Breakpoint(place_parts, at="return begins", watch="edges", set={"edges": []}) as bp:
+        wrong = encode_prompts([fused], tok)
+    right = encode_prompts([fused], tok)
+    text_of = lambda ids: [token_text(tok, i) for i in ids.tolist()]
+    test_eq(text_of(wrong.ids[wrong.segments == Segment.ANSWER]), ["A", "▁list", ":"])
+    test_eq(text_of(right.ids[right.segments == Segment.ANSWER]), ["⏎", "A", "▁list", ":"])
+    bp.expect_changed({"result[1]": ([21], [])})
+
+def test_every_token_has_its_segment():
+    conv = get_template("gemma")
+    conv.append_message("user", "<image>\nA list?")
+    conv.append_message("model", "\n1. é")
+    with Breakpoint(encode_prompts, at="return Encoded", watch="rows[0] kinds[0]") as bp:
+        encode_prompts([render(conv)], tok)
+    runs = [
+        (s.name, [token_text(tok, i) for i, _ in run])
+        for s, run in groupby(zip(bp["rows[0]"], bp["kinds[0]"]), lambda pair: pair[1])
+    ]
+    for name, texts in runs: print(f"{name:7}", *texts)
+    test_eq(
+        runs[3:],
+        [
+            ("HEADER", ["<end_of_turn>", "⏎", "<start_of_turn>", "model", "⏎"]),
+            ("ANSWER", ["⏎", "1", ".", "▁é"]),
+            ("STOP", ["<end_of_turn>", "⏎", "<eos>"]),
+        ],
+    )
+    bp.expect({"len(rows[0])": 21, "rows[0].count(-200)": 1})
+
+def test_a_words_own_space_does_not_change_its_segment():
+    parts = (("USER: ", Segment.HEADER), ("What is it?", Segment.USER))
+    parts += ((" ASSISTANT: ", Segment.HEADER), ("a box", Segment.ANSWER))
+    spaced = Rendered("".join(text for text, _ in parts), parts)
+    t = families["sentencepiece_like"]
+    with Breakpoint(place_parts, at="return begins", watch="encoding.tokens edges") as bp:
+        out = encode_prompts([spaced], t)
+    found = list(zip(t.convert_ids_to_tokens(out.ids), map(Segment, out.segments)))
+    test_eq([token for token, s in found if s == Segment.USER][0], "▁What")
+    test_eq([token for token, s in found if s == Segment.ANSWER], ["a", "▁box"])
+    bp.expect_each(edges=[[29], [], []])
+
+def test_stop_text_that_fuses_with_an_answer_is_supervised():
+    llama = family("llama3_bos")
+    llama.add_tokens([AddedToken(".\n", normalized=False)])
+    parts = (("<image>", Segment.IMAGE), ("a box.", Segment.ANSWER), ("\n", Segment.STOP))
+    with Breakpoint(
+        encode_prompts, at="return Encoded", watch=["rows[0]", "[s.name for s in kinds[0]]"]
+    ) as bp:
+        encode_prompts([Rendered("<image>a box.\n", parts)], llama)
+    test_eq(llama.decode(bp["rows[0]"][-1:]), ".\n")
+    bp.expect({"[s.name for s in kinds[0]]": ["HEADER", "IMAGE"] + ["ANSWER"] * 3})
+
+def test_tags_and_images_must_be_equally_many():
+    source = [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "an <image> tag"},
+    ]
+    with Breakpoint(check_image_count, at="if n_tags != n_images", watch="n_tags n_images") as bp:
+        with expect_fail(DataError, contains="record 7: 1 <image> tag(s) for 2 image(s)"):
+            check_image_count(source, 2, record=7)
+    bp.expect(n_tags=1, n_images=2)
+
+def test_an_image_counts_as_all_its_tokens():
+    ids = torch.tensor([2, IMAGE_TOKEN_INDEX, 108, IMAGE_TOKEN_INDEX, 5])
+    with Breakpoint(num_tokens_with_images, at="return len", watch="len(input_ids) n_images") as bp:
+        num_tokens_with_images(ids, 576)
+    test_eq(num_tokens_with_images(ids, 1), 5)
+    bp.expect({"len(input_ids)": 5}, n_images=2).expect_return(result=3 + 2 * 576)
+
+def test_empty_prompts_and_batches_are_no_trouble():
+    for t in (tok, *families.values()):
+        empty, some = Rendered("", ()), Rendered("a", (("a", Segment.ANSWER),))
+        out = encode_prompts([empty, some, empty], t)
+        n_bos = tokenizer_traits(t).n_bos
+        test_eq(out.lengths.tolist(), [n_bos, n_bos + 1, n_bos])
+        test_eq(out.segments.tolist().count(Segment.ANSWER), 1)
+    test_eq(encode_prompts([], tok).ids.tolist(), [])
+    with expect_fail(ConfigError, contains="return_tensors"):
+        tokenizer_image_token("a", tok, return_tensors="np")
+    with expect_fail(ConfigError, contains="image_tags"):
+        preprocess_multimodal([], image_tags="all")
+
+def test_spaces_are_added_first_or_always_or_never():
+    backend = lambda normalizer, pre: SimpleNamespace(normalizer=normalizer, pre_tokenizer=pre)
+    cases = [
+        ('Prepend(prepend="▁")', None, "always"),
+        (None, 'Metaspace(replacement="▁", prepend_scheme=first, split=False)', "first"),
+        (None, 'Metaspace(prepend_scheme="always")', "always"),
+        (None, 'Metaspace(prepend_scheme="never")', "never"),
+        (None, None, "never"),
+    ]
+    for normalizer, pre, expected in cases:
+        test_eq(added_space(backend(normalizer, pre)), expected)
+
+def test_one_prompt_alone_gives_the_ids_of_the_batch():
+    texts = ["plain", " a  b ", "\n\nx\n", "é e\u0301", "日本語😀", "龘▁", "<image>", ""]
+    texts = [f"{a}<image>{b}" for a in texts for b in texts] + texts
+    for t in (tok, *families.values()):
+        prompts = [Rendered(text, tuple(user_parts(text))) for text in texts]
+        out = encode_prompts(prompts, t)
+        ends = out.lengths.cumsum()
+        batch = [out.ids[end - n : end].tolist() for end, n in zip(ends, out.lengths)]
+        test_eq([tokenizer_image_token(text, t) for text in texts], batch)
+
+def test_several_tags_stay_and_answers_are_left_alone():
+    def moved(text, who="human", **kw):
+        return preprocess_multimodal([[{"from": who, "value": text}]], **kw)[0][0]["value"]
+
+    test_eq(moved("Look: <image> what?"), "<image>\nLook:  what?")
+    test_eq(moved("<image>"), "<image>")
+    test_eq(moved("no image"), "no image")
+    test_eq(moved("compare <image> with <image>"), "compare <image> with <image>")
+    test_eq(moved("compare <image> with <image>", image_tags="mgm"), "<image>\ncompare  with")
+    test_eq(moved("write <image> here", who="gpt"), "write <image> here")
+    test_eq(moved("a\n<image>", mm_use_im_start_end=True), "<im_start><image><im_end>\na")
+    test_eq(moved("a\n<image>", mmtag=True), "<Image><image></Image>\na")
+
+def test_the_record_is_not_edited():
     human = {"from": "human", "value": "What is in the photo?\n<image>"}
     gpt = {"from": "gpt", "value": "the box chain purse black"}
     sources = [[human, gpt]]
@@ -62,21 +277,6 @@ def test_tag_moves_to_the_front_as_in_the_seed():
     expected = [[{"from": "human", "value": "<image>\nWhat is in the photo?"}, gpt]]
     test_eq(preprocess_multimodal(sources), expected)
     test_eq(sources, before)  # the record is not edited
-
-def test_several_tags_stay_and_answers_are_left_alone():
-    def moved(text, who="human", **kw):
-        return preprocess_multimodal([[{"from": who, "value": text}]], **kw)[0][0]["value"]
-
-    for text in ["Look: <image> what?", "<image>", "no picture", "compare <image> with <image>"]:
-        print(repr(text), "->", repr(moved(text)))
-    test_eq(moved("Look: <image> what?"), "<image>\nLook:  what?")
-    test_eq(moved("<image>"), "<image>")
-    test_eq(moved("no picture"), "no picture")
-    test_eq(moved("compare <image> with <image>"), "compare <image> with <image>")
-    test_eq(moved("compare <image> with <image>", image_tags="mgm"), "<image>\ncompare  with")
-    test_eq(moved("write <image> here", who="gpt"), "write <image> here")
-    test_eq(moved("a\n<image>", mm_use_im_start_end=True), "<im_start><image><im_end>\na")
-    test_eq(moved("a\n<image>", mmtag=True), "<Image><image></Image>\na")
 
 def test_turns_in_parts_are_kept_for_the_tokenizers_own_template():
     given = {"from": "human", "value": "What?<image>", "parts": ["What?", "<image>"]}
@@ -87,36 +287,10 @@ def test_turns_in_parts_are_kept_for_the_tokenizers_own_template():
     (turn,) = preprocess_multimodal([[given]], "mgm", keep_parts=True)[0]
     test_eq(turn["value"], "<image>\nWhat?")
 
-def test_every_reference_row_of_preprocess_multimodal():
-    lines = lzma.open(GOLDEN / "preprocess_multimodal.jsonl.xz", "rt", encoding="utf-8")
-    rows = [json.loads(line) for line in lines]
-    wrong = []
-    for row in rows:
-        for name in ("plain", "plain_imse", "mmtag", "mmtag_imse"):
-            options = dict(mm_use_im_start_end="imse" in name, mmtag="mmtag" in name)
-            (got,) = preprocess_multimodal([row["conversations"]], "mgm", **options)
-            if [turn["value"] for turn in got] != row[name]:
-                wrong.append((row["id"], name))
-    print(len(rows), "conversations,", len(wrong), "differ")
-    test_eq((len(rows), wrong), (180, []))
-
-def test_later_chunks_lose_one_bos_and_gaps_get_a_sentinel():
-    test_eq(drop_bos([2, 108, 1841], 2), [108, 1841])
-    test_eq((drop_bos([108], 2), drop_bos([], 2)), ([108], []))
-    test_eq((drop_bos([5, 6], None), drop_bos([2, 2, 7], 2)), ([5, 6], [2, 7]))
-    test_eq(insert_separator([[2, 106], [108, 9], []], IMAGE_TOKEN_INDEX), [2, 106, -200, 108, 9, -200])
-    test_eq(insert_separator([[2, 106]], IMAGE_TOKEN_INDEX), [2, 106])
-
-def test_families_write_different_things_unasked():
-    for name, other in families.items():
-        traits = tokenizer_traits(other)
-        tokens = other.convert_ids_to_tokens(other("Hi there").input_ids)
-        print(f"{name:19}", tokens, traits.space, traits.n_bos)
+def test_traits_are_kept_and_an_end_token_is_refused():
     found = [(t.space, t.n_bos) for t in map(tokenizer_traits, (tok, *families.values()))]
     test_eq(found, [("never", 1), ("always", 1), ("never", 1), ("never", 0)])
     assert tokenizer_traits(tok) is tokenizer_traits(tok)
-    from tokenizers.processors import TemplateProcessing
-
     endless = family("sentencepiece_like")
     eos = ("</s>", endless.eos_token_id)
     endless.backend_tokenizer.post_processor = TemplateProcessing(
@@ -125,46 +299,9 @@ def test_families_write_different_things_unasked():
     with expect_fail(ConfigError, contains="writes ['</s>'] around every text"):
         make_traits(endless)
 
-def test_chunks_and_ids_of_the_seed():
-    prompt = (
-        "<start_of_turn>user\n<image>\nWhat is in the photo?<end_of_turn>\n"
-    "<start_of_turn>model\nthe box chain purse black<end_of_turn>\n<eos>"
-    )
-    with Breakpoint(
-        tokenizer_image_token, at="input_ids = insert_separator", watch=["prompt_chunks"]
-    ) as bp:
-        input_ids = tokenizer_image_token(prompt, tok, return_tensors="pt")
-    print(bp["prompt_chunks"])
-    peek(input_ids=input_ids)
-    before = [2, 106, 1645, 108]
-    question = [108, 1841, 603, 575, 573, 2686, 235336, 107, 108]
-    answer = [106, 2516, 108, 1175, 3741, 9488, 45189, 2656, 107, 108, 1]
-    test_eq(bp["prompt_chunks"], [before, [2, *question, *answer]])
-    test_eq(input_ids.tolist(), [*before, -200, *question, *answer])
-
-def test_keeping_every_bos_shifts_the_rest():
-    chunks = [tok("<start_of_turn>user\n").input_ids, tok("\nWhat").input_ids]
-    naive = insert_separator(chunks, IMAGE_TOKEN_INDEX)
-    right = tokenizer_image_token("<start_of_turn>user\n<image>\nWhat", tok)
-    print(naive, right)
-    test_eq(naive[4:6], [-200, 2])
-    test_eq((right[4:6], len(naive)), ([-200, 108], len(right) + 1))
-    assert right.count(tok.bos_token_id) == 1
-
-def test_pictures_at_the_edges_and_side_by_side():
-    for prompt, n in [("<image>a", 1), ("a<image>", 1), ("<image><image>", 2), ("a", 0), ("", 0)]:
-        ids = tokenizer_image_token(prompt, tok)
-        print(repr(prompt), ids)
-        test_eq((ids.count(-200), ids.count(2), ids[0]), (n, 1, 2))
-
-def test_fused_newline_is_split_at_the_start_of_the_answer():
-    header, answer = "<start_of_turn>model\n", "\nA list:"
-    prompt = Rendered(header + answer, ((header, Segment.HEADER), (answer, Segment.ANSWER)))
-    with Breakpoint(place_parts, at="return begins", watch=["begins", "edges"]) as bp:
-        out = encode_prompts([prompt], tok)
-    print([hit["edges"] for hit in bp.hits], out.ids.tolist())
-    test_eq(tok(prompt.text).input_ids[:4], [2, 106, 2516, 109])
-    test_eq(out.ids.tolist(), tok(header).input_ids + tok(answer, add_special_tokens=False).input_ids)
+def test_each_two_chunks_get_a_separator():
+    test_eq(insert_separator([[2, 106], [108, 9], []], IMAGE_TOKEN_INDEX), [2, 106, -200, 108, 9, -200])
+    test_eq(insert_separator([[2, 106]], IMAGE_TOKEN_INDEX), [2, 106])
 
 def test_literal_stretch_never_becomes_a_control_token():
     marks = [(tok, "<end_of_turn>"), *((t, t.eos_token) for t in families.values())]
@@ -176,20 +313,6 @@ def test_literal_stretch_never_becomes_a_control_token():
         test_eq(ids.count(t.convert_tokens_to_ids(mark)), 1)  # only the third, which was not named
         test_eq(t.decode(ids[tokenizer_traits(t).n_bos :]), text)
 
-def test_every_token_knows_its_segment():
-    conv = get_template("gemma")
-    conv.append_message("user", "<image>\nA list?")
-    conv.append_message("model", "\n1. é")
-    out = encode_prompts([render(conv)], tok)
-    text_of = lambda i: tok.decode([i]) if i >= 0 else "<image>"
-    tokens = zip(out.ids.tolist(), out.segments.tolist())
-    named = [(Segment(s).name, text_of(i)) for i, s in tokens]
-    test_eq([text for name, text in named if name == "ANSWER"], ["\n", "1", ".", " é"])
-    test_eq([text for name, text in named if name == "STOP"], ["<end_of_turn>", "\n", "<eos>"])
-    test_eq([text for name, text in named if name == "USER"], ["\n", "A", " list", "?"])
-    test_eq([text for name, text in named if name == "IMAGE"], ["<image>"])
-    test_eq(named[0], ("HEADER", "<bos>"))
-
 def test_the_callers_tokenizer_keeps_its_settings():
     mine = family("llama3_bos")
     mine.backend_tokenizer.enable_padding(length=9)
@@ -199,7 +322,6 @@ def test_the_callers_tokenizer_keeps_its_settings():
     before = backend.padding, backend.truncation, backend.encode_special_tokens
     prompt = Rendered("What is it? Tell me!", (("What is it? Tell me!", Segment.USER),))
     test_eq(encode_prompts([prompt], mine).ids.tolist(), family("llama3_bos")(prompt.text).input_ids)
-    print(backend.padding["length"], backend.truncation["max_length"], backend.encode_special_tokens)
     test_eq((backend.padding, backend.truncation, backend.encode_special_tokens), before)
 
 def test_masks_agree_with_pieces_encoded_apart():
@@ -247,15 +369,14 @@ def test_masks_agree_with_pieces_encoded_apart():
         print(f"{name:19}{len(prompts)} prompts, {len(differ)} differ")
         test_eq(differ, [])
 
-def test_stop_text_that_fuses_with_an_answer_is_supervised():
-    llama = family("llama3_bos")
-    llama.add_tokens([AddedToken(".\n", normalized=False)])
-    parts = (("<image>", Segment.IMAGE), ("a box.", Segment.ANSWER), ("\n", Segment.STOP))
-    out = encode_prompts([Rendered("<image>a box.\n", parts)], llama)
-    tokens = zip(out.ids.tolist(), out.segments)
-    found = [(llama.decode([i]), Segment(s).name) for i, s in tokens if i >= 0]
-    print(found)
-    test_eq(found[-1], (".\n", "ANSWER"))
+def test_tags_of_user_turns_are_counted_for_any_number_of_images():
+    source = [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "an <image> tag"},
+    ]
+    check_image_count(source, 1)
+    with expect_fail(DataError, contains="1 <image> tag(s) for 0"):
+        check_image_count(source, 0)
 
 def test_tag_in_an_answer_gets_no_sentinel():
     conv = get_template("gemma")
@@ -265,56 +386,16 @@ def test_tag_in_an_answer_gets_no_sentinel():
     test_eq(ids.count(-200), 1)
     assert tok.decode([i for i in ids if i >= 0]).count("<image>") == 1
 
-def test_tags_and_pictures_must_be_equally_many():
-    source = [
-        {"from": "human", "value": "<image>\nWhat is it?"},
-        {"from": "gpt", "value": "an <image> tag"},
-    ]
-    check_image_count(source, 1)
-    with expect_fail(DataError, contains="record 7: 1 <image> tag(s) for 2 image(s)"):
-        check_image_count(source, 2, record=7)
-    with expect_fail(DataError, contains="1 <image> tag(s) for 0"):
-        check_image_count(source, 0)
-
-def test_an_image_counts_as_all_its_tokens():
-    ids = torch.tensor([2, IMAGE_TOKEN_INDEX, 108, IMAGE_TOKEN_INDEX, 5])
-    print(len(ids), "->", num_tokens_with_images(ids, 576))
-    assert num_tokens_with_images(ids, 576) == 3 + 2 * 576
-    assert num_tokens_with_images(ids, 1) == 5
-
-def test_empty_prompts_and_batches_are_no_trouble():
-    for t in (tok, *families.values()):
-        empty, some = Rendered("", ()), Rendered("a", (("a", Segment.ANSWER),))
-        out = encode_prompts([empty, some, empty], t)
-        n_bos = tokenizer_traits(t).n_bos
-        test_eq(out.lengths.tolist(), [n_bos, n_bos + 1, n_bos])
-        test_eq(out.segments.tolist().count(Segment.ANSWER), 1)
-    test_eq(encode_prompts([], tok).ids.tolist(), [])
-    with expect_fail(ConfigError, contains="return_tensors"):
-        tokenizer_image_token("a", tok, return_tensors="np")
-    with expect_fail(ConfigError, contains="image_tags"):
-        preprocess_multimodal([], image_tags="all")
-
-def test_spaces_are_added_first_or_always_or_never():
-    from types import SimpleNamespace
-
-    backend = lambda normalizer, pre: SimpleNamespace(normalizer=normalizer, pre_tokenizer=pre)
-    cases = [
-        ('Prepend(prepend="▁")', None, "always"),
-        (None, 'Metaspace(replacement="▁", prepend_scheme=first, split=False)', "first"),
-        (None, 'Metaspace(prepend_scheme="always")', "always"),
-        (None, 'Metaspace(prepend_scheme="never")', "never"),
-        (None, None, "never"),
-    ]
-    for normalizer, pre, expected in cases:
-        test_eq(added_space(backend(normalizer, pre)), expected)
-
-def test_one_prompt_alone_gives_the_ids_of_the_batch():
-    texts = ["plain", " a  b ", "\n\nx\n", "é e\u0301", "日本語😀", "龘▁", "<image>", ""]
-    texts = [f"{a}<image>{b}" for a in texts for b in texts] + texts
-    for t in (tok, *families.values()):
-        prompts = [Rendered(text, tuple(user_parts(text))) for text in texts]
-        out = encode_prompts(prompts, t)
-        ends = out.lengths.cumsum()
-        batch = [out.ids[end - n : end].tolist() for end, n in zip(ends, out.lengths)]
-        test_eq([tokenizer_image_token(text, t) for text in texts], batch)
+def test_answers_of_the_exercises():
+    ids = tokenizer_image_token("a<image>b<image>c<image>", tok)
+    test_eq((ids.count(2), ids.count(-200)), (1, 3))
+    conv = get_template("gemma")
+    conv.append_message("user", "What is in the photo?")
+    conv.append_message("model", "an <image>")
+    tagged = render(conv)
+    test_eq(encode_prompts([tagged], tok).ids.tolist().count(-200), 0)
+    test_eq(tokenizer_image_token(tagged.text, tok).count(-200), 1)
+    with Breakpoint(place_parts, at="return begins", set={"edges": []}) as bp:
+        encode_prompts([seed], tok)
+    with expect_fail(AssertionError, contains="is the same with the change"):
+        bp.expect_changed(result=(0, 0))
