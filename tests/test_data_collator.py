@@ -10,8 +10,10 @@ import json, tempfile
 from pathlib import Path
 from collections import Counter
 import matplotlib.pyplot as plt
+from matplotlib.colors import ListedColormap
 from fastcore.test import test_eq, test_close, expect_fail
 from vlm_lit.core import peek
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.padding import flat_images
 from vlm_lit.text.sentinels import num_tokens_with_images
 from vlm_lit.data.dataset import LazySupervisedDataset
@@ -20,11 +22,12 @@ from vlm_lit.images import finish_images, grid_crops, resize_to_square, count_im
 from vlm_lit.images import to_bytes
 from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.data.collator import DataCollatorForSupervisedDataset
+from vlm_lit.data.collator import check_sample
 from vlm_lit.data.collator import concatenate_samples
 from vlm_lit.data.collator import pack_sequences
 
 def setup_module():
-    global collate, ds, folder, processor, record, records, tok
+    global ANSWER_WORDS, CAPTION, caption_record, captions, collate, ds, folder, kinds_of, padding_of, processor, record, records, three_ways, tok
     tok = load_tokenizer("gemma")
     folder = Path(tempfile.mkdtemp())
     sample_image().save(folder / "a.png")
@@ -42,6 +45,131 @@ def setup_module():
     ds = LazySupervisedDataset(records, processor, folder).cache_in_memory()
     ds = [{k: v for k, v in s.items() if k != "index"} for s in ds.__getitems__(range(4))]
     collate = DataCollatorForSupervisedDataset(tok.pad_token_id)
+    CAPTION = "a black box stands on green grass under a blue sky and an orange sun shines on it " * 3
+    ANSWER_WORDS = [5, 40, 1, 12, 30, 2, 48, 8]
+    def caption_record(k, n_words):
+        "A record with an image if `k` is even, and an answer of so many words."
+        answer = " ".join(CAPTION.split()[:n_words])
+        return record(k, None if k % 2 else "a.png", "Describe." if k % 2 else "<image>\nWhat?", answer)
+    captions = [caption_record(k, n) for k, n in enumerate(ANSWER_WORDS)]
+    captions = LazySupervisedDataset(captions, processor, folder).__getitems__(range(8))
+    captions = [{k: v for k, v in s.items() if k != "index"} for s in captions]
+    def kinds_of(batch, token=255999):
+        "0 padding, 1 text, 2 image token, 3 supervised, for each position of a batch."
+        kinds = batch["attention_mask"].long()
+        kinds[batch["input_ids"] == token] = 2
+        kinds[batch["labels"] != IGNORE_INDEX] = 3
+        return kinds.numpy()
+    def three_ways():
+        "The samples padded as they come, padded by length, and packed: batches of kinds."
+        images = dict(num_image_tokens=16, image_token_id=255999)
+        pad = DataCollatorForSupervisedDataset(tok.pad_token_id, **images)
+        pack = DataCollatorForSupervisedDataset(tok.pad_token_id, max_length=84, **images)
+        lengths = [num_tokens_with_images(s["input_ids"], 16) for s in captions]
+        ordered = [captions[i] for i in np.argsort(lengths)]
+        ways = {"padded": [captions[:4], captions[4:]], "by length": [ordered[:4], ordered[4:]]}
+        found = {name: [kinds_of(pad(half)) for half in halves] for name, halves in ways.items()}
+        return {**found, "packed": [kinds_of(pack(captions))]}
+    def padding_of(batches):
+        "The share of all positions that is padding."
+        return sum((b == 0).sum() for b in batches) / sum(b.size for b in batches)
+
+def test_each_sample_goes_into_the_fullest_row_with_room():
+    lengths = [5, 9, 3, 7, 2, 4, 8, 1]
+    with Breakpoint(
+        pack_sequences, at="at = bisect", watch="lengths[i] room rows", when="i == 2"
+    ) as bp:
+        rows = pack_sequences(lengths, 10)
+    for row in rows:
+        print("".join(str(lengths[i]) * lengths[i] for i in row).ljust(10, "."))
+    print(sum(lengths), "positions in", 10 * len(rows), "packed, in", 8 * max(lengths), "padded")
+    bp.expect({"lengths[i]": 3}, room=[(1, 0), (1, 3), (2, 1), (3, 2)], rows=[[1], [6], [3], [0, 5]])
+
+def test_equal_images_are_stacked_once():
+    watch = ["[key.split('/')[-1] for key in keys]", "order", "kept"]
+    with Breakpoint(stack_images, at="out = {key: torch.stack", watch=watch) as bp:
+        batch = collate([ds[i] for i in range(4)])
+    peek(**batch)
+    bp.expect({"len(keys)": 4}, order=[0, 1, 0, 0], kept=[0, 1])
+    bp.expect_return({"tuple(pixel_values.shape)": (2, 3, 32, 32), "image_index": [0, 1, 0, 0]})
+
+def test_images_in_another_order_keep_every_shape():
+    reversed_ = lambda kept: kept[::-1]
+    stop = dict(at="out = {key: torch.stack", watch="kept", set={"kept": reversed_})
+    with Breakpoint(stack_images, **stop) as bp:
+        batch = collate([ds[i] for i in range(4)])
+    test_eq(
+        (tuple(batch["pixel_values"].shape), batch["image_index"].tolist()),
+        ((2, 3, 32, 32), [0, 1, 0, 0]),
+    )
+    first, second = ds[0]["image"].mean().item(), ds[2]["image"][0].mean().item()
+    bp.expect_changed(
+        {"pixel_values.mean((1, 2, 3))": ([first, second], [second, first])}, tolerance=1e-6
+    )
+
+def test_each_rectangle_has_its_own_filling():
+    watch = ["key", "value", "tuple(rows.shape)", "rows[1, -6:].tolist()"]
+    with Breakpoint(pad_samples, at="out[key] = rows", watch=watch) as bp:
+        collate([ds[i] for i in range(4)])
+    bp.expect_each({"value": [0, -100, False], "tuple(rows.shape)": [(4, 20)] * 3})
+
+def test_labels_padded_with_an_id_are_supervised():
+    pad_with_id = lambda filling: {**filling, "labels": filling["input_ids"]}
+    stop = dict(at="own = [{**s", watch="filling", set={"filling": pad_with_id})
+    with Breakpoint(pad_samples, **stop) as bp:
+        collate([ds[i] for i in range(4)])
+    bp.expect_changed({"(labels != -100).sum(1)": ([5, 5, 5, 4], [5, 10, 6, 6])})
+
+def test_a_sentinel_becomes_placeholders_with_ignored_labels():
+    images = dict(num_image_tokens=16, image_token_id=255999)
+    expands = DataCollatorForSupervisedDataset(tok.pad_token_id, **images, supervised_only=True)
+    watch = "ids times"
+    with Breakpoint(expand_image_tokens, at="return {**sample, **", watch=watch, tokenizer=tok) as bp:
+        batch = expands([ds[0]])
+    n_ids = len(ds[0]["input_ids"])
+    bp.expect({"times.sum()": n_ids + 15, "(ids == -200).sum()": 1})
+    supervised = int((ds[0]["labels"] != IGNORE_INDEX).sum())
+    bp.expect_return({"(labels != -100).sum()": supervised, "(input_ids == 255999).sum()": 16})
+
+def test_samples_are_packed_whole_with_their_numbers():
+    images = dict(num_image_tokens=count_image_tokens(32, 8), image_token_id=255999)
+    packs = DataCollatorForSupervisedDataset(tok.pad_token_id, max_length=84, **images)
+    watch = ["lengths", "packs", "[row['sample_ids'].unique().tolist() for row in rows]"]
+    stop = dict(at="shown = [samples[i]", watch=watch)
+    with Breakpoint(DataCollatorForSupervisedDataset.__call__, **stop) as bp:
+        packs([ds[i] for i in range(4)])
+    bp.expect(lengths=[35, 15, 49, 33], packs=[[2, 0], [3, 1]])
+    bp.expect_return({"tuple(input_ids.shape)": (2, 84), "sample_ids.amax(1)": [2, 2]})
+
+def test_a_mask_by_comparison_hides_real_eos():
+    def by_comparison(own):
+        "The mask that compares ids with the pad id, here EOS."
+        return [{**s, "attention_mask": s["input_ids"] != tok.eos_token_id} for s in own]
+
+    pads_with_eos = DataCollatorForSupervisedDataset(pad_token_id=tok.eos_token_id)
+    stop = dict(at="missing = width", watch="pad_token_id", set={"own": by_comparison})
+    with Breakpoint(pad_samples, **stop) as bp: pads_with_eos([ds[0], ds[1]])
+    bp.expect_changed({"attention_mask.sum(1)": ([20, 15], [19, 14])})
+
+def test_a_tag_without_its_image_is_refused():
+    lost = {k: v for k, v in ds[0].items() if not k.startswith("image")}
+    spare = {**ds[1], "image": ds[0]["image"], "image_aux": ds[0]["image_aux"]}
+    watch = "n n_sentinels n_images"
+    with Breakpoint(check_sample, at="if n_sentinels != n_images:", watch=watch) as bp:
+        try: collate([ds[0], {**lost, "id": "cat-17"}, spare])
+        except DataError as error: print(str(error)[:100])
+    bp.expect_each(n=[0, 1], n_sentinels=[1, 1], n_images=[1, 0])
+
+def test_batch_without_pictures_has_no_image_keys():
+    test_eq(sorted(collate([ds[1], ds[1]])), ["attention_mask", "input_ids", "labels"])
+    assert "image_index" not in collate([ds[2]])
+
+def test_first_token_of_a_packed_sample_is_not_a_target():
+    plain = {"input_ids": torch.tensor([2, 7, 8]), "labels": torch.tensor([2, 7, 8])}
+    row = concatenate_samples([plain, plain])
+    test_eq(row["labels"].tolist(), [-100, 7, 8, -100, 7, 8])
+    test_eq(row["sample_ids"].tolist(), [1, 1, 1, 2, 2, 2])
+    test_eq(plain["labels"].tolist(), [2, 7, 8])  # the sample itself is not touched
 
 def test_packing_keeps_all_and_overfills_none():
     lengths = [5, 9, 3, 7, 2, 4, 8, 1]
@@ -142,6 +270,10 @@ def test_bytes_and_crops_are_stacked():
     with expect_fail(DataError, contains="need `image` too"):
         collate([{**text, "image_aux": done["pixel_values_aux"][0]}])
 
+def test_padding_shrinks_by_length_and_by_packing():
+    ratios = [float(padding_of(batches)) for batches in three_ways().values()]
+    assert ratios[0] > ratios[1] > ratios[2], ratios
+
 def test_packed_batch_holds_every_sample_whole():
     images = dict(num_image_tokens=count_image_tokens(32, 8), image_token_id=255999)
     packs = DataCollatorForSupervisedDataset(tok.pad_token_id, max_length=84, **images)
@@ -170,24 +302,22 @@ def test_packed_batch_holds_every_sample_whole():
     with expect_fail(DataError, contains="record 'long': the sample takes"):
         DataCollatorForSupervisedDataset(0, 30, **images)([{**ds[2], "id": "long"}])
 
-def test_mask_from_lengths_keeps_real_eos():
-    pads_with_eos = DataCollatorForSupervisedDataset(pad_token_id=tok.eos_token_id)
-    batch = pads_with_eos([ds[0], ds[1]])
-    naive = batch["input_ids"] != tok.eos_token_id
-    print("real tokens hidden by the naive mask:", int((batch["attention_mask"] & ~naive).sum()))
-    test_eq(int((batch["attention_mask"] & ~naive).sum()), 2)  # one <eos> in each sample
-
-def test_sentinel_without_picture_is_refused():
+def test_sentinel_without_image_is_refused_with_its_record():
     lost = {k: v for k, v in ds[0].items() if not k.startswith("image")}
     message = "of the batch has 1 image sentinel(s) in input_ids for 0 image(s)"
     with expect_fail(DataError, contains=f"sample 0 {message}"): collate([lost])
-    # one picture too many: the totals agree, the samples do not
+    # one image too many: the totals agree, the samples do not
     spare = {**ds[1], "image": ds[0]["image"], "image_aux": ds[0]["image_aux"]}
     with expect_fail(DataError, contains="sample 0"): collate([lost, spare])
     with expect_fail(DataError, contains=f"record 'cat-17': sample 1 {message}"):
         collate([ds[0], {**lost, "id": "cat-17"}])
     # a name does not travel to the device
     test_eq(sorted(collate([{**ds[0], "id": "cat-17"}])), sorted(collate([ds[0]])))
+
+def test_mask_from_lengths_keeps_real_eos():
+    batch = DataCollatorForSupervisedDataset(pad_token_id=tok.eos_token_id)([ds[0], ds[1]])
+    naive = batch["input_ids"] != tok.eos_token_id
+    test_eq(int((batch["attention_mask"] & ~naive).sum()), 2)  # one <eos> in each sample
 
 def test_info_counts_samples_in_the_order_of_their_supervised_tokens():
     samples = [{**ds[i], "index": i, "source_index": i % 2} for i in range(4)]
@@ -209,14 +339,3 @@ def test_batch_of_skipped_samples_has_nothing_supervised():
     assert batch["input_ids"].shape == (1, 1)
     assert (batch["labels"] == -100).all()
     assert "info" not in batch
-
-def test_batch_without_pictures_has_no_image_keys():
-    test_eq(sorted(collate([ds[1], ds[1]])), ["attention_mask", "input_ids", "labels"])
-    assert "image_index" not in collate([ds[2]])
-
-def test_first_token_of_a_packed_sample_is_not_a_target():
-    plain = {"input_ids": torch.tensor([2, 7, 8]), "labels": torch.tensor([2, 7, 8])}
-    row = concatenate_samples([plain, plain])
-    test_eq(row["labels"].tolist(), [-100, 7, 8, -100, 7, 8])
-    test_eq(row["sample_ids"].tolist(), [1, 1, 1, 2, 2, 2])
-    test_eq(plain["labels"].tolist(), [2, 7, 8])  # the sample itself is not touched

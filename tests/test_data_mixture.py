@@ -8,6 +8,7 @@ from vlm_lit.text.messages import image_names
 from vlm_lit.data.samplers import mixture_draws
 import tempfile
 from pathlib import Path
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.images import sample_image
@@ -31,6 +32,22 @@ def setup_module():
     processor = VLMProcessor(tok, image_size=56, image_size_aux=112)
     make = lambda data: LazySupervisedDataset(data, processor, folder, uint8=True)
     mixture = Mixture([make(captions), make(questions)], ["captions", "questions"], weight=[1, 3])
+
+def test_a_batch_is_fetched_source_by_source():
+    with Breakpoint(Mixture.__getitems__, at="if own:", watch="pairs k own") as bp:
+        samples = mixture.__getitems__([(0, 0), (0, 3), (0, 1)])
+    for sample in samples:
+        print(sample["id"], sample["index"], sample["source_index"])
+    print("lengths", mixture.lengths.tolist(), "draws per epoch", mixture.draws.counts)
+    assert [s["id"] for s in samples] == ["captions: c0", "questions: q2", "questions: q0"]
+    bp.expect_each(k=[0, 1], own=[[0], [2, 0]])
+
+def test_flips_are_drawn_from_seed_epoch_and_name():
+    flipping = Mixture([make(questions)], hflip_prob=0.5)
+    watch = ["epoch", "names", "flips"]
+    with Breakpoint(Mixture._flipped, at="pairs = zip", watch=watch) as bp:
+        for epoch in range(5): flipping[(epoch, 0)]
+    bp.expect_each(flips=[[True], [False], [False], [True], [False]], names=[["b.png"]] * 5)
 
 def test_flips_follow_seed_epoch_and_image():
     for p, want in [(0.0, 0), (1.0, 200), (0.5, None)]:

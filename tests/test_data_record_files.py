@@ -7,7 +7,32 @@ from fastcore.test import expect_fail
 from hypothesis import given, settings, strategies as st
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.data.record_files import BLOCK
+from vlm_lit.data.record_files import JsonList
 from vlm_lit.data.record_files import scan_records
+
+def test_only_the_record_that_is_parsed_is_held():
+    data = '[{"id": "a"},\n {"id": "é"}]'.encode()
+    watch = ["self.text", "start", "end", "value"]
+    stop = dict(at="if end < size", watch=watch, when="value['id'] == 'é'")
+    with Breakpoint(JsonList.value, **stop) as bp:
+        found = list(scan_records(io.BytesIO(data), "two.json", block=4))
+    assert found == [{"id": "a"}, {"id": "é"}]
+    bp.expect({"self.text": '{"id": "é"}]'}, start=0, end=11, value={"id": "é"})
+
+def test_a_number_at_the_end_of_a_block_may_go_on():
+    watch = ["self.text", "end", "size", "value"]
+    with Breakpoint(JsonList.value, at="if end < size", watch=watch) as bp:
+        found = list(scan_records(io.BytesIO(b"[12, 3]"), "numbers.json", block=2))
+    assert found == [12, 3]
+    bp.expect_each(value=[1, 12, 3, 3], end=[2, 2, 2, 1], size=[2, 3, 2, 2])
+
+def test_a_missing_comma_is_refused_with_its_line():
+    text = '[{"id": 1},\n {"id": 2}\n {"id": 3}]'
+    with Breakpoint(JsonList.error, at="return _not_json", watch="why self.line i") as bp:
+        try: list(scan_records(io.BytesIO(text.encode()), "bad.json"))
+        except DataError as error: print(str(error).replace("; ", ";\n"))
+    bp.expect(why="expected ',' or ']' after a record")
+    bp.expect_return({"str(result)[:16]": "bad.json, line 3"})
 
 def test_no_record_is_lost_or_changed_in_any_layout():
     def one_level(inner):

@@ -19,6 +19,7 @@ from fastcore.test import test_eq, expect_fail
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.data.records import _build_store, _store
 from vlm_lit.data.records import Records
+from vlm_lit.data.records import _store_row
 from vlm_lit.data.records import fingerprint
 
 def setup_module():
@@ -62,20 +63,34 @@ def setup_module():
         path.write_text(json.dumps([record(k) for k in range(n)], indent=1))
         return path
 
-def test_a_changed_file_has_another_fingerprint():
-    place = Path(tempfile.mkdtemp()) / "data.bin"
-    place.write_bytes(bytes(1_000_000))
-    before, stamp = fingerprint(place), place.stat()
-    test_eq(fingerprint(place), before)
-    for at in (0, 999_999):  # the first or the last byte, size and time as they were
-        data = bytearray(1_000_000)
-        data[at] = 1
-        place.write_bytes(data)
-        os.utime(place, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-        assert fingerprint(place) != before
-    place.write_bytes(bytes(1_000_000))
-    os.utime(place, ns=(0, 0))
-    assert fingerprint(place) != before  # only the time
+def test_a_record_is_brought_into_one_form():
+    raw = {"id": "a", "image": ["x.png"], "messages": [{"role": "user", "content": "<image>What?"}]}
+    watch = ["raw", "record", "image_names(record)"]
+    with Breakpoint(_store_row, at="names = image_names", watch=watch) as bp:
+        _store_row(raw, 0)
+    bp.expect({"record['conversations']": [{"from": "human", "value": "<image>What?"}]})
+    bp.expect_return(n_images=1, id='"a"')
+
+def test_a_bad_record_is_refused_with_its_place():
+    path = Path(tempfile.mkdtemp()) / "two.json"
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    raws = [{"id": "good", "conversations": turns}, {"id": 7, "conversations": [{"from": "human"}]}]
+    path.write_text(json.dumps(raws))
+    with Breakpoint(_store_row, at='error = {"message"', watch="n e.record e.turn e.kind") as bp:
+        print("images:", Records(path).n_images.tolist())
+    with expect_fail(DataError, contains="record 7, turn 0: a turn must be"):
+        Records(path)[1]
+    bp.expect({"e.record": 7, "e.turn": 0, "e.kind": "roles"}, n=1)
+    bp.expect_return(n_images=-1)
+
+def test_an_image_in_a_table_is_named_by_its_place():
+    Image.new("RGB", (32, 24), "red").save(png := io.BytesIO(), "PNG")
+    turns = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
+    table = Table.from_list([{"image": png.getvalue(), "conversations": turns}])
+    watch = ["name", "(row, k)", "len(images)", "decode_image(io.BytesIO(images[k]), name)"]
+    with Breakpoint(Records.open_image, at="if k >= len(images)", watch=watch) as bp:
+        Records(table).open_image("embedded:0/0")
+    bp.expect({"(row, k)": (0, 0), "len(images)": 1}, name="embedded:0/0")
 
 def test_records_are_the_same_from_every_kind_of_file():
     import vlm_lit.data.records as module
@@ -98,84 +113,6 @@ def test_records_are_the_same_from_every_kind_of_file():
         ["flat.json", "lines.jsonl", "one.parquet", "parts", "pretty.json", "saved"],
     )
     test_eq(list(Records(Table.from_list([{**r, "image": image_names(r)} for r in wanted]))), wanted)
-
-def test_files_of_a_folder_may_have_other_columns():
-    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    folder = Path(tempfile.mkdtemp())
-    pq.write_table(pa.Table.from_pylist([{"id": "a", "conversations": turns}]), folder / "0.parquet")
-    later = [{"source": "web", "image": ["x.png"], "id": "b", "conversations": turns}]
-    pq.write_table(pa.Table.from_pylist(later), folder / "1.parquet")
-    records = Records(folder)
-    print(records[1])
-    test_eq(records[0], {"id": "a", "conversations": turns})
-    test_eq(records[1], {"id": "b", "image": "x.png", "conversations": turns, "source": "web"})
-    test_eq(records.n_images.tolist(), [0, 1])
-    pq.write_table(pa.Table.from_pylist([{"id": 3, "conversations": "text"}]), folder / "2.parquet")
-    with expect_fail(DataError, contains="cannot be read as a table"):
-        Records(folder)
-
-def test_messages_and_images_of_tables():
-    from datasets import Features, Image as ImageFeature, List, Value
-
-    def png(color):
-        Image.new("RGB", (8, 8), color).save(out := io.BytesIO(), "PNG")
-        return out.getvalue()
-
-    messages = [
-        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
-    ]
-    rows = [
-        {"id": n, "images": [{"bytes": png(c), "path": None}], "messages": messages}
-        for n, c in enumerate(["red", "blue", "red"])
-    ]
-    place = Path(tempfile.mkdtemp()) / "images.parquet"
-    pq.write_table(pa.Table.from_pylist(rows), place)
-    turns = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
-    decoded = [{"image": png(c), "conversations": turns} for c in ("red", "blue", "red")]
-    decoded = Table.from_list(decoded).cast_column("image", ImageFeature())
-    for source in (place, decoded):
-        records = Records(source)
-        found = records[1]["conversations"]
-        test_eq([{k: turn[k] for k in ("from", "value")} for turn in found], turns)
-        kept = [["<image>", "q"], ["a"]] if source is place else [None, None]
-        test_eq([turn.get("parts") for turn in found], kept)
-        names = [image_names(r)[0] for r in records]
-        test_eq(names, ["embedded:0/0", "embedded:1/0", "embedded:2/0"])
-        pixels = [records.open_image(n).getpixel((0, 0)) for n in names]
-        test_eq(pixels, [(255, 0, 0), (0, 0, 255), (255, 0, 0)])
-        test_eq(records.n_images.tolist(), [1, 1, 1])
-    print(records[1])
-    for name in ("embedded:0/1", "embedded:3/0", "embedded:x"):
-        with expect_fail(DataError, contains=f"no image '{name}' in the table"):
-            records.open_image(name)
-    for name in ("embedded:0/0", "x.png"):  # a list has no images inside
-        with expect_fail(DataError, contains=f"no image '{name}'"):
-            Records([]).open_image(name, place.parent)
-    row = {"id": b"a\xc3\xa9", "conversations": {"from": ["human", "gpt"], "value": [b"q", b"a"]}}
-    pq.write_table(pa.Table.from_pylist([row]), place)
-    talk = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    test_eq(Records(place)[0], {"id": "aé", "conversations": talk})
-    row = {"id": "a", "conversations": [{"from": "human", "value": b"\xff"}]}
-    pq.write_table(pa.Table.from_pylist([row]), place)
-    with expect_fail(DataError, contains="record 0: bytes that are no text"):
-        Records(place)[0]
-    test_eq(Records(place).n_images.tolist(), [-1])
-
-def test_parts_of_messages_survive_the_store():
-    content = [{"type": "text", "text": "What "}, {"type": "text", "text": "now?"}]
-    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]
-    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    raws = [{"id": 0, "messages": messages}, {"id": 1, "conversations": turns}]
-    path = Path(tempfile.mkdtemp()) / "records.jsonl"
-    path.write_text("\n".join(map(json.dumps, raws)))
-    import vlm_lit.data.records as module
-
-    small = module.SMALL
-    for module.SMALL in (0, small):  # with a store and without one
-        found = list(Records(path))
-        test_eq(found, [read_record(raw, n) for n, raw in enumerate(raws)])
-    print(found[0]["conversations"][0])
 
 def test_a_changed_file_is_never_read_from_an_old_store():
     path = large_file()
@@ -241,3 +178,94 @@ def test_a_name_without_a_file_is_looked_for_on_the_hub():
         with expect_fail(DataError, contains="no data file 'user/gone', and the hub gives no data set"):
             Records("user/gone")
     finally: datasets.load_dataset = usual
+
+def test_a_changed_file_has_another_fingerprint():
+    place = Path(tempfile.mkdtemp()) / "data.bin"
+    place.write_bytes(bytes(1_000_000))
+    before, stamp = fingerprint(place), place.stat()
+    test_eq(fingerprint(place), before)
+    for at in (0, 999_999):  # the first or the last byte, size and time as they were
+        data = bytearray(1_000_000)
+        data[at] = 1
+        place.write_bytes(data)
+        os.utime(place, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        assert fingerprint(place) != before
+    place.write_bytes(bytes(1_000_000))
+    os.utime(place, ns=(0, 0))
+    assert fingerprint(place) != before  # only the time
+
+def test_files_of_a_folder_may_have_other_columns():
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    folder = Path(tempfile.mkdtemp())
+    pq.write_table(pa.Table.from_pylist([{"id": "a", "conversations": turns}]), folder / "0.parquet")
+    later = [{"source": "web", "image": ["x.png"], "id": "b", "conversations": turns}]
+    pq.write_table(pa.Table.from_pylist(later), folder / "1.parquet")
+    records = Records(folder)
+    test_eq(records[0], {"id": "a", "conversations": turns})
+    test_eq(records[1], {"id": "b", "image": "x.png", "conversations": turns, "source": "web"})
+    test_eq(records.n_images.tolist(), [0, 1])
+    pq.write_table(pa.Table.from_pylist([{"id": 3, "conversations": "text"}]), folder / "2.parquet")
+    with expect_fail(DataError, contains="cannot be read as a table"):
+        Records(folder)
+
+def test_messages_and_images_of_tables():
+    from datasets import Features, Image as ImageFeature, List, Value
+
+    def png(color):
+        Image.new("RGB", (8, 8), color).save(out := io.BytesIO(), "PNG")
+        return out.getvalue()
+
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
+    ]
+    rows = [
+        {"id": n, "images": [{"bytes": png(c), "path": None}], "messages": messages}
+        for n, c in enumerate(["red", "blue", "red"])
+    ]
+    place = Path(tempfile.mkdtemp()) / "images.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), place)
+    turns = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
+    decoded = [{"image": png(c), "conversations": turns} for c in ("red", "blue", "red")]
+    decoded = Table.from_list(decoded).cast_column("image", ImageFeature())
+    for source in (place, decoded):
+        records = Records(source)
+        found = records[1]["conversations"]
+        test_eq([{k: turn[k] for k in ("from", "value")} for turn in found], turns)
+        kept = [["<image>", "q"], ["a"]] if source is place else [None, None]
+        test_eq([turn.get("parts") for turn in found], kept)
+        names = [image_names(r)[0] for r in records]
+        test_eq(names, ["embedded:0/0", "embedded:1/0", "embedded:2/0"])
+        pixels = [records.open_image(n).getpixel((0, 0)) for n in names]
+        test_eq(pixels, [(255, 0, 0), (0, 0, 255), (255, 0, 0)])
+        test_eq(records.n_images.tolist(), [1, 1, 1])
+    for name in ("embedded:0/1", "embedded:3/0", "embedded:x"):
+        with expect_fail(DataError, contains=f"no image '{name}' in the table"):
+            records.open_image(name)
+    for name in ("embedded:0/0", "x.png"):  # a list has no images inside
+        with expect_fail(DataError, contains=f"no image '{name}'"):
+            Records([]).open_image(name, place.parent)
+    row = {"id": b"a\xc3\xa9", "conversations": {"from": ["human", "gpt"], "value": [b"q", b"a"]}}
+    pq.write_table(pa.Table.from_pylist([row]), place)
+    talk = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    test_eq(Records(place)[0], {"id": "aé", "conversations": talk})
+    row = {"id": "a", "conversations": [{"from": "human", "value": b"\xff"}]}
+    pq.write_table(pa.Table.from_pylist([row]), place)
+    with expect_fail(DataError, contains="record 0: bytes that are no text"):
+        Records(place)[0]
+    test_eq(Records(place).n_images.tolist(), [-1])
+
+def test_parts_of_messages_survive_the_store():
+    content = [{"type": "text", "text": "What "}, {"type": "text", "text": "now?"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    raws = [{"id": 0, "messages": messages}, {"id": 1, "conversations": turns}]
+    path = Path(tempfile.mkdtemp()) / "records.jsonl"
+    path.write_text("\n".join(map(json.dumps, raws)))
+    import vlm_lit.data.records as module
+
+    small = module.SMALL
+    for module.SMALL in (0, small):  # with a store and without one
+        found = list(Records(path))
+        test_eq(found, [read_record(raw, n) for n, raw in enumerate(raws)])
+    print(found[0]["conversations"][0])

@@ -6,9 +6,62 @@ from numpy.typing import ArrayLike
 from torch.utils.data import Sampler
 from vlm_lit.core import ConfigError, DataError
 from vlm_lit.data.collator import pack_sequences
+from collections import Counter
+import matplotlib.pyplot as plt
+from fastcore.test import test_eq
+from vlm_lit.debug.breakpoints import Breakpoint
+from vlm_lit.data.samplers import Draws
 from vlm_lit.data.samplers import GlobalBatchSampler
+from vlm_lit.data.samplers import _grouped
 from vlm_lit.data.samplers import mixture_draws
 from vlm_lit.data.samplers import padding_ratio
+
+def test_the_second_epoch_takes_the_other_half():
+    half = mixture_draws([8], repeat=[0.5])
+    watch = ["epoch", "rounds", "start", "count"]
+    with Breakpoint(Draws._source, at="return chosen", watch=watch) as bp:
+        both = [half.order(seed=0, epoch=epoch).tolist() for epoch in (0, 1)]
+    test_eq(sorted(both[0] + both[1]), list(range(8)))
+    bp.expect_each(start=[0, 4], rounds=[[both[0] + both[1]]] * 2)
+
+def test_grouped_steps_hold_one_modality():
+    lengths = np.array([50, 9, 52, 7, 90, 8, 61, 30, 55, 6, 58, 70])
+    has_image = lengths >= 50
+    stop = dict(at="rest = rng.permutation", watch="steps rest lengths[steps[0]] lengths[steps[1]]")
+    with Breakpoint(_grouped, **stop) as bp:
+        records, ends = _grouped(np.arange(12), np.random.default_rng(0), lengths, has_image, size=4)
+    test_eq(sorted(records.tolist()), list(range(12)))
+    bp.expect({"lengths[steps[0]]": [[90, 70, 52, 50]], "lengths[steps[1]]": [[30, 8, 7, 6]]})
+    bp.expect({"sum(map(len, rest))": 4})
+
+def test_a_global_batch_is_dealt_out_to_its_shares():
+    one = GlobalBatchSampler(mixture_draws([12]), size=4, seed=1)
+    two = GlobalBatchSampler(mixture_draws([12]), size=4, shares=2, seed=1)
+    with Breakpoint(
+        GlobalBatchSampler.micro_batches, at="dealt = ", watch="step units self.shares"
+    ) as bp:
+        for step in range(3):
+            print(one.micro_batches(step), "=", two.micro_batches(step))
+    bp.expect({"self.shares": 1}, units=[[7], [11], [1], [4]])
+    bp.expect({"self.shares": 2}, hit=1, units=[[7], [11], [1], [4]])
+    bp.expect_return({"result[0]": [(0, 7), (0, 1)]}, hit=1)
+
+def test_a_shuffle_that_depends_on_the_rank_repeats_and_misses_records():
+    settings = dict(size=4, shares=2, seed=1)
+    stop = dict(at="order = self.draws", watch="epoch", set={"rng": np.random.default_rng([1, 0, 7])})
+    with Breakpoint(GlobalBatchSampler._units, **stop) as bp:
+        other = GlobalBatchSampler(mixture_draws([12]), **settings)
+    own = GlobalBatchSampler(mixture_draws([12]), **settings)
+    shares = [
+        [i for _, i in plan.micro_batches(step)[rank]]
+        for step in range(3)
+        for rank, plan in enumerate((own, other))
+    ]
+    seen = Counter(sum(shares, []))
+    print("never seen:", sorted(set(range(12)) - set(seen)), end="; ")
+    print("seen twice:", sorted(i for i, times in seen.items() if times > 1))
+    assert len(seen) < 12 and max(seen.values()) == 2
+    bp.expect_changed({"result[0][:4]": ([7, 11, 1, 4], [3, 1, 11, 4])})
 
 def test_epochs_walk_through_a_source_without_restarting():
     half = mixture_draws([8, 6], repeat=[0.5, 1.5])

@@ -1,5 +1,5 @@
 "Derived from nbs/95_stop_display.ipynb by `make tests`; edit the notebook, not this file."
-import html, textwrap
+import html, re, textwrap
 from typing import NamedTuple
 from vlm_lit.debug.compare import changed_parts, first_difference
 from vlm_lit.debug.snapshots import Note
@@ -9,6 +9,7 @@ import torch
 from fastcore.test import test_eq
 from vlm_lit.debug.breakpoints import Breakpoint
 from small_parts import mask_prompt, pack
+from vlm_lit.debug.stop_display import first_words
 
 def setup_module():
 
@@ -27,6 +28,7 @@ def test_text_shows_path_source_values_and_changes():
     test_eq(text[6].split(), "labels (6,) int64 2 106 1645 9 7 1".split())
     test_eq(text[7].split(), "* after (6,) int64 -100×4 7 1".split())
     test_eq(text[8].split(), "✓ prompt_len int 4".split())
+    assert "object object>" in first_words(object()) and "0x" not in first_words(object())
 
 def test_several_hits_are_a_time_line():
     with Breakpoint(pack, at="total += x", watch="x total") as bp: pack([3, 1, 4])

@@ -10,8 +10,35 @@ import json, tempfile
 from pathlib import Path
 from fastcore.test import test_eq, test_close, expect_fail
 from vlm_lit.core import peek
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.images import prepare_image, sample_image
 from vlm_lit.image_processor import VLMImageProcessor
+
+def test_large_and_small_image_of_one_call():
+    processor = VLMImageProcessor()
+    with Breakpoint(VLMImageProcessor.finish, at="return {**small", watch="pixels large[0]") as bp:
+        processor(sample_image())
+    bp.expect({"tuple(pixels.shape)": (1, 3, 768, 768), "self.num_image_tokens": 576})
+    bp.expect_return({"tuple(pixel_values.shape)": (1, 3, 336, 336)})
+
+def test_another_geometry_has_the_same_shapes():
+    small = VLMImageProcessor(image_size=28, image_size_aux=56)
+    padded = VLMImageProcessor(**{**small.to_dict(), "aspect": "pad"})
+    found = [own(sample_image())["pixel_values"] for own in (small, padded)]
+    test_eq(found[0].shape, found[1].shape)
+    share = float((found[0] != found[1]).float().mean())
+    print(f"{share:.0%} of the values differ")
+    assert share > 0.8
+
+def test_every_setting_is_in_one_file():
+    folder = Path(tempfile.mkdtemp())
+    own = VLMImageProcessor(image_size=28, image_size_aux=56, aspect="pad", num_image_tokens=7)
+    own.save_pretrained(folder)
+    kept = json.loads((folder / "preprocessor_config.json").read_text())
+    print([p.name for p in folder.iterdir()])
+    print(*(f"{key}: {str(value)[:40]}" for key, value in sorted(kept.items())), sep="\n")
+    test_eq(len(kept), 10)  # and the name of the class
+    test_eq(VLMImageProcessor.from_pretrained(folder).to_dict(), own.to_dict())
 
 def test_image_processor_is_the_image_path():
     photo, other = sample_image(500, 375), sample_image(40, 90)
@@ -56,7 +83,7 @@ def test_image_settings_come_back_from_a_folder():
     )
     own.save_pretrained(folder)
     kept = json.loads((folder / "preprocessor_config.json").read_text())
-    print(sorted(p.name for p in folder.iterdir()), sorted(kept))
+    test_eq([p.name for p in folder.iterdir()], ['preprocessor_config.json'])
     again = VLMImageProcessor.from_pretrained(folder)
     test_eq(again.to_dict(), own.to_dict())
     test_eq((again.aspect, again.image_mean, again.num_image_tokens), ("pad", [0.5] * 3, 7))

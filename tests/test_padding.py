@@ -4,12 +4,72 @@ from torch.nn.utils.rnn import pad_sequence
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.core import peek
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.images import sample_image, to_bytes
 from vlm_lit.padding import count_images
 from vlm_lit.padding import expand_image_tokens
 from vlm_lit.padding import pad_samples
 from vlm_lit.padding import stack_images
 from vlm_lit.padding import supervised_positions
+
+def setup_module():
+    global two_samples
+    def two_samples():
+        "One with an image and one of text only."
+        pixels = to_bytes(sample_image(4, 4))
+        first = {"input_ids": torch.tensor([2, -200, 5]), "labels": torch.tensor([-100, -100, 5])}
+        first |= {"image_aux": pixels, "image_keys": ["a.png"]}
+        return [first, {"input_ids": torch.tensor([2, 7]), "labels": torch.tensor([-100, 7])}]
+
+def test_an_image_shown_twice_is_stacked_once():
+    first, text = two_samples()
+    with Breakpoint(stack_images, at="out = {key: torch.stack", watch="keys order kept") as bp:
+        stack_images([first, text, first])
+    bp.expect(keys=["a.png", "a.png"], order=[0, 0], kept=[0])
+    bp.expect_return({"tuple(pixel_values_aux.shape)": (1, 3, 4, 4), "image_index": [0, 0]})
+
+def test_padding_on_the_left_ends_every_prompt_at_the_last_position():
+    watch = ["key", "value", "rows[:, -1].tolist()"]
+    with Breakpoint(pad_samples, at="out[key] = rows", watch=watch) as bp:
+        pad_samples(two_samples(), pad_token_id=0, side="left")
+    bp.expect_each({"value": [0, -100, False], "rows[:, -1].tolist()": [[5, 7], [5, 7], [True, True]]})
+
+def test_padding_on_the_right_leaves_padding_at_the_end():
+    stop = dict(at="filling = {", watch="side", set={"side": "right"})
+    with Breakpoint(pad_samples, **stop) as bp:
+        pad_samples(two_samples(), 0, side="left")
+    bp.expect_changed({"input_ids[:, -1]": ([5, 7], [5, 0])})
+
+def test_the_sentinel_is_repeated_and_its_label_ignored():
+    sample = {"input_ids": torch.tensor([2, -200, 5, 6]), "labels": torch.tensor([-100, -100, 5, 6])}
+    watch = "is_image times"
+    with Breakpoint(expand_image_tokens, at="return {**sample, **", watch=watch) as bp:
+        expand_image_tokens(sample, num_image_tokens=4, image_token_id=300)
+    bp.expect(times=[1, 4, 1, 1], is_image=[False, True, False, False])
+    bp.expect_return(input_ids=[2] + [300] * 4 + [5, 6], labels=[-100] * 5 + [5, 6])
+
+def test_a_placeholder_in_the_text_is_refused():
+    forged = {"input_ids": torch.tensor([2, -200, 300]), "id": "cat-17"}
+    watch = ["ids", "(ids == image_token_id).sum()"]
+    with Breakpoint(expand_image_tokens, at="if (ids == image_token_id).any()", watch=watch) as bp:
+        try: expand_image_tokens(forged, num_image_tokens=4, image_token_id=300)
+        except DataError as error: print(str(error).split("; ")[0])
+    bp.expect({"(ids == image_token_id).sum()": 1})
+
+def test_a_label_is_predicted_one_position_before_it():
+    labels = torch.tensor([[-100, -100, 11, 12, -100], [-100, -100, -100, -100, 13]])
+    with Breakpoint(supervised_positions, at="return (following", watch="labels following") as bp:
+        positions = supervised_positions(labels)
+    test_eq(labels.flatten()[positions + 1].tolist(), [11, 12, 13])
+    bp.expect_return(result=[1, 2, 8])
+
+def test_rolling_all_rows_joins_them():
+    labels = torch.tensor([[7, -100], [8, 9]])
+    rolled = labels.flatten().roll(-1).reshape(2, 2)
+    stop = dict(at="return (following", watch="following", set={"following": rolled})
+    with Breakpoint(supervised_positions, **stop) as bp:
+        supervised_positions(labels)
+    bp.expect_changed(result=([2], [1, 2, 3]))
 
 def test_rectangles_keep_every_id_and_say_what_is_real():
     def sample(*ids):

@@ -23,24 +23,179 @@ from fastcore.test import test_eq, expect_fail
 from transformers import AutoTokenizer, GenerationConfig
 from PIL import Image
 from vlm_lit.core import peek
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.images import sample_image
 from vlm_lit.text.labels import generation_prompt
 from small_parts import golden_tokenizer, three_tokenizers
+from vlm_lit.processor import VLMInputs
 from vlm_lit.processor import VLMProcessor
+from vlm_lit.processor import _part_image
 from vlm_lit.processor import _split_conversations
 from vlm_lit.processor import _split_images
+from vlm_lit.processor import insert_image_tokens
 from vlm_lit.processor import read_conversation
 
 def setup_module():
-    global inputs_of, llama, message, other, photo, processor, qwen, tok
+    global answer, inputs_of, llama, message, other, photo, processor, question, qwen, tok
     sys.path[:0] = ["../tests", "tests"]
     tok, llama, qwen = three_tokenizers()
     photo, other = sample_image(90, 60), sample_image(40, 70)
     processor = VLMProcessor(tok, image_size=28, image_size_aux=64)
+    question = [{"from": "human", "value": "<image>\nwhat is it?"}]
+    answer = {"from": "gpt", "value": "a black box"}
     def message(*images):
         parts = [{"type": "image", "image": image} for image in images]
         return {"role": "user", "content": [*parts, {"type": "text", "text": "what is it?"}]}
     inputs_of = dict(tokenize=True, return_dict=True, add_generation_prompt=True)
+
+def test_three_forms_are_one_conversation():
+    parts = [{"type": "image", "image": photo}, {"type": "text", "text": "\nwhat is it?"}]
+    turn = {"from": "human", "value": "<image>\nwhat is it?"}
+    watch = ["conversations[0]['value']", "len(images)"]
+    with Breakpoint(read_conversation, at="return {**record", watch=watch) as bp:
+        read_conversation("what is it?", [photo])
+        read_conversation([turn], [photo])
+        read_conversation([{"role": "user", "content": parts}], [])
+    bp.expect_each({"conversations[0]['value']": ["<image>\nwhat is it?"] * 3, "len(images)": [1] * 3})
+
+def test_an_image_without_a_tag_has_no_place():
+    stop = dict(at="if not n_images or not humans", watch="n_images", set={"has_tags": True})
+    with Breakpoint(insert_image_tokens, **stop) as bp:
+        insert_image_tokens([{"from": "human", "value": "what is it?"}], n_images=1)
+    bp.expect_changed({"result[0]['value']": ("<image>\nwhat is it?", "what is it?")})
+
+def test_a_path_in_a_message_opens_nothing():
+    message_of = [{"role": "user", "content": [{"type": "image", "path": "a.png"}]}]
+    with Breakpoint(_part_image, at="if image_folder is None", watch="path image_folder") as bp:
+        try: read_conversation(message_of, [])
+        except DataError as error: print(str(error).replace("; ", ";\n"))
+    bp.expect(path="a.png", image_folder=None)
+
+def test_questions_are_expanded_padded_left_and_their_images_stacked_once():
+    questions, images = ["what is it?", "which one is blue?", "hello"], [photo, [photo, other], None]
+    watch = ["[len(s['input_ids']) for s in samples]", "tuple(rows['input_ids'].shape)"]
+    with Breakpoint(VLMProcessor._inputs, at="pixels = stack_images", watch=watch) as bp:
+        inputs = processor(questions, images)
+    test_eq((inputs["input_ids"] == processor.image_token_id).sum(1).tolist(), [4, 8, 0])
+    peek(**inputs)
+    bp.expect({"rows['attention_mask'][:, -1]": [1, 1, 1]})
+    bp.expect_return({"image_index": [0, 0, 1], "len(pixel_values)": 2})
+
+def test_ids_of_generation_are_a_prefix_of_those_of_training():
+    watch = ["len(samples[0]['input_ids'])", "samples[0]['input_ids'][:18]"]
+    stops = []
+    for talk in (question, [*question, answer]):
+        stop = Breakpoint(VLMProcessor._inputs, at="rows, mask = self._pad", watch=watch, tokenizer=tok)
+        with stop: processor(talk, photo)
+        stops.append(stop)
+    law = stops[0].diff(stops[1], titles=("to generate", "to train"))
+    test_eq(list(law.differences), ["len(samples[0]['input_ids'])"])
+    law.expect({"len(samples[0]['input_ids'])": (18, 24)})
+
+def test_another_template_breaks_the_prefix():
+    watch = ["samples[0]['input_ids']"]
+    stops = []
+    for template, talk in (("v0", question), ("gemma", [*question, answer])):
+        own = VLMProcessor(tok, processor.image_processor, template)
+        stop = Breakpoint(VLMProcessor._inputs, at="rows, mask = self._pad", watch=watch, tokenizer=tok)
+        with stop: own(talk, photo)
+        stops.append(stop)
+    law = stops[0].diff(stops[1], titles=("v0, to generate", "gemma, to train"))
+    law.expect({"samples[0]['input_ids'][1]": (235280, 106)})
+
+def test_labels_at_placeholders_are_ignored():
+    inputs = processor("what is it?", photo)
+    watch = ["(ids == self.image_token_id).sum()", "(value == -100).sum()"]
+    with Breakpoint(VLMInputs.__setitem__, at="value = value.masked_fill", watch=watch) as bp:
+        inputs["labels"] = inputs["input_ids"].clone()
+    bp.expect({"(ids == self.image_token_id).sum()": 4, "(value == -100).sum()": 0})
+    bp.expect_after({"(value == -100).sum()": 4})
+
+def test_images_are_given_to_conversations():
+    from vlm_lit.processor import _split_conversations, _split_images
+
+    test_eq(_split_images(None, 3), [[], [], []])
+    assert _split_images(photo, 2) == [[photo], [photo]]
+    assert _split_images([photo, None], 2) == [[photo], []]
+    assert _split_images([[photo, other], other], 2) == [[photo, other], [other]]
+    for one in (photo, [photo], [[photo]]):
+        assert _split_images(one, 1) == [[photo]]
+    assert _split_images([photo, other], 1) == [[photo, other]]
+    pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    test_eq([len(own) for own in _split_images(pixels, 1)], [2])
+    test_eq([len(own) for own in _split_images(pixels, 2)], [1, 1])
+    test_eq((_split_conversations("a"), _split_conversations(["a", "b"])), (["a"], ["a", "b"]))
+    turns = [{"from": "human", "value": "a"}]
+    test_eq(_split_conversations(turns), [turns])
+    with expect_fail(DataError, contains="2 conversations and a list of 3 images"):
+        _split_images([photo] * 3, 2)
+    for wrong in ([], None, 7):
+        with expect_fail(DataError, contains="a question or a list of turns"):
+            _split_conversations(wrong)
+
+def test_processor_takes_what_the_model_holds_and_cuts_at_stops():
+    config = SimpleNamespace(
+        image_size=32,
+        image_size_aux=48,
+        image_grid=2,
+        image_global=True,
+        num_image_tokens=9,
+        image_mean=(0.1, 0.2, 0.3),
+        image_std=(0.4, 0.5, 0.6),
+        image_token_id=256_000,
+        vision_aux_config=None,
+    )
+    own = VLMProcessor.for_model(config, tok, aspect="pad")
+    kept = own.to_dict()
+    want = {
+        "image_size": 32,
+        "image_size_aux": 48,
+        "image_grid": 2,
+        "image_global": True,
+        "aspect": "pad",
+        "image_mean": [0.1, 0.2, 0.3],
+        "image_std": [0.4, 0.5, 0.6],
+        "num_image_tokens": 9,
+        "has_aux": False,
+    }
+    test_eq({key: kept["image_processor"][key] for key in want}, want)
+    test_eq((kept["template"], kept["control_tokens"]), ("gemma", "refuse"))
+    test_eq(kept["image_token_id"], 256_000)
+    test_eq(tuple(own("a", photo)["pixel_values"].shape), (1, 5, 3, 32, 32))
+    test_eq(own._get_num_multimodal_tokens([(9, 9), (5, 5)])["num_image_tokens"], [9, 9])
+    written = tok("blue<end_of_turn>\nred", add_special_tokens=False).input_ids
+    test_eq(own.answers(torch.tensor([written, written])), ["blue"] * 2)
+    prompt = own("what?", photo)
+    whole = torch.cat([prompt["input_ids"], torch.tensor([written])], 1)
+    test_eq(own.answers(whole, prompt), ["blue"])
+    test_eq(own.answers(SimpleNamespace(sequences=whole), prompt), ["blue"])
+    test_eq(own.decode(whole[0]).split("model\n")[1], "blue<end_of_turn>\nred")
+    assert own.post_process_image_text_to_text(whole)[0].startswith("user\n")
+    plain = VLMProcessor(tok, template="plain")
+    test_eq(plain.answers([tok("blue\nred").input_ids]), ["blue"])
+    test_eq(own.answers([[107, 0], [], [1, 5]]), ["", "", ""])  # answers that end at once
+    bare = golden_tokenizer("chatml_no_bos", None, "<|im_end|>", "<|endoftext|>")
+    given = VLMProcessor(bare, template="hf", chat_template=qwen.chat_template)
+    whole = VLMProcessor(qwen, template="hf")
+    test_eq(given("a")["input_ids"].tolist(), whole("a")["input_ids"].tolist())
+    changed = VLMProcessor.for_model(config, bare, "hf", chat_template=qwen.chat_template + " ")
+    test_eq(changed.chat_template, qwen.chat_template + " ")
+    model = SimpleNamespace(generation_config=GenerationConfig())
+    plain.set_generation_config(model)
+    test_eq((model.generation_config.eos_token_id, model.generation_config.pad_token_id), ([1, 108], 0))
+    with expect_fail(ConfigError, contains="image_token_id 17534 is the token"):
+        VLMProcessor(tok, image_token_id=17534)
+    with expect_fail(ConfigError, contains="aspect belongs to the image processor"):
+        VLMProcessor(tok, own.image_processor, aspect="pad")
+
+def test_processor_comes_back_from_a_folder():
+    folder = Path(tempfile.mkdtemp())
+    own = VLMProcessor(qwen, template="hf", image_size=28, aspect="pad", num_image_tokens=5)
+    own.save_pretrained(folder)
+    print(sorted(p.name for p in folder.iterdir()))
+    again = VLMProcessor.from_pretrained(folder)
+    test_eq((again.template, again.image_processor.to_dict()), ("hf", own.image_processor.to_dict()))
+    test_eq(again("a", photo)["input_ids"].tolist(), own("a", photo)["input_ids"].tolist())
 
 def test_conversations_of_any_form_are_read_alike():
     text = {"type": "text", "text": "\nwhat is it?"}
@@ -283,89 +438,3 @@ def test_processor_names_what_disagrees():
         VLMProcessor(tok, template="hf")
     escaped = VLMProcessor(llama, template="v1", control_tokens="escape")("x</s>")
     assert llama.eos_token_id not in escaped["input_ids"]
-
-def test_images_are_given_to_conversations():
-    from vlm_lit.processor import _split_conversations, _split_images
-
-    test_eq(_split_images(None, 3), [[], [], []])
-    assert _split_images(photo, 2) == [[photo], [photo]]
-    assert _split_images([photo, None], 2) == [[photo], []]
-    assert _split_images([[photo, other], other], 2) == [[photo, other], [other]]
-    for one in (photo, [photo], [[photo]]):
-        assert _split_images(one, 1) == [[photo]]
-    assert _split_images([photo, other], 1) == [[photo, other]]
-    pixels = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    test_eq([len(own) for own in _split_images(pixels, 1)], [2])
-    test_eq([len(own) for own in _split_images(pixels, 2)], [1, 1])
-    test_eq((_split_conversations("a"), _split_conversations(["a", "b"])), (["a"], ["a", "b"]))
-    turns = [{"from": "human", "value": "a"}]
-    test_eq(_split_conversations(turns), [turns])
-    with expect_fail(DataError, contains="2 conversations and a list of 3 images"):
-        _split_images([photo] * 3, 2)
-    for wrong in ([], None, 7):
-        with expect_fail(DataError, contains="a question or a list of turns"):
-            _split_conversations(wrong)
-
-def test_processor_takes_what_the_model_holds_and_cuts_at_stops():
-    config = SimpleNamespace(
-        image_size=32,
-        image_size_aux=48,
-        image_grid=2,
-        image_global=True,
-        num_image_tokens=9,
-        image_mean=(0.1, 0.2, 0.3),
-        image_std=(0.4, 0.5, 0.6),
-        image_token_id=256_000,
-        vision_aux_config=None,
-    )
-    own = VLMProcessor.for_model(config, tok, aspect="pad")
-    kept = own.to_dict()
-    want = {
-        "image_size": 32,
-        "image_size_aux": 48,
-        "image_grid": 2,
-        "image_global": True,
-        "aspect": "pad",
-        "image_mean": [0.1, 0.2, 0.3],
-        "image_std": [0.4, 0.5, 0.6],
-        "num_image_tokens": 9,
-        "has_aux": False,
-    }
-    test_eq({key: kept["image_processor"][key] for key in want}, want)
-    test_eq((kept["template"], kept["control_tokens"]), ("gemma", "refuse"))
-    test_eq(kept["image_token_id"], 256_000)
-    test_eq(tuple(own("a", photo)["pixel_values"].shape), (1, 5, 3, 32, 32))
-    test_eq(own._get_num_multimodal_tokens([(9, 9), (5, 5)])["num_image_tokens"], [9, 9])
-    written = tok("blue<end_of_turn>\nred", add_special_tokens=False).input_ids
-    test_eq(own.answers(torch.tensor([written, written])), ["blue"] * 2)
-    prompt = own("what?", photo)
-    whole = torch.cat([prompt["input_ids"], torch.tensor([written])], 1)
-    test_eq(own.answers(whole, prompt), ["blue"])
-    test_eq(own.answers(SimpleNamespace(sequences=whole), prompt), ["blue"])
-    test_eq(own.decode(whole[0]).split("model\n")[1], "blue<end_of_turn>\nred")
-    assert own.post_process_image_text_to_text(whole)[0].startswith("user\n")
-    plain = VLMProcessor(tok, template="plain")
-    test_eq(plain.answers([tok("blue\nred").input_ids]), ["blue"])
-    test_eq(own.answers([[107, 0], [], [1, 5]]), ["", "", ""])  # answers that end at once
-    bare = golden_tokenizer("chatml_no_bos", None, "<|im_end|>", "<|endoftext|>")
-    given = VLMProcessor(bare, template="hf", chat_template=qwen.chat_template)
-    whole = VLMProcessor(qwen, template="hf")
-    test_eq(given("a")["input_ids"].tolist(), whole("a")["input_ids"].tolist())
-    changed = VLMProcessor.for_model(config, bare, "hf", chat_template=qwen.chat_template + " ")
-    test_eq(changed.chat_template, qwen.chat_template + " ")
-    model = SimpleNamespace(generation_config=GenerationConfig())
-    plain.set_generation_config(model)
-    test_eq((model.generation_config.eos_token_id, model.generation_config.pad_token_id), ([1, 108], 0))
-    with expect_fail(ConfigError, contains="image_token_id 17534 is the token"):
-        VLMProcessor(tok, image_token_id=17534)
-    with expect_fail(ConfigError, contains="aspect belongs to the image processor"):
-        VLMProcessor(tok, own.image_processor, aspect="pad")
-
-def test_processor_comes_back_from_a_folder():
-    folder = Path(tempfile.mkdtemp())
-    own = VLMProcessor(qwen, template="hf", image_size=28, aspect="pad", num_image_tokens=5)
-    own.save_pretrained(folder)
-    print(sorted(p.name for p in folder.iterdir()))
-    again = VLMProcessor.from_pretrained(folder)
-    test_eq((again.template, again.image_processor.to_dict()), ("hf", own.image_processor.to_dict()))
-    test_eq(again("a", photo)["input_ids"].tolist(), own("a", photo)["input_ids"].tolist())

@@ -267,7 +267,7 @@ def resize_to_square(
         image = expand2square(image, tuple(int(255 * m) for m in mean))
     return resize_and_crop(image, size)
 
-# %% ../nbs/06_images.ipynb #c030
+# %% ../nbs/06_images.ipynb #c033
 def to_bytes(
     image: Image.Image,  # RGB
 ) -> torch.Tensor:  # uint8, shape (3, height, width)
@@ -298,7 +298,7 @@ def interpolate_image(
     small = F.interpolate(flat, (image_size, image_size), mode="bilinear", align_corners=False)
     return small.reshape(*image_aux.shape[:-2], image_size, image_size)
 
-# %% ../nbs/06_images.ipynb #c034
+# %% ../nbs/06_images.ipynb #c043
 def grid_crops(
     image_aux: torch.Tensor,  # float, shape (..., 3, height, width)
     image_size: int = 336,  # Pixels of a crop
@@ -343,7 +343,7 @@ def count_image_tokens(
         )
     return (image_size // patch_size) ** 2 * (image_grid**2 + int(image_global))
 
-# %% ../nbs/06_images.ipynb #c043
+# %% ../nbs/06_images.ipynb #c050
 def prepare_image(
     image: Image.Image,  # RGB, any size
     image_size_aux: int = 768,  # Pixels of the large square
@@ -365,7 +365,7 @@ def prepare_image(
         "image_aux": image_aux,
     }
 
-# %% ../nbs/06_images.ipynb #c053
+# %% ../nbs/06_images.ipynb #c061
 def finish_images(
     pixel_values_aux: torch.Tensor,  # uint8, shape (n_images, 3, height, width), on any device
     image_size: int = 336,  # Pixels of the small square

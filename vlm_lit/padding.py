@@ -98,7 +98,7 @@ def pad_samples(
         out[key] = rows
     return out
 
-# %% ../nbs/06b_padding.ipynb #c009
+# %% ../nbs/06b_padding.ipynb #c014
 def expand_image_tokens(
     # With `input_ids`, one sentinel per image, and perhaps `labels` and `sample_ids`, each
     # (seq_len,)
@@ -124,7 +124,7 @@ def expand_image_tokens(
     if "sample_ids" in sample: filled["sample_ids"] = sample["sample_ids"]
     return {**sample, **{key: row.repeat_interleave(times) for key, row in filled.items()}}
 
-# %% ../nbs/06b_padding.ipynb #c012
+# %% ../nbs/06b_padding.ipynb #c019
 def supervised_positions(
     labels: torch.Tensor,  # (batch, seq_len), `IGNORE_INDEX` where nothing is supervised
 ) -> torch.Tensor:  # (n_supervised,) in the flattened (batch, seq_len), rising

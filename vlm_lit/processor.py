@@ -147,7 +147,7 @@ def read_conversation(
     conversations = insert_image_tokens(record["conversations"], len(images))
     return {**record, "conversations": conversations}, images
 
-# %% ../nbs/06c_processor.ipynb #c014
+# %% ../nbs/06c_processor.ipynb #c015
 def distribute_images(
     texts: list[str],  # Rendered prompts
     images,  # None, an image, all images in the order of the tags, or a list for each prompt
@@ -263,7 +263,7 @@ def _as_texts(messages):
     turns = read_conversation(messages, [0] * len(parts))[0]["conversations"]
     return [{"role": roles.get(t["from"], t["from"]), "content": t["value"]} for t in turns]
 
-# %% ../nbs/06c_processor.ipynb #c015
+# %% ../nbs/06c_processor.ipynb #c016
 class VLMInputs(BatchFeature):
     "A processor's batch. Labels that are put in are ignored at placeholders of images."
 

@@ -91,7 +91,7 @@ def _store(
         flush()
     return n
 
-# %% ../../nbs/07_records.ipynb #c009
+# %% ../../nbs/07_records.ipynb #c010
 IMAGE_KEYS = ("image", "images")
 # columns that are read
 RECORD_KEYS = ("id", *IMAGE_KEYS, "conversations", "messages", "type", "source")
@@ -168,7 +168,7 @@ def _count_images(
         except DataError: found.append(-1)
     return {"n_images": found}
 
-# %% ../../nbs/07_records.ipynb #c011
+# %% ../../nbs/07_records.ipynb #c012
 def _table_files(
     path: Path,  # A file, or a folder of tables
 ) -> list[Path]:

@@ -80,7 +80,7 @@ def _check_mixture(sizes, weight, repeat, max_samples):
     if bad:
         raise ConfigError(f"repeat and max_samples must be above 0, got {bad[0]}")
 
-# %% ../../nbs/08a_samplers.ipynb #c015
+# %% ../../nbs/08a_samplers.ipynb #c012
 def _shuffled(order, rng):
     "Each record its own unit."
     return rng.permutation(order), np.arange(1, len(order) + 1)
@@ -122,7 +122,7 @@ def _joined(units):
     ends = np.cumsum([len(unit) for unit in units])
     return np.concatenate([np.asarray(unit, dtype=np.int64) for unit in units]), ends
 
-# %% ../../nbs/08a_samplers.ipynb #c017
+# %% ../../nbs/08a_samplers.ipynb #c016
 class GlobalBatchSampler(Sampler):
     "Micro-batches of `(epoch, record)` pairs; each `shares` of them in a row are one global batch."
 
@@ -217,7 +217,7 @@ class GlobalBatchSampler(Sampler):
         for n in range(self.steps):
             yield from self.micro_batches(self.epoch * self.steps + n)
 
-# %% ../../nbs/08a_samplers.ipynb #c024
+# %% ../../nbs/08a_samplers.ipynb #c022
 def padding_ratio(
     batches: Iterable[Sequence[int]],  # For each batch the lengths of its sequences
 ) -> float:  # 0 to 1

@@ -8,7 +8,7 @@ __all__ = ['WIDTH', 'CELL', 'PRE', 'MARK', 'why_not', 'Row', 'rows_of', 'headlin
            'html_rows', 'html_source', 'html_hits', 'html_changes', 'html_display']
 
 # %% ../../nbs/95_stop_display.ipynb #c002
-import html, textwrap
+import html, re, textwrap
 from typing import NamedTuple
 from .compare import changed_parts, first_difference
 from .snapshots import Note
@@ -173,7 +173,7 @@ def first_words(
     n: int = 60,
 ) -> str:
     "A value in a few words."
-    text = visible(" ".join(repr(value).split()))
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", visible(" ".join(repr(value).split())))
     return text if len(text) <= n else text[: n - 1] + "…"
 
 def text_display(
