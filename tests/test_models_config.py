@@ -4,6 +4,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from vlm_lit.core import ConfigError
 from vlm_lit.models.towers import VIT_MODEL_TYPES, CONV_MODEL_TYPES
+from vlm_lit.debug.breakpoints import Breakpoint
 from fastcore.test import test_eq, expect_fail
 from transformers.utils.logging import disable_progress_bar
 import torch
@@ -26,6 +27,15 @@ def setup_module():
         parts = dict(text_config=text, vision_config=vision, vision_aux_config=vision_aux)
         sizes = dict(image_size=32, image_size_aux=64, select_layer=-1)
         return VLMConfig(**{**parts, **sizes, **changes})
+
+def test_windows_of_mgm_2b():
+    convnext = dict(hidden_sizes=[192, 384, 768, 1536], depths=[3, 3, 27, 3])
+    watch = ["self.grid", "self.grid_aux", "self.num_image_tokens", "self.vision_size_aux"]
+    with Breakpoint(VLMConfig.check, at="if self.vision_aux_config and", watch=watch) as bp:
+        VLMConfig(text_config=dict(model_type="gemma"), vision_aux_config=convnext)
+    bp.expect({"self.image_size": 336, "self.patch_size": 14, "self.grid": 24, "self.grid_aux": 192})
+    bp.expect({"self.num_image_tokens": 576, "self.vision_size_aux": 192 + 384 + 768 + 1536})
+    bp.expect({"self.grid_aux // self.grid": 8})
 
 def test_geometry_of_the_configuration():
     cfg = small_config()

@@ -7,13 +7,14 @@ from fastcore.test import test_eq, test_close, expect_fail
 from transformers.utils.logging import disable_progress_bar
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.models.vlm import VLM
 from vlm_lit.models.config import VLMConfig
 from vlm_lit.models.speed import compile_layers
 from vlm_lit.models.speed import enable_mlp_checkpointing
 
 def setup_module():
-    global SMALL_TEXT, SPECIAL_IDS, small_batch, small_config
+    global SMALL_TEXT, SPECIAL_IDS, kept_bytes, small_batch, small_config
     torch.set_printoptions(precision=3, sci_mode=False)
     disable_progress_bar()
     SPECIAL_IDS = dict(pad_token_id=0, bos_token_id=2, eos_token_id=1)
@@ -30,7 +31,7 @@ def setup_module():
         sizes = dict(image_size=32, image_size_aux=64, select_layer=-1)
         return VLMConfig(**{**parts, **sizes, **changes})
     def small_batch():
-        "Two samples: a picture and an answer of two tokens; text only, shorter, padded."
+        "Two samples: an image and an answer of two tokens; text only, shorter, padded."
         torch.manual_seed(0)
         labels = [[-100, -100, -100, -100, 20, 21, 1], [-100, -100, 31, 1, -100, -100, -100]]
         return dict(
@@ -40,8 +41,6 @@ def setup_module():
             pixel_values=torch.randn(1, 3, 32, 32),
             pixel_values_aux=torch.randn(1, 3, 64, 64),
         )
-
-def test_mlps_made_again_give_the_same_gradients_and_keep_less():
     def kept_bytes(model, batch):
         "Loss, and bytes that autograd keeps between forward and backward, each memory once."
         kept = {}
@@ -55,6 +54,7 @@ def test_mlps_made_again_give_the_same_gradients_and_keep_less():
         loss.backward()
         return loss.detach(), sum(kept.values())
 
+def test_mlps_made_again_give_the_same_gradients_and_keep_less():
     gradients, sizes = {}, {}
     for what in ("none", "gates", "mlp"):
         torch.manual_seed(0)
@@ -66,7 +66,6 @@ def test_mlps_made_again_give_the_same_gradients_and_keep_less():
     for what in ("gates", "mlp"):
         for got, want in zip(gradients[what], gradients["none"], strict=True):
             test_close(got, want, eps=1e-6)
-    print({what: f"{size / sizes['none']:.2f}" for what, size in sizes.items()}, "of the bytes kept")
     assert sizes["mlp"] < sizes["gates"] < sizes["none"]
     test_eq(enable_mlp_checkpointing(model.language_model, "mlp", n_layers=1), 1)
     changed = lambda: ["forward" in m.mlp.__dict__ for m in model.language_model.model.layers]
@@ -80,6 +79,23 @@ def test_mlps_made_again_give_the_same_gradients_and_keep_less():
         enable_mlp_checkpointing(gpt2)
     with expect_fail(ConfigError, contains="what must be"):
         enable_mlp_checkpointing(model.language_model, "all")
+
+def test_gates_keep_two_tensors_per_mlp():
+    torch.manual_seed(0)
+    model = VLM(small_config()).train()
+    enable_mlp_checkpointing(model.language_model, "gates")
+    is_gate, shapes = "len(tensors) == 2", "[tuple(t.shape) for t in tensors]"
+    with Breakpoint(recomputed, at="return checkpoint", watch=[shapes], when=is_gate) as bp:
+        model(**small_batch()).loss.backward()
+    bp.expect({shapes: [(2, 22, 32)] * 2}, hits=2)
+
+def test_parts_that_are_compiled():
+    model = VLM(small_config()).train()
+    watch = "[type(part).__name__ for part in parts]"
+    with Breakpoint(compile_layers, at="for part in parts: part.forward", watch=[watch]) as bp:
+        compile_layers(model, backend="eager")
+    names = ["GemmaDecoderLayer", "CLIPEncoderLayer", "ConvNextStage"]
+    bp.expect({watch: [name for name in names for _ in range(2)]})
 
 def test_compiled_layers_give_the_same_loss_and_gradients():
     def loss_and_gradients(model, batch):
@@ -117,4 +133,3 @@ def test_compiled_layers_give_the_same_loss_and_gradients():
     for part in parts: del part.forward
     model.train()(**batch)
     test_eq(len(calls), n_calls)
-    print(f"{len(parts)} parts: " + ", ".join(sorted({type(part).__name__ for part in parts})))

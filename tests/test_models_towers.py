@@ -6,13 +6,14 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutputWithNoAttention
 from vlm_lit.core import ConfigError
 import copy, tempfile
-from pathlib import Path
 from fastcore.test import test_eq, expect_fail
 from transformers import CLIPVisionConfig, CLIPVisionModel, ConvNextConfig, ConvNextModel
 from transformers import SiglipVisionConfig, SiglipVisionModel
 from transformers.utils.logging import disable_progress_bar
 from vlm_lit.core import peek
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.models.towers import EfficientNetLiteConfig
+from vlm_lit.models.towers import EfficientNetLiteModel
 from vlm_lit.models.towers import InvertedBottleneck
 from vlm_lit.models.towers import SamePadConv2d
 from vlm_lit.models.towers import build_vision_tower
@@ -21,11 +22,9 @@ from vlm_lit.models.towers import stage_maps
 from vlm_lit.models.towers import tower_depth
 
 def setup_module():
-    global benchmark_results, clip_config, convnext_config, folders, same_weights, siglip_config, small
+    global clip_config, convnext_config, same_weights, siglip_config, small
     torch.set_printoptions(precision=3, sci_mode=False)
     disable_progress_bar()
-    folders = (Path("../benchmarks/results"), Path("benchmarks/results"))
-    benchmark_results = next(folder for folder in folders if folder.is_dir())
     small = dict(hidden_size=16, intermediate_size=32, image_size=32, patch_size=8)
     small |= dict(num_hidden_layers=4, num_attention_heads=2)
     clip_config, siglip_config = CLIPVisionConfig(**small), SiglipVisionConfig(**small)
@@ -37,12 +36,76 @@ def setup_module():
         part.load_state_dict({name: t for name, t in whole.state_dict().items() if name in own})
         return part.eval()
 
+def test_depth_of_the_selected_layer():
+    clip = CLIPVisionConfig(num_hidden_layers=24)
+    convnext = ConvNextConfig(hidden_sizes=[8, 12, 16, 20])
+    with Breakpoint(tower_depth, at="return depth", watch="kind select_layer most depth") as bp:
+        for config in (clip, convnext): tower_depth(config, -2)
+    bp.expect_each(most=[24, 4], depth=[23, 3])
+
+def test_class_token_is_dropped():
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    clip = build_vision_tower(clip_config, -2).eval()
+    with Breakpoint(patch_features, at="return features[:, 1:]", watch="kind features") as bp:
+        patch_features(clip, images)
+    bp.expect({"features.shape": (2, 17, 16)}, kind="clip_vision_model")
+    bp.expect_return({"result.shape": (2, 16, 16)})
+
+def test_class_token_would_move_every_patch():
+    torch.manual_seed(0)
+    dot = torch.zeros(2, 3, 32, 32)  # a gray image, and one with a bright patch
+    dot[1, :, 8:16, 16:24] = 3
+    clip = build_vision_tower(clip_config, -2).eval()
+    moved = {"features": lambda features: features.roll(1, 1)}
+    with Breakpoint(patch_features, "return features[:, 1:]", "features", set=moved) as bp:
+        patch_features(clip, dot)
+    brightest = "(result[1] - result[0]).norm(dim=-1).argmax().item()"
+    bp.expect_changed({brightest: (6, 7)})
+
+def test_maps_are_halved_from_stage_to_stage():
+    images = torch.randn(2, 3, 32, 32)
+    with Breakpoint(stage_maps, at="return maps", watch="[tuple(m.shape) for m in maps]") as bp:
+        stage_maps(build_vision_tower(convnext_config), images)
+    shapes = [(2, 8, 16, 16), (2, 12, 8, 8), (2, 16, 4, 4)]
+    bp.expect({"[tuple(m.shape) for m in maps]": shapes})
+
+def test_odd_padding_goes_to_the_right():
+    conv = SamePadConv2d(1, 1, 3, 2, bias=False)
+    conv.weight.data.zero_()[0, 0, 1] = torch.tensor([1.0, 10, 100])
+    pixels = torch.tensor([1.0, 2, 3, 4]).expand(1, 1, 4, 4)
+    equally = {"pads": [1, 1, 1, 1]}
+    with Breakpoint(SamePadConv2d.forward, at="return super", watch="pads", set=equally) as bp:
+        conv(pixels)
+    bp.expect(pads=[0, 1, 0, 1])
+    bp.expect_changed({"result[0, 0, 0].int().tolist()": ([321, 43], [210, 432])})
+
+def test_efficientnet_lite_is_cut_too():
+    torch.manual_seed(0)
+    lite = EfficientNetLiteConfig()
+    for n in (-1, -2):
+        print(f"up to stage {n}: {sum(p.numel() for p in build_vision_tower(lite, n).parameters()):,}")
+    with Breakpoint(EfficientNetLiteModel.forward, "return Base", "[m.shape[1:] for m in maps]") as bp:
+        build_vision_tower(lite)(torch.randn(1, 3, 128, 128))
+    bp.expect({"len(maps)": 5, "maps[-1].shape": (1, 320, 4, 4)})
+
+def test_training_mode_would_move_a_frozen_tower():
+    torch.manual_seed(0)
+    lite, image = build_vision_tower(EfficientNetLiteConfig()), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = patch_features(lite, image)
+        for train in (EfficientNetLiteModel.train, nn.Module.train):  # its own, and PyTorch's
+            train(lite)
+            for _ in range(5): patch_features(lite, 2 + torch.randn(4, 3, 64, 64))
+            moved = (patch_features(lite.eval(), image) - before).norm() / before.norm()
+            print(f"{train.__qualname__}: features moved by more than half: {bool(moved > 0.5)}")
+            test_eq(bool(moved > 0.5), train is nn.Module.train)
+
 def test_selected_layers_are_counted_as_transformers_does():
     clip = CLIPVisionConfig(num_hidden_layers=24)
     convnext = ConvNextConfig(hidden_sizes=[8, 12, 16, 20])
     clip_depths = {n: tower_depth(clip, n) for n in (-1, -2, 0, 23)}
     convnext_depths = {n: tower_depth(convnext, n) for n in (-1, -2, 0)}
-    print("CLIP-L:", clip_depths, " ConvNeXt:", convnext_depths)
     test_eq([tower_depth(clip, n) for n in (-1, -2, -25, 0, 23, 24)], [24, 23, 0, 0, 23, 24])
     test_eq([tower_depth(convnext, n) for n in (-1, -2, -4, 0, 3)], [4, 3, 1, 1, 4])
     for config, wrong in ((clip, 25), (clip, -26), (convnext, 4), (convnext, -5)):
@@ -52,12 +115,11 @@ def test_selected_layers_are_counted_as_transformers_does():
     with expect_fail(ConfigError, contains=message):
         tower_depth(AutoConfig.for_model("gemma"), -1)
 
-def test_what_is_behind_the_features_is_not_kept():
+def test_what_follows_the_features_is_not_kept():
     weights = lambda tower: sum(p.numel() for p in tower.parameters())
     for config in (clip_config, siglip_config, convnext_config):
         kept = {n: f"{weights(build_vision_tower(config, n)):,}" for n in (-1, -2, -3)}
         whole = weights(AutoModel.from_config(config))
-        print(config.model_type.ljust(20), kept, "of", f"{whole:,}")
     test_eq([len(build_vision_tower(clip_config, n).encoder.layers) for n in (-1, -2, 0)], [4, 3, 0])
     test_eq(
         [len(build_vision_tower(convnext_config, n).encoder.stages) for n in (-1, -2, 0)], [3, 2, 1]
@@ -66,6 +128,17 @@ def test_what_is_behind_the_features_is_not_kept():
     assert not any("head" in name or "post_layernorm" in name for name in names)
     names = [name for name, _ in build_vision_tower(convnext_config).named_parameters()]
     assert not any(name.startswith("layernorm") for name in names)
+
+def test_dot_is_found_where_it_is():
+    torch.manual_seed(0)
+    gray, dot = torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)
+    dot[:, :, 8:16, 16:24] = 3
+    with torch.no_grad():
+        tower = build_vision_tower(clip_config, -2).eval()
+        place = lambda features: divmod(int(features.norm(dim=-1)[0, :16].argmax()), 4)
+        right = place(patch_features(tower, dot) - patch_features(tower, gray))
+        wrong = place(tower(dot).last_hidden_state - tower(gray).last_hidden_state)
+    test_eq((right, wrong), ((1, 2), (1, 3)))
 
 def test_features_are_those_of_the_whole_tower():
     torch.manual_seed(0)
@@ -104,27 +177,14 @@ def test_towers_of_bf16_take_float_pictures():
             test_eq(half.dtype, torch.bfloat16)
             assert (half.float() - exact).norm() < 0.02 * exact.norm()
 
-def test_class_token_would_move_every_patch():
-    torch.manual_seed(0)
-    gray, dot = torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32)
-    dot[:, :, 8:16, 16:24] = 3
-    with torch.no_grad():
-        tower = build_vision_tower(clip_config, -2).eval()
-        place = lambda features: divmod(int(features.norm(dim=-1)[0, :16].argmax()), 4)
-        right = place(patch_features(tower, dot) - patch_features(tower, gray))
-        wrong = place(tower(dot).last_hidden_state - tower(gray).last_hidden_state)
-    print("row, column of the dot:", right, " with the class token:", wrong)
-    test_eq((right, wrong), ((1, 2), (1, 3)))
-
 def test_resolutions_of_efficientnet_lite():
     lite = EfficientNetLiteConfig()
-    print({lite.patch_size * 2**n: channels for n, channels in enumerate(lite.hidden_sizes)})
     test_eq(lite.hidden_sizes, [16, 24, 40, 112, 320])
     layout = dict(widths=(8, 8, 12), repeats=(1, 1, 1), kernels=(3, 3, 3), strides=(1, 1, 2))
     test_eq(AutoConfig.for_model("efficientnet_lite", **layout).hidden_sizes, [8, 12])
     test_eq(EfficientNetLiteConfig.from_dict(lite.to_dict()).to_dict(), lite.to_dict())
 
-def test_odd_padding_goes_to_the_right():
+def test_odd_sides_are_padded_alike():
     def digits(conv, row):
         """The output for a single row of pixels of a kernel that weighs the three neighbors with 1,
     10, 100."""
@@ -134,7 +194,6 @@ def test_odd_padding_goes_to_the_right():
 
     ours = SamePadConv2d(1, 1, 3, 2, bias=False)
     symmetric = nn.Conv2d(1, 1, 3, 2, padding=1, bias=False)
-    print(digits(ours, [1, 2, 3, 4]), digits(symmetric, [1, 2, 3, 4]))
     test_eq(digits(ours, [1, 2, 3, 4]), [321, 43])
     test_eq(digits(symmetric, [1, 2, 3, 4]), [210, 432])
     # an odd side: nothing odd is left over, both agree
@@ -158,9 +217,6 @@ def test_efficientnet_lite_has_the_published_size():
         build_vision_tower(EfficientNetLiteConfig(), -2),
     )
     whole, part = (sum(p.numel() for p in tower.parameters()) for tower in (lite, cut))
-    print(f"{whole:,} weights; cut behind stage -2: {part:,}")
-    with torch.no_grad():
-        peek(**{f"stage {n}": m for n, m in enumerate(lite(torch.randn(1, 3, 128, 128)).hidden_states)})
     # left out here: a convolution with its normalization, and a layer for 1,000 classes
     classifier = 320 * 1280 + 2 * 1280 + 1280 * 1000 + 1000
     # Lite0 is published with 4.7 million
@@ -191,7 +247,6 @@ def test_statistics_stay_frozen():
 
     as_asked = drift(lite, forced=False)
     far = drift(copy.deepcopy(lite), forced=True) > 0.5
-    print("train():", as_asked, " training mode forced:", f"moved by more than half: {far}")
     test_eq(drift(lite, forced=False), 0)
     assert not build_vision_tower(EfficientNetLiteConfig()).training
     assert not any(part.training for part in lite.train().modules())

@@ -21,9 +21,12 @@ from vlm_lit.models.towers import VIT_MODEL_TYPES
 from vlm_lit.models.image_encoder import ImageEncoder, last_linear
 from vlm_lit.models.splice import check_image_tokens, check_packing, expand_sentinels, merge_image_features, restart_positions
 from vlm_lit.models.config import VLMConfig
-import re, tempfile, warnings
+import copy, re, tempfile, warnings
+import matplotlib.pyplot as plt
 from fastcore.test import test_eq, test_close, expect_fail
+from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.data.collator import DataCollatorForSupervisedDataset, concatenate_samples
+from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.text.sentinels import num_tokens_with_images
 from vlm_lit.padding import expand_image_tokens, pad_samples
 from vlm_lit.debug.breakpoints import Breakpoint
@@ -39,9 +42,21 @@ from vlm_lit.models.vlm import match_embedding_scale
 from vlm_lit.models.vlm import rms
 
 def setup_module():
-    global FAMILIES, HEADS, SMALL_TEXT, SPECIAL_IDS, TINY_TEXT, log_likelihood, new_ids, packed_and_alone, packing_model, packing_samples, plain, question_batch, sentinel_batch, small_batch, small_config, supervised, talking_model, tiny_language_model
+    global FAMILIES, HEADS, SMALL_TEXT, SPECIAL_IDS, TINY_TEXT, log_likelihood, new_ids, packed_and_alone, packing_model, packing_samples, plain, question_batch, seed_sample, sentinel_batch, small_batch, small_config, supervised, talking_model, tiny_language_model
     torch.set_printoptions(precision=3, sci_mode=False)
     logging.disable_progress_bar()
+    def seed_sample():
+        "The question about the photo, encoded, and its processor."
+        images = dict(image_size=32, image_size_aux=64, num_image_tokens=16)
+        processor = VLMProcessor(load_tokenizer("gemma"), **images)
+        turns = [
+            {"from": "human", "value": "What is in the photo?\n<image>"},
+            {"from": "gpt", "value": "the box chain purse black"},
+        ]
+        with tempfile.TemporaryDirectory() as folder:
+            sample_image().save(Path(folder) / "photo.png")
+            record = {"id": "seed", "image": "photo.png", "conversations": turns}
+            return LazySupervisedDataset([record], processor, folder)[0], processor
     SPECIAL_IDS = dict(pad_token_id=0, bos_token_id=2, eos_token_id=1)
     SMALL_TEXT = dict(model_type="gemma", vocab_size=300, hidden_size=16, intermediate_size=32)
     SMALL_TEXT |= dict(num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
@@ -90,6 +105,32 @@ def setup_module():
     def plain(batch):
         "A batch as other code makes it, without `supervised_positions`."
         return {key: value for key, value in batch.items() if key != "supervised_positions"}
+    def question_batch(side="left"):
+        "Two prompts of unequal length, one with an image; placeholders, padded on the left."
+        batch = sentinel_batch()
+        ids = torch.tensor([[2, 106, -200, 108], [2, 30, 0, 0]])
+        mask = torch.tensor([[1] * 4, [1, 1, 0, 0]])
+        images = {k: v for k, v in batch.items() if k.startswith("pixel")}
+        text = expand_sentinels(ids, mask, 16, 300, side=side)
+        return {**text, **images}
+    def talking_model(seed=0):
+        "A small model whose answers vary: head and embeddings are not tied."
+        torch.manual_seed(seed)
+        return VLM(small_config(text_config={**SMALL_TEXT, "tie_word_embeddings": False})).eval()
+    def new_ids(model, batch, **kwargs):
+        "The ids of the answers alone, by the idiom of transformers' documentation."
+        settings = dict(max_new_tokens=5, do_sample=False, eos_token_id=None)
+        out = model.generate(**batch, **{**settings, **kwargs})
+        return out[:, batch["input_ids"].shape[1] :]
+    def log_likelihood(model, batch, answers):
+        "Of each answer under the model, by one forward pass per answer, padding-free."
+        out = []
+        for ids, mask, answer in zip(batch["input_ids"], batch["attention_mask"], answers):
+            row = torch.cat([ids[mask.bool()], answer])[None]
+            images = {k: v for k, v in batch.items() if k.startswith("pixel") and 300 in row}
+            logits = model(input_ids=row, **images).logits[0, -len(answer) - 1 : -1]
+            out.append(float(logits.log_softmax(-1).gather(1, answer[:, None]).sum()))
+        return out
     FAMILIES = {
         "gemma": {},
         "llama": {},
@@ -110,7 +151,7 @@ def setup_module():
         model.language_model.set_attn_implementation(attention)
         return model
     def packing_samples(first=20):
-        "Three samples; the first one's words and picture follow from `first`."
+        "Three samples; the first one's words and image follow from `first`."
 
         def picture(side, seed):
             return torch.randn(3, side, side, generator=torch.Generator().manual_seed(seed))
@@ -147,32 +188,15 @@ def setup_module():
             alone = [model(**one(s), num_items_in_batch=1) for s in samples]
         logits = torch.cat([a.supervised_logits for a in alone])
         return packed.supervised_logits, logits, packed.loss, sum(a.loss for a in alone)
-    def question_batch(side="left"):
-        "Two prompts of unequal length, one with an image; placeholders, padded on the left."
-        batch = sentinel_batch()
-        ids = torch.tensor([[2, 106, -200, 108], [2, 30, 0, 0]])
-        mask = torch.tensor([[1] * 4, [1, 1, 0, 0]])
-        images = {k: v for k, v in batch.items() if k.startswith("pixel")}
-        text = expand_sentinels(ids, mask, 16, 300, side=side)
-        return {**text, **images}
-    def talking_model(seed=0):
-        "A small model whose answers vary: head and embeddings are not tied."
-        torch.manual_seed(seed)
-        return VLM(small_config(text_config={**SMALL_TEXT, "tie_word_embeddings": False})).eval()
-    def new_ids(model, batch, **kwargs):
-        "The ids of the answers alone, by the idiom of transformers' documentation."
-        settings = dict(max_new_tokens=5, do_sample=False, eos_token_id=None)
-        out = model.generate(**batch, **{**settings, **kwargs})
-        return out[:, batch["input_ids"].shape[1] :]
-    def log_likelihood(model, batch, answers):
-        "Of each answer under the model, by one forward pass per answer, padding-free."
-        out = []
-        for ids, mask, answer in zip(batch["input_ids"], batch["attention_mask"], answers):
-            row = torch.cat([ids[mask.bool()], answer])[None]
-            images = {k: v for k, v in batch.items() if k.startswith("pixel") and 300 in row}
-            logits = model(input_ids=row, **images).logits[0, -len(answer) - 1 : -1]
-            out.append(float(logits.log_softmax(-1).gather(1, answer[:, None]).sum()))
-        return out
+
+def test_one_sentinel_becomes_sixteen_placeholders():
+    sample, processor = seed_sample()
+    ids, labels, tok = sample["input_ids"][None], sample["labels"][None], processor.tokenizer
+    watch = ["input_ids", "num_image_tokens", "image_token_id", "samples[0]['input_ids'].shape"]
+    with Breakpoint(expand_sentinels, "return pad_samples", watch, tokenizer=tok) as bp:
+        batch = expand_sentinels(ids, None, 16, processor.image_token_id, labels=labels)
+    bp.expect({"input_ids.shape": (1, 25), "samples[0]['input_ids'].shape": (40,)})
+    bp.expect_return({"input_ids.shape": (1, 24 + 16), "(labels != -100).sum()": 8})
 
 def test_every_familys_logits_are_its_own():
     embeds, places = torch.randn(2, 5, 16), torch.tensor([1, 4, 8])
@@ -198,11 +222,178 @@ def test_every_familys_logits_are_its_own():
     with expect_fail(ConfigError, contains="set supervised_logits_only to false"):
         check_head(model)
 
+def test_gemma_2_caps_its_logits():
+    torch.manual_seed(0)
+    model, states = tiny_language_model("gemma2"), torch.randn(3, 16)
+    with Breakpoint(head_logits, at="return logits", watch="cap logits", set={"cap": None}) as bp:
+        head_logits(model, states)
+    bp.expect({"cap": 0.5, "logits.shape": (3, 60)})
+    bp.expect_changed({"result.abs().max().item()": (0.5, 6.5)}, tolerance=0.1)
+
+def test_features_are_at_their_placeholders():
+    torch.manual_seed(0)
+    model = VLM(small_config())
+    watch = ["is_image.sum()", "features.shape[:2].numel()", "inputs_embeds", "features"]
+    with Breakpoint(merge_image_features, at="return inputs_embeds", watch=watch) as bp:
+        model(**small_batch())
+    bp.expect({"is_image.sum()": 16, "features.shape[:2].numel()": 16})
+    bp.expect({"is_image[0].nonzero().flatten().tolist()": list(range(2, 18))})
+    bp.expect({"inputs_embeds.shape": (2, 22, 16), "features.shape": (1, 16, 16)})
+
+def test_swapped_images_change_the_loss_alone():
+    torch.manual_seed(0)
+    model = VLM(small_config()).eval()
+    ids = torch.tensor([[2, -200, 20, -200, 21, 1]])
+    labels = torch.where(ids > 10, ids, -100)
+    images = dict(pixel_values=torch.randn(2, 3, 32, 32), pixel_values_aux=torch.randn(2, 3, 64, 64))
+    swapped = {"image_index": torch.tensor([1, 0])}  # which image each place shows
+    with Breakpoint(VLM.forward, at="text = input_ids", watch="image_index", set=swapped) as bp:
+        model(ids, labels=labels, **images)
+    bp.expect_changed(loss=(5.839, 5.521), tolerance=0.001)
+
+def test_head_runs_at_five_positions():
+    torch.manual_seed(0)
+    model = VLM(small_config())
+    watch = ["inputs['inputs_embeds']", "places", "states", "logits"]
+    with Breakpoint(VLM.supervised_forward, at="kept = {", watch=watch) as bp:
+        model(**small_batch())
+    bp.expect({"inputs['inputs_embeds'].shape": (2, 22, 16)}, places=[18, 19, 20, 23, 24])
+    bp.expect({"states.shape": (5, 16), "logits.shape": (5, 300)})
+    bp.expect_return({"result.logits": None, "supervised_logits.shape": (5, 300)})
+
+def test_loss_is_the_sum_over_the_global_number():
+    torch.manual_seed(0)
+    model = VLM(small_config())
+    watch = "places targets losses n_items loss"
+    with Breakpoint(VLM.add_loss, at="out.loss, out.token_losses", watch=watch) as bp:
+        out = model(**small_batch(), num_items_in_batch=5 + 7)
+    bp.expect(targets=[20, 21, 1, 31, 1], n_items=12)
+    bp.expect({"-logits.log_softmax(-1)[range(5), targets] - losses": [0.0] * 5}, tolerance=1e-5)
+    bp.expect(loss=bp["losses"].sum() / 12, tolerance=1e-6)
+
+def test_unshifted_labels_are_other_targets():
+    torch.manual_seed(0)
+    model = VLM(small_config())
+    shift = {"labels": lambda labels: labels.roll(1, 1)}  # undone by the shift that follows
+    line = "if supervised_positions is not None and labels"
+    with Breakpoint(VLM.forward, at=line, watch="labels", set=shift) as bp:
+        model(**small_batch())
+    bp.expect_changed(loss=(5.652, 2.368), tolerance=0.001)
+    bp.expect_changed(
+        {"token_losses[0].item()": (4.0, 0), "token_losses[3].item()": (5.57, 0)}, tolerance=0.01
+    )
+
+def test_forgotten_mask_changes_the_padded_prompt():
+    model, batch = talking_model(), question_batch(side="left")
+    everything = {"attention_mask": lambda mask: torch.ones_like(mask)}
+    with Breakpoint(VLM.forward, "text = input_ids", "attention_mask", set=everything) as bp:
+        with torch.no_grad(): out = model(**batch)
+    assert torch.equal(out.logits[0], model(**batch).logits[0])
+    bp.expect_changed({"logits[1, -1, 0].item()": (-1.371, -1.268)}, tolerance=0.001)
+
+def test_image_features_are_not_scaled():
+    torch.manual_seed(0)
+    model = VLM(small_config())
+    scaled = {"features": lambda features: features * 16**0.5}
+    watch = ["embeds[1, 0]", "self.get_input_embeddings().weight[2]", "features"]
+    with Breakpoint(VLM.embed_inputs, "return merge_image", watch, set=scaled) as bp:
+        model(**small_batch())
+    bp.expect({"embeds[1, 0] / self.get_input_embeddings().weight[2]": [4.0] * 16}, tolerance=1e-5)
+    bp.expect_changed({"result[0][0, 2:18].norm().item()": (4.34, 17.36)}, tolerance=0.01)
+
+def test_black_image_keeps_the_gradients():
+    torch.manual_seed(0)
+    model = VLM(small_config()).train()
+    ids, labels = torch.tensor([[2, 30, 31, 1]]), torch.tensor([[-100, -100, 31, 1]])
+    watch, change = "has_images needs_blank", {"needs_blank": False}
+    with Breakpoint(VLM.embed_inputs, at="if needs_blank:", watch=watch, set=change) as bp:
+        model(ids, labels=labels).loss.backward()
+    encoder = list(model.image_encoder.parameters())
+    print(sum(p.grad is not None for p in encoder), "gradients without the black image", end=", ")
+    model(ids, labels=labels).loss.backward()
+    print(sum(p.grad is not None for p in encoder), "of", len(encoder), "with it")
+    bp.expect(has_images=False, needs_blank=True)
+    bp.expect_changed({"result[1] is None": (False, True)})
+
+def test_positions_restart_in_a_packed_row():
+    model = packing_model()
+    settings = dict(max_length=44, supervised_only=True)
+    packs = DataCollatorForSupervisedDataset.for_model(model.config, 0, **settings)
+    batch = packs(packing_samples())
+    watch = ["kwargs['position_ids']", "sample_ids", "attention_mask"]
+    with Breakpoint(VLM.decoder_inputs, at="inputs = dict(inputs_embeds", watch=watch) as bp:
+        model(**batch)
+    zeros = "(kwargs['position_ids'][0] == 0).nonzero().flatten().tolist()"
+    bp.expect({zeros: [0, 20, 40]}, attention_mask=None)
+
+def test_without_sample_ids_later_samples_leak():
+    model = packing_model()
+    settings = dict(max_length=44, supervised_only=True)
+    packs = DataCollatorForSupervisedDataset.for_model(model.config, 0, **settings)
+    line, forgotten = "text = input_ids", {"sample_ids": None}
+    with Breakpoint(VLM.forward, at=line, watch="sample_ids", set=forgotten) as bp:
+        with torch.no_grad(): out = model(**packs(packing_samples()))
+    right = bp.hits[0].outcomes[0]["token_losses"]
+    test_close(right[:3], out.token_losses[:3], eps=1e-5)
+    bp.expect_changed(loss=(6.035, 6.242), tolerance=0.001)
+    bp.expect_changed({"token_losses[3].item()": (6.159, 6.535)}, tolerance=0.001)
+
+def test_images_are_read_in_the_first_pass():
+    model, batch = talking_model(), {k: v[:1] for k, v in question_batch().items()}
+    watch = ["'pixel_values' in found", "found['input_ids'].shape[1]"]
+    with Breakpoint(VLM.prepare_inputs_for_generation, at="return found", watch=watch) as bp:
+        print("answer:", new_ids(model, batch, max_new_tokens=3).tolist())
+    bp.expect_each({watch[0]: [True, False, False], watch[1]: [19, 1, 1]})
+
+def test_image_features_get_the_scale_of_text():
+    torch.manual_seed(0)
+    model, batch = VLM(small_config()), small_batch()
+    images = batch["pixel_values"], batch["pixel_values_aux"]
+    with Breakpoint(match_embedding_scale, at="last.weight.mul_", watch="before words") as bp:
+        match_embedding_scale(model, *images)
+    print(f"after it {rms(model.encode_images(*images)):.3f}")
+    bp.expect(before=0.271, words=1.012, tolerance=1e-2)
+
+def test_image_shown_twice_is_encoded_once():
+    torch.manual_seed(0)
+    model, one = VLM(small_config()).eval(), sentinel_batch()
+    twice = {
+        **one,
+        "input_ids": torch.tensor([[2, -200, 20, 1], [2, -200, 30, 1]]),
+        "labels": torch.tensor([[-100, -100, 20, 1], [-100, -100, 30, 1]]),
+        "attention_mask": torch.ones(2, 4).bool(),
+    }
+    with torch.no_grad():
+        indexed = model(**twice, image_index=torch.tensor([0, 0])).logits
+        images = {key: one[key].repeat(2, 1, 1, 1) for key in ("pixel_values", "pixel_values_aux")}
+        repeated = model(**{**twice, **images}).logits
+    test_close(indexed, repeated, eps=1e-5)
+
+def test_collator_and_model_agree_on_packed_rows():
+    model = packing_model()
+    samples = packing_samples()
+    packs = DataCollatorForSupervisedDataset.for_model(model.config, 0, max_length=44)
+    batch = packs(samples)
+    test_eq(batch["input_ids"].shape[0], 1)  # 20 + 20 + 3 positions
+    test_eq([num_tokens_with_images(s["input_ids"], 16) for s in samples], [20, 20, 3])
+    padded = DataCollatorForSupervisedDataset.for_model(model.config, 0, supervised_only=True)(samples)
+    sentinels = DataCollatorForSupervisedDataset(0)(samples)
+    with torch.no_grad():
+        loss = model(**batch, num_items_in_batch=1).loss
+        test_close(loss, model(**padded, num_items_in_batch=1).loss, eps=1e-4)
+        test_close(loss, model(**sentinels, num_items_in_batch=1).loss, eps=1e-4)
+    # labels that somebody else joined: no 11, no second 2
+    careless = {**batch, "labels": torch.where(batch["attention_mask"], batch["input_ids"], -100)}
+    with torch.no_grad(): n_supervised = len(model(**careless).token_losses)
+    test_eq(n_supervised, len([20, 21, 22, 30, 31, 32, 40, 41]))
+    model.language_model.config._attn_implementation = "flash_attention_2"
+    with expect_fail(ConfigError, contains="packed rows need attention"):
+        model(**batch)
+
 def test_head_computes_supervised_positions_only():
     torch.manual_seed(0)
     model = VLM(small_config())
     out = model(**small_batch())
-    peek(supervised_logits=out.supervised_logits, token_losses=out.token_losses, loss=out.loss)
     test_eq((tuple(out.supervised_logits.shape), out.logits), ((5, 300), None))
     test_eq(tuple(out.image_hidden_states.shape), (1, 16, 16))
     assert torch.isfinite(out.loss)
@@ -222,7 +413,6 @@ def test_loss_equals_the_loss_over_all_logits():
     labels = batch["labels"][:, 1:].flatten()
     all_positions = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX)
     all_positions.backward()
-    print(f"{out.loss:.6f} {all_positions:.6f}")
     test_close(out.loss, all_positions, eps=1e-5)
     for a, b in zip(ours, [p.grad for p in model.parameters() if p.grad is not None], strict=True):
         test_close(a, b, eps=1e-5)
@@ -232,8 +422,6 @@ def test_token_losses_are_the_parts_of_the_loss():
     batch = small_batch()
     out = VLM(small_config())(**batch)
     targets = batch["labels"].flatten()[batch["supervised_positions"] + 1]
-    for target, loss in zip(targets.tolist(), out.token_losses.tolist()):
-        print(f"{target:4}  {loss:.3f}")
     test_eq(targets.tolist(), [20, 21, 1, 31, 1])
     test_close(out.token_losses.mean(), out.loss, eps=1e-6)
     test_close(out.token_losses, -out.supervised_logits.log_softmax(-1)[range(5), targets], eps=1e-5)
@@ -263,7 +451,6 @@ def test_frozen_language_model_in_bf16():
             out = model(**small_batch())
         out.loss.backward()
         losses = f"loss {out.loss:.3f}, in float32 {want:.3f}"
-        print(f"autocast {enabled!s:5}  {losses};  features {out.image_hidden_states.dtype}")
         test_close(out.loss, want, eps=0.05)
         test_eq(({p.grad.dtype for p in trained}, out.loss.dtype), ({torch.float32}, torch.float32))
         assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in trained)
@@ -320,7 +507,6 @@ def test_bytes_give_the_logits_of_floats():
             **text, pixel_values=floats["image"][None], pixel_values_aux=floats["image_aux"][None]
         )
     largest = float((ours.logits - want.logits).abs().max())
-    print(f"largest difference {largest:.0e}" if largest else "equal")
     test_close(ours.logits, want.logits, eps=1e-5)
     # finished in the model's own type
     test_close(
@@ -360,7 +546,6 @@ def test_other_ways_to_pack_leak():
         forgotten = {k: v for k, v in joined.items() if k != "sample_ids"}
         forgotten = model(**forgotten, **pictures).supervised_logits
         test_eq(len(forgotten), len(right))
-        print(f"without sample_ids: {float((forgotten - right)[3:].abs().max()):.2f}")
         # the first sample is right, the rest is not
         assert (forgotten[:3] - right[:3]).abs().max() < 1e-5
         assert (forgotten[3:] - right[3:]).abs().max() > 1e-2
@@ -373,7 +558,6 @@ def test_other_ways_to_pack_leak():
             return model.language_model.base_model(**inputs, attention_mask=mask).last_hidden_state
 
         want = run(model, None)
-        print(f"four axes of True and False, eager: {float((run(model, mask) - want).abs().max()):.2f}")
         assert (run(model, mask) - want).abs().max() > 1e-2
         # numbers to add: right
         added = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
@@ -391,7 +575,6 @@ def test_text_is_scaled_once_and_pictures_are_not():
         test_close(inputs_embeds[1, 0], table[2] * 16**0.5, eps=1e-5)
         rows = model.image_encoder(*pictures)[0]
         test_close(inputs_embeds[0, 2:18], rows, eps=1e-5)
-    print("text x", 16**0.5, " pictures x 1")
 
 def test_text_only_batch_keeps_the_vision_path_in_the_graph():
     torch.manual_seed(0)
@@ -429,7 +612,6 @@ def test_crops_and_whole_picture_are_read():
             pixel_values_aux=torch.stack([f["image_aux"] for f in floats]),
         )
     length = from_bytes.logits.shape[1]
-    print(f"{hd.config.num_image_tokens} tokens per image; the row is {length} positions long")
     test_eq(length, 3 + 2 * 80)
     test_close(from_bytes.logits, from_floats.logits, eps=1e-4)
     with expect_fail(ConfigError, contains="this model has image_grid 2"):
@@ -485,7 +667,6 @@ def test_generation_is_transformers_own():
         for _ in range(5):
             logits = model(input_ids=row, **images).logits
             row = torch.cat([row, logits[:, -1:].argmax(-1)], 1)
-        print(greedy.tolist())
         test_eq(greedy[0], row[0, -5:])
         for settings in (
             dict(use_cache=False),
@@ -666,7 +847,6 @@ def test_adapters_and_checkpointing_change_no_loss():
     names = [n for n, p in adapted.named_parameters() if p.requires_grad]
     names = [n.removeprefix("base_model.model.") for n in names]
     moving = sorted({re.sub(r"\.(lora_|modules_to_save).*", "", n) for n in names})
-    print("moving:", *moving)
     last = [name.split(".")[-1] for name in moving]
     test_eq(last, ["mm_projector", "q_proj", "v_proj", "q_proj", "v_proj"])
     assert not any("vision" in name for name in moving)
@@ -691,45 +871,8 @@ def test_calibrated_rows_are_as_large_as_words():
     model, batch = VLM(small_config()), small_batch()
     before, words = match_embedding_scale(model, batch["pixel_values"], batch["pixel_values_aux"])
     after = rms(model.image_encoder(batch["pixel_values"], batch["pixel_values_aux"]))
-    print(f"image rows {before:.3f} -> {after:.3f}, words {words:.3f}")
     test_close(after, words, eps=1e-4)
     assert before < 0.5 * words
     pixels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)  # bytes will do
     before, words = match_embedding_scale(model, None, pixels)
     test_close(rms(model.encode_images(None, pixels)), words, eps=1e-4)
-
-def test_image_shown_twice_is_encoded_once():
-    torch.manual_seed(0)
-    model, one = VLM(small_config()).eval(), sentinel_batch()
-    twice = {
-        **one,
-        "input_ids": torch.tensor([[2, -200, 20, 1], [2, -200, 30, 1]]),
-        "labels": torch.tensor([[-100, -100, 20, 1], [-100, -100, 30, 1]]),
-        "attention_mask": torch.ones(2, 4).bool(),
-    }
-    with torch.no_grad():
-        indexed = model(**twice, image_index=torch.tensor([0, 0])).logits
-        images = {key: one[key].repeat(2, 1, 1, 1) for key in ("pixel_values", "pixel_values_aux")}
-        repeated = model(**{**twice, **images}).logits
-    test_close(indexed, repeated, eps=1e-5)
-
-def test_collator_and_model_agree_on_packed_rows():
-    model = packing_model()
-    samples = packing_samples()
-    packs = DataCollatorForSupervisedDataset.for_model(model.config, 0, max_length=44)
-    batch = packs(samples)
-    test_eq(batch["input_ids"].shape[0], 1)  # 20 + 20 + 3 positions
-    test_eq([num_tokens_with_images(s["input_ids"], 16) for s in samples], [20, 20, 3])
-    padded = DataCollatorForSupervisedDataset.for_model(model.config, 0, supervised_only=True)(samples)
-    sentinels = DataCollatorForSupervisedDataset(0)(samples)
-    with torch.no_grad():
-        loss = model(**batch, num_items_in_batch=1).loss
-        test_close(loss, model(**padded, num_items_in_batch=1).loss, eps=1e-4)
-        test_close(loss, model(**sentinels, num_items_in_batch=1).loss, eps=1e-4)
-    # labels that somebody else joined: no 11, no second 2
-    careless = {**batch, "labels": torch.where(batch["attention_mask"], batch["input_ids"], -100)}
-    with torch.no_grad(): n_supervised = len(model(**careless).token_losses)
-    test_eq(n_supervised, len([20, 21, 22, 30, 31, 32, 40, 41]))
-    model.language_model.config._attn_implementation = "flash_attention_2"
-    with expect_fail(ConfigError, contains="packed rows need attention"):
-        model(**batch)

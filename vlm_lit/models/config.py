@@ -12,14 +12,13 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from ..core import ConfigError
 from .towers import VIT_MODEL_TYPES, CONV_MODEL_TYPES
 
-# %% ../../nbs/09_config.ipynb #c006
+# %% ../../nbs/09_config.ipynb #c005
 CLIP_LARGE = dict(model_type="clip_vision_model", image_size=336, patch_size=14)
 CLIP_LARGE |= dict(hidden_size=1024, intermediate_size=4096, projection_dim=768)
 CLIP_LARGE |= dict(num_hidden_layers=24, num_attention_heads=16)
 
 class VLMConfig(PreTrainedConfig):
-    """What a model is made of: its parts in the words of their own configurations, and how they fit
-    together."""
+    """What a model is made of: its parts, each by its own configuration, and how they fit together."""
 
     model_type = "vlm_lit"
     auto_map = {}  # code of a hub repository, which these models do not have; TRL reads it
@@ -163,10 +162,10 @@ def stages_in_use(
 
 def sub_config(
     config,  # A configuration or its dict
-    model_type: str,  # When the dict does not say
+    model_type: str,  # If the dict has none
 ) -> PreTrainedConfig:
     "A part's configuration."
-    # it may be a living model's own
+    # it may belong to a model
     if not isinstance(config, dict) and config is not None:
         return copy.deepcopy(config)
     config = dict(config or {})

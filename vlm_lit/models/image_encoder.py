@@ -42,13 +42,13 @@ def make_projector(
 def last_linear(
     projector: nn.Module,  # From `make_projector`
 ) -> nn.Linear | None:  # None for the identity
-    "The layer that decides how large image features are."
+    "The last layer, which sets the scale of image features."
     layers = reversed(list(projector.modules()))
     for layer in layers:
         if isinstance(layer, nn.Linear): return layer
     return None
 
-# %% ../../nbs/08f_image_encoder.ipynb #c011
+# %% ../../nbs/08f_image_encoder.ipynb #c013
 class ImageEncoder(nn.Module):
     "Two towers, mining and projector: pixels in, image features for the language model out."
 
@@ -75,7 +75,7 @@ class ImageEncoder(nn.Module):
         self,
         pixel_values: torch.Tensor,  # (n_images, 3, image_size, image_size)
     ) -> torch.Tensor:  # (n_images, num_image_tokens, hidden_size)
-        "One feature a patch."
+        "One feature per patch."
         return patch_features(self.vision_tower, pixel_values, self.select_layer)
 
     def high_features(

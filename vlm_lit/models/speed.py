@@ -19,7 +19,7 @@ def enable_mlp_checkpointing(
     what: str = "gates",
     n_layers: int | None = None,  # So many of the first layers, not the others; None: all
 ) -> int:  # How many MLPs were changed
-    """Let the decoder's MLPs keep less for the backward pass, and make it again there. Raises
+    """Let the decoder's MLPs keep less for the backward pass, and compute it again there. Raises
     `ConfigError` when there is no gated MLP."""
     if what not in ("gates", "mlp", "none"):
         raise ConfigError(f"what must be 'gates', 'mlp' or 'none', got {what!r}")
@@ -46,11 +46,11 @@ def enable_mlp_checkpointing(
             mlp.forward = {"gates": gated, "mlp": whole}[what](mlp)
     return len(mlps)
 
-# %% ../../nbs/90_speed.ipynb #c011
+# %% ../../nbs/90_speed.ipynb #c016
 def repeated_layers(
     module: nn.Module,  # A tower or a language model
 ) -> list[nn.Module]:  # Layers, blocks or stages
-    "What stands in its outermost lists of modules."
+    "The items of its outermost lists of modules."
     found = []
     for child in module.children():
         found += list(child) if isinstance(child, nn.ModuleList) else repeated_layers(child)
@@ -61,7 +61,7 @@ def compile_layers(
     **settings,  # For `torch.compile`: `backend`, `mode`, `dynamic`, ...
 ) -> list[nn.Module]:  # What was compiled; `del part.forward` takes it back
     "Compile decoder layers and tower layers with `torch.compile`, for training only."
-    import torch._dynamo  # takes a second, and only who compiles needs it
+    import torch._dynamo  # takes a second, and is needed only here
 
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     encoder = model.image_encoder

@@ -10,7 +10,7 @@ import torch
 from ..core import ConfigError, DataError
 from ..padding import expand_image_tokens, pad_samples
 
-# %% ../../nbs/09a_splice.ipynb #c006
+# %% ../../nbs/09a_splice.ipynb #c005
 def merge_image_features(
     inputs_embeds: torch.Tensor,  # Embeddings of the ids, (batch, seq_len, hidden_size)
     is_image: torch.Tensor,  # (batch, seq_len), True at placeholders
@@ -25,8 +25,8 @@ def check_image_tokens(
     n_images: int,  # Images that came along, each as often as it is shown
     num_image_tokens: int,  # Of one image
 ) -> None:
-    """Raise `DataError` unless the placeholders are those of the images. On a GPU this waits for
-    it; the collator has counted before."""
+    """Raise `DataError` unless the placeholders are those of the images. On a GPU this
+    synchronizes; the collator has counted before."""
     n_places = int(is_image.sum())
     if n_places != n_images * num_image_tokens:
         dropped = "; if a Trainer dropped them, set remove_unused_columns=False"
@@ -35,7 +35,7 @@ def check_image_tokens(
             f"{num_image_tokens} tokens" + ("" if n_images else dropped)
         )
 
-# %% ../../nbs/09a_splice.ipynb #c010
+# %% ../../nbs/09a_splice.ipynb #c012
 def expand_sentinels(
     input_ids: torch.Tensor,  # (batch, seq_len), one sentinel per image
     attention_mask: torch.Tensor | None,  # (batch, seq_len), False for padding on either side
@@ -53,7 +53,7 @@ def expand_sentinels(
         samples.append(expand_image_tokens(sample, num_image_tokens, image_token_id))
     return pad_samples(samples, 0, side)
 
-# %% ../../nbs/09a_splice.ipynb #c016
+# %% ../../nbs/09a_splice.ipynb #c020
 def restart_positions(
     sample_ids: torch.Tensor,  # (batch, seq_len), each sample in one piece
 ) -> torch.Tensor:  # `position_ids`, (batch, seq_len)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import BaseModelOutputWithNoAttention
 from ..core import ConfigError
 
-# %% ../../nbs/08d_towers.ipynb #c006
+# %% ../../nbs/08d_towers.ipynb #c005
 VIT_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model")
 CONV_MODEL_TYPES = ("convnext", "efficientnet_lite")
 
@@ -83,10 +83,10 @@ def stage_maps(
 def patch_features(
     tower,  # From `build_vision_tower`
     pixel_values: torch.Tensor,  # (n_images, 3, height, width), of any float type
-    # As given to `build_vision_tower`; a tower of layers was cut there and does not ask again
+    # As given to `build_vision_tower`; a tower of layers was cut there and ignores it
     select_layer: int = -1,
 ) -> torch.Tensor:  # (n_images, num_patches, channels), in the tower's type
-    "One feature a patch, in reading order; CLIP's class token is left out."
+    "One feature per patch, in reading order; CLIP's class token is left out."
     kind = tower.config.model_type
     if kind in CONV_MODEL_TYPES:
         stage = tower_depth(tower.config, select_layer) - 1
@@ -94,9 +94,9 @@ def patch_features(
     features = tower(pixel_values.to(tower.dtype)).last_hidden_state
     return features[:, 1:] if kind == "clip_vision_model" else features
 
-# %% ../../nbs/08d_towers.ipynb #c023
+# %% ../../nbs/08d_towers.ipynb #c021
 class EfficientNetLiteConfig(PreTrainedConfig):
-    "EfficientNet-Lite0's layout: groups of blocks, one list entry a group."
+    "EfficientNet-Lite0's layout: groups of blocks, one list entry per group."
 
     model_type = "efficientnet_lite"
 
@@ -127,7 +127,7 @@ class EfficientNetLiteConfig(PreTrainedConfig):
 
 AutoConfig.register("efficientnet_lite", EfficientNetLiteConfig, exist_ok=True)
 
-# %% ../../nbs/08d_towers.ipynb #c026
+# %% ../../nbs/08d_towers.ipynb #c024
 class SamePadConv2d(nn.Conv2d):
     "A convolution that pads as TensorFlow does: what is odd goes to the right and below."
 
@@ -143,7 +143,7 @@ class SamePadConv2d(nn.Conv2d):
             pads += [pad // 2, pad - pad // 2]
         return super().forward(F.pad(x, pads))
 
-# %% ../../nbs/08d_towers.ipynb #c030
+# %% ../../nbs/08d_towers.ipynb #c028
 def conv_norm(
     conv: nn.Conv2d,  # Without a bias, the normalization has one
     eps: float,  # Of the normalization
@@ -153,7 +153,7 @@ def conv_norm(
     return [conv, nn.BatchNorm2d(conv.out_channels, eps)] + [nn.ReLU6()] * act
 
 class InvertedBottleneck(nn.Module):
-    "Widen, look around, narrow (MobileNetV2, Sandler et al. 2018), without squeeze-and-excitation."
+    "Widen, mix neighbors, narrow (MobileNetV2, Sandler et al. 2018), without squeeze-and-excitation."
 
     def __init__(
         self,
@@ -168,9 +168,9 @@ class InvertedBottleneck(nn.Module):
         inside = width_in * expansion
         widen = conv_norm(nn.Conv2d(width_in, inside, 1, bias=False), eps) if expansion > 1 else []
         depthwise = SamePadConv2d(inside, inside, kernel, stride, groups=inside, bias=False)
-        look = conv_norm(depthwise, eps)
+        mixed = conv_norm(depthwise, eps)
         narrow = conv_norm(nn.Conv2d(inside, width_out, 1, bias=False), eps, act=False)
-        self.layers = nn.Sequential(*widen, *look, *narrow)
+        self.layers = nn.Sequential(*widen, *mixed, *narrow)
         self.residual = stride == 1 and width_in == width_out
 
     def forward(
@@ -180,7 +180,7 @@ class InvertedBottleneck(nn.Module):
         "The block, with its input added where shapes allow."
         return x + self.layers(x) if self.residual else self.layers(x)
 
-# %% ../../nbs/08d_towers.ipynb #c033
+# %% ../../nbs/08d_towers.ipynb #c030
 def lite_stages(
     config: EfficientNetLiteConfig,  # Layout
 ) -> nn.ModuleList:  # Blocks of one resolution together
@@ -227,7 +227,7 @@ class EfficientNetLiteModel(PreTrainedModel):
 
     def train(
         self,
-        mode: bool = True,  # Not heeded
+        mode: bool = True,  # Ignored
     ):
         "Stay in evaluation mode: running statistics must not move."
         return super().train(False)

@@ -35,7 +35,7 @@ from vlm_lit.models.splice import (
 )
 from .config import VLMConfig
 
-# %% ../../nbs/09b_model.ipynb #c008
+# %% ../../nbs/09b_model.ipynb #c014
 def head_logits(
     language_model,  # Any `AutoModelForCausalLM`
     states: torch.Tensor,  # (n, hidden_size), of its decoder
@@ -71,7 +71,7 @@ def check_head(
             f"is not known here (off by {off:.0%}); set supervised_logits_only to false"
         )
 
-# %% ../../nbs/09b_model.ipynb #c015
+# %% ../../nbs/09b_model.ipynb #c022
 @dataclass
 class VLMOutput(ModelOutput):
     "What a forward pass gives."
@@ -595,7 +595,7 @@ AutoImageProcessor.register(VLMConfig, slow_image_processor_class=VLMImageProces
 # `Trainer` shifts labels, for smoothing, where a class is named here
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["vlm_lit"] = "VLM"
 
-# %% ../../nbs/09b_model.ipynb #c065
+# %% ../../nbs/09b_model.ipynb #c049
 def rms(x: torch.Tensor) -> float:
     "Root mean square of all elements."
     return float(x.detach().float().pow(2).mean().sqrt())
