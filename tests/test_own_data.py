@@ -37,11 +37,14 @@ def setup_module():
         show(line, done.output, done.exit_code)
     def show(line, output, code):
         "A command and what it printed, without progress and seconds; long lines are folded."
-        command = textwrap.wrap(f"$ {line}", 92, break_on_hyphens=False, subsequent_indent="    ")
-        print(" \\\n".join(command))
+        rows = ["$"]
+        for part in re.split(" (?=--)", line):
+            if len(rows[-1]) + len(part) > 92: rows.append("   ")
+            rows[-1] += f" {part}"
+        print(" \\\n".join(rows))
         for text in output.rstrip().split("\n"):
             if re.match(r"step \d|seconds", text): continue
-            folded = textwrap.wrap(text, 96, drop_whitespace=False, subsequent_indent=" " * 12)
+            folded = textwrap.wrap(text, 96, subsequent_indent=" " * 12)
             print(text if len(text) < 100 else "\n".join(folded))
         if code: print(f"(exit code {code})")
     CAPTIONS = {
@@ -101,9 +104,8 @@ def setup_module():
         second = crop(photos[names[0 if n % 2 == 0 and is_same else 1]])
         for side, image in zip("ab", (first, second)):
             image.save(f"data/pairs/{n}-{side}.jpg")
-        question = "Are they from one photograph?"
         answer = "yes" if is_same else "no"
-        kind = "same"
+        question, kind = "Are they from one photograph?", "same"
         if n % 2:
             question, kind = "Which one is brighter?", "brighter"
             answer = "the first" if brightness(first) > brightness(second) else "the second"
