@@ -317,7 +317,7 @@ def test_adapters_train_and_merge_in_every_layer():
                 with tempfile.TemporaryDirectory() as out:
                     adapted.save_pretrained(out)
                     again = PeftModel.from_pretrained(copy.deepcopy(base), out).eval()
-                    assert torch.allclose(again(**batch).logits, logits, atol=1e-5)
+                    assert torch.allclose(again(**batch).logits, logits, atol=1e-4)
                 merged = adapted.merge_and_unload()
                 assert (
                     isinstance(merged, VLM) and type(merged.image_encoder.mm_projector[0]) is nn.Linear
@@ -388,7 +388,7 @@ def test_sft_ignores_image_tokens():
             own = mask.bool() & ~is_image
             if form == "messages": assert torch.equal(labels[own], ids[own])
             answers = [row[row != IGNORE_INDEX] for row in labels]
-            print(f"{shape:7} {form:10}", repr(processor.tokenizer.decode(answers[0])))
+            print(f"{shape:7} {form:10}", repr(processor.tokenizer.decode(answers[0]))[-70:])
             # `Trainer` divides by the number of labels, which nothing predicts at the first position
             n_labels, n_predicted = ((x != IGNORE_INDEX).sum() for x in (labels, labels[:, 1:]))
             want = by_formula(model, batch) * n_predicted / n_labels

@@ -108,11 +108,11 @@ def test_stop_at_a_failed_check():
     bp.expect_each({"i": [0, 20], "text.kind": ["image_missing"] * 2})
 
 def test_known_answers_see_every_kind_of_wrong_mask():
-    right, processor = labels.mask_prompt, VLMProcessor(tok, template="gemma")
+    right, plain = labels.mask_prompt, VLMProcessor(tok, template="gemma")
 
     def found_with(change):
         labels.mask_prompt = lambda ids, segments: change(right(ids, segments), ids)
-        try: return known_answers(processor)
+        try: return known_answers(plain)
         finally: labels.mask_prompt = right
 
     def early(marks, ids):

@@ -355,8 +355,7 @@ def test_accelerate_files_are_read_by_accelerate():
     for path in sorted(ROOT.glob("recipes/accelerate/*.yaml")):
         config = load_config_from_file(str(path))
         shards = config.fsdp_config or config.deepspeed_config
-        print(
-            f"{path.name:22}{config.distributed_type.value:11}{config.mixed_precision:6}{len(shards)} settings"
-        )
+        kind = config.distributed_type.value
+        print(f"{path.name:22}{kind:11}{config.mixed_precision:6}{len(shards)} settings")
         assert config.num_processes == 8 and config.mixed_precision == "bf16" and shards
         assert "not been run" in " ".join(path.read_text(encoding="utf-8").replace("#", " ").split())
