@@ -1,11 +1,13 @@
 "Derived from nbs/alignment.ipynb by `make tests`; edit the notebook, not this file."
-import json, random, runpy
+import io, json, random, runpy, textwrap
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from fastcore.test import test_eq
+from IPython.display import Image as Shown
 from transformers.utils.logging import disable_progress_bar
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.evaluation.scoring import evaluate
@@ -19,7 +21,7 @@ from vlm_lit.weights.language_models import quiet
 from vlm_lit.weights.pretrained import resolve_model
 
 def setup_module():
-    global ask, asked, easy, embed, encoder, folder, ids, model, new_projector, processor, results, root, shown, tokenizer
+    global answers_to, asked, drawn, easy, embed, encoder, folder, ids, model, nearest_words, new_projector, processor, results, root, shown, tokenizer
     disable_progress_bar()
     root = next(p for p in (Path(".."), Path(".")) if (p / "examples/easy_vqa").is_dir())
     easy = SimpleNamespace(**runpy.run_path(str(root / "examples/easy_vqa/prepare.py")))
@@ -28,6 +30,12 @@ def setup_module():
     tokenizer, encoder = processor.tokenizer, model.image_encoder
     ids = lambda text: torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
     embed = model.get_input_embeddings()
+    def drawn(fig):
+        "A figure as an image, whatever the backend."
+        file = io.BytesIO()
+        fig.savefig(file, format="png", dpi=100, facecolor="white", bbox_inches="tight")
+        plt.close(fig)
+        return Shown(data=file.getvalue())
     asked = ["what shape is present?", "what color is the shape?", "is there a circle?"]
     shown = [f"test/images/{n}.png" for n in (0, 5, 9)]
     def new_projector():
@@ -36,17 +44,22 @@ def setup_module():
         images = [open_image(name, folder) for name in shown]
         pixels = torch.stack([processor.image_processor.square(image) for image in images])
         match_embedding_scale(model, None, pixels)
-    def ask(names, max_new_tokens=8):
-        "What the model answers: three questions about each image."
+    def answers_to(names, max_new_tokens=8):
+        "The model's answers to three questions about each image."
         images = [folder / name for name in names for _ in asked]
         inputs = processor(asked * len(names), images=images, return_tensors="pt")
         written = model.eval().generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         return [" ".join(text.split()) for text in processor.answers(written, inputs)]
+    def nearest_words(tokens):
+        "For each image token the id of the nearest text embedding."
+        distances = torch.cdist(tokens.flatten(0, 1), embed.weight)
+        nearest = distances.argmin(1)
+        return nearest.view(len(tokens), -1)
 
 def test_frozen_language_model_answers_through_the_kept_projector():
     frozen = {name: w.clone() for name, w in model.language_model.named_parameters()}
     load_projector(model, results / "smol_mm_projector.safetensors")
-    answers = ask(shown[:2], 4)
+    answers = answers_to(shown[:2], 4)
     print(answers)
     test_eq([answers[0], answers[3]], ["triangle", "circle"])
     assert all(torch.equal(w, frozen[name]) for name, w in model.language_model.named_parameters())

@@ -12,7 +12,7 @@ from vlm_lit.commands import check_push, push_folder
 from vlm_lit.commands import load_preparation, load_text_settings, printable, report_found, run_folder, print_status
 from vlm_lit.commands import short_recipe, split_words, talk, train_run, user_errors
 from vlm_lit.core import ConfigError, progress_console
-import re, shlex, subprocess
+import re, shlex, subprocess, textwrap
 from tempfile import mkdtemp
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -20,12 +20,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.images import sample_image
 from vlm_lit.models.config import VLMConfig
 from vlm_lit.weights.presets import make_model
 from vlm_lit.weights.saving import save_model
 from vlm_lit.cli import app
+from vlm_lit.cli import audit_data
+from vlm_lit.cli import train
 
 def setup_module():
     global TRAIN, good, place, refuses, result, run, runner, show, small_model, small_tokenizer, train_records, turns, write
@@ -111,11 +114,19 @@ def setup_module():
             app, words, input, env={"COLUMNS": "100", "TERM": "dumb"}, prog_name="vlm-lit"
         )
     def show(line, input=None, n=8):
-        "Print a command, the first lines of what it says, and its exit code."
+        "Print a command, the first lines of its output, folded, and its exit code."
         out = run(line, input)
         lines = out.output.replace(f"{place}/", "").replace(str(place), ".").rstrip().split("\n")
         lines = [line for line in lines if not re.match(r"step \d+/|seconds ", line)]  # they vary
-        print(f"$ vlm-lit {line.replace('@', '')}", *lines[:n], *["…"] * (len(lines) > n), sep="\n")
+        rows = ["$ vlm-lit"]
+        for part in re.split(" (?=--)", line.replace("@", "")):
+            if len(rows[-1]) + len(part) > 92: rows.append("   ")
+            rows[-1] += f" {part}"
+        print(" \\\n".join(rows))
+        for text in lines[:n]:
+            folded = textwrap.wrap(text, 96, subsequent_indent="    ")
+            print(text if len(text) < 100 else "\n".join(folded))
+        if len(lines) > n: print("…")
         print(*[f"(exit code {out.exit_code})"] * (out.exit_code != 0), "", sep="\n")
     def refuses(line, message, input=None):
         "Check that a command ends in one line and exit code 2."
@@ -127,18 +138,6 @@ def setup_module():
     "--runs @runs --training.max_steps 3 --training.use_cpu true --training.save_steps 1 "
     "--training.disable_tqdm true"
     )
-
-def test_help_is_quick_because_torch_is_not_imported():
-    code = """import sys
-from typer.testing import CliRunner
-from vlm_lit.cli import app
-for name in ([], ["train"], ["generate"], ["eval"], ["replay"]):
-    out = CliRunner().invoke(app, [*name, "--help"])
-    assert out.exit_code == 0 and "Usage" in out.output, out.output
-assert not {"torch", "transformers", "numpy", "PIL"} & set(sys.modules), sys.modules.keys()"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert run("--version").output.split()[0] == "vlm-lit"
 
 def test_walk_shows_the_example_and_any_record():
     out = run("walk").output
@@ -161,6 +160,43 @@ def test_walk_refuses_what_cannot_work():
     refuses("walk @train.json --preset tiny", "tokenizer")
     write("wrong.json", [{"id": 7, "conversations": turns("q<end_of_turn>\x1b[2J", "a")}])
     refuses("walk @wrong.json", "--control-tokens escape")
+
+def test_stop_where_the_exit_code_is_decided():
+    write(
+        "two.json",
+        [
+            {"id": 1, "image": "gone.png", "conversations": good},
+            {"id": 2, "conversations": turns("q<eos>", "a")},
+        ],
+    )
+    watch = ["report['errors']", "report['ok']"]
+    with Breakpoint(audit_data, at='if not report["ok"]', watch=watch) as bp:
+        out = run("audit @two.json --image-folder @. --workers 0")
+    assert out.exit_code == 1
+    bp.expect({"report['errors']": 2, "report['ok']": False}, hits=1)
+
+def test_stop_in_the_command_train():
+    line = "train --preset smol --data train.json --training.max_steps 5 --print-config"
+    watch = ["preset", "str(data)", "recipe", "print_config", "overrides[-2:]"]
+    with Breakpoint(train, at="folder = run_folder", watch=watch) as bp:
+        out = run(line)
+    assert out.exit_code == 0 and "  max_steps: 5\n" in out.stdout
+    bp.expect({"preset": "smol", "str(data)": "train.json", "print_config": True, "name": None})
+    bp.expect(
+        {"recipe": ["--training.max_steps", "5"], "overrides[-2:]": ["--training.max_steps", "5"]}
+    )
+
+def test_help_is_quick_because_torch_is_not_imported():
+    code = """import sys
+from typer.testing import CliRunner
+from vlm_lit.cli import app
+for name in ([], ["train"], ["generate"], ["eval"], ["replay"]):
+    out = CliRunner().invoke(app, [*name, "--help"])
+    assert out.exit_code == 0 and "Usage" in out.output, out.output
+assert not {"torch", "transformers", "numpy", "PIL"} & set(sys.modules), sys.modules.keys()"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert run("--version").output.split()[0] == "vlm-lit"
 
 def test_audit_has_three_exit_codes():
     dirty = [{"id": 1, "image": "gone.png", "conversations": good}]

@@ -5,11 +5,13 @@ from itertools import islice
 from pathlib import Path
 import typer
 from vlm_lit.core import ConfigError, DataError, nearest
+import textwrap
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from unittest.mock import patch
 import pytest
 from fastcore.test import expect_fail
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.images import sample_image
 from vlm_lit.training.callbacks import Interrupted
 from vlm_lit.training.recipe import load_recipe
@@ -30,6 +32,27 @@ from vlm_lit.commands import user_errors
 def setup_module():
 
     sys.path[:0] = ["../tests", "tests"]
+
+def test_stop_where_image_tokens_follow_from_the_patch_size():
+    coarser = {"vision": lambda vision: {**vision, "patch_size": 16}}
+    watch = ["vision['patch_size']", "own['image_size']", "own['template']"]
+    at = "config = VLMConfig(None"
+    with Breakpoint(load_preparation, at=at, watch=watch, set=coarser) as bp:
+        load_preparation("mgm-2b", "gemma")
+    bp.expect({"vision['patch_size']": 14, "own['image_size']": 336, "own['template']": "gemma"})
+    bp.expect_changed({"result.image_processor.num_image_tokens": (576, 441)})
+
+def test_words_are_files_overrides_or_mistakes():
+    words = ["a.yaml", "--a.b", "1", "--c.d=2", "b.yaml", "--e.f"]
+    with Breakpoint(split_words, at="overrides += [word]", watch="flag equals overrides") as bp:
+        files, overrides = split_words(words, [])
+    assert [str(file) for file in files] == ["a.yaml", "b.yaml"]
+    assert overrides == ["--a.b", "1", "--c.d=2", "--e.f"]
+    with pytest.raises(ConfigError, match="has its section, as in --training.learning_rate"):
+        split_words(["--learning-rate", "1e-3"], ["--name"])
+    with pytest.raises(ConfigError, match="unknown option '--resum'; did you mean '--resume'"):
+        split_words(["--resum"], ["--resume", "--name"])
+    bp.expect_each(flag=["--a.b", "--c.d", "--e.f"], equals=["", "=", ""])
 
 def test_errors_are_one_line_and_bugs_keep_their_traceback():
     said = []
@@ -70,7 +93,7 @@ def test_image_files_of_a_folder():
 def test_short_form_is_a_recipe_and_can_be_overridden():
     words = short_recipe("tiny", Path("train.json"), Path("images"), Path("val.json"))
     recipe = load_recipe(overrides=[*words, "--training.learning_rate", "2e-3", "--data.max_length=64"])
-    print(recipe.data.train[0])
+    print(recipe.data.train[0].path, recipe.data.train[0].image_folder)
     assert (recipe.training["learning_rate"], recipe.data.max_length) == (2e-3, 64)
     assert len(recipe.data.eval) == 1
     bare = load_recipe(overrides=short_recipe("tiny", Path("1.json")))
@@ -79,15 +102,6 @@ def test_short_form_is_a_recipe_and_can_be_overridden():
         short_recipe("tiny", None)
     with pytest.raises(ConfigError, match="unknown preset 'tinny'; did you mean 'tiny'"):
         load_recipe(overrides=short_recipe("tinny", Path("train.json")))
-
-def test_words_are_files_overrides_or_mistakes():
-    files, overrides = split_words(["a.yaml", "--a.b", "1", "--c.d=2", "b.yaml", "--e.f"], [])
-    assert [str(file) for file in files] == ["a.yaml", "b.yaml"]
-    assert overrides == ["--a.b", "1", "--c.d=2", "--e.f"]
-    with pytest.raises(ConfigError, match="has its section, as in --training.learning_rate"):
-        split_words(["--learning-rate", "1e-3"], ["--name"])
-    with pytest.raises(ConfigError, match="unknown option '--resum'; did you mean '--resume'"):
-        split_words(["--resum"], ["--resume", "--name"])
 
 def test_interrupted_runs_exit_as_the_signal_asks():
     def stopped(error, folder):
@@ -109,7 +123,7 @@ def test_interrupted_runs_exit_as_the_signal_asks():
         (Path(folder) / "recipe.yaml").write_text("")
         for number, code in [(signal.SIGTERM, 0), (signal.SIGINT, 130)]:
             found, said = stopped(Interrupted(number, 7), folder)
-            print(found, said.replace(folder, "runs/mine"))
+            print(textwrap.fill(f"{found} {said.replace(folder, 'runs/mine')}", 96))
             assert found == code
             assert said.endswith(f"resume with: vlm-lit train {folder}/recipe.yaml --resume")
 
@@ -145,7 +159,7 @@ def test_a_push_fails_in_one_line_and_keeps_the_export():
     from huggingface_hub import constants
 
     class FakeApi:
-        "Notes what is asked of the hub; fails if told so."
+        "Keeps calls to the hub; fails with `error`."
 
         calls, error = [], None
 
@@ -174,5 +188,5 @@ def test_a_push_fails_in_one_line_and_keeps_the_export():
         for FakeApi.error in (OSError("403 Forbidden\nmore"), unreachable("no route")):
             with pytest.raises(ConfigError, match="try again with: hf upload me/mine") as found:
                 push_folder(Path("export-hf"), "me/mine")
-            print(found.value)
+            print(textwrap.fill(str(found.value), 96))
             assert "\n" not in str(found.value)

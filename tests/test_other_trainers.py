@@ -1,5 +1,5 @@
 "Derived from nbs/other_trainers.ipynb by `make tests`; edit the notebook, not this file."
-import copy, io, os, sys, tempfile, warnings
+import copy, io, os, sys, tempfile, textwrap, warnings
 from contextlib import redirect_stdout
 from pathlib import Path
 import pytest
@@ -13,10 +13,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 from vlm_lit.core import IGNORE_INDEX, ConfigError, DataError
 from vlm_lit.data.collator import DataCollatorForSupervisedDataset
 from vlm_lit.data.dataset import LazySupervisedDataset
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.images import sample_image
 from vlm_lit.models.config import VLMConfig
 from vlm_lit.models.vlm import VLM
-from vlm_lit.processor import VLMProcessor
+from vlm_lit.processor import VLMInputs, VLMProcessor
 from vlm_lit.weights.language_models import quiet
 from vlm_lit.weights.llava_hf import export_llava_hf
 from vlm_lit.weights.presets import make_model
@@ -188,8 +189,67 @@ def setup_module():
             )
 
 def test_plain_trainer_names_what_it_drops():
+    stops = []
+    for drops in (False, True):
+        trainer = plain_trainer(remove_unused_columns=drops, max_steps=1)
+        watch = "sorted(set().union(*samples))"
+        with Breakpoint(
+            DataCollatorForSupervisedDataset.__call__, at="for n, sample", watch=watch
+        ) as bp:
+            try: print(train_losses(trainer))
+            except DataError as error: print(textwrap.fill(str(error), 96))
+        stops.append(bp)
     with pytest.raises(DataError, match="set remove_unused_columns=False"):
         train_losses(plain_trainer(remove_unused_columns=True))
+    dropped = sorted(set(stops[0][watch]) - set(stops[1][watch]))
+    assert {"image", "image_aux"} <= set(dropped), dropped
+    stops[0].diff(stops[1], titles=("all keys", "keys that `forward` names"))
+
+def test_sft_labels_at_image_tokens_are_ignored():
+    needs("trl")
+    from trl import SFTConfig, SFTTrainer
+
+    model, processor = tiny("mining")
+    with quiet():
+        kwargs = dict(train_dataset=talks("messages"), processing_class=processor)
+        trainer = SFTTrainer(model, trl_settings(SFTConfig), **kwargs)
+    n_images = "int((value == self.image_token_id).sum())"
+    watch = ["value", n_images]
+    with Breakpoint(VLMInputs.__setitem__, at="value = value.masked_fill", watch=watch) as bp:
+        first_batch(trainer)
+    bp.expect({n_images: 24})
+    bp.expect_after({n_images: 0})
+
+def test_sft_equals_transformers_llava():
+    needs("trl")
+    from trl import SFTConfig, SFTTrainer
+
+    losses, at_images = [], []
+    for model, processor in exported():
+        args = trl_settings(SFTConfig, max_steps=4)
+        kwargs = dict(args=args, processing_class=processor)
+        with quiet():
+            batch = first_batch(SFTTrainer(model, train_dataset=talks("messages"), **kwargs))
+            trainer = SFTTrainer(model, train_dataset=talks("completion"), **kwargs)
+        is_image = batch["input_ids"] == model.config.image_token_id
+        at_images.append(int((batch["labels"][is_image] != IGNORE_INDEX).sum()))
+        losses.append(train_losses(trainer))
+        print(
+            f"{type(model).__name__:30}",
+            *(f"{loss:.5f}" for loss in losses[-1]),
+            f"  labels at image tokens: {at_images[-1]}",
+        )
+    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-4
+    assert losses[0][3] < 0.7 * losses[0][0] and at_images == [0, int(is_image.sum())]
+
+def test_dpo_encodes_each_image_once():
+    needs("trl")
+    model, processor = tiny("mining")
+    trainer = dpo(model, processor, ref_model=copy.deepcopy(model))
+    watch = ["len(features)", "image_index"]
+    with Breakpoint(VLM.embed_inputs, at="if image_index", watch=watch) as bp:
+        preference_log_probs(trainer, trainer.model)
+    bp.expect({"len(features)": 6, "len(image_index)": 12}, hits=1)
 
 def test_plain_trainer_computes_the_losses_it_is_asked_for():
     whole, parts = dict(per_device_train_batch_size=12), dict(gradient_accumulation_steps=4)
@@ -257,7 +317,7 @@ def test_adapters_train_and_merge_in_every_layer():
                 with tempfile.TemporaryDirectory() as out:
                     adapted.save_pretrained(out)
                     again = PeftModel.from_pretrained(copy.deepcopy(base), out).eval()
-                    assert torch.allclose(again(**batch).logits, logits, atol=1e-5)
+                    assert torch.allclose(again(**batch).logits, logits, atol=1e-4)
                 merged = adapted.merge_and_unload()
                 assert (
                     isinstance(merged, VLM) and type(merged.image_encoder.mm_projector[0]) is nn.Linear
@@ -328,34 +388,12 @@ def test_sft_ignores_image_tokens():
             own = mask.bool() & ~is_image
             if form == "messages": assert torch.equal(labels[own], ids[own])
             answers = [row[row != IGNORE_INDEX] for row in labels]
-            print(f"{shape:7} {form:10}", repr(processor.tokenizer.decode(answers[0])))
+            print(f"{shape:7} {form:10}", repr(processor.tokenizer.decode(answers[0]))[-70:])
             # `Trainer` divides by the number of labels, which nothing predicts at the first position
             n_labels, n_predicted = ((x != IGNORE_INDEX).sum() for x in (labels, labels[:, 1:]))
             want = by_formula(model, batch) * n_predicted / n_labels
             losses = train_losses(trainer)
             assert abs(losses[0] - want) < 1e-3 and losses[1] < losses[0]
-
-def test_sft_equals_transformers_llava():
-    needs("trl")
-    from trl import SFTConfig, SFTTrainer
-
-    losses, at_images = [], []
-    for model, processor in exported():
-        args = trl_settings(SFTConfig, max_steps=4)
-        kwargs = dict(args=args, processing_class=processor)
-        with quiet():
-            batch = first_batch(SFTTrainer(model, train_dataset=talks("messages"), **kwargs))
-            trainer = SFTTrainer(model, train_dataset=talks("completion"), **kwargs)
-        is_image = batch["input_ids"] == model.config.image_token_id
-        at_images.append(int((batch["labels"][is_image] != IGNORE_INDEX).sum()))
-        losses.append(train_losses(trainer))
-        print(
-            f"{type(model).__name__:30}",
-            *(f"{loss:.5f}" for loss in losses[-1]),
-            f"  labels at image tokens: {at_images[-1]}",
-        )
-    assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-4
-    assert losses[0][3] < 0.7 * losses[0][0] and at_images == [0, int(is_image.sum())]
 
 def test_sft_with_adapters_and_by_folder():
     needs("trl")

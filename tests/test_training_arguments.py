@@ -6,13 +6,26 @@ import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_tf32_available
 from vlm_lit.core import ConfigError
-import tempfile
+import tempfile, textwrap
+from dataclasses import fields
+import pytest
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.training.arguments import PARTS
 from vlm_lit.training.arguments import VLMTrainingArguments
 
 def setup_module():
     global folder
     folder = tempfile.mkdtemp()
+
+def test_stop_where_accumulation_is_set():
+    settings = dict(global_batch_size=256, per_device_train_batch_size=16, warmup_steps=0.03)
+    watch = "self.world_size per_step self.gradient_accumulation_steps"
+    at = "self.gradient_accumulation_steps ="
+    with Breakpoint(VLMTrainingArguments._set_accumulation, at=at, watch=watch) as bp:
+        args = VLMTrainingArguments(folder, learning_rate=1e-3, lr_scheduler_type="cosine", **settings)
+    assert (args.units_per_step, args.trainable_modules) == (256, ["projector", "mining"])
+    bp.expect({"per_step": 16, "self.gradient_accumulation_steps": 1})
+    bp.expect_after({"self.gradient_accumulation_steps": 16})
 
 def test_a_parameter_belongs_to_one_part():
     names = ["image_encoder.vision_tower_aux.x", "image_encoder.vision_tower.x", "language_model.x"]
@@ -27,8 +40,6 @@ def test_global_batch_size_sets_accumulation():
     assert VLMTrainingArguments(folder, per_device_train_batch_size=3).units_per_step == 3
 
 def test_wrong_arguments_are_refused():
-    import pytest
-
     for wrong, part in [
         (dict(global_batch_size=100, per_device_train_batch_size=16), "not a multiple"),
         (dict(batching="x"), "batching must be one of"),

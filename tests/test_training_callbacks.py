@@ -9,11 +9,46 @@ from transformers import TrainerCallback
 from vlm_lit.core import ConfigError, progress_console
 from vlm_lit.files import write_rows
 from vlm_lit.training.meter import read_metrics
-import io
+import io, os
 from types import SimpleNamespace
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.training.callbacks import ConsoleProgress
 from vlm_lit.training.callbacks import LossGuard
 from vlm_lit.training.callbacks import StopOnSignal
+
+def test_stop_at_a_spike():
+    guard = LossGuard(None, Path("bad_steps.jsonl"))
+    guard.recent.extend([1.0] * 9 + [9.0])
+    args = SimpleNamespace(spike_factor=3.0)
+    watch = [
+        "loss",
+        "args.spike_factor",
+        "statistics.median(self.recent)",
+        "statistics.mean(self.recent)",
+    ]
+    with Breakpoint(
+        LossGuard.reason, at="if enough and loss", watch=watch, set={"enough": False}
+    ) as bp:
+        guard.reason(3.1, 1.0, args)
+    bp.expect({"statistics.median(self.recent)": 1.0, "statistics.mean(self.recent)": 1.8})
+    bp.expect_changed(result=("the loss is 3.1, the median of the last steps 1", None))
+
+def test_stop_after_a_signal():
+    messages = []
+    stop = StopOnSignal(messages.append)
+    control = SimpleNamespace(should_save=False, should_training_stop=False, should_log=False)
+    stop.on_train_begin(None, None, None)
+    watch = ["self.number", "vars(control)"]
+    with Breakpoint(StopOnSignal.on_step_end, at="control.should_log", watch=watch) as bp:
+        stop.on_step_end(None, None, control)  # nothing was received: the line is not reached
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.on_step_end(None, None, control)
+    stop.restore()
+    assert messages == ["stopping after this step; a second Ctrl-C stops at once"]
+    bp.expect(
+        {"self.number": signal.SIGTERM, "vars(control)": dict.fromkeys(vars(control), False)}, hits=1
+    )
+    bp.expect_after({"vars(control)": dict.fromkeys(vars(control), True)})
 
 def test_guard_names_what_is_wrong():
     guard = LossGuard(None, Path("bad_steps.jsonl"))

@@ -15,14 +15,18 @@ from vlm_lit.data.dataset import TooLong
 from vlm_lit.text.encode import bisect_failures, encode_records
 from vlm_lit.text.sentinels import num_tokens_with_images
 from vlm_lit.data.findings import ERRORS
-import json, tempfile
+import json, tempfile, textwrap
 from pathlib import Path
 import pytest
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.text import labels
 from vlm_lit.data.mixture import Mixture
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.images import sample_image
 from vlm_lit.data.dataset import LazySupervisedDataset
+from vlm_lit.training.doctor import _KNOWN
+from vlm_lit.training.doctor import _mask_problems
+from vlm_lit.training.doctor import _problems_of
 from vlm_lit.training.doctor import _sample
 from vlm_lit.training.doctor import check_samples
 from vlm_lit.training.doctor import environment_info
@@ -49,6 +53,23 @@ def setup_module():
     folder = Path(tempfile.mkdtemp())
     processor = VLMProcessor(tok, template="gemma", image_size=28, image_size_aux=28)
     records = make_records(folder)
+
+def test_stop_at_a_mask_without_eos():
+    marks = {"marks": lambda marks: [*marks[:-1], -100]}
+    with Breakpoint(_mask_problems, at="runs = _runs", watch="answers stop", set=marks) as bp:
+        _problems_of(_KNOWN["one round"], VLMProcessor(tok, template="gemma"))
+    answer = "the box chain purse black"
+    wrong = f"{answer + '<end_of_turn>' + chr(10)!r} is supervised, expected "
+    bp.expect(answers=[answer], stop="<end_of_turn>\n<eos>", hits=1)
+    bp.expect_changed(result=([], [wrong + repr(answer + "<end_of_turn>\n<eos>")]))
+
+def test_stop_at_a_mask_that_begins_early():
+    early = {"runs": lambda runs: [(first - 1, end) for first, end in runs]}
+    with Breakpoint(_problems_of, at="if not runs", watch="len(ids) len(given) runs", set=early) as bp:
+        _problems_of(_KNOWN["one round"], VLMProcessor(tok, template="gemma"))
+    law = "the ids before a generated answer differ at position 16: expected the end, got 108"
+    bp.expect({"len(ids)": 25, "len(given)": 17, "runs": [(17, 25)]})
+    bp.expect_changed(result=([], [law]))
 
 def test_known_answers_are_right_for_every_template_the_tokenizer_serves():
     from vlm_lit.text.templates import conv_templates
@@ -77,12 +98,21 @@ def test_known_answers_follow_a_chat_template():
         assert any("before a generated answer differ" in line for line in found)
     finally: tok.chat_template = before
 
+def test_stop_at_a_failed_check():
+    parts = (records, records[1:9])
+    sources = [LazySupervisedDataset(own, processor, folder, uint8=True) for own in parts]
+    mixture = Mixture(sources, ["captions", "dialogues"])
+    with Breakpoint(check_samples, at="errors.append", watch="k i text.kind len(own)") as bp:
+        found = check_samples(mixture, 32, max_fraction=0.1, name="train")
+    assert found["counts"] == {"image_missing": 2} and found["checked"] == 32
+    bp.expect_each({"i": [0, 20], "text.kind": ["image_missing"] * 2})
+
 def test_known_answers_see_every_kind_of_wrong_mask():
-    right, processor = labels.mask_prompt, VLMProcessor(tok, template="gemma")
+    right, plain = labels.mask_prompt, VLMProcessor(tok, template="gemma")
 
     def found_with(change):
         labels.mask_prompt = lambda ids, segments: change(right(ids, segments), ids)
-        try: return known_answers(processor)
+        try: return known_answers(plain)
         finally: labels.mask_prompt = right
 
     def early(marks, ids):

@@ -27,6 +27,7 @@ from vlm_lit.training.recipe import LoraRecipe
 from vlm_lit.training.recipe import MAY_DIFFER_ON_RESUME
 from vlm_lit.training.recipe import Recipe
 from vlm_lit.training.recipe import SourceRecipe
+from vlm_lit.training.recipe import _explain
 from vlm_lit.training.recipe import format_recipe
 from vlm_lit.training.recipe import load_recipe
 from vlm_lit.training.recipe import recipe_differences
@@ -47,7 +48,7 @@ def setup_module():
             written(text, "wrong.yaml")
             with pytest.raises(ConfigError) as caught, chdir(folder):
                 load_recipe("recipe.yaml", "wrong.yaml")
-            print(caught.value)
+            print(textwrap.fill(f"{caught.value}", 96, subsequent_indent="    "))
             assert str(caught.value).startswith(f"wrong.yaml: {start}"), start
             assert "\n" not in str(caught.value)
     SMALL = """
@@ -58,6 +59,106 @@ training: {learning_rate: 1e-3, max_steps: 500}
 """
     small = written(SMALL)
 
+def test_files_merge_and_flags_win():
+    config, origins = {}, {}
+    _merge(config, _parse_yaml(SMALL, "a.yaml"), "a.yaml", origins)
+    mixture = _parse_yaml("data: {train: [{path: b.json}, {path: c.json}]}", "b.yaml")
+    _merge(config, mixture, "b.yaml", origins)
+    flags = ["--training.learning_rate", "2e-3", "--data.train.1.weight=2"]
+    with Breakpoint(_override, at="node[path[-1]], origins[path]", watch="path text node") as bp:
+        for flag, text in _pairs(flags): _override(config, flag, text, origins)
+    print(yaml.dump(config, Dumper=_Dumper))
+    assert config["training"] == {"learning_rate": 2e-3, "max_steps": 500}
+    assert config["data"] == {"train": [{"path": "b.json"}, {"path": "c.json", "weight": 2}]}
+    assert origins["data", "train"] == "b.yaml" and origins["training", "max_steps"] == "a.yaml"
+    assert origins["data", "train", 1, "weight"] == "--data.train.1.weight"
+    bp.expect_after(node={"path": "c.json", "weight": 2}, hit=1)
+    bp.expect_each(path=[("training", "learning_rate"), ("data", "train", 1, "weight")])
+
+def test_load_recipe_reads_files_and_flags():
+    written("data: {max_length: 512}\ntraining: {bf16: no, save_strategy: no}", "more.yaml")
+    flags = ["--training.learning_rate", "2e-3", "--data.train.0.weight", "2"]
+    recipe = load_recipe(small, folder / "more.yaml", overrides=flags)
+    print(recipe.model, recipe.training, sep="\n")
+    expected = {"learning_rate": 2e-3, "max_steps": 500, "bf16": False, "save_strategy": "no"}
+    assert recipe.training == expected
+    assert recipe.data.train[0] == SourceRecipe("train.json", "images", weight=2)
+    assert recipe.data.max_length == 512 and recipe.data.overlength == "truncate"
+
+def test_stop_after_the_merge():
+    written("data: {max_length: 512}\ntraining: {bf16: no, save_strategy: no}", "more.yaml")
+    flags = ["--training.learning_rate", "2e-3"]
+    origin = ["origins['training', 'bf16']", "origins['training', 'learning_rate']"]
+    watch = ["config['training']", *origin]
+    with Breakpoint(load_recipe, at="recipe = _validate", watch=watch) as bp, chdir(folder):
+        load_recipe("recipe.yaml", "more.yaml", overrides=flags)
+    merged = {"learning_rate": 2e-3, "max_steps": 500, "bf16": False, "save_strategy": False}
+    bp.expect(dict(zip(watch, [merged, "more.yaml", "--training.learning_rate"])))
+
+def test_stop_at_an_unknown_key():
+    with pytest.raises(ConfigError, match="did you mean 'learning_rate'"):
+        with Breakpoint(_explain, at="hint = f", watch="name path near len(names)") as bp:
+            load_recipe(small, overrides=["--training.learning_rat", "1e-3"])
+    bp.expect({"name": "training.learning_rat", "near": "learning_rate"})
+    bp.expect({"len(names)": len(training_defaults())}, hits=1)
+
+def test_differences_name_both_values():
+    a = load_recipe(small, overrides=["--training.per_device_train_batch_size", "16"])
+    flags = ["--training.seed", "0", "--training.logging_steps", "50", "--data.train.0.weight", "2"]
+    flags += ["--training.dataloader_num_workers", "4", "--training.per_device_train_batch_size", "8"]
+    flags += ["--data.train.0.license", "cc-by-4.0"]  # for the model card only
+    b = load_recipe(small, overrides=[*flags, "--lora", "{r: 8}"])
+    print(*recipe_differences(a, b), sep="\n")
+    assert recipe_differences(a, a) == []
+    assert recipe_differences(a, b, world_sizes=(1, 2)) == [
+        "data.train[0].weight is None, not 2.0",
+        "training.seed is 42, not 0",
+        f"lora is None, not {_short(asdict(b.lora))}",
+    ]
+    assert "training.global_batch_size is 16, not 8" in recipe_differences(a, b)
+    assert "training.logging_steps is 10, not 50" in recipe_differences(a, b, ignore=())
+
+def test_no_torch_for_a_misspelled_section():
+    probe = (
+        "import sys\nfrom vlm_lit.training.recipe import load_recipe\n"
+    "try: load_recipe(overrides=['--model.preset=smol', '--data.trian=[]'])\n"
+    "except ValueError as e: print(e)\n"
+    "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    env = {**os.environ, "PYTHONPATH": str(Path(vlm_lit.__file__).parents[1])}
+    run = [sys.executable, "-c", probe]
+    out = subprocess.run(run, capture_output=True, text=True, env=env, cwd=folder)
+    print(out.stdout)
+    assert "did you mean 'train'?" in out.stdout and out.stdout.endswith("[]\n"), out
+
+def test_values_that_look_right_are_refused():
+    refused(
+        {
+            "training: {learning_rate: true}": "training.learning_rate: expected number, got True",
+            "training: {learning_rate: .nan}": (
+                "training.learning_rate: expected finite number, got nan"
+            ),
+            "training: {max_steps: 1e3}": "training.max_steps: expected integer, got 1000.0",
+            "training: {trainable_modules: all}": (
+                "training.trainable_modules: expected list, got 'all'"
+            ),
+            "training: {report_to: 3}": "training.report_to: expected string or list, got 3",
+            "training: {hub_token: x}": "training.hub_token comes from the command, the launcher or a",
+            "training: {1: 2}": "unknown key 'training.1'; there are: what --print_config prints",
+            "data: {max_length: 500.5}": "data.max_length: expected integer, got 500.5",
+            "data: {blank_images: 1}": "data.blank_images: expected boolean, got 1",
+            "data: 3": "data: expected mapping, got 3",
+            "lora: true": "lora: expected mapping, got True",
+            "lora: {target_modules: 3}": "lora.target_modules: expected list or string, got 3",
+        }
+    )
+
+def test_direct_construction_is_checked():
+    with pytest.raises(ValueError, match="weight and repeat"):
+        SourceRecipe("a.json", weight=1, repeat=2)
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        LoraRecipe(r=0)
+
 def test_yaml_numbers_and_repeated_keys():
     text = "{a: 1e-3, b: 2.5e4, c: 1E6, d: -1e-5, e: .5e1, f: 1.e2, g: 1e, h: e5}"
     read = _parse_yaml(text, "x.yaml")
@@ -67,29 +168,6 @@ def test_yaml_numbers_and_repeated_keys():
     assert yaml.dump("1e5", Dumper=_Dumper).strip() == "'1e5'"
     with pytest.raises(ConfigError, match="x.yaml: line 2: key 'seed' is given twice"):
         _parse_yaml("seed: 1\nseed: 2", "x.yaml")
-
-def test_files_merge_and_flags_win():
-    config, origins = {}, {}
-    _merge(config, _parse_yaml(SMALL, "a.yaml"), "a.yaml", origins)
-    mixture = _parse_yaml("data: {train: [{path: b.json}, {path: c.json}]}", "b.yaml")
-    _merge(config, mixture, "b.yaml", origins)
-    for flag, text in _pairs(["--training.learning_rate", "2e-3", "--data.train.1.weight=2"]):
-        _override(config, flag, text, origins)
-    print(yaml.dump(config, Dumper=_Dumper), origins, sep="\n")
-    assert config["training"] == {"learning_rate": 2e-3, "max_steps": 500}
-    assert config["data"] == {"train": [{"path": "b.json"}, {"path": "c.json", "weight": 2}]}
-    assert origins["data", "train"] == "b.yaml" and origins["training", "max_steps"] == "a.yaml"
-    assert origins["data", "train", 1, "weight"] == "--data.train.1.weight"
-
-def test_load_recipe_reads_files_and_flags():
-    written("data: {max_length: 512}\ntraining: {bf16: no, save_strategy: no}", "more.yaml")
-    flags = ["--training.learning_rate", "2e-3", "--data.train.0.weight", "2"]
-    recipe = load_recipe(small, folder / "more.yaml", overrides=flags)
-    print(recipe.model, recipe.training, recipe.data.train, recipe.lora, sep="\n")
-    expected = {"learning_rate": 2e-3, "max_steps": 500, "bf16": False, "save_strategy": "no"}
-    assert recipe.training == expected
-    assert recipe.data.train[0] == SourceRecipe("train.json", "images", weight=2)
-    assert recipe.data.max_length == 512 and recipe.data.overlength == "truncate"
 
 def test_flags_alone_make_a_recipe():
     flags = ["--model.preset", "smol", "--data.train", "[{path: a.json}]", "--lora", "{r: 8}"]
@@ -187,7 +265,7 @@ def test_wrong_files_and_flags():
     ]:
         with pytest.raises(ConfigError) as caught, chdir(folder):
             load_recipe(*paths, overrides=flags)
-        print(caught.value)
+        print(textwrap.fill(f"{caught.value}", 96, subsequent_indent="    "))
         assert str(caught.value).startswith(start), start
 
 def test_saved_recipes_are_complete_and_equal():
@@ -234,22 +312,6 @@ def test_save_and_load_is_the_identity():
 
     identity()
 
-def test_differences_name_both_values():
-    a = load_recipe(small, overrides=["--training.per_device_train_batch_size", "16"])
-    flags = ["--training.seed", "0", "--training.logging_steps", "50", "--data.train.0.weight", "2"]
-    flags += ["--training.dataloader_num_workers", "4", "--training.per_device_train_batch_size", "8"]
-    flags += ["--data.train.0.license", "cc-by-4.0"]  # for the model card only
-    b = load_recipe(small, overrides=[*flags, "--lora", "{r: 8}"])
-    print(*recipe_differences(a, b), sep="\n")
-    assert recipe_differences(a, a) == []
-    assert recipe_differences(a, b, world_sizes=(1, 2)) == [
-        "data.train[0].weight is None, not 2.0",
-        "training.seed is 42, not 0",
-        f"lora is None, not {_short(asdict(b.lora))}",
-    ]
-    assert "training.global_batch_size is 16, not 8" in recipe_differences(a, b)
-    assert "training.logging_steps is 10, not 50" in recipe_differences(a, b, ignore=())
-
 def test_ignored_settings_exist():
     known = [f"training.{name}" for name in training_defaults()] + ["data.bad_samples.max_fraction"]
     known += [*(f"data.{f.name}" for f in fields(DataRecipe)), "data.train[0].license"]
@@ -265,7 +327,9 @@ def test_shipped_recipes_load():
         recipe = load_recipe(path)
         start = recipe.model.get("preset") or recipe.model["from"]
         training = {**training_defaults(), **recipe.training}
-        print(f"{path.name:26}{start:28}{', '.join(training['trainable_modules'])}")
+        print(
+            f"{path.name:26}{start:28}{textwrap.shorten(', '.join(training['trainable_modules']), 40)}"
+        )
         with warnings.catch_warnings(action="ignore"):  # of names that transformers 6 drops
             VLMTrainingArguments(folder / "run", **recipe.training)
     assert len(paths) >= 9
@@ -291,47 +355,7 @@ def test_accelerate_files_are_read_by_accelerate():
     for path in sorted(ROOT.glob("recipes/accelerate/*.yaml")):
         config = load_config_from_file(str(path))
         shards = config.fsdp_config or config.deepspeed_config
-        print(f"{path.name:22}{config.distributed_type.value:11}{config.mixed_precision:6}{shards}")
+        kind = config.distributed_type.value
+        print(f"{path.name:22}{kind:11}{config.mixed_precision:6}{len(shards)} settings")
         assert config.num_processes == 8 and config.mixed_precision == "bf16" and shards
         assert "not been run" in " ".join(path.read_text(encoding="utf-8").replace("#", " ").split())
-
-def test_no_torch_for_a_misspelled_section():
-    probe = (
-        "import sys\nfrom vlm_lit.training.recipe import load_recipe\n"
-    "try: load_recipe(overrides=['--model.preset=smol', '--data.trian=[]'])\n"
-    "except ValueError as e: print(e)\n"
-    "print(sorted({'torch', 'transformers'} & set(sys.modules)))"
-    )
-    env = {**os.environ, "PYTHONPATH": str(Path(vlm_lit.__file__).parents[1])}
-    run = [sys.executable, "-c", probe]
-    out = subprocess.run(run, capture_output=True, text=True, env=env, cwd=folder)
-    print(out.stdout)
-    assert "did you mean 'train'?" in out.stdout and out.stdout.endswith("[]\n"), out
-
-def test_values_that_look_right_are_refused():
-    refused(
-        {
-            "training: {learning_rate: true}": "training.learning_rate: expected number, got True",
-            "training: {learning_rate: .nan}": (
-                "training.learning_rate: expected finite number, got nan"
-            ),
-            "training: {max_steps: 1e3}": "training.max_steps: expected integer, got 1000.0",
-            "training: {trainable_modules: all}": (
-                "training.trainable_modules: expected list, got 'all'"
-            ),
-            "training: {report_to: 3}": "training.report_to: expected string or list, got 3",
-            "training: {hub_token: x}": "training.hub_token comes from the command, the launcher or a",
-            "training: {1: 2}": "unknown key 'training.1'; there are: what --print_config prints",
-            "data: {max_length: 500.5}": "data.max_length: expected integer, got 500.5",
-            "data: {blank_images: 1}": "data.blank_images: expected boolean, got 1",
-            "data: 3": "data: expected mapping, got 3",
-            "lora: true": "lora: expected mapping, got True",
-            "lora: {target_modules: 3}": "lora.target_modules: expected list or string, got 3",
-        }
-    )
-
-def test_direct_construction_is_checked():
-    with pytest.raises(ValueError, match="weight and repeat"):
-        SourceRecipe("a.json", weight=1, repeat=2)
-    with pytest.raises(ValueError, match="greater than or equal to 1"):
-        LoraRecipe(r=0)

@@ -23,7 +23,7 @@ from vlm_lit.training.meter import read_metrics
 from vlm_lit.training.recipe import load_recipe
 from vlm_lit.training.run import prepare_run
 import json
-import os, shutil, yaml
+import os, shutil, textwrap, yaml
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -34,6 +34,7 @@ from vlm_lit.training.recipe import LoraRecipe
 from vlm_lit.training.run import train
 from vlm_lit.weights.pretrained import open_model
 from vlm_lit.training.replay import LossStrip
+from vlm_lit.training.replay import Replay
 from vlm_lit.training.replay import losses_page
 from vlm_lit.training.replay import replay
 from vlm_lit.training.replay import worst_records
@@ -123,6 +124,41 @@ def setup_module():
         finally: names["prepare_run"] = PREPARE
     PREPARE = run_module.prepare_run
 
+def test_replayed_batch_is_the_trained_one():
+    run, stops = place / "runs/twice", []
+    batch = ["input_ids", "labels", "pixel_values"]
+    watch = [*(f"inputs['{name}']" for name in batch), "num_items_in_batch", "loss"]
+    fifth = dict(watch=watch, when="self.state.global_step == 4")
+    for take in (
+        lambda: train(small_recipe(place, max_steps=5), run, console=quiet),
+        lambda: replay(run, 5),
+    ):
+        with Breakpoint(Trainer.training_step, at="loss = self.compute_loss", **fifth) as bp:
+            take()
+        stops.append(bp)
+    diff = stops[0].diff(stops[1], titles=("in the run", "replayed"))
+    print(diff)
+    assert not diff.differences and stops[0].hits[0].after["loss"] == logged(run)[4]
+    bp.expect({"tuple(inputs['input_ids'].shape)": (4, 35)}, hits=1)
+    bp.expect_after(loss=logged(run)[4])
+
+def test_changed_data_do_not_pass_for_the_same_step():
+    other = write_data(Path(tempfile.mkdtemp()) / "data")
+    train(small_recipe(other, max_steps=2), other / "run", console=quiet)
+    records = json.loads((other / "train.json").read_text())
+    for record in records: record["conversations"][1]["value"] += " and more"
+    os.utime(other / "run/recipe.yaml", (1e9, 1e9))
+    (other / "train.json").write_text(json.dumps(records))
+    found = replay(other / "run", 2)
+    with Breakpoint(Replay.verdict, at='return f"loss {self.loss!r}, logged', watch="why") as bp:
+        page = found.to_html(other / "page.html")
+    assert found.is_equal is False
+    assert found.changed == ["train.json"]
+    assert "changed since: train.json" in str(found)
+    assert page == (other / "page.html").read_text()
+    assert page.count("<img") == sum(len(r.images) for r in found.records)
+    bp.expect({"why": "changed since: train.json", "self.is_equal": False})
+
 def test_worst_records_are_those_with_the_highest_mean_loss():
     model, processor = open_model(place / "runs/first", "cpu")
     found = worst_records(model, processor, place / "train.json", 24, place / "images", batch_size=5)
@@ -191,7 +227,7 @@ def test_accumulated_packed_and_flipped_steps_are_equal_to_the_bit():
     train(small_recipe(place, max_steps=3, **smoothing), run, console=quiet)
     found = replay(run, 3)
     assert found.is_equal and found.records == [] and len(found.names) == 4
-    str(found), found._repr_html_()
+    assert "step 3 of smoothed" in str(found) and "step 3 of smoothed" in found._repr_html_()
 
 def test_step_that_stopped_the_run_is_replayed():
     run = place / "runs/bad"
@@ -248,18 +284,3 @@ def test_what_cannot_be_replayed_is_said():
     assert found.is_equal is None and found.loss == logged(run)[4] and "not logged" in found.verdict
     with pytest.raises(ConfigError, match="has come to step 3 of 8"):
         replay(part, 8)
-
-def test_changed_data_do_not_pass_for_the_same_step():
-    other = write_data(Path(tempfile.mkdtemp()) / "data")
-    train(small_recipe(other, max_steps=2), other / "run", console=quiet)
-    records = json.loads((other / "train.json").read_text())
-    for record in records: record["conversations"][1]["value"] += " and more"
-    os.utime(other / "run/recipe.yaml", (1e9, 1e9))
-    (other / "train.json").write_text(json.dumps(records))
-    found = replay(other / "run", 2)
-    assert found.is_equal is False
-    assert found.changed == ["train.json"]
-    assert "changed since: train.json" in str(found)
-    page = found.to_html(other / "page.html")
-    assert page == (other / "page.html").read_text()
-    assert page.count("<img") == sum(len(r.images) for r in found.records)

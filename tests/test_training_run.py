@@ -31,13 +31,16 @@ from vlm_lit.training.recipe import Recipe, load_recipe, recipe_differences, sav
 from vlm_lit.training.trainer import VLMTrainer, reinit_modules, write_error
 from vlm_lit.data.dataset import LazySupervisedDataset
 import os, re
-import tempfile
+import io, tempfile, textwrap
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.training import run as module
 from vlm_lit.images import sample_image
 from vlm_lit.weights.pretrained import open_model
+from vlm_lit.training.run import open_run
+from vlm_lit.training.run import prepare_run
 from vlm_lit.training.run import train
 
 def setup_module():
@@ -134,6 +137,30 @@ def setup_module():
         return path
     quiet = Console(file=open(os.devnull, "w"), force_jupyter=False, force_terminal=False)
     place = write_data(Path(tempfile.mkdtemp()) / "data")
+
+def test_stop_where_a_stage_names_the_run_before():
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+    first = load_recipe(small_recipe(folder, training={"max_steps": 1}))
+    train(first, folder / "one", console=quiet)
+    start = {"model": {"from": str(folder / "one")}, "lora": {"r": 4, "alpha": 8.0}}
+    second = load_recipe(small_recipe(folder, **start))
+    names = "{key: Path(str(value)).name for key, value in section.items()}"
+    watch = [names, "recipe.lora.r"]
+    with Breakpoint(prepare_run, at="model, processor = resolve", watch=watch) as bp:
+        prepared = prepare_run(second, folder / "two")
+    vocabulary = prepared.processor.tokenizer.get_vocab()
+    assert has_lora(prepared.model) and vocabulary == small_tokenizer().get_vocab()
+    bp.expect({names: {"from": "one"}, "recipe.lora.r": 4}, hits=1)
+
+def test_stop_at_another_seed():
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+    path = small_recipe(folder)
+    open_run(load_recipe(path), folder / "run", resume=False)
+    other = load_recipe(path, overrides=["--training.seed", "1", "--training.logging_steps", "1"])
+    with pytest.raises(ConfigError, match="was started with other settings: training.seed is 0, not 1"):
+        with Breakpoint(open_run, at="if differs", watch="differs") as bp:
+            open_run(other, folder / "run", resume=True)
+    bp.expect(differs=["training.seed is 0, not 1"])
 
 def test_a_run_leaves_a_model_that_opens():
     folder = write_data(Path(tempfile.mkdtemp()) / "data")

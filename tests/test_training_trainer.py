@@ -27,21 +27,22 @@ from vlm_lit.training.arguments import PARTS
 from vlm_lit.training.arguments import VLMTrainingArguments
 from vlm_lit.training.meter import Meter
 from vlm_lit.training.flops import peak_flops, trainable_parts, training_flops
-import json
-from vlm_lit.core import IGNORE_INDEX
-from vlm_lit.weights.adapters import add_lora, has_lora
-import subprocess, sys, tempfile, warnings
+import io, json, subprocess, sys, tempfile, warnings
+import matplotlib.pyplot as plt
 import pytest
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 import torch.nn.functional as F
+from IPython.display import Image as Shown
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
-from vlm_lit.debug.breakpoints import Breakpoint
+from vlm_lit.core import IGNORE_INDEX
 from vlm_lit.data.dataset import LazySupervisedDataset
-from vlm_lit.processor import VLMProcessor
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.images import sample_image
-from vlm_lit.models.vlm import VLM
 from vlm_lit.models.config import VLMConfig
+from vlm_lit.models.vlm import VLM
+from vlm_lit.processor import VLMProcessor
 from vlm_lit.text.tokenizer import load_tokenizer
+from vlm_lit.weights.adapters import add_lora, has_lora
 from vlm_lit.weights.presets import make_model
 from vlm_lit.training.trainer import VLMTrainer
 from vlm_lit.training.trainer import _worker_context
@@ -50,9 +51,15 @@ from vlm_lit.training.trainer import reinit_modules
 from vlm_lit.training.trainer import set_trainable_modules
 
 def setup_module():
-    global arguments, by_hand, by_trainer, config, dataset, folder, make_data, new_model, processor, records, run_two_processes, small_config, small_tokenizer, tok
+    global arguments, by_hand, by_trainer, config, dataset, drawn, fitted_model, folder, gradient_norms, long_answer, make_data, new_model, processor, records, run_two_processes, small_config, small_tokenizer, text_only, tok, turns, uneven
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)
+    def drawn(fig):
+        "A figure as an image, whatever the backend."
+        file = io.BytesIO()
+        fig.savefig(file, format="png", dpi=100, facecolor="white", bbox_inches="tight")
+        plt.close(fig)
+        return Shown(data=file.getvalue())
     def small_tokenizer(folder):
         "A byte-level tokenizer with Gemma's control tokens."
         special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
@@ -106,6 +113,20 @@ def setup_module():
     records = make_data(folder)
     dataset = LazySupervisedDataset(records, processor, folder, uint8=True)
     def new_model(seed=0): return make_model(config, seed)
+    def gradient_norms(names):
+        "Norm of the gradient of each part that trains, for one batch of a new model."
+        model = new_model().train()
+        set_trainable_modules(model, names)
+        collate = DataCollatorForSupervisedDataset.for_model(config, pad_id(tok))
+        batch = collate([dataset[i] for i in range(16)])
+        batch.pop("info", None)
+        model(**batch).loss.backward()
+        norms = {}
+        for part in (part for part in PARTS if part != "all"):
+            own = [p for name, p in model.named_parameters() if name.startswith(PARTS[part])]
+            found = [p.grad.norm() for p in own if p.grad is not None]
+            if found: norms[part] = torch.stack(found).norm().item()
+        return norms
     def arguments(**changes):
         "Eight steps of 16 samples."
         settings = dict(
@@ -143,10 +164,20 @@ def setup_module():
             losses.append(loss.item())
         return losses
     def by_trainer(model, args, data=dataset, **kwargs):
-        "The losses of a `VLMTrainer`."
+        "The losses of a `VLMTrainer`, and the trainer."
         trainer = VLMTrainer(model, args, data, processor=processor)
         trainer.train(**kwargs)
         return [row["loss"] for row in trainer.state.log_history if "loss" in row], trainer
+    def fitted_model():
+        "The small model after 40 steps of training on short answers."
+        schedule = dict(learning_rate=3e-3, lr_scheduler_kwargs={"num_decay_steps": 10})
+        run = dict(trainable_modules=["all"], max_steps=40, save_strategy="no")
+        return by_trainer(new_model(), arguments(**schedule, **run))[1].model
+    text_only = [record for record in records if "image" not in record]
+    long_answer = {"from": "gpt", "value": "a chain, a purse, a chain and a black purse"}
+    turns = [text_only[0]["conversations"][0], long_answer]
+    uneven = [{"id": "long", "conversations": turns}, *text_only, *text_only[:3]]
+    uneven = LazySupervisedDataset(uneven, processor, folder, uint8=True)
     def run_two_processes(resume, **changes):
         """The losses of two processes under torchrun: of a whole run, and of one resumed from a
     checkpoint."""
@@ -194,6 +225,126 @@ torch.distributed.destroy_process_group()
         assert done.returncode == 0, done.stderr[-3000:]
         lines = [line for line in done.stdout.splitlines() if "LOSSES" in line]
         return [json.loads(line.split("LOSSES", 1)[1]) for line in lines]
+
+def test_a_tower_that_is_not_frozen_trains():
+    with Breakpoint(
+        set_trainable_modules,
+        at="chosen = set(_named",
+        watch="names len(own)",
+        set={"names": lambda names: [*names, "vision_tower"]},
+    ) as bp:
+        set_trainable_modules(new_model(), ["projector", "mining"])
+    bp.expect({"names": ["projector", "mining"], "len(own)": 99})
+    bp.expect_changed({"len(result)": (16, 53)})
+
+def test_stop_in_transformers_training_step():
+    watch = ["inputs['input_ids'].shape", "num_items_in_batch", "loss"]
+    with Breakpoint(Trainer.training_step, at="loss = self.compute_loss", watch=watch) as bp:
+        losses, _ = by_trainer(new_model(), arguments(max_steps=1))
+    bp.expect({"tuple(inputs['input_ids'].shape)": (16, 29), "num_items_in_batch": 94}, hits=1)
+    bp.expect_after(loss=losses[0], tolerance=1e-6)
+
+def test_stop_at_the_division_by_the_global_number():
+    watch = ["len(targets)", "targets[:10]", "losses", "n_items", "losses.sum()", "loss"]
+    with Breakpoint(VLM.add_loss, at="loss = losses.sum()", watch=watch, tokenizer=tok) as bp:
+        losses, _ = by_trainer(new_model(), arguments(max_steps=1))
+    bp.expect({"len(targets)": 94, "n_items": 94, "losses.sum() / 94": losses[0]}, tolerance=1e-6)
+
+def test_rates_and_decay_by_group():
+    rates = dict(projector_lr=1e-3, language_model_lr=1e-5, learning_rate=1e-4)
+    args = arguments(trainable_modules=["all"], weight_decay=0.1, **rates)
+    trainer = VLMTrainer(new_model(), args, dataset, processor=processor)
+    groups = "[(own['lr'], own['weight_decay'], len(own['params'])) for own in parameters]"
+    with Breakpoint(VLMTrainer.create_optimizer, at="self.optimizer = kind", watch=groups) as bp:
+        trainer.create_optimizer()
+    language, towers, projector = [(1e-5, 15, 5), (1e-4, 25, 38), (1e-3, 5, 11)]
+    bp.expect(
+        {
+            f"sorted({groups})": [
+                (rate, decay, n)
+                for rate, *counts in (language, towers, projector)
+                for decay, n in zip((0.0, 0.1), counts[::-1])
+            ]
+        }
+    )
+
+def test_averages_of_micro_batches_are_another_loss():
+    watch = ["inputs['info'].n_supervised", "num_items_in_batch"]
+    four_by_four = dict(per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    model = fitted_model()
+    with Breakpoint(
+        Trainer.training_step,
+        at="loss = self.compute_loss",
+        watch=watch,
+        set={"num_items_in_batch": None},  # transformers then divides each mean by four
+    ) as bp:
+        by_trainer(model, arguments(**four_by_four, max_steps=1), uneven)
+    outcomes = [[float(outcome.value) for outcome in hit.outcomes] for hit in bp.hits]
+    by_token, by_micro_batch = map(sum, zip(*outcomes))
+    print(f"loss of the step: {by_token:.3f} per token, {by_micro_batch:.3f} as a mean of four means")
+    assert by_token > by_micro_batch + 0.1
+    long = [22 in hit[watch[0]] for hit in bp.hits].index(True)
+    bp.expect_changed({"result": tuple(outcomes[long])}, hit=long)
+    bp.expect({f"sum({watch[0]})": 41, "num_items_in_batch": 107}, hit=long, hits=4)
+
+def test_stop_at_a_complete_checkpoint():
+    files = "sorted(path.name for path in final.iterdir())"
+    watch = [files, "final.name", "staged.exists()"]
+    with Breakpoint(VLMTrainer._publish, at="self._retire(final.parent", watch=watch) as bp:
+        _, demo = by_trainer(new_model(), arguments(max_steps=3))
+    states = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    bp.expect(
+        {
+            "staged.exists()": False,
+            "final.name": "checkpoint-3",
+            files: lambda found: {"trainable.safetensors", "mm_projector.bin", *states} <= set(found),
+        }
+    )
+
+def test_checkpoint_that_cannot_be_written_is_said():
+    trainer = VLMTrainer(new_model(), arguments(max_steps=6, save_total_limit=1), dataset)
+    usual = trainer._save
+
+    def full(output_dir=None, state_dict=None):
+        usual(output_dir, state_dict)
+        if output_dir.endswith("6"): raise OSError(28, "No space left on device")
+
+    trainer._save = full
+    message = "No space left on device.*last good one is .*checkpoint-3"
+    watch = ["name", "reason", "before[:21]", "staging.exists()"]
+    with pytest.raises(ConfigError, match=message):
+        with Breakpoint(VLMTrainer._save_checkpoint, at="raise ConfigError", watch=watch) as bp:
+            trainer.train()
+    assert sorted(p.name for p in Path(trainer.args.output_dir).iterdir()) == ["checkpoint-3"]
+    bp.expect({"before[:21]": "The last good one is ", "staging.exists()": False})
+    bp.expect(name="checkpoint-6", reason="[Errno 28] No space left on device")
+
+def test_data_order_of_a_resumed_run():
+    args = arguments(save_steps=2)
+    VLMTrainer(new_model(), args, dataset, processor=processor).train()
+    watch = ["self.state.global_step", "inputs['info'].indices"]
+    stops = []
+    for skip in (False, True):
+        again = VLMTrainer(new_model(), arguments(ignore_data_skip=skip), dataset)
+        with Breakpoint(VLMTrainer.compute_loss, at="info = inputs.pop", watch=watch) as bp:
+            again.train(resume_from_checkpoint=str(Path(args.output_dir) / "checkpoint-2"))
+        stops.append(bp)
+    first = VLMTrainer(new_model(), args, dataset).make_sampler()
+    order = [[n for _, n in first.micro_batches(step)[0]] for step in (0, 2)]
+    stops[0].expect({"inputs['info'].indices": order[1]})
+    stops[1].expect({"inputs['info'].indices": order[0]})
+    diff = stops[0].diff(stops[1], titles=("resumed", "starting over"))
+    diff.expect({"inputs['info'].indices[0]": (order[1][0], order[0][0])})
+
+def test_stop_in_the_evaluation_loop():
+    four = LazySupervisedDataset(records[:4], processor, folder, uint8=True)
+    trainer = VLMTrainer(new_model(), arguments(), dataset, processor=processor)
+    watch = ["own.sum()", "len(own)", "sums[0]"]
+    with Breakpoint(VLMTrainer.evaluation_loop, at="sums[:, source] +=", watch=watch) as bp:
+        loss = trainer.evaluate(four)["eval_loss"]
+    bp.expect_each({"len(own)": [5, 7, 5, 5]})
+    total = sum(hit["own.sum()"].item() for hit in bp.hits)
+    bp.expect_return({"result.metrics['eval_loss']": total / 22}, tolerance=1e-6)
 
 def test_trainable_modules_by_part_and_by_prefix():
     model = new_model()
@@ -267,6 +418,21 @@ def test_trainer_equals_the_loop_by_hand():
     assert other == by_trainer(new_model(), arguments(**settings))[0]
     plain = by_trainer(new_model(), arguments())[0]
     assert by_hand(new_model(), arguments()) == plain and other != plain
+
+def test_rates_and_decay_by_part():
+    rates = dict(projector_lr=1e-3, language_model_lr=1e-5, learning_rate=1e-4)
+    args = arguments(trainable_modules=["all"], weight_decay=0.1, **rates)
+    trainer = VLMTrainer(new_model(), args, dataset, processor=processor)
+    groups = trainer.create_optimizer().param_groups
+    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for name, p in trainer.model.named_parameters():
+        want = 1e-4
+        if name.startswith("language_model"): want = 1e-5
+        elif "mm_projector" in name or ".mining." in name: want = 1e-3
+        assert rate[id(p)] == want, name
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    biases = [p for name, p in trainer.model.named_parameters() if name.endswith("bias")]
+    assert not any(id(p) in decayed for p in biases)
 
 def test_accumulation_agrees_in_every_way_of_batching():
     for batching, more in [
@@ -398,21 +564,6 @@ def test_smoothed_losses_and_metrics_of_all_logits():
     assert metrics["eval_right"] == int((logits.argmax(-1) == own).sum())
     assert abs(metrics["eval_loss"] - usual["eval_loss"]) < 0.05  # a mean of batches, not of tokens
 
-def test_rates_and_decay_by_part():
-    rates = dict(projector_lr=1e-3, language_model_lr=1e-5, learning_rate=1e-4)
-    args = arguments(trainable_modules=["all"], weight_decay=0.1, **rates)
-    trainer = VLMTrainer(new_model(), args, dataset, processor=processor)
-    groups = trainer.create_optimizer().param_groups
-    rate = {id(p): group["lr"] for group in groups for p in group["params"]}
-    for name, p in trainer.model.named_parameters():
-        want = 1e-4
-        if name.startswith("language_model"): want = 1e-5
-        elif "mm_projector" in name or ".mining." in name: want = 1e-3
-        assert rate[id(p)] == want, name
-    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
-    biases = [p for name, p in trainer.model.named_parameters() if name.endswith("bias")]
-    assert not any(id(p) in decayed for p in biases)
-
 def test_losses_by_source_add_up():
     second = LazySupervisedDataset(records[:9], processor, folder, uint8=True)
     two = Mixture([dataset, second], ["a", "b"], weight=[1, 1])
@@ -467,17 +618,3 @@ def test_trackers_get_the_numbers():
     written = next(str(p.parent) for p in Path(args.output_dir).rglob("events*"))
     scalars = set(EventAccumulator(written).Reload().Tags()["scalars"])
     assert {"train/loss", "train/data_wait", "train/samples_per_second"} <= scalars
-
-def test_checkpoint_that_cannot_be_written_is_said():
-    args = arguments(max_steps=6, save_total_limit=1)
-    trainer = VLMTrainer(new_model(), args, dataset, processor=processor)
-    usual = trainer._save
-
-    def full(output_dir=None, state_dict=None):
-        usual(output_dir, state_dict)
-        if output_dir.endswith("6"): raise OSError(28, "No space left on device")
-
-    trainer._save = full
-    with pytest.raises(ConfigError, match="No space left on device.*last good one is .*checkpoint-3"):
-        trainer.train()
-    assert sorted(p.name for p in Path(trainer.args.output_dir).iterdir()) == ["checkpoint-3"]

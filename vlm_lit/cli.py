@@ -80,7 +80,7 @@ def _common(
 ):
     "Vision-language-model pretraining: check data, train, ask, find out what went wrong."
 
-# %% ../nbs/21_cli.ipynb #c010
+# %% ../nbs/21_cli.ipynb #c009
 @app.command()
 def walk(
     data: Annotated[Path | None, Argument(help="LLaVA records. Default: an example.")] = None,
@@ -105,7 +105,7 @@ def walk(
             raise ConfigError(f"--index {index}: the data has {len(dataset)} record(s), from 0 on")
         typer.echo("\n".join(walk_lines(dataset, index)))
 
-# %% ../nbs/21_cli.ipynb #c017
+# %% ../nbs/21_cli.ipynb #c016
 @app.command("audit")
 def audit_data(
     data: _Data,
@@ -239,7 +239,7 @@ def chat(
         if sys.stdin.isatty(): print_status(CHAT_HELP)
         talk(partner, opened, "> " if sys.stdin.isatty() else "")
 
-# %% ../nbs/21_cli.ipynb #c040
+# %% ../nbs/21_cli.ipynb #c037
 @app.command("eval")
 def evaluate_model(
     model: _Model,
@@ -279,7 +279,7 @@ def evaluate_model(
         del result["predictions"]
         typer.echo(json.dumps(result, indent=1) if as_json else format_table(result))
 
-# %% ../nbs/21_cli.ipynb #c044
+# %% ../nbs/21_cli.ipynb #c040
 @app.command()
 def export(
     model: _Model,
@@ -302,7 +302,7 @@ def export(
         if push is not None:
             typer.echo(f"uploaded to {push_folder(folder, push, private)}")
 
-# %% ../nbs/21_cli.ipynb #c052
+# %% ../nbs/21_cli.ipynb #c044
 @app.command()
 def doctor():
     "Test the masks of known conversations; print what belongs in a bug report."

@@ -48,7 +48,7 @@ def user_errors():
     print_status(text.replace("control_tokens='escape'", "--control-tokens escape"))
     raise typer.Exit(code)
 
-# %% ../nbs/20a_commands.ipynb #c009
+# %% ../nbs/20a_commands.ipynb #c008
 def names_folder(
     name: str,  # A preset, a run or a model folder
 ) -> bool:
@@ -171,7 +171,7 @@ def example_record(
         "conversations": [{"from": role, "value": text} for role, text in turns],
     }
 
-# %% ../nbs/20a_commands.ipynb #c014
+# %% ../nbs/20a_commands.ipynb #c013
 def split_words(
     words: list[str],  # What the parser has left
     known: list[str],  # The command's own options
@@ -237,7 +237,7 @@ def short_recipe(
     }
     return [word for key, value in sections.items() for word in (f"--{key}", json.dumps(value))]
 
-# %% ../nbs/20a_commands.ipynb #c018
+# %% ../nbs/20a_commands.ipynb #c017
 def run_folder(
     files: list[Path],  # Recipes, or without any the data
     name: str | None,  # Of the run
@@ -296,7 +296,7 @@ def train_run(
     typer.echo("\n".join(result_lines(result)))
     typer.echo(f"everything is in {folder}; try it: vlm-lit chat {place} image.png")
 
-# %% ../nbs/20a_commands.ipynb #c022
+# %% ../nbs/20a_commands.ipynb #c019
 CHAT_HELP = "/image FILE shows an image, /clear starts over, /quit or Ctrl-D ends"
 
 def load(

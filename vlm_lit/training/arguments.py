@@ -24,7 +24,7 @@ PARTS = {
     "all": "",
 }  # part of a VLM -> how the names of its parameters begin
 
-# %% ../../nbs/16_arguments.ipynb #c010
+# %% ../../nbs/16_arguments.ipynb #c009
 def _arg(default, text, **kwargs):
     "A field with its line of help."
     if isinstance(default, list):

@@ -22,7 +22,7 @@ class BadLoss(ConfigError):
     "A step whose loss or gradient is not finite, or a spike; nothing was changed by it."
 
 class LossGuard(TrainerCallback):
-    "Looks at loss and gradients before the optimizer does. Raises `BadLoss`, or skips the step."
+    "Check loss and gradients before the optimizer steps. Raises `BadLoss`, or skips the step."
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ def _some(names, n=5):
     more = f" and {len(names) - n} more" if len(names) > n else ""
     return ", ".join(map(str, names[:n])) + more
 
-# %% ../../nbs/16b_callbacks.ipynb #c009
+# %% ../../nbs/16b_callbacks.ipynb #c011
 class Interrupted(Exception):
     "A run was asked to stop; its checkpoint is on disk."
 
@@ -99,7 +99,7 @@ class Interrupted(Exception):
         super().__init__(f"stopped {after}")
 
 class StopOnSignal(TrainerCallback):
-    "Ends a run after the current step when a signal asks for it."
+    "End a run after the current step when a signal was received."
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
         self.before = {}
 
-# %% ../../nbs/16b_callbacks.ipynb #c012
+# %% ../../nbs/16b_callbacks.ipynb #c015
 class ConsoleProgress(TrainerCallback):
     "A live bar in a terminal, a line every few seconds elsewhere."
 

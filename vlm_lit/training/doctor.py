@@ -281,7 +281,7 @@ def _counted(own):
     text = ", ".join(f"{own[key]:,} {word}" for key, word in kinds if own[key])
     return f"{own['records']:,} records: {text}" if text else f"{own['records']:,} records"
 
-# %% ../../nbs/18_doctor.ipynb #c026
+# %% ../../nbs/18_doctor.ipynb #c025
 _PACKAGES = ["torch", "transformers", "tokenizers", "accelerate", "peft", "datasets", "pillow"]
 
 def _version(package):

@@ -96,7 +96,7 @@ def _short(value) -> str:
     text = "absent" if value is ... else repr(value)
     return text if len(text) <= 60 else text[:59] + "…"
 
-# %% ../../nbs/16a_recipe.ipynb #c012
+# %% ../../nbs/16a_recipe.ipynb #c011
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _Count = Annotated[int, Field(ge=1)]
 
@@ -165,7 +165,7 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)  # What differs from the defaults
     lora: LoraRecipe | None = None
 
-# %% ../../nbs/16a_recipe.ipynb #c014
+# %% ../../nbs/16a_recipe.ipynb #c013
 def _merge(config: dict, new: dict, origin: str, origins: dict) -> None:
     "Put one file's settings over earlier ones, section by section and key by key."
     for section, values in new.items():
@@ -213,7 +213,7 @@ def _dotted(path: tuple) -> str:
     text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
     return text.removeprefix(".")
 
-# %% ../../nbs/16a_recipe.ipynb #c018
+# %% ../../nbs/16a_recipe.ipynb #c017
 def _refuse(path: tuple, text: str, origins: dict):
     "Raise `ConfigError` that begins with the file or flag a setting came from."
     prefixes = (path[:n] for n in range(len(path), -1, -1))
@@ -275,7 +275,7 @@ def _validate(kind, values, origins: dict, at: tuple = (), names=None):
     except ValidationError as e:
         _explain(e.errors(), values, at, names, origins)
 
-# %% ../../nbs/16a_recipe.ipynb #c020
+# %% ../../nbs/16a_recipe.ipynb #c019
 @cache
 def _presets() -> dict[str, dict]:
     "The presets of the package by name."
@@ -318,7 +318,7 @@ def _check_model(model: dict, origins: dict) -> None:
         origins,
     )
 
-# %% ../../nbs/16a_recipe.ipynb #c022
+# %% ../../nbs/16a_recipe.ipynb #c021
 SET_ELSEWHERE = (
     *("output_dir", "resume_from_checkpoint", "do_train", "do_eval", "do_predict"),
     *("local_rank", "parallelism_config", "hub_token"),
@@ -364,7 +364,7 @@ def _check_training(training: dict, origins: dict) -> dict:
             _refuse(("training", key), text, origins)
     return {key: value for key, value in training.items() if value != defaults[key]}
 
-# %% ../../nbs/16a_recipe.ipynb #c023
+# %% ../../nbs/16a_recipe.ipynb #c022
 def load_recipe(
     *paths: str | Path,  # YAML files; later ones win
     overrides: list[str] = (),  # As on a command line: `["--training.learning_rate", "2e-3"]`
@@ -378,7 +378,7 @@ def load_recipe(
     recipe.training = _check_training(recipe.training, origins)
     return recipe
 
-# %% ../../nbs/16a_recipe.ipynb #c039
+# %% ../../nbs/16a_recipe.ipynb #c033
 def _dump(values: dict, indent: str = "") -> str:
     "Values as YAML in their own order."
     text = yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
@@ -407,7 +407,7 @@ def save_recipe(
     write_text(path, format_recipe(recipe))
     return Path(path)
 
-# %% ../../nbs/16a_recipe.ipynb #c045
+# %% ../../nbs/16a_recipe.ipynb #c037
 MAY_DIFFER_ON_RESUME = (  # neither data nor updates depend on these, beyond rounding
     "data.eval_samples", "data.check_samples", "data.bad_samples.max_fraction", "data.*.license",
     "training.dataloader_num_workers", "training.dataloader_p*", "training.dataloader_in_order",

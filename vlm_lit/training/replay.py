@@ -134,7 +134,7 @@ def worst_records(
     image_folder: str | Path | None = None,  # For files
     batch_size: int = 8,  # Records per forward pass
 ) -> list[RecordLoss]:  # The highest mean loss per supervised token first
-    "The records that a model predicts worst: where labels are wrong, they show."
+    "The records that a model predicts worst, wrong labels among them."
     if n < 1 or batch_size < 1:
         raise ConfigError("n and batch_size must be at least 1")
     dataset = data
@@ -180,7 +180,7 @@ def _page(title, body):
         f"<h1>{title}</h1>{body}</html>\n"
     )
 
-# %% ../../nbs/20_replay.ipynb #c013
+# %% ../../nbs/20_replay.ipynb #c011
 @dataclass
 class Replay:
     "A step, taken again."
@@ -250,7 +250,7 @@ class Replay:
         if path is not None: Path(path).write_text(page, encoding="utf-8")
         return page
 
-# %% ../../nbs/20_replay.ipynb #c014
+# %% ../../nbs/20_replay.ipynb #c012
 class _Stop(TrainerCallback):
     "Runs one step under breakpoints, notes what it did, and ends the training there."
 
@@ -319,7 +319,7 @@ def _records_of(trainer, stop) -> list[RecordLoss]:
             out.append(_record_loss(data.name(i), i, data.datasets[k], n, sample, own.tolist()))
     return out
 
-# %% ../../nbs/20_replay.ipynb #c015
+# %% ../../nbs/20_replay.ipynb #c013
 def _run_folder(run) -> Path:
     "The folder of a run. Raises `ConfigError`."
     folders = (Path(run).expanduser(), Path("runs") / run)

@@ -35,7 +35,7 @@ from .arguments import VLMTrainingArguments
 from .meter import Meter
 from .flops import peak_flops, trainable_parts, training_flops
 
-# %% ../../nbs/17_trainer.ipynb #c006
+# %% ../../nbs/17_trainer.ipynb #c007
 def set_trainable_modules(
     model: nn.Module,  # Changed in place
     names: list[str],  # Parts of `PARTS`, or beginnings of parameter names
@@ -98,7 +98,7 @@ def reinit_modules(
                 raise ConfigError(f"reinit_modules: {layer} cannot make new weights of its own")
             module.reset_parameters()
 
-# %% ../../nbs/17_trainer.ipynb #c014
+# %% ../../nbs/17_trainer.ipynb #c018
 def _as_mixture(data, args, flips=True):
     "Sources as they come, or one data set as a mixture of one."
     if data is None or isinstance(data, Mixture): return data
@@ -137,7 +137,7 @@ def _batches(numbers, size):
     pairs = [(0, int(i)) for i in numbers]
     return [pairs[k : k + size] for k in range(0, len(pairs), size)]
 
-# %% ../../nbs/17_trainer.ipynb #c017
+# %% ../../nbs/17_trainer.ipynb #c020
 class _Evaluation:
     "Loss per supervised token, over all and by source."
 
@@ -199,7 +199,7 @@ def _ratio(pair) -> float:
     "Loss per token; not a number where nothing is supervised."
     return float(pair[0] / pair[1]) if pair[1] else math.nan
 
-# %% ../../nbs/17_trainer.ipynb #c019
+# %% ../../nbs/17_trainer.ipynb #c022
 class _Checkpoints:
     "Checkpoints of what trains, whole or not there."
 
@@ -312,9 +312,9 @@ def _to_disk(folder):
         if path.is_file():
             with open(path, "rb") as file: os.fsync(file.fileno())
 
-# %% ../../nbs/17_trainer.ipynb #c021
+# %% ../../nbs/17_trainer.ipynb #c024
 class _SetEpoch(TrainerCallback):
-    "Tells the sampler its epoch: accelerate's wrappers keep it back when a run resumes within one."
+    "Set the sampler's epoch, which accelerate's wrappers do not when a run resumes within one."
 
     def __init__(self, trainer): self.trainer = trainer
 
@@ -367,10 +367,10 @@ class VLMTrainer(_Evaluation, _Checkpoints, Trainer):
     def create_accelerator_and_postprocess(self):
         "accelerate would compile the whole model, names and generation included; layers suffice."
         args = self.args
-        asked = args.torch_compile_backend, args.torch_compile_mode
+        chosen = args.torch_compile_backend, args.torch_compile_mode
         args.torch_compile_backend = args.torch_compile_mode = None
         try: super().create_accelerator_and_postprocess()
-        finally: args.torch_compile_backend, args.torch_compile_mode = asked
+        finally: args.torch_compile_backend, args.torch_compile_mode = chosen
 
     def _make_meter(self, model, args):
         "Counts what a step does."
