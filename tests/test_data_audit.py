@@ -14,8 +14,10 @@ from vlm_lit.data.records import one_thread
 from vlm_lit.data.samplers import GlobalBatchSampler, mixture_draws, padding_ratio
 from vlm_lit.data.findings import AuditSettings, ERRORS, Finding, Tally, WARNINGS, inspect_chunk
 from vlm_lit.data.findings import severity
-import json, sys, tempfile
+import io, json, sys, tempfile
 import matplotlib.pyplot as plt
+from IPython import display
+from vlm_lit.debug.breakpoints import Breakpoint
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.text.tokenizer import load_tokenizer
 from small_parts import dirty_records, talk
@@ -26,8 +28,14 @@ from vlm_lit.data.audit import duplicates
 from vlm_lit.data.audit import summarize
 
 def setup_module():
-    global DIRTY, folder, record, tok
+    global DIRTY, folder, record, show, tok
     sys.path[:0] = ["../tests", "tests"]
+    def show(figure):
+        "A figure as a notebook displays it."
+        out = io.BytesIO()
+        figure.savefig(out, format="png", dpi=80)
+        plt.close(figure)
+        return display.Image(out.getvalue())
     tok = load_tokenizer("gemma")
     folder = Path(tempfile.mkdtemp())
     DIRTY = dirty_records(folder)
@@ -36,9 +44,20 @@ def setup_module():
 def test_duplicate_ids_are_found_across_chunks():
     records = Records([{"id": k % 7, "conversations": talk("q")} for k in range(20)])
     tally = count_all(AuditChunks(records, tok, AuditSettings(), size=6))
-    n, found = duplicates(tally, records, 3)
-    print(n, [(f.index, f.record) for f in found])
-    test_eq((n, [(f.index, f.record) for f in found]), (13, [(7, 0), (8, 1), (9, 2)]))
+    with Breakpoint(duplicates, at="return len(again)", watch="len(tally.ids) len(ids) again") as bp:
+        n, found = duplicates(tally, records, 3)
+    test_eq([(f.index, f.record) for f in found], [(7, 0), (8, 1), (9, 2)])
+    bp.expect({"len(tally.ids)": 4}, again=list(range(7, 20)))
+
+def test_only_decoding_finds_a_broken_image():
+    stops, watch = [], "tally.counts['image_unreadable'] tally.counts['image_missing'] len(lengths)"
+    for decode in (True, False):
+        settings = AuditSettings(image_folder=folder, decode_images=decode)
+        with Breakpoint(summarize, at="findings, counts = _findings", watch=watch) as bp:
+            audit(DIRTY, tok, settings)
+        stops.append(bp)
+    diff = stops[0].diff(stops[1], titles=("decoded", "only present"))
+    diff.expect({"tally.counts['image_unreadable']": (1, 0)})
 
 def test_dirty_data_is_not_ok_and_clean_data_is():
     report = audit(DIRTY, tok, AuditSettings(image_folder=folder, decode_images=True, max_length=900))

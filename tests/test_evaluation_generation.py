@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoPr
 from transformers import TextStreamer
 from transformers.utils.logging import disable_progress_bar
 from vlm_lit.core import IGNORE_INDEX, DataError
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.images import sample_image
 from vlm_lit.models.config import VLMConfig
 import torch
@@ -23,6 +24,7 @@ from vlm_lit.data.dataset import LazySupervisedDataset
 from small_parts import three_tokenizers
 from vlm_lit.evaluation.generation import Chat
 from vlm_lit.evaluation.generation import answer_batch
+from vlm_lit.evaluation.generation import generate_ids
 
 def setup_module():
     global IMAGES, QUESTIONS, llama, model, new_ids, other, photo, plain_greedy, processor, qwen, small_model, tok
@@ -79,6 +81,40 @@ def setup_module():
             ids = torch.cat([ids, torch.tensor([written[-1:]])], 1)
         return written
 
+def test_the_prompt_is_a_prefix_of_the_training_sample():
+    turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a box"}]
+    [trained] = processor.samples([turns], [[photo]])
+    watch = ["samples[0]['input_ids']", "stops"]
+    with Breakpoint(generate_ids, at='settings = {"do_sample"', watch=watch) as bp:
+        list(answer_batch(model, processor, ["what is it?"], [photo], max_new_tokens=3))
+    n = len(bp[watch[0]])
+    assert (trained["labels"][:n] == IGNORE_INDEX).all() and trained["labels"][n] != IGNORE_INDEX
+    print(n, "of", len(trained["input_ids"]), "ids are the prompt")
+    bp.expect({watch[0]: trained["input_ids"][:n]}, stops=stop_ids(tok))
+
+def test_an_answer_ends_before_its_stop_token():
+    samples = processor.samples(["what is it?"], [[photo]])
+    third = generate_ids(model, samples, tok, max_new_tokens=6)[0][2]
+    at = 'settings = {"do_sample"'
+    with Breakpoint(generate_ids, at=at, watch="stops", set={"stops": [third]}) as bp:
+        [short] = generate_ids(model, samples, tok, max_new_tokens=6)
+    assert third not in short
+    bp.expect_changed({"len(result[0])": (6, 2)})
+
+def test_padding_on_the_right_changes_answers():
+    questions = ["what?", "which of them is the blue one?"]
+    alone = processor(questions[0], photo)
+    with torch.no_grad():
+        want = model(**alone).logits[0, -1]
+        same = {}
+        for side in ("left", "right"):
+            padded = processor(questions, photo, padding_side=side)
+            same[side] = torch.allclose(model(**padded).logits[0, -1], want, atol=1e-4)
+    print("short question as if alone, by padding side:", same)
+    test_eq(same, {"left": True, "right": False})
+    with expect_fail(DataError, contains="prompts are padded on the right"):
+        model.generate(**padded)
+
 def test_processor_and_dataset_agree():
     folder = Path(tempfile.mkdtemp())
     photo.save(folder / "a.png")
@@ -122,7 +158,6 @@ def test_model_and_processor_come_back_from_one_folder():
         own.set_generation_config(saved)
         saved.save_pretrained(folder)
         own.save_pretrained(folder)
-        print(sorted(p.name for p in folder.iterdir()))
         assert {p.suffix for p in folder.iterdir()} <= {".json", ".safetensors", ".jinja", ".md"}
 
         loaded = AutoModelForImageTextToText.from_pretrained(folder).eval()
@@ -275,17 +310,3 @@ def test_streamed_answers_are_the_answers():
     pieces = list(generation._decoded(letters, newline))
     print(pieces)
     test_eq("".join(pieces), "blue 🐋 one")
-
-def test_padding_on_the_right_changes_answers():
-    questions = ["what?", "which of them is the blue one?"]
-    alone = processor(questions[0], photo)
-    with torch.no_grad():
-        want = model(**alone).logits[0, -1]
-        same = {}
-        for side in ("left", "right"):
-            padded = processor(questions, photo, padding_side=side)
-            same[side] = torch.allclose(model(**padded).logits[0, -1], want, atol=1e-4)
-    print("short question as if alone, by padding side:", same)
-    test_eq(same, {"left": True, "right": False})
-    with expect_fail(DataError, contains="prompts are padded on the right"):
-        model.generate(**padded)

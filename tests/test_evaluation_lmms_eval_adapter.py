@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 from fastcore.test import test_eq, expect_fail
 from PIL import ImageFile
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.core import IGNORE_INDEX
 from vlm_lit.images import sample_image
 from vlm_lit.weights.saving import save_model
@@ -110,6 +111,20 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
             )
         samples = sorted(out["samples"]["four_questions"], key=lambda sample: sample["doc_id"])
         return out["results"]["four_questions"], [sample["filtered_resps"] for sample in samples]
+
+def test_an_answer_is_cut_at_the_first_string():
+    text, until = "blue\nThe circle</s> is blue", ["</s>", "\n", "never"]
+    with Breakpoint(cut_at, at="return text", watch="text stops", set={"stops": []}) as bp:
+        cut_at(text, until)
+    bp.expect(stops=until)
+    bp.expect_changed(result=("blue", text))
+
+def test_settings_for_other_models_are_not_used():
+    task = {"max_new_tokens": 16, "temperature": 0, "until": ["\n"], "max_frames_num": 8}
+    with Breakpoint(generation_settings, at="if own.get", watch="unused own until") as bp:
+        with warnings.catch_warnings(record=True): generation_settings(task)
+    bp.expect(unused=["max_frames_num"], own={"max_new_tokens": 16, "temperature": 0})
+    bp.expect_return(result=({"max_new_tokens": 16, "do_sample": False}, ["\n"]))
 
 def test_answers_are_those_of_answer_batch():
     needs("lmms_eval")

@@ -5,6 +5,7 @@ from pathlib import Path
 from vlm_lit.core import ConfigError
 import tempfile
 from fastcore.test import expect_fail, test_eq
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.evaluation.metrics import _edit_distance
 from vlm_lit.evaluation.metrics import anls
 from vlm_lit.evaluation.metrics import contains
@@ -15,40 +16,27 @@ from vlm_lit.evaluation.metrics import question_only_baseline
 from vlm_lit.evaluation.metrics import score_answers
 
 def setup_module():
-    global MINE, folder
+    global ASKED, MINE, TRAIN, folder
     folder = Path(tempfile.mkdtemp())
     MINE = "def score(prediction, answer, record):\n    return abs(len(prediction) - len(answer))\n"
     (folder / "my.py").write_text(MINE)
+    TRAIN = [("how many dots?", "1"), ("how many dots?", "3"), ("How many dots?", "3")]
+    TRAIN += [("is it dark?", "yes"), ("is it dark?", "no"), ("is it old?", "no")]
+    ASKED = ["how many dots?", "is it dark?", "is it new?"]
 
-def test_metrics_of_single_answers():
-    pairs = [
-        ("No.", "no"),
-        ("I see no dots.", "no"),
-        ("nothing", "no"),
-        ("recieve", "receive"),
-        ("12.5", "12"),
-    ]
-    print(f"{'prediction':16}{'answer':10}exact  contains  anls")
-    for p, a in pairs:
-        print(f"{p:16}{a:10}{exact(p, a):<7}{contains(p, a):<10}{anls(p, a):.3f}")
-    test_eq([exact(*pair) for pair in pairs], [1.0, 0.0, 0.0, 0.0, 0.0])
-    test_eq([contains(*pair) for pair in pairs], [1.0, 1.0, 0.0, 0.0, 1.0])
-    # the period counts
-    test_eq([round(anls(*pair), 3) for pair in pairs], [0.667, 0.0, 0.0, 0.714, 0.0])
+def test_a_spelling_mistake_costs_its_share():
+    with Breakpoint(anls, at="return 1 - distance", watch="a b distance") as bp:
+        anls("recieve", "receive")
+        anls("nothing", "no")
+    bp.expect_each(distance=[2 / 7, 5 / 7], tolerance=1e-9)
+    bp.expect_return(result=1 - 2 / 7, tolerance=1e-9)
 
-def test_baselines_of_a_few_questions():
-    train = [
-        ("how many dots?", "1"),
-        ("how many dots?", "3"),
-        ("How many dots?", "3"),
-        ("is it dark?", "yes"),
-        ("is it dark?", "no"),
-        ("is it old?", "no"),
-    ]
-    asked = ["how many dots?", "is it dark?", "is it new?"]
-    print(majority_baseline(train, asked), question_only_baseline(train, asked))
-    test_eq(majority_baseline(train, asked), ["3"] * 3)  # "3" and "no" twice each
-    test_eq(question_only_baseline(train, asked), ["3", "no", "3"])  # a tie, a new question
+def test_the_question_alone_suggests_its_answer():
+    at = "return [best.get(normalize_answer"
+    with Breakpoint(question_only_baseline, at=at, watch="best other", set={"best": {}}) as bp:
+        question_only_baseline(TRAIN, ASKED)
+    bp.expect(best={"how many dots?": "3", "is it dark?": "no", "is it old?": "no"}, other="3")
+    bp.expect_changed(result=(["3", "no", "3"], ["3", "3", "3"]))
 
 def test_metrics_at_their_edges():
     pairs = [(" A  blue\ncircle. ", "a blue circle"), ("cafe\u0301", "caf\u00e9"), ("", ""), ("a", "")]
@@ -82,3 +70,15 @@ def test_metrics_by_name():
     ]:
         with expect_fail(ConfigError, contains=message):
             score_answers(metric, "a", "b", {"id": 7})
+
+def test_metrics_of_single_answers():
+    pairs = [("No.", "no"), ("I see no dots.", "no"), ("nothing", "no"), ("recieve", "receive")]
+    pairs += [("12.5", "12")]
+    test_eq([exact(*pair) for pair in pairs], [1.0, 0.0, 0.0, 0.0, 0.0])
+    test_eq([contains(*pair) for pair in pairs], [1.0, 1.0, 0.0, 0.0, 1.0])
+    # the period counts
+    test_eq([round(anls(*pair), 3) for pair in pairs], [0.667, 0.0, 0.0, 0.714, 0.0])
+
+def test_baselines_of_a_few_questions():
+    test_eq(majority_baseline(TRAIN, ASKED), ["3"] * 3)  # "3" and "no" twice each
+    test_eq(question_only_baseline(TRAIN, ASKED), ["3", "no", "3"])  # a tie, a new question

@@ -16,8 +16,10 @@ from vlm_lit.evaluation.generation import generate_ids
 from vlm_lit.evaluation.metrics import score_answers, load_metric, majority_baseline
 from vlm_lit.evaluation.metrics import question_only_baseline
 from vlm_lit.evaluation.metrics import anls, contains, exact
-import json
+import io, json
 import lzma, tempfile
+import matplotlib.pyplot as plt
+from IPython import display
 from types import SimpleNamespace
 from fastcore.test import test_eq, test_close, expect_fail
 from PIL import Image, ImageDraw
@@ -36,9 +38,16 @@ from vlm_lit.evaluation.scoring import format_table
 from vlm_lit.evaluation.scoring import predict
 
 def setup_module():
-    global MINE, Oracle, dot_records, draw_dots, folder, golden, golden_tokenizer, processor, processor_of, record, records, small_model, small_tokenizer, texts, tok
+    global COLORS, HATCHES, MINE, Oracle, dot_records, draw_dots, folder, golden, golden_tokenizer, processor, processor_of, record, records, show, small_model, small_tokenizer, texts, tok
     golden = next(p for p in (Path("../tests/golden"), Path("tests/golden")) if p.is_dir())
     folder = Path(tempfile.mkdtemp())
+    COLORS, HATCHES = ["#f2f2f2", "#b0b0b0", "#6baed6", "#08519c"], ["", "//", "", ""]
+    def show(figure):
+        "A figure as a notebook displays it."
+        out = io.BytesIO()
+        figure.savefig(out, format="png", dpi=80)
+        plt.close(figure)
+        return display.Image(out.getvalue())
     def draw_dots(n, dark):
         "An image of a few dots on a dark or a light ground."
         image = Image.new("RGB", (64, 64), "#203040" if dark else "#e0e8f0")
@@ -183,43 +192,21 @@ def setup_module():
             settings = dict(batch_first=True, padding_value=pad_token_id)
             return torch.cat([input_ids, torch.nn.utils.rnn.pad_sequence(rows, **settings)], 1)
 
-def test_questions_about_an_image_meet_in_a_batch():
-    print(batch_by_image(["a", "b", "a", "c", "b", "a"], 4))
-    test_eq(batch_by_image(["a", "b", "a", "c", "b", "a"], 4), [[0, 2, 5], [1, 4, 3]])
-    test_eq(batch_by_image(["a"] * 5, 2), [[0, 1], [2, 3], [4]])
-    test_eq(batch_by_image([(), (), ()], 2), [[0, 1], [2]])  # no image: nothing shared
-    test_eq(batch_by_image([], 2), [])
-    with expect_fail(ConfigError, contains="batch_size must be at least 1"):
-        batch_by_image(["a"], 0)
+def test_a_prompt_ends_where_its_answer_starts():
+    sample = LazySupervisedDataset(records, processor, folder, uint8=True)[2]
+    late, watch = {"starts": lambda starts: starts.roll(1)}, "starts.nonzero().flatten()"
+    with Breakpoint(_prompts, at="images = {k: sample[k]", watch=watch, set=late) as bp:
+        _prompts(sample)
+    bp.expect({watch: [15, 32, 46]})
+    bp.expect_changed({"[len(p['input_ids']) for p in result]": ([15, 32, 46], [16, 33, 47])})
 
-def test_sample_is_fixed_and_nested():
-    chosen = fixed_sample(9673, 1200)
-    print(len(chosen), "of 9673:", *chosen[:6], "...")
-    test_eq(chosen[:6], [15, 36, 44, 46, 74, 76])  # results of earlier runs rest on it
-    assert len(set(chosen)) == 1200 and chosen == sorted(chosen)
-    assert set(fixed_sample(9673, 400)) < set(chosen) != set(fixed_sample(9673, 1200, seed=1))
-    assert fixed_sample(50) == list(range(50)) == fixed_sample(50, 99)
-    test_close(2 * (0.9 * 0.1 / 1200) ** 0.5, 0.017, eps=0.001)  # "about two points"
-    with expect_fail(ConfigError, contains="sample must be at least 1"):
-        fixed_sample(9, 0)
-
-def test_oracle_is_always_right():
-    llama = golden_tokenizer("sentencepiece_like", "<s>", "</s>", "<unk>")
-    for tokenizer, template in [(tok, "gemma"), (llama, "v1")]:
-        for cached in (False, True):
-            ds = LazySupervisedDataset(records, processor_of(tokenizer, template), folder, uint8=True)
-            if cached: ds.cache_in_memory()
-            for batch_size, indices in [(7, None), (64, None), (3, [19, 18, 2, 0])]:
-                oracle = Oracle(ds)
-                rows, skipped = predict(oracle, ds, batch_size, indices=indices)
-                assert all(row["prediction"] == row["answer"] for row in rows) and not skipped
-            names = ["text", "two", "two", *["talk-1dark.png"] * 3, "count-1dark.png"]
-            test_eq([row["id"] for row in rows], names)
-        oracle = Oracle(ds)
-        rows, _ = predict(oracle, ds, batch_size=64)
-        # the images of the record "two" are among them
-        test_eq((len(rows), oracle.shown), (6 * 5 + 3, 6))
-    print(len(rows), "questions,", oracle.shown, "images encoded")
+def test_predictions_are_put_back_to_their_turns():
+    ds, model = LazySupervisedDataset(records, processor, folder, uint8=True), small_model(len(tok))
+    watch = ["[row['turn'] for row in rows]", "[len(p['input_ids']) for p in own]"]
+    with Breakpoint(_answer_batch, at="answers = generate_ids", watch=watch) as bp:
+        rows, skipped = predict(model, ds, indices=[2], max_new_tokens=4)
+    for row in rows: print(row["turn"], row["question"], "|", row["answer"])
+    bp.expect({watch[0]: [0, 2, 4], watch[1]: [15, 32, 46]})
 
 def test_predictions_do_not_depend_on_their_own_answers():
     def answered(text):
@@ -241,36 +228,15 @@ def test_predictions_do_not_depend_on_their_own_answers():
     print("first turns equal:", first[0] == first[1], "| later turns equal:", later[0] == later[1])
     assert first[0] == first[1] and later[0] != later[1] and len(set(first[0])) > 1 and model.training
 
-def test_scores_by_type_and_baselines():
+def test_what_each_question_alone_suggests():
     ds = LazySupervisedDataset(records, processor, folder, uint8=True)
-    metrics = ("exact", f"{folder}/my.py:score")
-    result = evaluate(
-        Oracle(ds), None, ds, metrics=metrics, train_data=ds, out=folder / "predictions.jsonl"
+    at = "return [best.get(normalize_answer"
+    with Breakpoint(question_only_baseline, at=at, watch="len(train) best other") as bp:
+        result = evaluate(Oracle(ds), None, ds, train_data=ds)
+    print(
+        result["metrics"]["exact"]["all"], f"{result['baselines']['question_only']['exact']['all']:.4f}"
     )
-    groups = ("all", "count", "yes_no")
-    test_eq(
-        result["metrics"], {"exact": dict.fromkeys(groups, 1.0), "score": dict.fromkeys(groups, 0.0)}
-    )
-    test_eq((result["n"], result["n_by_type"], result["skipped"]), (33, {"count": 6, "yes_no": 8}, []))
-    majority, blind = [result["baselines"][name]["exact"] for name in ("majority", "question_only")]
-    test_eq((blind, majority["yes_no"]), ({"all": 19 / 33, "count": 2 / 6, "yes_no": 5 / 8}, 0.5))
-    written = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    test_eq((written, json.loads(json.dumps(result))), (result["predictions"], result))
-    print(written[0])
-    test_eq(
-        written[0],
-        {
-            "id": "count-1dark.png",
-            "index": 0,
-            "image": "1dark.png",
-            "type": "count",
-            "turn": 0,
-            "question": "how many dots?",
-            "answer": "1",
-            "prediction": "1",
-            "scores": {"exact": 1.0, "score": 0.0},
-        },
-    )
+    bp.expect({"best['is it dark?']": "yes", "best['how many dots?']": "1"})
 
 def test_prompts_end_where_their_answers_begin():
     llama = golden_tokenizer("sentencepiece_like", "<s>", "</s>", "<unk>")
@@ -376,9 +342,78 @@ def test_evaluations_that_cannot_be_are_refused():
         evaluate(model, processor, [record("open", None, "q")], **lenient)
     bad = [record("open", None, "q"), *records[:2]]
     result = evaluate(model, processor, bad, train_data=bad, max_new_tokens=2, **lenient)
-    print(format_table({**result, "n_by_type": {"count": 1, "yes_no": 1}}))
+    for line in format_table({**result, "n_by_type": {"count": 1, "yes_no": 1}}).splitlines():
+        print(line[:100])
     left_out = [(row["id"], row.get("data")) for row in result["skipped"]]
     test_eq(left_out, [("open", "train"), ("open", None)])
     odd = [{**records[0], "type": "\x1b[31m"}]
     odd = evaluate(model, processor, odd, image_folder=folder, max_new_tokens=2)
     assert "\x1b" not in format_table(odd) and "\\x1b[31m" in format_table(odd)
+
+def test_questions_about_an_image_meet_in_a_batch():
+    print(batch_by_image(["a", "b", "a", "c", "b", "a"], 4))
+    test_eq(batch_by_image(["a", "b", "a", "c", "b", "a"], 4), [[0, 2, 5], [1, 4, 3]])
+    test_eq(batch_by_image(["a"] * 5, 2), [[0, 1], [2, 3], [4]])
+    test_eq(batch_by_image([(), (), ()], 2), [[0, 1], [2]])  # no image: nothing shared
+    test_eq(batch_by_image([], 2), [])
+    with expect_fail(ConfigError, contains="batch_size must be at least 1"):
+        batch_by_image(["a"], 0)
+
+def test_sample_is_fixed_and_nested():
+    chosen = fixed_sample(9673, 1200)
+    print(len(chosen), "of 9673:", *chosen[:6], "...")
+    test_eq(chosen[:6], [15, 36, 44, 46, 74, 76])  # results of earlier runs rest on it
+    assert len(set(chosen)) == 1200 and chosen == sorted(chosen)
+    assert set(fixed_sample(9673, 400)) < set(chosen) != set(fixed_sample(9673, 1200, seed=1))
+    assert fixed_sample(50) == list(range(50)) == fixed_sample(50, 99)
+    test_close(2 * (0.9 * 0.1 / 1200) ** 0.5, 0.017, eps=0.001)  # "about two points"
+    with expect_fail(ConfigError, contains="sample must be at least 1"):
+        fixed_sample(9, 0)
+
+def test_oracle_is_always_right():
+    llama = golden_tokenizer("sentencepiece_like", "<s>", "</s>", "<unk>")
+    for tokenizer, template in [(tok, "gemma"), (llama, "v1")]:
+        for cached in (False, True):
+            ds = LazySupervisedDataset(records, processor_of(tokenizer, template), folder, uint8=True)
+            if cached: ds.cache_in_memory()
+            for batch_size, indices in [(7, None), (64, None), (3, [19, 18, 2, 0])]:
+                oracle = Oracle(ds)
+                rows, skipped = predict(oracle, ds, batch_size, indices=indices)
+                assert all(row["prediction"] == row["answer"] for row in rows) and not skipped
+            names = ["text", "two", "two", *["talk-1dark.png"] * 3, "count-1dark.png"]
+            test_eq([row["id"] for row in rows], names)
+        oracle = Oracle(ds)
+        rows, _ = predict(oracle, ds, batch_size=64)
+        # the images of the record "two" are among them
+        test_eq((len(rows), oracle.shown), (6 * 5 + 3, 6))
+    print(len(rows), "questions,", oracle.shown, "images encoded")
+
+def test_scores_by_type_and_baselines():
+    ds = LazySupervisedDataset(records, processor, folder, uint8=True)
+    metrics = ("exact", f"{folder}/my.py:score")
+    result = evaluate(
+        Oracle(ds), None, ds, metrics=metrics, train_data=ds, out=folder / "predictions.jsonl"
+    )
+    groups = ("all", "count", "yes_no")
+    test_eq(
+        result["metrics"], {"exact": dict.fromkeys(groups, 1.0), "score": dict.fromkeys(groups, 0.0)}
+    )
+    test_eq((result["n"], result["n_by_type"], result["skipped"]), (33, {"count": 6, "yes_no": 8}, []))
+    majority, blind = [result["baselines"][name]["exact"] for name in ("majority", "question_only")]
+    test_eq((blind, majority["yes_no"]), ({"all": 19 / 33, "count": 2 / 6, "yes_no": 5 / 8}, 0.5))
+    written = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    test_eq((written, json.loads(json.dumps(result))), (result["predictions"], result))
+    test_eq(
+        written[0],
+        {
+            "id": "count-1dark.png",
+            "index": 0,
+            "image": "1dark.png",
+            "type": "count",
+            "turn": 0,
+            "question": "how many dots?",
+            "answer": "1",
+            "prediction": "1",
+            "scores": {"exact": 1.0, "score": 0.0},
+        },
+    )

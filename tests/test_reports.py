@@ -4,6 +4,7 @@ from vlm_lit.text.messages import image_names
 import sys, tempfile
 from pathlib import Path
 from fastcore.test import test_eq
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.images import sample_image
 from vlm_lit.data.audit import audit
 from vlm_lit.data.findings import AuditSettings
@@ -77,11 +78,26 @@ def test_curves_draw_what_there_is():
     test_eq(plot_curves([{"step": 1, "loss": 0.0}]).axes[0].get_yscale(), "linear")
     test_eq(running_mean([1.0, 3.0, 5.0], 2), [1.0, 2.0, 4.0])
 
+def test_wrong_answers_take_up_to_half_of_a_sheet():
+    right = [False, True, False, True, True, True]
+    with Breakpoint(pick_samples, at="n_wrong = min", watch="wrong good n") as bp:
+        pick_samples(right, 4)
+    bp.expect(wrong=[0, 2], good=[1, 3, 4, 5])
+    bp.expect_return(result=[0, 2, 1, 4])
+
 def test_wrong_answers_come_first_up_to_half():
     test_eq(pick_samples([True] * 20, 4), [0, 5, 10, 15])
     test_eq(pick_samples([False, True, False, True, True, True], 4), [0, 2, 1, 4])
     test_eq(len(pick_samples([False] * 3 + [True] * 1, 8)), 4)
     test_eq(pick_samples([False] * 10, 4), [0, 2, 5, 7])
+
+def test_an_id_of_the_data_is_escaped():
+    raw = {"where": lambda where: html.unescape(where)}
+    odd = "'script' in str(e['id'])"
+    with Breakpoint(audit_page, at="examples += f", watch="e['id'] where", when=odd, set=raw) as bp:
+        audit_page(report)
+    bp.expect({"e['id']": "<script>alert(1)</script>", "'&lt;script&gt;' in where": True})
+    bp.expect_changed({"'<script>' in result": (False, True)})
 
 def test_audit_page_escapes_what_the_data_says():
     page = audit_page(report, "<Audit>")

@@ -5,10 +5,31 @@ from transformers import TrainerCallback
 from vlm_lit.files import write_rows
 import tempfile
 from types import SimpleNamespace
+from fastcore.test import test_eq
 from vlm_lit.data.collator import BatchInfo
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.training.meter import Meter
 from vlm_lit.training.meter import MetricsFile
 from vlm_lit.training.meter import read_metrics
+
+def test_losses_are_summed_by_source():
+    info = BatchInfo([0, 1], [0, 1], [30, 20], [1, 0], [4, 6])
+    meter = Meter(["captions", "dialogues"])
+    at, watch = "self.sums[0].index_add_", "which token_losses self.sums"
+    with Breakpoint(Meter.add_losses, at=at, watch=watch) as bp:
+        meter.add_losses(info, torch.tensor([1.0] * 4 + [2.0] * 6))
+    bp.expect(which=[0] * 4 + [1] * 6)
+    bp.expect_after({"self.sums": [[4.0, 12.0], [0.0, 0.0]]})
+
+def test_a_resumed_run_removes_later_lines():
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "metrics.jsonl"
+        path.write_text("".join(f'{{"step": {n}}}\n' for n in (2, 4, 6)) + '{"step": 8, "lo')
+        state, at = SimpleNamespace(is_world_process_zero=True, global_step=4), "write_rows(self.path"
+        with Breakpoint(MetricsFile.on_train_begin, at=at, watch="state.global_step rows") as bp:
+            MetricsFile(path, Meter(["a"])).on_train_begin(None, state, None)
+        test_eq([row["step"] for row in read_metrics(path)], [2, 4])
+    bp.expect(rows=[{"step": 2}, {"step": 4}])
 
 def test_meter_counts_by_source_and_by_the_wall():
     meter = Meter(["a", "b"], flops=lambda info: 10.0 * sum(info.lengths), peak=100.0, world_size=1)

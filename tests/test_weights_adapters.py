@@ -8,9 +8,13 @@ from vlm_lit.files import write_file
 from vlm_lit.models.vlm import VLM
 from vlm_lit.weights.language_models import raise_misfit, read_state
 import sys, torch, warnings
+import peft
 from fastcore.test import expect_fail, test_close, test_eq
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.images import sample_image
 from small_parts import logits, shake, tiny_model, workshop
+from vlm_lit.weights.adapters import _inject
+from vlm_lit.weights.adapters import _lora_targets
 from vlm_lit.weights.adapters import add_lora
 from vlm_lit.weights.adapters import has_lora
 from vlm_lit.weights.adapters import load_lora
@@ -20,6 +24,39 @@ from vlm_lit.weights.adapters import save_lora
 def setup_module():
 
     sys.path[:0] = ["../tests", "tests"]
+
+def test_only_adapters_train_in_the_language_model():
+    own = "[n for n, p in model.language_model.named_parameters() if p.requires_grad]"
+    with workshop():
+        model, _ = tiny_model()
+        watch = [f"len({own})", f"{own}[:2]", "{p.dtype for p in model.parameters()}"]
+        with Breakpoint(_inject, at="return model.train", watch=watch) as bp:
+            add_lora(model, {"r": 4})
+    assert model.image_encoder.mm_projector[0].weight.requires_grad  # trains as it is
+    bp.expect({f"len({own})": 2 * 28, f"all('.lora_' in n for n in {own})": True})
+
+def test_adapters_in_the_whole_model_would_be_in_the_tower():
+    with workshop(): model, _ = tiny_model()
+    with Breakpoint(_lora_targets, at="return list(wanted or kinds)", watch="kinds len(linear)") as bp:
+        names = _lora_targets(model.language_model, None)
+    inside = [n for n, m in model.image_encoder.named_modules() if n.split(".")[-1] in names]
+    print(len(inside), "in the tower:", *sorted({name.split(".")[-1] for name in inside}))
+    test_eq(len(inside), 2 * 3)
+    bp.expect(kinds="down_proj gate_proj k_proj o_proj q_proj up_proj v_proj".split())
+    bp.expect({"len(linear)": 28})
+
+def test_a_misspelt_target_is_an_error():
+    targets = ["q_proj", "v_porj"]
+    with workshop():
+        model, _ = tiny_model()
+        with Breakpoint(_lora_targets, at="raise ConfigError(", watch="target kinds") as bp:
+            with expect_fail(ConfigError, contains="did you mean 'v_proj'"):
+                add_lora(model, {"target_modules": targets})
+        peft.inject_adapter_in_model(peft.LoraConfig(target_modules=targets), model.language_model)
+    adapters = [n for n, _ in model.named_parameters() if ".lora_A." in n]
+    print(len(adapters), "adapters of peft:", *{name.split(".")[-4] for name in adapters})
+    test_eq({name.split(".")[-4] for name in adapters}, {"q_proj"})
+    bp.expect(target="v_porj")
 
 def test_merged_adapters_give_equal_logits():
     with workshop():

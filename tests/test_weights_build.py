@@ -18,11 +18,13 @@ import sys
 import tempfile
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.core import peek
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.text.labels import preprocess
 from vlm_lit.text.sentinels import preprocess_multimodal
 from vlm_lit.weights.language_models import package_pieces
 from small_parts import MGM, gguf_words, hushed, mgm_parts, needs, picture_rows, same, small_tokenizer
 from vlm_lit.weights.build import build_model
+from vlm_lit.weights.build import combined_model
 from vlm_lit.weights.build import load_preset_tokenizer
 
 def setup_module():
@@ -32,6 +34,24 @@ def setup_module():
     SMOL = load_preset("smol")
     def tiny(seed=0, **overrides):
         return make_model(preset_config("tiny", small_tok, **overrides), seed)
+
+def test_the_frame_has_no_memory():
+    devices = "{p.device.type for p in model.parameters()}"
+    at = "encoder = model.image_encoder"
+    with mgm_parts(), Breakpoint(combined_model, at=at, watch=[devices]) as bp:
+        model = build_model("mgm-2b", **MGM)
+    test_eq({p.device.type for p in model.parameters()}, {"cpu"})
+    bp.expect({devices: {"meta"}}, hits=1)
+
+def test_new_weights_stay_float32():
+    at, stops = "return model.eval()", []
+    watch = ["language_model.dtype", "vision_tower.dtype", "encoder.mm_projector[0].weight.dtype"]
+    for dtype in (torch.float32, torch.bfloat16):
+        with mgm_parts(), Breakpoint(combined_model, at=at, watch=watch) as bp:
+            build_model("mgm-2b", dtype=dtype, **MGM)
+        stops.append(bp)
+    pair = torch.float32, torch.bfloat16
+    stops[0].diff(stops[1], titles=("float32", "bfloat16")).expect({w: pair for w in watch[:2]})
 
 def test_build_model_puts_published_weights_in():
     with mgm_parts():

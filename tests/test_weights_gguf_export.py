@@ -18,11 +18,13 @@ import numpy as np
 from fastcore.test import test_eq, expect_fail
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPVisionConfig, GemmaConfig
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.models.config import VLMConfig
 from vlm_lit.weights.presets import make_model
 from small_parts import TINY_TEXT, TINY_VISION, hushed, small_tokenizer, three_tokenizers
 from vlm_lit.weights.gguf_export import export_gguf
 from vlm_lit.weights.gguf_export import gguf_vocabulary
+from vlm_lit.weights.gguf_export import interleave_halves
 from vlm_lit.weights.gguf_export import load_gguf
 
 def setup_module():
@@ -57,6 +59,30 @@ def setup_module():
             shape = [int(n) for n in reversed(t.shape)]
             tensors[t.name] = torch.from_numpy(np.array(data)).float().reshape(shape)
         return keys, tensors
+
+def test_rows_of_each_head_are_interleaved():
+    rows = torch.arange(8)[:, None]
+    with Breakpoint(interleave_halves, at="split = ", watch="heads tensor", set={"heads": 1}) as bp:
+        interleave_halves(rows, 2)
+    order = "result.flatten().tolist()"
+    bp.expect_changed({order: ([0, 2, 1, 3, 4, 6, 5, 7], [0, 4, 1, 5, 2, 6, 3, 7])})
+
+def test_rows_in_the_wrong_order_change_the_logits():
+    def logits_read_back(model, processor, ids=torch.arange(5, 40)[None]):
+        "Largest difference of logits between a model and its file, read by transformers."
+        with tempfile.TemporaryDirectory() as folder, hushed(), torch.no_grad():
+            export_gguf(model, processor, folder)
+            again = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf")
+            return (again(ids).logits - model.language_model(ids).logits).abs().max().item()
+
+    made, at = tiny(), "return split.transpose"
+    right, back = logits_read_back(*made), lambda split: split.transpose(1, 2)
+    with Breakpoint(interleave_halves, at=at, watch="heads split.shape", set={"split": back}) as bp:
+        wrong = logits_read_back(*made)
+    print(f"largest difference of a logit: {right} as written, {wrong:.2f} in the wrong order")
+    test_eq(right, 0.0)
+    assert wrong > 0.01
+    bp.expect_each(heads=[2, 1] * 4)
 
 def test_vocabularies_are_those_of_llama_cpp():
     gemma, llama, qwen = [gguf_vocabulary(t, n_ids(t) + 2) for t in FAMILIES]

@@ -14,8 +14,10 @@ from vlm_lit.weights.towers import CONVNEXT_NAMES, translated
 from vlm_lit.weights.language_models import read_state, format_names, weights_of
 import sys
 import tempfile
+import textwrap
 from fastcore.test import test_eq, expect_fail
 from transformers import GemmaConfig
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.images import finish_images
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -23,6 +25,7 @@ from vlm_lit.files import write_json
 from vlm_lit.models.config import sub_config
 from vlm_lit.weights.build import build_model
 from small_parts import MGM, TINY_TEXT, mgm_file, mgm_models, mgm_parts, picture_rows, save_as_mgm
+from vlm_lit.weights.interchange import fill_tensors
 from vlm_lit.weights.interchange import gemma_embedding_scale
 from vlm_lit.weights.interchange import load_mgm
 from vlm_lit.weights.interchange import load_projector
@@ -35,11 +38,42 @@ def setup_module():
     sys.path[:0] = ["../tests", "tests"]
     MGM_2B, LLAVA_7B = mgm_models()
 
+def test_only_the_last_layer_takes_the_factor():
+    watch = "n factor want[n].std() state[n].std()"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mm_projector.bin"
+        mgm_file(path, MGM_2B)
+        with Breakpoint(fill_tensors, at="want[n].copy_(", watch=watch, when="times_factor") as bp:
+            load_projector(MGM_2B, path)
+    bp.expect_each(n=["mm_projector.2.weight", "mm_projector.2.bias"], factor=[32**0.5] * 2)
+
+def test_without_the_factor_image_tokens_are_too_small():
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mm_projector.bin"
+        mgm_file(path, MGM_2B)
+        load_projector(MGM_2B, path)
+        right, watch = picture_rows(MGM_2B).std(), "factor len(matched)"
+        once, change = lambda found: "n" not in found, {"factor": 1.0}
+        with Breakpoint(fill_tensors, "for n in matched", watch, when=once, set=change) as bp:
+            load_projector(MGM_2B, path)
+        wrong = picture_rows(MGM_2B).std()
+        load_projector(MGM_2B, path)
+    print(f"standard deviation of image tokens: {right:.3g} with the factor, {wrong:.3g} without")
+    torch.testing.assert_close(right / wrong, torch.tensor(32**0.5))
+    bp.expect_changed(factor=(32**0.5, 1.0))
+
+def test_a_name_of_mgm_becomes_ours():
+    at, layer = 'return "image_encoder.vision_tower_aux."', "encoder.stages.1.layers.0"
+    with Breakpoint(mgm_name, at=at, watch="inside theirs") as bp:
+        mgm_name("model.vision_tower_aux.vision_stages.1.blocks.0.gamma")
+    bp.expect(theirs="stages.1.blocks.0.gamma")
+    bp.expect_return(result=f"image_encoder.vision_tower_aux.{layer}.layer_scale_parameter")
+
 def test_factor_is_that_of_transformers_4():
     kinds = ("gemma", "gemma2", "llama", "qwen2", "gemma3_text")
     factors = [gemma_embedding_scale(sub_config(dict(hidden_size=2048), kind)) for kind in kinds]
     test_eq(factors, [2048**0.5, 2048**0.5, 1, 1, 1])
-    # today: the table scales words, and the model leaves rows alone
+    # transformers 5: the table scales text, and the model leaves image tokens as they are
     model = AutoModelForCausalLM.from_config(GemmaConfig(**TINY_TEXT))
     words, raw = model.get_input_embeddings()(torch.tensor([5])), model.get_input_embeddings().weight[5]
     torch.testing.assert_close(words[0], raw * gemma_embedding_scale(model.config))

@@ -17,6 +17,7 @@ import hashlib
 import os, sys, tempfile
 from fastcore.test import test_eq, expect_fail
 from transformers import GemmaConfig, LlamaConfig
+from vlm_lit.debug.breakpoints import Breakpoint
 from safetensors.torch import save_file
 from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.weights.presets import load_preset, make_model, preset_config
@@ -25,6 +26,7 @@ from vlm_lit.weights.language_models import converted_gguf
 from vlm_lit.weights.language_models import gguf_key
 from vlm_lit.weights.language_models import joined_pieces
 from vlm_lit.weights.language_models import load_language_model
+from vlm_lit.weights.language_models import load_pretrained
 from vlm_lit.weights.language_models import model_folder
 from vlm_lit.weights.language_models import package_file
 from vlm_lit.weights.language_models import package_pieces
@@ -33,23 +35,51 @@ from vlm_lit.weights.language_models import read_state
 from vlm_lit.weights.language_models import used_generation_config
 
 def setup_module():
-    global SMOL, small_tok, tiny, tok
+    global QUERY, SMOL, UP, save_with_hole, small_tok, tiny, tok
     sys.path[:0] = ["../tests", "tests"]
     tok, small_tok = load_tokenizer("gemma"), small_tokenizer()
     SMOL = load_preset("smol")
     def tiny(seed=0, **overrides):
         return make_model(preset_config("tiny", small_tok, **overrides), seed)
+    UP, QUERY = "model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"
+    def save_with_hole(folder):
+        "A tiny Llama without one of its matrices, and with another one of a wrong shape."
+        llama = AutoModelForCausalLM.from_config(LlamaConfig(**TINY_TEXT, tie_word_embeddings=False))
+        llama.save_pretrained(folder)
+        state = {name: t for name, t in llama.state_dict().items() if name != UP}
+        state[QUERY] = torch.zeros(3, 3)
+        save_file(state, Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
 def test_pickles_are_not_run():
     class Bomb:
         def __reduce__(self): return (os.mkdir, (f"{folder}/went_off",))
 
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "mm_projector.bin"
+        path, made = Path(folder) / "mm_projector.bin", Path(folder) / "went_off"
         torch.save({"model.mm_projector.0.weight": Bomb()}, path)
-        with expect_fail(ConfigError, contains="cannot read weights from mm_projector.bin"):
-            read_state(path)
-        assert not (Path(folder) / "went_off").exists()
+        with Breakpoint(read_state, at="reason = str(e)", watch="type(e).__name__ path.name") as bp:
+            with expect_fail(ConfigError, contains="cannot read weights from mm_projector.bin"):
+                read_state(path)
+        assert not made.exists()
+        torch.load(path, weights_only=False)
+        assert made.exists()
+    bp.expect({"type(e).__name__": "UnpicklingError"})
+
+def test_a_checkpoint_with_a_hole_is_an_error():
+    watch = ["{*info['missing_keys']}", "mismatched_names(info)"]
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        save_with_hole(folder)
+        with Breakpoint(load_pretrained, at='raise_misfit(f"{what}', watch=watch) as bp:
+            with expect_fail(ConfigError, contains="missing 1 (model.layers.1"):
+                load_language_model(folder)
+        lenient = dict(ignore_mismatched_sizes=True)
+        a, b = (AutoModelForCausalLM.from_pretrained(folder, **lenient) for _ in range(2))
+    assert not torch.equal(a.get_parameter(UP), b.get_parameter(UP))  # random, another one each time
+    bp.expect({watch[0]: {UP}, watch[1]: {QUERY}}, hits=1)
+
+def test_files_without_weights_are_refused():
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "mm_projector.bin"
         torch.save({"a": torch.ones(2)}, path)
         test_eq(read_state(path)["a"].tolist(), [1, 1])
         torch.save({"a": 1}, path)
@@ -162,7 +192,7 @@ def test_settings_that_greedy_decoding_ignores_are_left_out():
     from transformers import GenerationConfig
 
     vicuna = dict(temperature=0.9, top_p=0.6, max_length=4096, length_penalty=2.0)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, quiet():
         with expect_fail(ValueError, contains="`temperature`: `do_sample` is not set"):
             GenerationConfig(**vicuna).save_pretrained(folder)
         used_generation_config(GenerationConfig(**vicuna)).save_pretrained(folder)

@@ -10,6 +10,7 @@ from vlm_lit.weights.presets import PARTS, is_scratch
 import copy, sys, tempfile
 from fastcore.test import test_eq, expect_fail
 from huggingface_hub import ModelCard
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.files import write_json, write_text
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.weights.presets import make_model, preset_config
@@ -49,31 +50,12 @@ def setup_module():
         write_json(run / "eval-test.json", {**found, "skipped": []})
         return run
 
-def test_text_of_data_is_escaped():
-    for text in ("x\n---\nlicense: mit", "[a](b) | <img src=x>", "a\u2028# b\x1b[2J\u202e"):
-        print(escape_markdown(text))
-    test_eq(escape_markdown("x\n---\nlicense: mit"), r"x --- license\: mit")
-    test_eq(escape_markdown("[a](b) | <i>"), r"\[a\](b) \| \<i\>")
-    test_eq(escape_markdown("a\u2028# b\x1b\u202e"), r"a \# b")
-    test_eq(_table(["a", "b"], [["1", ""], ["2", ""]]), ["| a |", "| --- |", "| 1 |", "| 2 |", ""])
-    assert _is_hub_name("openai/clip-vit-large-patch14-336")
-    assert not any(map(_is_hub_name, ("gemma", "a/b/c", "a/b\n", "../b", {"config": {}}, None)))
-
-def test_runs_are_read_with_the_stages_before_them():
-    with tempfile.TemporaryDirectory() as folder:
-        runs = read_run(write_runs(folder))
-        print([run["name"] for run in runs], runs[1]["records"], list(runs[0]["evaluations"]))
-        test_eq([run["name"] for run in runs], ["stage2", "stage1"])
-        test_eq((list(runs[0]["evaluations"]), runs[1]["evaluations"]), (["eval-test"], {}))
-        (Path(folder) / "stage1/result.json").unlink()
-        test_eq(read_run(Path(folder) / "stage1")[0]["result"], {})
-        write_text(Path(folder) / "stage1/recipe.yaml", "model: {from: " + f"{folder}/stage1" + "}")
-        test_eq(len(read_run(Path(folder) / "stage1")), 1)  # a run that names itself
-        test_eq(read_run(folder)[0]["recipe"], {})
-        for text in ("a: [", "- a"):
-            write_text(Path(folder) / "stage1/recipe.yaml", text)
-            with expect_fail(ConfigError, contains="recipe.yaml"):
-                read_run(Path(folder) / "stage1")
+def test_a_name_is_one_line():
+    odd = "x\n---\nlicense: mit"
+    with Breakpoint(escape_markdown, at="return re.sub", watch="text line", set={"line": odd}) as bp:
+        escape_markdown(odd)
+    bp.expect(line="x --- license: mit")
+    bp.expect_changed(result=(r"x --- license\: mit", "x\n---\nlicense\\: mit"))
 
 def test_a_hostile_name_stays_text_in_the_card():
     with tempfile.TemporaryDirectory() as folder:
@@ -114,3 +96,29 @@ def test_head_promises_what_the_folder_keeps():
         test_eq(card(model).data.license, "other")
     with expect_fail(ConfigError, contains="opens_with must be one of"):
         model_card(TINY, (), "onnx")
+
+def test_text_of_data_is_escaped():
+    for text in ("x\n---\nlicense: mit", "[a](b) | <img src=x>", "a\u2028# b\x1b[2J\u202e"):
+        print(escape_markdown(text))
+    test_eq(escape_markdown("x\n---\nlicense: mit"), r"x --- license\: mit")
+    test_eq(escape_markdown("[a](b) | <i>"), r"\[a\](b) \| \<i\>")
+    test_eq(escape_markdown("a\u2028# b\x1b\u202e"), r"a \# b")
+    test_eq(_table(["a", "b"], [["1", ""], ["2", ""]]), ["| a |", "| --- |", "| 1 |", "| 2 |", ""])
+    assert _is_hub_name("openai/clip-vit-large-patch14-336")
+    assert not any(map(_is_hub_name, ("gemma", "a/b/c", "a/b\n", "../b", {"config": {}}, None)))
+
+def test_runs_are_read_with_the_stages_before_them():
+    with tempfile.TemporaryDirectory() as folder:
+        runs = read_run(write_runs(folder))
+        print([run["name"] for run in runs], runs[1]["records"], list(runs[0]["evaluations"]))
+        test_eq([run["name"] for run in runs], ["stage2", "stage1"])
+        test_eq((list(runs[0]["evaluations"]), runs[1]["evaluations"]), (["eval-test"], {}))
+        (Path(folder) / "stage1/result.json").unlink()
+        test_eq(read_run(Path(folder) / "stage1")[0]["result"], {})
+        write_text(Path(folder) / "stage1/recipe.yaml", "model: {from: " + f"{folder}/stage1" + "}")
+        test_eq(len(read_run(Path(folder) / "stage1")), 1)  # a run that names itself
+        test_eq(read_run(folder)[0]["recipe"], {})
+        for text in ("a: [", "- a"):
+            write_text(Path(folder) / "stage1/recipe.yaml", text)
+            with expect_fail(ConfigError, contains="recipe.yaml"):
+                read_run(Path(folder) / "stage1")

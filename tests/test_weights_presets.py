@@ -10,16 +10,22 @@ from vlm_lit.models.vlm import VLM
 from vlm_lit.models.config import VLMConfig
 import sys
 import tempfile
+import textwrap
 from fastcore.test import test_eq, test_close, expect_fail
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.files import write_json
 from vlm_lit.text.tokenizer import load_tokenizer
 from small_parts import same, small_tokenizer
 from vlm_lit.weights.presets import channel_statistics
+from vlm_lit.weights.presets import check_preset
+from vlm_lit.weights.presets import init_position_embeddings
 from vlm_lit.weights.presets import load_preset
 from vlm_lit.weights.presets import make_model
 from vlm_lit.weights.presets import preset_config
 from vlm_lit.weights.presets import preset_names
 from vlm_lit.weights.presets import preset_settings
+from vlm_lit.weights.presets import scratch_text_config
+from vlm_lit.weights.presets import seeded
 
 def setup_module():
     global SMOL, small_tok, tiny, tok
@@ -29,14 +35,52 @@ def setup_module():
     def tiny(seed=0, **overrides):
         return make_model(preset_config("tiny", small_tok, **overrides), seed)
 
+def test_a_misspelt_field_is_not_a_default():
+    misspelt = {**load_preset("tiny"), "image_sise": 64}
+    with Breakpoint(check_preset, at="if unknown or missing", watch="unknown missing name") as bp:
+        with expect_fail(ConfigError, contains="unknown ['image_sise'], missing []"):
+            check_preset(misspelt, "own")
+    bp.expect(unknown=["image_sise"], missing=[])
+
+def test_vocabulary_is_the_tokenizers():
+    stops = []
+    for tokenizer in (small_tok, tok):
+        with Breakpoint(scratch_text_config, at="return {**settings", watch="rows ids") as bp:
+            preset_config("tiny", tokenizer)
+        stops.append(bp)
+    stops[0].diff(stops[1], titles=("own texts", "Gemma")).expect(rows=(296, 256_000))
+
+def test_position_embeddings_start_as_large_as_the_patches():
+    weight = "embeddings.position_embedding.weight.std()"
+    at = "nn.init.normal_(embeddings.position_embedding"
+    with Breakpoint(init_position_embeddings, at=at, watch=weight) as bp:
+        model = make_model(preset_config("tiny", small_tok))
+    bp.expect({weight: 0.02}, tolerance=5e-3, hits=1)
+    bp.expect_after({weight: 1.0}, tolerance=0.1)
+
+def test_position_is_lost_in_the_default_initialization():
+    config = preset_config("tiny", small_tok)
+    with seeded(0): default = VLM(config)
+    share = {}
+    for name, made in (("ours", make_model(config)), ("transformers' default", default)):
+        embeddings = made.image_encoder.vision_tower.embeddings
+        patches = embeddings.patch_embedding(torch.randn(64, 3, 32, 32)).var().item()
+        positions = embeddings.position_embedding.weight.var().item()
+        share[name] = positions / (patches + positions)
+        print(f"{name:22} share of the position: {share[name]:.3f}")
+    width = config.text_config.hidden_size
+    print(f"decoder: {width} ** -0.5 = {width**-0.5:.3f}; 0.02 is for {0.02**-2:,.0f} columns")
+    assert 0.4 < share["ours"] < 0.6 and share["transformers' default"] < 0.01
+    test_close(config.text_config.initializer_range, width**-0.5, eps=1e-6)
+
 def test_presets_are_files():
     test_eq(set(preset_names()), {"tiny", "smol", "gemma3-270m", "mgm-2b", "llava-7b"})
     for name in preset_names(): load_preset(name)
     message = "unknown preset 'huge'; there are: gemma3-270m, llava-7b, mgm-2b, smol, tiny"
     with expect_fail(ConfigError, contains=message): load_preset("huge")
     with tempfile.TemporaryDirectory() as folder:
-        path, tiny = Path(folder) / "own.json", load_preset("tiny")
-        write_json(path, {**tiny, "image_size": 64})
+        path, known = Path(folder) / "own.json", load_preset("tiny")
+        write_json(path, {**known, "image_size": 64})
         test_eq(load_preset(path)["image_size"], 64)
         for change, words in [
             ({"image_sise": 3}, "unknown ['image_sise'], missing []"),
@@ -45,9 +89,9 @@ def test_presets_are_files():
             ({"language_model": {"hub": "x"}}, "language_model: a source is a name"),
             ({"image_aspect_ratio": "wide"}, "must be 'square' or 'pad'"),
         ]:
-            write_json(path, {**tiny, **change})
+            write_json(path, {**known, **change})
             with expect_fail(ConfigError, contains=words): load_preset(path)
-        write_json(path, {k: v for k, v in tiny.items() if k != "template"})
+        write_json(path, {k: v for k, v in known.items() if k != "template"})
         with expect_fail(ConfigError, contains="missing ['template']"):
             load_preset(path)
         path.write_text("{")

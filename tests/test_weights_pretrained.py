@@ -22,12 +22,13 @@ from vlm_lit.weights.adapters import check_tensors, add_lora, has_lora, load_lor
 from vlm_lit.weights.adapters import nearest_names, save_lora
 from vlm_lit.text.tokenizer import check_placeholder, placeholder_id
 import sys
-import os, shutil
+import os, shutil, textwrap
 from fastcore.test import test_eq, test_close, expect_fail
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.weights.saving import export_model, save_model
 from small_parts import TINY, logits, shake, workshop
 from vlm_lit.weights.language_models import quiet
+from vlm_lit.weights.pretrained import _load_checkpoint
 from vlm_lit.weights.pretrained import open_model
 from vlm_lit.weights.pretrained import read_base
 from vlm_lit.weights.pretrained import resolve_model
@@ -58,6 +59,38 @@ def setup_module():
             processor.save_pretrained(folder / name)
         (folder / "recipe.yaml").write_text("model: {preset: tiny, tokenizer: tokenizer}\n")
         return want
+
+def test_a_section_is_a_preset_and_changes():
+    with workshop(), Breakpoint(resolve_model, at="if base is None", watch="preset base changes") as bp:
+        model, processor = resolve_model({**TINY, "image_aspect_ratio": "pad"})
+    test_eq(processor.image_processor.aspect, "pad")
+    bp.expect(preset="tiny", base=None)
+    bp.expect(changes={"tokenizer": "tokenizer", "image_aspect_ratio": "pad"})
+
+def test_a_checkpoint_needs_the_seed_of_its_base():
+    at, changed = "section, own = dict(base", {"base": lambda base: {**base, "seed": 0}}
+    watch = "base['model'] base['seed'] base['lora']"
+    with workshop():
+        want, folder = make_run(Path("runs/mine"), {"r": 4, "alpha": 8}), "runs/mine/checkpoint-20"
+        test_close(logits(*open_model(folder, "cpu")), want, eps=1e-5)
+        with Breakpoint(_load_checkpoint, at=at, watch=watch, set=changed) as bp:
+            other = logits(*open_model(folder, "cpu"))
+    print(f"largest difference of a logit with another seed: {(other - want).abs().max():.1f}")
+    assert (other - want).abs().max() > 0.1
+    bp.expect({"base['seed']": 5})
+
+def test_lora_without_peft_says_what_to_install():
+    import sys
+
+    with workshop():
+        model, _ = resolve_model(TINY)
+    kept, sys.modules["peft"] = sys.modules.get("peft"), None
+    try:
+        with expect_fail(ConfigError, contains="pip install 'vlm_lit[peft]'"):
+            add_lora(model, {})
+    finally:
+        sys.modules.pop("peft")
+        if kept is not None: sys.modules["peft"] = kept
 
 def test_sections_of_recipes_are_checked():
     with workshop():
@@ -201,16 +234,3 @@ def test_folders_without_a_model_are_named():
         (Path("runs/other/model/processor_config.json")).unlink()
         with expect_fail(ConfigError, contains="no processor in 'runs/other/model'"):
             open_model("other")
-
-def test_lora_without_peft_says_what_to_install():
-    import sys
-
-    with workshop():
-        model, _ = resolve_model(TINY)
-    kept, sys.modules["peft"] = sys.modules.get("peft"), None
-    try:
-        with expect_fail(ConfigError, contains="pip install 'vlm_lit[peft]'"):
-            add_lora(model, {})
-    finally:
-        sys.modules.pop("peft")
-        if kept is not None: sys.modules["peft"] = kept

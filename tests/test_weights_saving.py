@@ -16,7 +16,8 @@ import os, sys
 import tempfile
 from fastcore.test import test_eq, expect_fail
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.weights.build import build_model
 from vlm_lit.weights.presets import load_preset, make_model, preset_config
@@ -36,6 +37,44 @@ def setup_module():
     def tiny(seed=0, **overrides):
         return make_model(preset_config("tiny", small_tok, **overrides), seed)
     MGM_2B, LLAVA_7B = mgm_models()
+
+def test_a_second_save_removes_the_file_of_the_first():
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(tiny(0), folder)
+        with Breakpoint(save_model, at="old.unlink()", watch="old.name") as bp:
+            save_model(tiny(1), folder, max_shard_size="1MB")
+        files = sorted(path.name for path in Path(folder).glob("model*"))
+        assert same(load_model(folder), tiny(1))
+    print(len(files), "files:", files[0], "...", files[-1])
+    bp.expect_each({"old.name": ["model.safetensors"]})
+
+def test_the_weights_of_two_saves_are_refused():
+    save = PreTrainedModel.save_pretrained
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        save(tiny(0), folder)
+        save(tiny(1), folder, max_shard_size="1MB")
+        assert same(AutoModelForCausalLM.from_pretrained(folder), tiny(0))  # not the second
+        watch = "whole.name len(paths) gone"
+        with Breakpoint(shards, at="if whole.is_file() and whole not in", watch=watch) as bp:
+            with expect_fail(ConfigError, contains="holds weights of two saves"):
+                load_model(folder)
+    bp.expect({"whole.name": "model.safetensors", "len(paths) > 1": True, "gone": []})
+
+def test_half_of_the_weights_are_missing():
+    model = tiny()
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        save_model(model, folder)
+        path, weights = Path(folder) / "model.safetensors", weights_of(model)
+        half = {name: weights[name] for name in list(weights)[::2]}
+        save_file(half, path, metadata={"format": "pt"})
+        with Breakpoint(
+            load_model, at="raise_misfit(", watch="len(missing) unexpected len(types)"
+        ) as bp:
+            with expect_fail(ConfigError, contains="does not fit the model: missing"):
+                load_model(folder)
+        found = AutoModelForCausalLM.from_pretrained(folder)
+    assert not same(found, model)  # transformers has loaded it, half at random
+    bp.expect({"len(missing)": len(weights) - len(half)}, unexpected=set())
 
 def test_model_comes_back_from_disk_bit_for_bit():
     with mgm_parts(): half = build_model("mgm-2b", dtype=torch.bfloat16, **MGM)

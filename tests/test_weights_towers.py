@@ -21,16 +21,19 @@ import tempfile
 from fastcore.test import test_eq, expect_fail
 from transformers import GemmaConfig
 from transformers import SiglipConfig, SiglipModel
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.models.towers import stage_maps, patch_features
 from transformers import AutoModelForCausalLM
 from vlm_lit.files import write_json
 from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.weights.presets import load_preset, make_model, preset_config
 from small_parts import MAPS, OPEN_CLIP, RECORDED, TEXT_TOWER, TINY_TEXT, TINY_VISION, fake_hub, hushed, needs, save_clip, save_open_clip, small_tokenizer
+from vlm_lit.weights.towers import CONVNEXT_NAMES
 from vlm_lit.weights.towers import convnext_from_open_clip
 from vlm_lit.weights.towers import efficientnet_lite_state
 from vlm_lit.weights.towers import load_tower
 from vlm_lit.weights.towers import load_tower_state
+from vlm_lit.weights.towers import translated
 
 def setup_module():
     global SMOL, small_tok, tiny, tok
@@ -39,6 +42,38 @@ def setup_module():
     SMOL = load_preset("smol")
     def tiny(seed=0, **overrides):
         return make_model(preset_config("tiny", small_tok, **overrides), seed)
+
+def test_renamed_weights_compute_what_timm_computes():
+    config, state, _ = convnext_from_open_clip(OPEN_CLIP)
+    with Breakpoint(load_tower_state, at="tower.load_state_dict", watch="len(want) len(state)") as bp:
+        tower = load_tower_state(config, state)
+    with torch.no_grad(): maps = stage_maps(tower, RECORDED["input"])
+    print(*[f"{(got - want).abs().max():.0e}" for got, want in zip(maps, MAPS, strict=True)])
+    bp.expect({"want.keys() == state.keys()": True})
+
+def test_every_rule_is_needed():
+    at = "for pattern, new in rules"
+    with Breakpoint(translated, at=at, set={"rules": lambda rules: rules[:-1]}) as bp:
+        translated("stages.2.blocks.1.mlp.fc1.weight", CONVNEXT_NAMES)
+    ours = "encoder.stages.2.layers.1.pwconv1.weight"
+    bp.expect_changed(result=(ours, ours.removeprefix("encoder.")))
+
+def test_a_layer_of_convnext_v2_is_unexpected():
+    foreign = {"visual.trunk.stages.0.blocks.0.mlp.grn.weight": torch.ones(32)}
+    config, state, _ = convnext_from_open_clip({**OPEN_CLIP, **foreign})
+    with Breakpoint(load_tower_state, at="raise_misfit(", watch="unexpected mismatched") as bp:
+        with expect_fail(ConfigError, contains="unexpected 1 (encoder.stages.0"):
+            load_tower_state(config, state)
+    bp.expect(unexpected={"encoder.stages.0.layers.0.mlp.grn.weight"}, mismatched=set())
+
+def test_layers_after_the_selected_one_are_dropped():
+    watch = ["len(want)", "{n.split('.')[2] for n in state.keys() - want.keys() if 'layers' in n}"]
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        save_clip(folder)
+        with Breakpoint(load_tower_state, at="raise_misfit(", watch=watch) as bp:
+            tower = load_tower(folder, select_layer=-2)
+    test_eq(len(tower.encoder.layers), 2)
+    bp.expect({watch[1]: {"2"}})
 
 def test_open_clip_convnext_computes_what_timm_computes():
     config, state, rest = convnext_from_open_clip(OPEN_CLIP)

@@ -101,7 +101,7 @@ def plot_samples(
         ax.set_title("\n".join(map(_short, lines)), fontsize=7.5, color=color, parse_math=False)
     return figure
 
-# %% ../nbs/15_reports.ipynb #c018
+# %% ../nbs/15_reports.ipynb #c019
 def audit_lines(
     report: dict,  # From `audit`
     n_examples: int = 3,  # Examples of each finding

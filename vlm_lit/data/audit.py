@@ -207,7 +207,7 @@ def audit(
     n_workers: int = 0,  # Processes besides this one
     console: Console | None = None,  # Where progress is shown; None: standard error
 ) -> dict:  # The report, as JSON
-    "Look at every record of a data set and say what is wrong with it."
+    "Check every record of a data set and report what is wrong with it."
     settings, records = settings or AuditSettings(), Records(data)
     check_tokenizer(tokenizer, settings.template)
     if settings.image_folder is not None and not Path(settings.image_folder).is_dir():

@@ -17,7 +17,7 @@ from ..processor import VLMProcessor, as_list, insert_image_tokens
 from ..data.collator import DataCollatorForSupervisedDataset
 from ..models.vlm import VLM
 
-# %% ../../nbs/12_generation.ipynb #c023
+# %% ../../nbs/12_generation.ipynb #c011
 def generate_ids(
     model: VLM,  # In evaluation mode
     # From `VLMProcessor.samples`, or a dataset's samples cut before the answer
@@ -26,7 +26,7 @@ def generate_ids(
     template: str = "gemma",  # The one the model was trained with
     max_new_tokens: int = 64,  # Most tokens of an answer
     **kwargs,  # For `VLM.generate`; greedy unless it says otherwise
-) -> list[list[int]]:  # For each sample the ids it wrote, the stop token excluded
+) -> list[list[int]]:  # For each sample the new ids, the stop token excluded
     "Answers to a batch of questions."
     pad, stops = pad_id(tokenizer), stop_ids(tokenizer, template)
     collate = DataCollatorForSupervisedDataset.for_model(model.config, pad, padding_side="left")
@@ -63,7 +63,7 @@ def answer_batch(
         )
         yield from processor.answers(ids)
 
-# %% ../../nbs/12_generation.ipynb #c026
+# %% ../../nbs/12_generation.ipynb #c018
 class _IdQueue(BaseStreamer):
     "What `generate` writes to; closing it ends the generation at the next id."
 
@@ -79,7 +79,7 @@ class _IdQueue(BaseStreamer):
     def end(self): self.queue.put(None)
 
 class Chat:
-    "Turns with a model, each answered in the light of those before."
+    "Turns with a model; each prompt contains the conversation so far."
 
     def __init__(
         self,

@@ -50,7 +50,7 @@ def anls(
     distance = _edit_distance(a, b) / max(len(a), len(b), 1)
     return 1 - distance if distance < 0.5 else 0.0
 
-# %% ../../nbs/12b_metrics.ipynb #c009
+# %% ../../nbs/12b_metrics.ipynb #c011
 _METRICS = {metric.__name__: metric for metric in (exact, contains, anls)}
 
 def load_metric(
@@ -85,7 +85,7 @@ def score_answers(metric, prediction: str, answer: str, record: dict) -> float:
     if math.isfinite(value): return value
     raise ConfigError(f"{where}: the score is {value}; it must be a finite number")
 
-# %% ../../nbs/12b_metrics.ipynb #c011
+# %% ../../nbs/12b_metrics.ipynb #c014
 def _most_frequent(counts: Counter) -> str:
     "The most frequent answer; among equals the first in the alphabet."
     return min(counts, key=lambda answer: (-counts[answer], answer))

@@ -51,7 +51,7 @@ def _prompts(sample: dict) -> list[dict]:  # The sample up to each of its answer
         prompts.append({**{k: sample[k][:end] for k in ("input_ids", "labels")}, **own})
     return prompts
 
-# %% ../../nbs/13_evaluation.ipynb #c010
+# %% ../../nbs/13_evaluation.ipynb #c012
 def batch_by_image(
     keys: list,  # For each question its images' names; empty: none
     batch_size: int,  # Most questions in a batch
@@ -67,7 +67,7 @@ def batch_by_image(
             batches[-1] += part
     return [batch for batch in batches if batch]
 
-# %% ../../nbs/13_evaluation.ipynb #c013
+# %% ../../nbs/13_evaluation.ipynb #c015
 def fixed_sample(
     n_records: int,  # Records there are
     sample: int | None = None,  # How many to take; None, or more than there are: all
@@ -79,7 +79,7 @@ def fixed_sample(
     digest = lambda n: hashlib.sha256(f"{seed}:{n}".encode()).digest()
     return sorted(sorted(range(n_records), key=digest)[:sample])
 
-# %% ../../nbs/13_evaluation.ipynb #c016
+# %% ../../nbs/13_evaluation.ipynb #c018
 def _ask(dataset: LazySupervisedDataset, index: int) -> list[dict]:
     "The questions of a record, as rows of the predictions."
     record = dataset.records[index]
@@ -160,7 +160,7 @@ def predict(
     skipped = [_skipped(dataset.records, i, error) for i, error in failed.items()]
     return [row for row in rows if row["index"] not in failed], skipped
 
-# %% ../../nbs/13_evaluation.ipynb #c024
+# %% ../../nbs/13_evaluation.ipynb #c025
 def _training_pairs(data, strict: bool, skipped: list[dict]) -> list[tuple[str, str]]:
     "Questions and answers of the training data; `skipped` gets the records that have none."
     records, pairs = getattr(data, "records", None) or Records(data), []

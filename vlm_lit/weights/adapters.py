@@ -15,7 +15,7 @@ from ..files import write_file
 from ..models.vlm import VLM
 from .language_models import raise_misfit, read_state
 
-# %% ../../nbs/11_adapters.ipynb #c006
+# %% ../../nbs/11_adapters.ipynb #c007
 _LORA = {"r": 16, "alpha": 32, "dropout": 0.05, "target_modules": None, "bias": "none"}
 
 def nearest_names(name, known) -> str:

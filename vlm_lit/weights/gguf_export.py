@@ -133,7 +133,7 @@ def _tokens_and_types(tokenizer, n_rows: int, inner: dict) -> tuple[list[str], l
         tokens[n], types[n] = token, kind
     return tokens, [int(kind) for kind in types]
 
-# %% ../../nbs/10g_gguf.ipynb #c013
+# %% ../../nbs/10g_gguf.ipynb #c012
 def interleave_halves(
     tensor: torch.Tensor,  # (heads * head_dim, ...), of a query or key projection
     heads: int,  # Of this projection
@@ -244,7 +244,7 @@ def write_text_gguf(
         _add_tensor(writer, name, tensor)
     _write(writer)
 
-# %% ../../nbs/10g_gguf.ipynb #c015
+# %% ../../nbs/10g_gguf.ipynb #c016
 def write_vision_gguf(
     model: VLM,
     path: str | Path,  # A .gguf file

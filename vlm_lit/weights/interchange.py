@@ -36,7 +36,7 @@ class LoadReport:
     source: str  # name of the file
     matched: tuple[str, ...] = ()  # taken
     missing: tuple[str, ...] = ()  # the model has them, the file has not
-    unexpected: tuple[str, ...] = ()  # the file has them, nobody knows them
+    unexpected: tuple[str, ...] = ()  # the file has them, the model has not
     mismatched: tuple[str, ...] = ()  # in both, with different shapes
     left_out: tuple[str, ...] = ()  # known, and not wanted here
     factor: float = 1.0  # by which the projector's last layer was multiplied
@@ -86,7 +86,7 @@ def part_of(
     if not found: return "other"
     return "language_model" if found[1] else found[0]
 
-# %% ../../nbs/10d_interchange.ipynb #c007
+# %% ../../nbs/10d_interchange.ipynb #c008
 WRAPPERS = r"^(?:module\.|base_model\.|model\.)*"
 TRAINED = r"(mm_projector|vlm_uni_(?:query|aux|val)_projector)\.(.+)$"
 
@@ -189,7 +189,7 @@ def save_projector(
 
     write_file(path, write)
 
-# %% ../../nbs/10d_interchange.ipynb #c019
+# %% ../../nbs/10d_interchange.ipynb #c020
 def shards(
     folder: str | Path,  # Of a checkpoint
 ) -> list[Path]:  # Its weights files; safetensors first, if there are both

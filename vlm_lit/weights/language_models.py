@@ -121,7 +121,7 @@ def package_file(
     key = digest(source.get("sha256") or ",".join(p.name for p in pieces))[:16]
     return joined_pieces(pieces, cache_folder() / "joined" / key / name, source.get("sha256"))
 
-# %% ../../nbs/10a_language_models.ipynb #c013
+# %% ../../nbs/10a_language_models.ipynb #c012
 LOAD_ERRORS = (
     *(OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, struct.error),
     *(SafetensorError, torch.serialization.pickle.UnpicklingError),
@@ -203,7 +203,7 @@ def reading(
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise ConfigError(f"{what}: {reason}") from e
 
-# %% ../../nbs/10a_language_models.ipynb #c015
+# %% ../../nbs/10a_language_models.ipynb #c014
 # transformers' names of what only sampling, and only beam search, uses
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p")
 _SAMPLING += ("epsilon_cutoff", "eta_cutoff")
@@ -220,7 +220,7 @@ def used_generation_config(
     for name in unused: setattr(config, name, None)
     return config
 
-# %% ../../nbs/10a_language_models.ipynb #c017
+# %% ../../nbs/10a_language_models.ipynb #c016
 def gguf_key(
     path: Path,  # A .gguf file
 ) -> str:  # 16 hexadecimal digits

@@ -38,7 +38,7 @@ def _table(header: list[str], rows: list[list]) -> list[str]:
     lines += [[escape_markdown(row[k]) for k in kept] for row in rows]
     return [*(f"| {' | '.join(line)} |" for line in lines), ""]
 
-# %% ../../nbs/10da_model_card.ipynb #c009
+# %% ../../nbs/10da_model_card.ipynb #c010
 def read_run(
     folder: str | Path,  # Of a run
 ) -> list[dict]:  # The run, then those it started from: `name`, `recipe`, `records`, ...

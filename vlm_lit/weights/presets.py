@@ -112,7 +112,7 @@ def load_preset(
     check_preset(preset, name)
     return preset
 
-# %% ../../nbs/10_presets.ipynb #c010
+# %% ../../nbs/10_presets.ipynb #c011
 def channel_statistics(
     images,  # uint8 tensors, each (3, height, width)
     # mean and standard deviation of each channel, 0 to 1
@@ -210,7 +210,7 @@ def init_position_embeddings(
 def init_vision_from_scratch(
     encoder: nn.Module,  # `ImageEncoder`; changed in place
 ) -> None:
-    "Start towers, mining and projector so that signals keep their size and places are heard."
+    "Start towers, mining and projector so that signals keep their size and positions count."
     init_tower_from_scratch(encoder)
     init_position_embeddings(encoder.vision_tower)
     if encoder.vision_tower_aux is not None:

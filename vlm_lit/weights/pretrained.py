@@ -102,7 +102,7 @@ def _from_folder(name, changes, dtype):
     )
     return model, processor
 
-# %% ../../nbs/12a_pretrained.ipynb #c012
+# %% ../../nbs/12a_pretrained.ipynb #c011
 def write_base(
     folder: str | Path,  # Of a checkpoint
     section: dict,  # `model:` of the recipe
@@ -150,7 +150,7 @@ def load_trainable(
     if has_lora(model): load_lora(model, folder)
     for name, tensor in state.items(): want[name].copy_(tensor)
 
-# %% ../../nbs/12a_pretrained.ipynb #c014
+# %% ../../nbs/12a_pretrained.ipynb #c013
 def find_model(
     # A run, its name in runs/, a checkpoint, an export, a `save_pretrained` folder
     name: str | Path,

@@ -120,7 +120,7 @@ def cast(
             tensor.data = tensor.data.to(dtype)
     return module
 
-# %% ../../nbs/10b_tower_weights.ipynb #c013
+# %% ../../nbs/10b_tower_weights.ipynb #c015
 _NARROW = {"_depthwise_conv": 0, "_bn1": 1, "_project_conv": 3, "_bn2": 4}
 _WIDE = {
     "_expand_conv": 0,
@@ -152,7 +152,7 @@ def efficientnet_lite_state(
         else: rest.append(name)
     return out, rest
 
-# %% ../../nbs/10b_tower_weights.ipynb #c016
+# %% ../../nbs/10b_tower_weights.ipynb #c017
 TOWER_CLASSES = {
     "clip": CLIPVisionModel,
     "clip_vision_model": CLIPVisionModel,
