@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers import trainers
 from transformers import PreTrainedTokenizerFast
 from vlm_lit.debug.breakpoints import Breakpoint
-from vlm_lit.evaluation.scoring import _answer_batch, _prompts, _turns
+from vlm_lit.evaluation.scoring import _answer_batch, _prompts, _training_pairs, _turns
 from vlm_lit.evaluation.metrics import score_answers
 from vlm_lit.models.vlm import VLM
 from vlm_lit.models.config import VLMConfig
@@ -144,7 +144,7 @@ def setup_module():
     tok = small_tokenizer([*texts, "user\nmodel\n"])
     processor = processor_of(tok)
     class Oracle(torch.nn.Module):
-        "Knows the answers of a dataset; counts the images it is shown."
+        "Returns the true answers of a dataset; counts the images it gets."
 
         device = torch.device("cpu")
         config = SimpleNamespace(num_image_tokens=1, image_token_id=-1)  # a placeholder per image
@@ -183,94 +183,45 @@ def setup_module():
             settings = dict(batch_first=True, padding_value=pad_token_id)
             return torch.cat([input_ids, torch.nn.utils.rnn.pad_sequence(rows, **settings)], 1)
 
-def test_questions_about_an_image_meet_in_a_batch():
-    print(batch_by_image(["a", "b", "a", "c", "b", "a"], 4))
-    test_eq(batch_by_image(["a", "b", "a", "c", "b", "a"], 4), [[0, 2, 5], [1, 4, 3]])
-    test_eq(batch_by_image(["a"] * 5, 2), [[0, 1], [2, 3], [4]])
-    test_eq(batch_by_image([(), (), ()], 2), [[0, 1], [2]])  # no image: nothing shared
-    test_eq(batch_by_image([], 2), [])
-    with expect_fail(ConfigError, contains="batch_size must be at least 1"):
-        batch_by_image(["a"], 0)
-
-def test_sample_is_fixed_and_nested():
-    chosen = fixed_sample(9673, 1200)
-    print(len(chosen), "of 9673:", *chosen[:6], "...")
-    test_eq(chosen[:6], [15, 36, 44, 46, 74, 76])  # results of earlier runs rest on it
-    assert len(set(chosen)) == 1200 and chosen == sorted(chosen)
-    assert set(fixed_sample(9673, 400)) < set(chosen) != set(fixed_sample(9673, 1200, seed=1))
-    assert fixed_sample(50) == list(range(50)) == fixed_sample(50, 99)
-    test_close(2 * (0.9 * 0.1 / 1200) ** 0.5, 0.017, eps=0.001)  # "about two points"
-    with expect_fail(ConfigError, contains="sample must be at least 1"):
-        fixed_sample(9, 0)
-
-def test_oracle_is_always_right():
-    llama = golden_tokenizer("sentencepiece_like", "<s>", "</s>", "<unk>")
-    for tokenizer, template in [(tok, "gemma"), (llama, "v1")]:
-        for cached in (False, True):
-            ds = LazySupervisedDataset(records, processor_of(tokenizer, template), folder, uint8=True)
-            if cached: ds.cache_in_memory()
-            for batch_size, indices in [(7, None), (64, None), (3, [19, 18, 2, 0])]:
-                oracle = Oracle(ds)
-                rows, skipped = predict(oracle, ds, batch_size, indices=indices)
-                assert all(row["prediction"] == row["answer"] for row in rows) and not skipped
-            names = ["text", "two", "two", *["talk-1dark.png"] * 3, "count-1dark.png"]
-            test_eq([row["id"] for row in rows], names)
-        oracle = Oracle(ds)
-        rows, _ = predict(oracle, ds, batch_size=64)
-        # the images of the record "two" are among them
-        test_eq((len(rows), oracle.shown), (6 * 5 + 3, 6))
-    print(len(rows), "questions,", oracle.shown, "images encoded")
-
-def test_predictions_do_not_depend_on_their_own_answers():
-    def answered(text):
-        "The predictions for records whose answers are all the same."
-
-        def turn(t):
-            return {**t, "value": text if t["from"] == "gpt" else t["value"]}
-
-        def turns(r): return [turn(t) for t in r["conversations"]]
-
-        changed = [{**r, "conversations": turns(r)} for r in records]
-        changed = LazySupervisedDataset(changed, processor, folder, uint8=True)
-        return predict(model, changed, max_new_tokens=4)[0]
-
-    model = small_model(len(tok)).train()
-    one, other = answered("yes"), answered("three dots")
-    first = [[row["prediction"] for row in rows if not row["turn"]] for rows in (one, other)]
-    later = [[row["prediction"] for row in rows if row["turn"]] for rows in (one, other)]
-    print("first turns equal:", first[0] == first[1], "| later turns equal:", later[0] == later[1])
-    assert first[0] == first[1] and later[0] != later[1] and len(set(first[0])) > 1 and model.training
-
-def test_scores_by_type_and_baselines():
+def test_a_prompt_ends_where_its_answer_begins():
     ds = LazySupervisedDataset(records, processor, folder, uint8=True)
-    metrics = ("exact", f"{folder}/my.py:score")
-    result = evaluate(
-        Oracle(ds), None, ds, metrics=metrics, train_data=ds, out=folder / "predictions.jsonl"
+    after = "sample['input_ids'][end:][:4]"
+    with Breakpoint(_prompts, at="prompts.append", watch=["end", after], tokenizer=tok) as bp:
+        _prompts(ds[2])
+    bp.expect_each({"end": [15, 32, 46], f"{after}[0].item()": [22, 285, 278]})
+
+def test_an_end_one_token_later_leaves_the_answer_in_the_prompt():
+    ds, change = LazySupervisedDataset(records, processor, folder, uint8=True), {"end": lambda n: n + 1}
+    with Breakpoint(_prompts, at="prompts.append", watch="end", set=change, tokenizer=tok) as bp:
+        _prompts(ds[0])
+    bp.expect_changed(
+        {"len(result[0]['input_ids'])": (15, 16), "result[0]['input_ids'][15:]": ([], [22])}
     )
-    groups = ("all", "count", "yes_no")
-    test_eq(
-        result["metrics"], {"exact": dict.fromkeys(groups, 1.0), "score": dict.fromkeys(groups, 0.0)}
-    )
-    test_eq((result["n"], result["n_by_type"], result["skipped"]), (33, {"count": 6, "yes_no": 8}, []))
-    majority, blind = [result["baselines"][name]["exact"] for name in ("majority", "question_only")]
-    test_eq((blind, majority["yes_no"]), ({"all": 19 / 33, "count": 2 / 6, "yes_no": 5 / 8}, 0.5))
-    written = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
-    test_eq((written, json.loads(json.dumps(result))), (result["predictions"], result))
-    print(written[0])
-    test_eq(
-        written[0],
-        {
-            "id": "count-1dark.png",
-            "index": 0,
-            "image": "1dark.png",
-            "type": "count",
-            "turn": 0,
-            "question": "how many dots?",
-            "answer": "1",
-            "prediction": "1",
-            "scores": {"exact": 1.0, "score": 0.0},
-        },
-    )
+
+def test_three_turns_of_a_record_are_one_batch():
+    ds, model = LazySupervisedDataset(records, processor, folder, uint8=True), small_model(len(tok))
+    turns, lengths = "[row['turn'] for row in rows]", "[len(prompt['input_ids']) for prompt in own]"
+    with Breakpoint(_answer_batch, at="answers = generate_ids", watch=[turns, lengths]) as bp:
+        rows, skipped = predict(model, ds, indices=[2], max_new_tokens=4)
+    bp.expect({turns: [0, 2, 4], lengths: [15, 32, 46]}, hits=1)
+
+def test_baselines_are_computed_from_the_training_records():
+    train, test = records[:12], records[12:]  # images of one and two dots; of three dots
+    model, more = small_model(len(tok)), dict(image_folder=folder, train_data=train, max_new_tokens=4)
+    with Breakpoint(question_only_baseline, at="return [best.get", watch="best other") as bp:
+        result = evaluate(model, processor, test, **more)
+    print(format_table(result))
+    answers = {"how many dots?": "1", "please count the dots": "1 dots", "thank you": "you are welcome"}
+    bp.expect(best={**answers, "is it dark?": "no"}, other="no")
+
+def test_a_baseline_of_the_evaluated_records_is_too_high():
+    train, test = records[:12], records[12:]
+    model, leak = small_model(len(tok)), {"train": _training_pairs(test, True, [])}
+    with Breakpoint(evaluate, at='known = {"majority"', watch="len(train)", set=leak) as bp:
+        more = dict(image_folder=folder, train_data=train, max_new_tokens=4)
+        evaluate(model, processor, test, **more)
+    score = "baselines['question_only']['exact']"
+    bp.expect_changed({f"{score}['all']": (5 / 13, 11 / 13), f"{score}['count']": (0, 1)})
 
 def test_prompts_end_where_their_answers_begin():
     llama = golden_tokenizer("sentencepiece_like", "<s>", "</s>", "<unk>")
@@ -376,9 +327,94 @@ def test_evaluations_that_cannot_be_are_refused():
         evaluate(model, processor, [record("open", None, "q")], **lenient)
     bad = [record("open", None, "q"), *records[:2]]
     result = evaluate(model, processor, bad, train_data=bad, max_new_tokens=2, **lenient)
-    print(format_table({**result, "n_by_type": {"count": 1, "yes_no": 1}}))
+    table = format_table({**result, "n_by_type": {"count": 1, "yes_no": 1}})
+    print(*(line[:100] for line in table.splitlines()), sep="\n")
     left_out = [(row["id"], row.get("data")) for row in result["skipped"]]
     test_eq(left_out, [("open", "train"), ("open", None)])
     odd = [{**records[0], "type": "\x1b[31m"}]
     odd = evaluate(model, processor, odd, image_folder=folder, max_new_tokens=2)
     assert "\x1b" not in format_table(odd) and "\\x1b[31m" in format_table(odd)
+
+def test_questions_about_an_image_meet_in_a_batch():
+    test_eq(batch_by_image(["a", "b", "a", "c", "b", "a"], 4), [[0, 2, 5], [1, 4, 3]])
+    test_eq(batch_by_image(["a"] * 5, 2), [[0, 1], [2, 3], [4]])
+    test_eq(batch_by_image([(), (), ()], 2), [[0, 1], [2]])  # no image: nothing shared
+    test_eq(batch_by_image([], 2), [])
+    with expect_fail(ConfigError, contains="batch_size must be at least 1"):
+        batch_by_image(["a"], 0)
+
+def test_sample_is_fixed_and_nested():
+    chosen = fixed_sample(9673, 1200)
+    test_eq(chosen[:6], [15, 36, 44, 46, 74, 76])  # results of earlier runs rest on it
+    assert len(set(chosen)) == 1200 and chosen == sorted(chosen)
+    assert set(fixed_sample(9673, 400)) < set(chosen) != set(fixed_sample(9673, 1200, seed=1))
+    assert fixed_sample(50) == list(range(50)) == fixed_sample(50, 99)
+    test_close(2 * (0.9 * 0.1 / 1200) ** 0.5, 0.017, eps=0.001)  # "about two points"
+    with expect_fail(ConfigError, contains="sample must be at least 1"):
+        fixed_sample(9, 0)
+
+def test_oracle_is_always_right():
+    llama = golden_tokenizer("sentencepiece_like", "<s>", "</s>", "<unk>")
+    for tokenizer, template in [(tok, "gemma"), (llama, "v1")]:
+        for cached in (False, True):
+            ds = LazySupervisedDataset(records, processor_of(tokenizer, template), folder, uint8=True)
+            if cached: ds.cache_in_memory()
+            for batch_size, indices in [(7, None), (64, None), (3, [19, 18, 2, 0])]:
+                oracle = Oracle(ds)
+                rows, skipped = predict(oracle, ds, batch_size, indices=indices)
+                assert all(row["prediction"] == row["answer"] for row in rows) and not skipped
+            names = ["text", "two", "two", *["talk-1dark.png"] * 3, "count-1dark.png"]
+            test_eq([row["id"] for row in rows], names)
+        oracle = Oracle(ds)
+        rows, _ = predict(oracle, ds, batch_size=64)
+        # the images of the record "two" are among them
+        test_eq((len(rows), oracle.shown), (6 * 5 + 3, 6))
+
+def test_predictions_do_not_depend_on_their_own_answers():
+    def answered(text):
+        "The predictions for records whose answers are all the same."
+
+        def turn(t):
+            return {**t, "value": text if t["from"] == "gpt" else t["value"]}
+
+        def turns(r): return [turn(t) for t in r["conversations"]]
+
+        changed = [{**r, "conversations": turns(r)} for r in records]
+        changed = LazySupervisedDataset(changed, processor, folder, uint8=True)
+        return predict(model, changed, max_new_tokens=4)[0]
+
+    model = small_model(len(tok)).train()
+    one, other = answered("yes"), answered("three dots")
+    first = [[row["prediction"] for row in rows if not row["turn"]] for rows in (one, other)]
+    later = [[row["prediction"] for row in rows if row["turn"]] for rows in (one, other)]
+    assert first[0] == first[1] and later[0] != later[1] and len(set(first[0])) > 1 and model.training
+
+def test_scores_by_type_and_baselines():
+    ds = LazySupervisedDataset(records, processor, folder, uint8=True)
+    metrics = ("exact", f"{folder}/my.py:score")
+    result = evaluate(
+        Oracle(ds), None, ds, metrics=metrics, train_data=ds, out=folder / "predictions.jsonl"
+    )
+    groups = ("all", "count", "yes_no")
+    test_eq(
+        result["metrics"], {"exact": dict.fromkeys(groups, 1.0), "score": dict.fromkeys(groups, 0.0)}
+    )
+    test_eq((result["n"], result["n_by_type"], result["skipped"]), (33, {"count": 6, "yes_no": 8}, []))
+    majority, blind = [result["baselines"][name]["exact"] for name in ("majority", "question_only")]
+    test_eq((blind, majority["yes_no"]), ({"all": 19 / 33, "count": 2 / 6, "yes_no": 5 / 8}, 0.5))
+    written = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    test_eq((written, json.loads(json.dumps(result))), (result["predictions"], result))
+    test_eq(
+        written[0],
+        {
+            "id": "count-1dark.png",
+            "index": 0,
+            "image": "1dark.png",
+            "type": "count",
+            "turn": 0,
+            "question": "how many dots?",
+            "answer": "1",
+            "prediction": "1",
+            "scores": {"exact": 1.0, "score": 0.0},
+        },
+    )
