@@ -14,11 +14,14 @@ from vlm_lit.text.labels import check_control_tokens, check_turns, control_patte
 from vlm_lit.text.messages import image_names
 from vlm_lit.text.sentinels import check_image_count
 import sys, tempfile
+from dataclasses import replace
 from fastcore.test import test_eq
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.text.tokenizer import load_tokenizer
 from small_parts import dirty_records, talk
 from vlm_lit.data.findings import AuditSettings
 from vlm_lit.data.findings import Tally
+from vlm_lit.data.findings import attempt
 from vlm_lit.data.findings import inspect_chunk
 from vlm_lit.data.findings import inspect_record
 
@@ -28,6 +31,30 @@ def setup_module():
     tok = load_tokenizer("gemma")
     folder = Path(tempfile.mkdtemp())
     DIRTY = dirty_records(folder)
+
+def test_a_forged_turn_becomes_a_finding():
+    settings, pattern = AuditSettings(image_folder=folder), control_pattern(tok, "gemma")
+    watch = "check.__name__ kind len(findings)"
+    with Breakpoint(attempt, at="findings.append(Finding", watch=watch) as bp:
+        inspect_record(Records(DIRTY), 5, settings, pattern)
+    bp.expect({"check.__name__": "check_control_tokens", "kind": "control_tokens", "e.turn": 1})
+    bp.expect({"'<end_of_turn>' in e.message": True})
+    bp.expect_after({"len(findings)": 1})
+
+def test_only_decoding_finds_a_broken_file():
+    settings = AuditSettings(image_folder=folder, decode_images=True)
+    change = {"settings": replace(settings, decode_images=False)}
+    with Breakpoint(inspect_record, at="if settings.image_folder", watch="name", set=change) as bp:
+        inspect_record(Records(DIRTY), 3, settings, control_pattern(tok, "gemma"))
+    bp.expect_changed({"[f.kind for f in result[1]]": (["image_unreadable"], [])})
+
+def test_an_image_counted_as_one_position_hides_long_records():
+    settings = AuditSettings(max_length=300)
+    as_one = {"counts": lambda c: np.where(np.arange(len(c)) == Segment.IMAGE, c // 576, c)}
+    with Breakpoint(inspect_chunk, at="length = int(", watch="n counts.sum()", set=as_one) as bp:
+        inspect_chunk(Records(DIRTY), 0, len(DIRTY), tok, settings)
+    bp.expect({"n": 0, "counts.sum()": 595}).expect_after({"counts.sum()": 20})
+    bp.expect_changed({"counts['over_length']": (5, 1)})
 
 def test_every_check_of_a_record_becomes_a_finding():
     settings = AuditSettings(image_folder=folder, decode_images=True, max_length=1000)

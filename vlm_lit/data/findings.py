@@ -63,7 +63,7 @@ class AuditSettings:
     batch_size: int = 16  # for the padding
     n_examples: int = 5  # most examples of each finding
 
-# %% ../../nbs/13a_findings.ipynb #c008
+# %% ../../nbs/13a_findings.ipynb #c009
 @dataclass(frozen=True)
 class Finding:
     "Something wrong with a record."
@@ -131,7 +131,7 @@ def inspect_record(
     refused = any(f.kind in ("tags", "control_tokens") for f in found)
     return None if refused else record, found, len(images)
 
-# %% ../../nbs/13a_findings.ipynb #c012
+# %% ../../nbs/13a_findings.ipynb #c018
 @dataclass
 class Tally:
     "What has been counted so far; tallies of chunks add up."
