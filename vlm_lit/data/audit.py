@@ -22,7 +22,7 @@ from .samplers import GlobalBatchSampler, mixture_draws, padding_ratio
 from .findings import AuditSettings, ERRORS, Finding, Tally, WARNINGS, inspect_chunk
 from .findings import severity
 
-# %% ../../nbs/14_audit.ipynb #c007
+# %% ../../nbs/14_audit.ipynb #c008
 class AuditChunks(Dataset):
     "Chunks of records, for the processes that look at them."
 
@@ -104,7 +104,7 @@ def padding_of(
         "tokens": padded,
     }
 
-# %% ../../nbs/14_audit.ipynb #c010
+# %% ../../nbs/14_audit.ipynb #c011
 def length_histogram(
     lengths: np.ndarray,
     bins: int = 24,
