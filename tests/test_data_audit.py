@@ -14,11 +14,11 @@ from vlm_lit.data.records import one_thread
 from vlm_lit.data.samplers import GlobalBatchSampler, mixture_draws, padding_ratio
 from vlm_lit.data.findings import AuditSettings, ERRORS, Finding, Tally, WARNINGS, inspect_chunk
 from vlm_lit.data.findings import severity
-import io, json, sys, tempfile
-import matplotlib.pyplot as plt
-from IPython import display
-from vlm_lit.debug.breakpoints import Breakpoint
+import json, sys, tempfile
+from dataclasses import replace
 from fastcore.test import test_eq, expect_fail
+from vlm_lit.data.findings import inspect_record
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.text.tokenizer import load_tokenizer
 from small_parts import dirty_records, talk
 from vlm_lit.data.audit import AuditChunks
@@ -28,64 +28,37 @@ from vlm_lit.data.audit import duplicates
 from vlm_lit.data.audit import summarize
 
 def setup_module():
-    global DIRTY, folder, record, show, tok
+    global DIRTY, folder, record, tok
     sys.path[:0] = ["../tests", "tests"]
-    def show(figure):
-        "A figure as a notebook displays it."
-        out = io.BytesIO()
-        figure.savefig(out, format="png", dpi=80)
-        plt.close(figure)
-        return display.Image(out.getvalue())
     tok = load_tokenizer("gemma")
     folder = Path(tempfile.mkdtemp())
     DIRTY = dirty_records(folder)
     for record in DIRTY: print(str(record)[:100])
+    print(len(DIRTY), "records")
 
-def test_duplicate_ids_are_found_across_chunks():
+def test_tallies_of_chunks_add_up():
     records = Records([{"id": k % 7, "conversations": talk("q")} for k in range(20)])
-    tally = count_all(AuditChunks(records, tok, AuditSettings(), size=6))
-    with Breakpoint(duplicates, at="return len(again)", watch="len(tally.ids) len(ids) again") as bp:
-        n, found = duplicates(tally, records, 3)
-    test_eq([(f.index, f.record) for f in found], [(7, 0), (8, 1), (9, 2)])
-    bp.expect({"len(tally.ids)": 4}, again=list(range(7, 20)))
+    with Breakpoint(count_all, at="bar.update", watch="part.n_records tally.n_records") as bp:
+        tally = count_all(AuditChunks(records, tok, AuditSettings(), size=6))
+    print("bytes per record:", sum(a[0].itemsize for a in (tally.lengths, tally.ids, tally.pictured)))
+    bp.expect_each({"part.n_records": [6, 6, 6, 2], "tally.n_records": [6, 12, 18, 20]})
 
-def test_only_decoding_finds_a_broken_image():
-    stops, watch = [], "tally.counts['image_unreadable'] tally.counts['image_missing'] len(lengths)"
-    for decode in (True, False):
-        settings = AuditSettings(image_folder=folder, decode_images=decode)
-        with Breakpoint(summarize, at="findings, counts = _findings", watch=watch) as bp:
-            audit(DIRTY, tok, settings)
-        stops.append(bp)
-    diff = stops[0].diff(stops[1], titles=("decoded", "only present"))
-    diff.expect({"tally.counts['image_unreadable']": (1, 0)})
+def test_a_number_and_its_string_are_two_ids():
+    def stopped(*ids):
+        records = [{"id": i, "conversations": talk("q")} for i in ids]
+        with Breakpoint(duplicates, at="return len(again)", watch="len(ids) again") as bp:
+            audit(records, tok)
+        return bp
 
-def test_dirty_data_is_not_ok_and_clean_data_is():
-    report = audit(DIRTY, tok, AuditSettings(image_folder=folder, decode_images=True, max_length=900))
-    test_eq((report["ok"], report["records"], report["errors"], report["warnings"]), (False, 12, 8, 3))
-    (example,) = report["findings"]["control_tokens"]["examples"]
-    test_eq((example["index"], example["id"], example["turn"]), (5, 5, 1))
-    assert "'<end_of_turn>'" in example["what"]
-    records = [DIRTY[0], {"id": 1, "conversations": talk("hi")}]
-    clean = audit(records, tok, AuditSettings(image_folder=folder))
-    print(clean["verdict"])
-    assert clean["ok"] and not clean["findings"] and "ready for training" in clean["verdict"]
-    test_eq(json.loads(json.dumps(report)), report)
+    diff = stopped(7, 8, 7, "7").diff(stopped(7, 8, "7", "7"), titles=('7 8 7 "7"', '7 8 "7" "7"'))
+    diff.expect({"again[0]": (2, 3)})
 
-def test_shares_add_up_and_most_positions_are_image():
-    question, answer = "<image>\nWhat is in the photo?", "a black box under a blue sky, "
-    talks = [talk(question, answer * (k % 4 + 1)) for k in range(20)]
-    captions = [{"id": k, "image": "good.jpg", "conversations": own} for k, own in enumerate(talks)]
-    report = audit(captions, tok, AuditSettings(image_folder=folder, batch_size=4))
-    supervised = sum(s["share"] for s in report["segments"].values() if s["supervised"])
-    image, padding = report["segments"]["image"]["share"], report["padding"]
-    print(
-        f"image {image:.1%}, supervised {supervised:.1%}, padding {padding['random']:.1%} at random, "
-    f"{padding['grouped']:.1%} grouped"
-    )
-    assert abs(sum(s["share"] for s in report["segments"].values()) - 1) < 1e-4
-    assert image > 0.9 and 0.02 < supervised < 0.05
-    assert padding["grouped"] < padding["random"] == round(report["segments"]["pad"]["share"], 4)
-    test_eq(sum(report["lengths"]["histogram"]["counts"]), 20)
+def test_an_allowed_control_token_is_no_finding():
+    settings = AuditSettings()
+    change = {"settings": replace(settings, control_tokens="allow")}
+    with Breakpoint(inspect_record, at="policy = ", watch="name len(found)", set=change) as bp:
+        audit([DIRTY[5]], tok, settings)
+    bp.expect_changed({"[f.kind for f in result[1]]": (["control_tokens"], [])})
 
 def test_workers_give_the_same_report():
     settings = AuditSettings(image_folder=folder, max_length=900, n_examples=2)
@@ -112,3 +85,32 @@ def test_wrong_settings_and_empty_data_are_said():
     assert {f.kind for f in [Finding(k, 0, 0, "") for k in ERRORS]} == set(ERRORS)
     assert not set(ERRORS) & set(WARNINGS)
     test_eq((severity("tags"), severity("greeting")), ("error", "warning"))
+
+def test_duplicate_ids_are_found_across_chunks():
+    records = Records([{"id": k % 7, "conversations": talk("q")} for k in range(20)])
+    tally = count_all(AuditChunks(records, tok, AuditSettings(), size=6))
+    n, found = duplicates(tally, records, 3)
+    test_eq((n, [(f.index, f.record) for f in found]), (13, [(7, 0), (8, 1), (9, 2)]))
+
+def test_dirty_data_is_not_ok_and_clean_data_is():
+    report = audit(DIRTY, tok, AuditSettings(image_folder=folder, decode_images=True, max_length=900))
+    test_eq((report["ok"], report["records"], report["errors"], report["warnings"]), (False, 12, 8, 3))
+    (example,) = report["findings"]["control_tokens"]["examples"]
+    test_eq((example["index"], example["id"], example["turn"]), (5, 5, 1))
+    assert "'<end_of_turn>'" in example["what"]
+    records = [DIRTY[0], {"id": 1, "conversations": talk("hi")}]
+    clean = audit(records, tok, AuditSettings(image_folder=folder))
+    assert clean["ok"] and not clean["findings"] and "ready for training" in clean["verdict"]
+    test_eq(json.loads(json.dumps(report)), report)
+
+def test_shares_add_up_and_most_positions_are_image():
+    question, answer = "<image>\nWhat is in the photo?", "a black box under a blue sky, "
+    talks = [talk(question, answer * (k % 4 + 1)) for k in range(20)]
+    captions = [{"id": k, "image": "good.jpg", "conversations": own} for k, own in enumerate(talks)]
+    report = audit(captions, tok, AuditSettings(image_folder=folder, batch_size=4))
+    supervised = sum(s["share"] for s in report["segments"].values() if s["supervised"])
+    image, padding = report["segments"]["image"]["share"], report["padding"]
+    assert abs(sum(s["share"] for s in report["segments"].values()) - 1) < 1e-4
+    assert image > 0.9 and 0.02 < supervised < 0.05
+    assert padding["grouped"] < padding["random"] == round(report["segments"]["pad"]["share"], 4)
+    test_eq(sum(report["lengths"]["histogram"]["counts"]), 20)

@@ -14,12 +14,14 @@ from vlm_lit.text.labels import check_control_tokens, check_turns, control_patte
 from vlm_lit.text.messages import image_names
 from vlm_lit.text.sentinels import check_image_count
 import sys, tempfile
+from dataclasses import replace
 from fastcore.test import test_eq
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.text.tokenizer import load_tokenizer
 from small_parts import dirty_records, talk
 from vlm_lit.data.findings import AuditSettings
 from vlm_lit.data.findings import Tally
+from vlm_lit.data.findings import attempt
 from vlm_lit.data.findings import inspect_chunk
 from vlm_lit.data.findings import inspect_record
 
@@ -30,28 +32,63 @@ def setup_module():
     folder = Path(tempfile.mkdtemp())
     DIRTY = dirty_records(folder)
 
-def test_four_mistakes_are_four_findings():
-    two = {"id": 1, "image": ["gone.jpg", "../x"], "conversations": talk("<image> <end_of_turn>")}
+def test_a_forged_turn_becomes_a_finding():
     settings, pattern = AuditSettings(image_folder=folder), control_pattern(tok, "gemma")
-    kinds = "[f.kind for f in found]"
-    with Breakpoint(inspect_record, at="refused = any(", watch=["images", kinds]) as bp:
-        inspect_record(Records([two]), 0, settings, pattern)
-    bp.expect({kinds: ["image_missing", "image_escapes", "tags", "control_tokens"]})
-
-def test_allowed_control_tokens_hide_a_forged_turn():
-    settings, pattern = AuditSettings(image_folder=folder), control_pattern(tok, "gemma")
-    at, lenient = "policy = settings.control_tokens", AuditSettings(control_tokens="allow")
-    with Breakpoint(inspect_record, at=at, watch="turns", set={"settings": lenient}) as bp:
+    watch = "check.__name__ kind len(findings)"
+    with Breakpoint(attempt, at="findings.append(Finding", watch=watch) as bp:
         inspect_record(Records(DIRTY), 5, settings, pattern)
-    bp.expect({"'FORGED' in turns[1]['value']": True})
-    bp.expect_changed({"[f.kind for f in result[1]]": (["control_tokens"], [])})
+    bp.expect({"check.__name__": "check_control_tokens", "kind": "control_tokens", "e.turn": 1})
+    bp.expect({"'<end_of_turn>' in e.message": True})
+    bp.expect_after({"len(findings)": 1})
 
-def test_an_empty_answer_supervises_nothing():
-    watch = "n counts[Segment.USER]>0 counts[Segment.ANSWER] counts[Segment.STOP]"
-    at, none = "if not counts[Segment.ANSWER]", "counts[Segment.ANSWER] + counts[Segment.STOP] == 0"
-    with Breakpoint(inspect_chunk, at=at, watch=watch, when=none) as bp:
-        inspect_chunk(Records(DIRTY), 0, len(DIRTY), tok, AuditSettings(image_folder=folder))
-    bp.expect({"counts[Segment.ANSWER]": 0}, n=7, hits=1)
+def test_only_decoding_finds_a_broken_file():
+    settings = AuditSettings(image_folder=folder, decode_images=True)
+    change = {"settings": replace(settings, decode_images=False)}
+    with Breakpoint(inspect_record, at="if settings.image_folder", watch="name", set=change) as bp:
+        inspect_record(Records(DIRTY), 3, settings, control_pattern(tok, "gemma"))
+    bp.expect_changed({"[f.kind for f in result[1]]": (["image_unreadable"], [])})
+
+def test_an_image_counted_as_one_position_hides_long_records():
+    settings = AuditSettings(max_length=300)
+    as_one = {"counts": lambda c: np.where(np.arange(len(c)) == Segment.IMAGE, c // 576, c)}
+    with Breakpoint(inspect_chunk, at="length = int(", watch="n counts.sum()", set=as_one) as bp:
+        inspect_chunk(Records(DIRTY), 0, len(DIRTY), tok, settings)
+    bp.expect({"n": 0, "counts.sum()": 595}).expect_after({"counts.sum()": 20})
+    bp.expect_changed({"counts['over_length']": (5, 1)})
+
+def test_every_check_of_a_record_becomes_a_finding():
+    settings = AuditSettings(image_folder=folder, decode_images=True, max_length=1000)
+    pattern = control_pattern(tok, "gemma")
+    kinds = [
+        [f.kind for f in inspect_record(Records(DIRTY), n, settings, pattern)[1]]
+        for n in range(len(DIRTY))
+    ]
+    test_eq(
+        kinds,
+        [
+            [],
+            ["image_missing"],
+            ["image_escapes"],
+            ["image_unreadable"],
+            ["tags"],
+            ["control_tokens"],
+            ["roles"],
+            ["empty_answer"],
+            [],
+            [],
+            ["broken_record"],
+            ["greeting"],
+        ],
+    )
+    only_there = AuditSettings(image_folder=folder)
+    # a broken file is there; only decoding finds out
+    test_eq([f.kind for f in inspect_record(Records(DIRTY), 3, only_there, pattern)[1]], [])
+    two = {"id": 1, "image": ["gone.jpg", "../x"], "conversations": talk("<image> <end_of_turn>")}
+    # all at once
+    test_eq(
+        [f.kind for f in inspect_record(Records([two]), 0, settings, pattern)[1]],
+        ["image_missing", "image_escapes", "tags", "control_tokens"],
+    )
 
 def test_chunk_counts_tokens_by_segment_and_expands_images():
     settings = AuditSettings(image_folder=folder, max_length=1000)
@@ -98,37 +135,3 @@ def test_chunk_counts_tokens_by_segment_and_expands_images():
     for a, b in [(0, 5), (5, 12)]:
         halves.add(inspect_chunk(Records(DIRTY), a, b, tok, settings), 5)
     test_eq((halves.counts, halves.tokens.tolist()), (dirty.counts, dirty.tokens.tolist()))
-
-def test_every_check_of_a_record_becomes_a_finding():
-    settings = AuditSettings(image_folder=folder, decode_images=True, max_length=1000)
-    pattern = control_pattern(tok, "gemma")
-    kinds = [
-        [f.kind for f in inspect_record(Records(DIRTY), n, settings, pattern)[1]]
-        for n in range(len(DIRTY))
-    ]
-    test_eq(
-        kinds,
-        [
-            [],
-            ["image_missing"],
-            ["image_escapes"],
-            ["image_unreadable"],
-            ["tags"],
-            ["control_tokens"],
-            ["roles"],
-            ["empty_answer"],
-            [],
-            [],
-            ["broken_record"],
-            ["greeting"],
-        ],
-    )
-    only_there = AuditSettings(image_folder=folder)
-    # a broken file is there; only decoding finds out
-    test_eq([f.kind for f in inspect_record(Records(DIRTY), 3, only_there, pattern)[1]], [])
-    two = {"id": 1, "image": ["gone.jpg", "../x"], "conversations": talk("<image> <end_of_turn>")}
-    # all at once
-    test_eq(
-        [f.kind for f in inspect_record(Records([two]), 0, settings, pattern)[1]],
-        ["image_missing", "image_escapes", "tags", "control_tokens"],
-    )

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 from unittest.mock import patch
 from fastcore.test import test_eq, expect_fail
 from PIL import ImageFile
+from vlm_lit.core import IGNORE_INDEX, DataError
 from vlm_lit.debug.breakpoints import Breakpoint
-from vlm_lit.core import IGNORE_INDEX
 from vlm_lit.images import sample_image
 from vlm_lit.weights.saving import save_model
 from small_parts import hushed, needs, tiny_model, workshop
@@ -24,7 +24,7 @@ from vlm_lit.evaluation.lmms_eval_adapter import generation_settings
 from vlm_lit.evaluation.lmms_eval_adapter import manifest
 
 def setup_module():
-    global CHOICES, CHOOSE, DOCS, FOLDER, GENERATE, PHOTOS, TASK, by_hand, model, opened, p, processor, request, run_task, write_task
+    global CHOICES, CHOOSE, DOCS, FOLDER, GENERATE, PHOTOS, TASK, by_hand, model, opened, p, processor, request, run_task, tok, write_task
     sys.path[:0] = ["../tests", "tests"]
     FOLDER = Path(tempfile.mkdtemp())
     with workshop(), hushed():
@@ -33,7 +33,7 @@ def setup_module():
             p.data *= 3  # answers that differ with the image
         save_model(model, FOLDER)
         processor.save_pretrained(FOLDER)
-    processor.control_tokens = "escape"
+    processor.control_tokens, tok = "escape", processor.tokenizer
     PHOTOS = [sample_image(64, 48), sample_image(40, 70)]
     DOCS = [
         {"q": "what color is the shape?", "a": "blue", "images": PHOTOS[:1]},
@@ -112,19 +112,57 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
         samples = sorted(out["samples"]["four_questions"], key=lambda sample: sample["doc_id"])
         return out["results"]["four_questions"], [sample["filtered_resps"] for sample in samples]
 
-def test_an_answer_is_cut_at_the_first_string():
-    text, until = "blue\nThe circle</s> is blue", ["</s>", "\n", "never"]
-    with Breakpoint(cut_at, at="return text", watch="text stops", set={"stops": []}) as bp:
-        cut_at(text, until)
-    bp.expect(stops=until)
-    bp.expect_changed(result=("blue", text))
+def test_a_request_becomes_a_prompt():
+    needs("lmms_eval")
+    ids, limit = "samples[0]['input_ids']", {"max_new_tokens": 2}
+    with Breakpoint(
+        answer_batch, at="ids = generate_ids", watch=["questions", ids], tokenizer=tok
+    ) as bp:
+        opened().generate_until([request("<image>\n<image>blue?", limit, n=1)])
+    text = "<bos><start_of_turn>user\n<image>\nblue?<end_of_turn>\n<start_of_turn>model\n"
+    before, after = (tok(part, add_special_tokens=False).input_ids for part in text.split("<image>"))
+    bp.expect({"questions": ["blue?"], ids: [*before, -200, *after]})
 
-def test_settings_for_other_models_are_not_used():
-    task = {"max_new_tokens": 16, "temperature": 0, "until": ["\n"], "max_frames_num": 8}
-    with Breakpoint(generation_settings, at="if own.get", watch="unused own until") as bp:
-        with warnings.catch_warnings(record=True): generation_settings(task)
-    bp.expect(unused=["max_frames_num"], own={"max_new_tokens": 16, "temperature": 0})
-    bp.expect_return(result=({"max_new_tokens": 16, "do_sample": False}, ["\n"]))
+def test_a_tag_without_an_image_is_refused():
+    needs("lmms_eval")
+    sent, change = "<image>\n<image>blue?", {"text": "<image>\n<image>blue?"}
+    with Breakpoint(VLMLit._question, at="return text", watch="text len(images)", set=change) as bp:
+        with expect_fail(DataError, contains="2 <image> tag(s) for 1 image(s)"):
+            opened().generate_until([request(sent, {}, n=1)])
+    bp.expect_changed({"result[0]": ("blue?", sent)})
+
+def test_without_stop_tokens_a_beginning_always_wins():
+    needs("lmms_eval")
+    stops = torch.tensor(tok.convert_tokens_to_ids(["<end_of_turn>", "Ċ", "<eos>"]))
+
+    def without_stops(inputs):
+        "The inputs without labels of stop tokens."
+        labels = inputs["labels"]
+        return {**inputs, "labels": labels.masked_fill(torch.isin(labels, stops), IGNORE_INDEX)}
+
+    change = {"inputs": without_stops}
+    with Breakpoint(VLMLit._score, at="out, places", watch="inputs['labels']", set=change) as bp:
+        options = [request("blue?", answer, n=1) for answer in ("what", "what shape")]
+        opened(batch_size=2).log_likelihoods(options)
+    bp.expect_changed({"result[0][0] > result[1][0]": (False, True)})
+
+def test_a_task_of_lmms_eval_from_end_to_end():
+    needs("lmms_eval")
+    # importing lmms-eval makes PIL take broken images; other tests want them refused
+    own = patch.object(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
+    with hushed(), own: scores, replies = run_task("generate_until", GENERATE)
+    print(f"exact match of {len(replies)} answers: {scores['exact_match,none']:.2f}")
+    questions, images = [d["q"] for d in DOCS], [d["images"] for d in DOCS]
+    wanted = [*answer_batch(model, processor, questions, images, max_new_tokens=8)]
+    test_eq([reply for [reply] in replies], wanted)
+    with hushed(): scores, replies = run_task("multiple_choice", CHOOSE)
+    right = []
+    for reply, doc in zip(replies, DOCS):
+        wanted = [by_hand(doc["q"], answer, doc["images"])[0] for answer in CHOICES]
+        assert max(abs(loss + value) for (loss, _), value in zip(reply, wanted)) < 2e-3
+        right.append(CHOICES[wanted.index(max(wanted))] == doc["a"])
+    test_eq(scores["acc,none"], sum(right) / 4)
+    assert 0 < sum(right) < 4, right  # or the score would say little
 
 def test_answers_are_those_of_answer_batch():
     needs("lmms_eval")
@@ -135,7 +173,6 @@ def test_answers_are_those_of_answer_batch():
     ask = lambda **settings: adapter.generate_until(
         [request(doc["q"], {**limit, **settings}, n=n) for n, doc in enumerate(DOCS)]
     )
-    print(ask())
     test_eq(ask(), wanted)
     test_eq(len({*wanted}), 4)
     test_eq(ask(temperature=0, top_p=0.9, do_sample=False), wanted)
@@ -178,7 +215,6 @@ def test_log_likelihoods_by_hand():
         [other] = adapter.log_likelihoods([request("blue?", lambda doc: " " + doc["a"], n=1)])
         assert abs(other[0] - found[1][0]) < 1e-3  # as a function, and with a delimiter
     test_eq([out.text for out in adapter.loglikelihood(asked)], [(-v, own) for v, own in found])
-    print([round(value, 2) for value, _ in found])
 
 def test_greedy_is_what_the_model_would_write():
     needs("lmms_eval")
@@ -202,21 +238,3 @@ def test_what_the_adapter_refuses():
     with patch.dict(VLMLit.__init__.__globals__, {"lmms": object}):
         with expect_fail(ConfigError, contains="pip install lmms-eval"):
             VLMLit(FOLDER)
-
-def test_a_task_of_lmms_eval_from_end_to_end():
-    needs("lmms_eval")
-    # importing lmms-eval makes PIL take broken images; other tests want them refused
-    own = patch.object(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
-    with hushed(), own: scores, replies = run_task("generate_until", GENERATE)
-    print(f"exact match of {len(replies)} answers: {scores['exact_match,none']:.2f}")
-    questions, images = [d["q"] for d in DOCS], [d["images"] for d in DOCS]
-    wanted = [*answer_batch(model, processor, questions, images, max_new_tokens=8)]
-    test_eq([reply for [reply] in replies], wanted)
-    with hushed(): scores, replies = run_task("multiple_choice", CHOOSE)
-    right = []
-    for reply, doc in zip(replies, DOCS):
-        wanted = [by_hand(doc["q"], answer, doc["images"])[0] for answer in CHOICES]
-        assert max(abs(loss + value) for (loss, _), value in zip(reply, wanted)) < 2e-3
-        right.append(CHOICES[wanted.index(max(wanted))] == doc["a"])
-    test_eq(scores["acc,none"], sum(right) / 4)
-    assert 0 < sum(right) < 4, right  # or the score would say little

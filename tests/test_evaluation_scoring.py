@@ -16,10 +16,8 @@ from vlm_lit.evaluation.generation import generate_ids
 from vlm_lit.evaluation.metrics import score_answers, load_metric, majority_baseline
 from vlm_lit.evaluation.metrics import question_only_baseline
 from vlm_lit.evaluation.metrics import anls, contains, exact
-import io, json
+import json
 import lzma, tempfile
-import matplotlib.pyplot as plt
-from IPython import display
 from types import SimpleNamespace
 from fastcore.test import test_eq, test_close, expect_fail
 from PIL import Image, ImageDraw
@@ -27,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tokenizers import trainers
 from transformers import PreTrainedTokenizerFast
 from vlm_lit.debug.breakpoints import Breakpoint
-from vlm_lit.evaluation.scoring import _answer_batch, _prompts, _turns
+from vlm_lit.evaluation.scoring import _answer_batch, _prompts, _training_pairs, _turns
 from vlm_lit.evaluation.metrics import score_answers
 from vlm_lit.models.vlm import VLM
 from vlm_lit.models.config import VLMConfig
@@ -38,16 +36,9 @@ from vlm_lit.evaluation.scoring import format_table
 from vlm_lit.evaluation.scoring import predict
 
 def setup_module():
-    global COLORS, HATCHES, MINE, Oracle, dot_records, draw_dots, folder, golden, golden_tokenizer, processor, processor_of, record, records, show, small_model, small_tokenizer, texts, tok
+    global MINE, Oracle, dot_records, draw_dots, folder, golden, golden_tokenizer, processor, processor_of, record, records, small_model, small_tokenizer, texts, tok
     golden = next(p for p in (Path("../tests/golden"), Path("tests/golden")) if p.is_dir())
     folder = Path(tempfile.mkdtemp())
-    COLORS, HATCHES = ["#f2f2f2", "#b0b0b0", "#6baed6", "#08519c"], ["", "//", "", ""]
-    def show(figure):
-        "A figure as a notebook displays it."
-        out = io.BytesIO()
-        figure.savefig(out, format="png", dpi=80)
-        plt.close(figure)
-        return display.Image(out.getvalue())
     def draw_dots(n, dark):
         "An image of a few dots on a dark or a light ground."
         image = Image.new("RGB", (64, 64), "#203040" if dark else "#e0e8f0")
@@ -153,7 +144,7 @@ def setup_module():
     tok = small_tokenizer([*texts, "user\nmodel\n"])
     processor = processor_of(tok)
     class Oracle(torch.nn.Module):
-        "Knows the answers of a dataset; counts the images it is shown."
+        "Returns the true answers of a dataset; counts the images it gets."
 
         device = torch.device("cpu")
         config = SimpleNamespace(num_image_tokens=1, image_token_id=-1)  # a placeholder per image
@@ -192,51 +183,45 @@ def setup_module():
             settings = dict(batch_first=True, padding_value=pad_token_id)
             return torch.cat([input_ids, torch.nn.utils.rnn.pad_sequence(rows, **settings)], 1)
 
-def test_a_prompt_ends_where_its_answer_starts():
-    sample = LazySupervisedDataset(records, processor, folder, uint8=True)[2]
-    late, watch = {"starts": lambda starts: starts.roll(1)}, "starts.nonzero().flatten()"
-    with Breakpoint(_prompts, at="images = {k: sample[k]", watch=watch, set=late) as bp:
-        _prompts(sample)
-    bp.expect({watch: [15, 32, 46]})
-    bp.expect_changed({"[len(p['input_ids']) for p in result]": ([15, 32, 46], [16, 33, 47])})
-
-def test_predictions_are_put_back_to_their_turns():
-    ds, model = LazySupervisedDataset(records, processor, folder, uint8=True), small_model(len(tok))
-    watch = ["[row['turn'] for row in rows]", "[len(p['input_ids']) for p in own]"]
-    with Breakpoint(_answer_batch, at="answers = generate_ids", watch=watch) as bp:
-        rows, skipped = predict(model, ds, indices=[2], max_new_tokens=4)
-    for row in rows: print(row["turn"], row["question"], "|", row["answer"])
-    bp.expect({watch[0]: [0, 2, 4], watch[1]: [15, 32, 46]})
-
-def test_predictions_do_not_depend_on_their_own_answers():
-    def answered(text):
-        "The predictions for records whose answers are all the same."
-
-        def turn(t):
-            return {**t, "value": text if t["from"] == "gpt" else t["value"]}
-
-        def turns(r): return [turn(t) for t in r["conversations"]]
-
-        changed = [{**r, "conversations": turns(r)} for r in records]
-        changed = LazySupervisedDataset(changed, processor, folder, uint8=True)
-        return predict(model, changed, max_new_tokens=4)[0]
-
-    model = small_model(len(tok)).train()
-    one, other = answered("yes"), answered("three dots")
-    first = [[row["prediction"] for row in rows if not row["turn"]] for rows in (one, other)]
-    later = [[row["prediction"] for row in rows if row["turn"]] for rows in (one, other)]
-    print("first turns equal:", first[0] == first[1], "| later turns equal:", later[0] == later[1])
-    assert first[0] == first[1] and later[0] != later[1] and len(set(first[0])) > 1 and model.training
-
-def test_what_each_question_alone_suggests():
+def test_a_prompt_ends_where_its_answer_begins():
     ds = LazySupervisedDataset(records, processor, folder, uint8=True)
-    at = "return [best.get(normalize_answer"
-    with Breakpoint(question_only_baseline, at=at, watch="len(train) best other") as bp:
-        result = evaluate(Oracle(ds), None, ds, train_data=ds)
-    print(
-        result["metrics"]["exact"]["all"], f"{result['baselines']['question_only']['exact']['all']:.4f}"
+    after = "sample['input_ids'][end:][:4]"
+    with Breakpoint(_prompts, at="prompts.append", watch=["end", after], tokenizer=tok) as bp:
+        _prompts(ds[2])
+    bp.expect_each({"end": [15, 32, 46], f"{after}[0].item()": [22, 285, 278]})
+
+def test_an_end_one_token_later_leaves_the_answer_in_the_prompt():
+    ds, change = LazySupervisedDataset(records, processor, folder, uint8=True), {"end": lambda n: n + 1}
+    with Breakpoint(_prompts, at="prompts.append", watch="end", set=change, tokenizer=tok) as bp:
+        _prompts(ds[0])
+    bp.expect_changed(
+        {"len(result[0]['input_ids'])": (15, 16), "result[0]['input_ids'][15:]": ([], [22])}
     )
-    bp.expect({"best['is it dark?']": "yes", "best['how many dots?']": "1"})
+
+def test_three_turns_of_a_record_are_one_batch():
+    ds, model = LazySupervisedDataset(records, processor, folder, uint8=True), small_model(len(tok))
+    turns, lengths = "[row['turn'] for row in rows]", "[len(prompt['input_ids']) for prompt in own]"
+    with Breakpoint(_answer_batch, at="answers = generate_ids", watch=[turns, lengths]) as bp:
+        rows, skipped = predict(model, ds, indices=[2], max_new_tokens=4)
+    bp.expect({turns: [0, 2, 4], lengths: [15, 32, 46]}, hits=1)
+
+def test_baselines_are_computed_from_the_training_records():
+    train, test = records[:12], records[12:]  # images of one and two dots; of three dots
+    model, more = small_model(len(tok)), dict(image_folder=folder, train_data=train, max_new_tokens=4)
+    with Breakpoint(question_only_baseline, at="return [best.get", watch="best other") as bp:
+        result = evaluate(model, processor, test, **more)
+    print(format_table(result))
+    answers = {"how many dots?": "1", "please count the dots": "1 dots", "thank you": "you are welcome"}
+    bp.expect(best={**answers, "is it dark?": "no"}, other="no")
+
+def test_a_baseline_of_the_evaluated_records_is_too_high():
+    train, test = records[:12], records[12:]
+    model, leak = small_model(len(tok)), {"train": _training_pairs(test, True, [])}
+    with Breakpoint(evaluate, at='known = {"majority"', watch="len(train)", set=leak) as bp:
+        more = dict(image_folder=folder, train_data=train, max_new_tokens=4)
+        evaluate(model, processor, test, **more)
+    score = "baselines['question_only']['exact']"
+    bp.expect_changed({f"{score}['all']": (5 / 13, 11 / 13), f"{score}['count']": (0, 1)})
 
 def test_prompts_end_where_their_answers_begin():
     llama = golden_tokenizer("sentencepiece_like", "<s>", "</s>", "<unk>")
@@ -342,8 +327,8 @@ def test_evaluations_that_cannot_be_are_refused():
         evaluate(model, processor, [record("open", None, "q")], **lenient)
     bad = [record("open", None, "q"), *records[:2]]
     result = evaluate(model, processor, bad, train_data=bad, max_new_tokens=2, **lenient)
-    for line in format_table({**result, "n_by_type": {"count": 1, "yes_no": 1}}).splitlines():
-        print(line[:100])
+    table = format_table({**result, "n_by_type": {"count": 1, "yes_no": 1}})
+    print(*(line[:100] for line in table.splitlines()), sep="\n")
     left_out = [(row["id"], row.get("data")) for row in result["skipped"]]
     test_eq(left_out, [("open", "train"), ("open", None)])
     odd = [{**records[0], "type": "\x1b[31m"}]
@@ -351,7 +336,6 @@ def test_evaluations_that_cannot_be_are_refused():
     assert "\x1b" not in format_table(odd) and "\\x1b[31m" in format_table(odd)
 
 def test_questions_about_an_image_meet_in_a_batch():
-    print(batch_by_image(["a", "b", "a", "c", "b", "a"], 4))
     test_eq(batch_by_image(["a", "b", "a", "c", "b", "a"], 4), [[0, 2, 5], [1, 4, 3]])
     test_eq(batch_by_image(["a"] * 5, 2), [[0, 1], [2, 3], [4]])
     test_eq(batch_by_image([(), (), ()], 2), [[0, 1], [2]])  # no image: nothing shared
@@ -361,7 +345,6 @@ def test_questions_about_an_image_meet_in_a_batch():
 
 def test_sample_is_fixed_and_nested():
     chosen = fixed_sample(9673, 1200)
-    print(len(chosen), "of 9673:", *chosen[:6], "...")
     test_eq(chosen[:6], [15, 36, 44, 46, 74, 76])  # results of earlier runs rest on it
     assert len(set(chosen)) == 1200 and chosen == sorted(chosen)
     assert set(fixed_sample(9673, 400)) < set(chosen) != set(fixed_sample(9673, 1200, seed=1))
@@ -386,7 +369,25 @@ def test_oracle_is_always_right():
         rows, _ = predict(oracle, ds, batch_size=64)
         # the images of the record "two" are among them
         test_eq((len(rows), oracle.shown), (6 * 5 + 3, 6))
-    print(len(rows), "questions,", oracle.shown, "images encoded")
+
+def test_predictions_do_not_depend_on_their_own_answers():
+    def answered(text):
+        "The predictions for records whose answers are all the same."
+
+        def turn(t):
+            return {**t, "value": text if t["from"] == "gpt" else t["value"]}
+
+        def turns(r): return [turn(t) for t in r["conversations"]]
+
+        changed = [{**r, "conversations": turns(r)} for r in records]
+        changed = LazySupervisedDataset(changed, processor, folder, uint8=True)
+        return predict(model, changed, max_new_tokens=4)[0]
+
+    model = small_model(len(tok)).train()
+    one, other = answered("yes"), answered("three dots")
+    first = [[row["prediction"] for row in rows if not row["turn"]] for rows in (one, other)]
+    later = [[row["prediction"] for row in rows if row["turn"]] for rows in (one, other)]
+    assert first[0] == first[1] and later[0] != later[1] and len(set(first[0])) > 1 and model.training
 
 def test_scores_by_type_and_baselines():
     ds = LazySupervisedDataset(records, processor, folder, uint8=True)

@@ -5,31 +5,65 @@ from transformers import TrainerCallback
 from vlm_lit.files import write_rows
 import tempfile
 from types import SimpleNamespace
-from fastcore.test import test_eq
+from unittest.mock import patch
 from vlm_lit.data.collator import BatchInfo
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.training.meter import Meter
 from vlm_lit.training.meter import MetricsFile
 from vlm_lit.training.meter import read_metrics
 
-def test_losses_are_summed_by_source():
-    info = BatchInfo([0, 1], [0, 1], [30, 20], [1, 0], [4, 6])
-    meter = Meter(["captions", "dialogues"])
-    at, watch = "self.sums[0].index_add_", "which token_losses self.sums"
-    with Breakpoint(Meter.add_losses, at=at, watch=watch) as bp:
-        meter.add_losses(info, torch.tensor([1.0] * 4 + [2.0] * 6))
-    bp.expect(which=[0] * 4 + [1] * 6)
-    bp.expect_after({"self.sums": [[4.0, 12.0], [0.0, 0.0]]})
+def setup_module():
+    global Clock, slow_batches, two_steps
+    class Clock:
+        "Replaces `time`; seconds pass only in `sleep`."
 
-def test_a_resumed_run_removes_later_lines():
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "metrics.jsonl"
-        path.write_text("".join(f'{{"step": {n}}}\n' for n in (2, 4, 6)) + '{"step": 8, "lo')
-        state, at = SimpleNamespace(is_world_process_zero=True, global_step=4), "write_rows(self.path"
-        with Breakpoint(MetricsFile.on_train_begin, at=at, watch="state.global_step rows") as bp:
-            MetricsFile(path, Meter(["a"])).on_train_begin(None, state, None)
-        test_eq([row["step"] for row in read_metrics(path)], [2, 4])
-    bp.expect(rows=[{"step": 2}, {"step": 4}])
+        now = 0.0
+
+        def perf_counter(self): return self.now
+
+        def sleep(self, seconds): self.now += seconds
+    def slow_batches(clock):
+        "Two batches of one sample from each of two sources."
+        for k in range(2):
+            clock.sleep(0.05)
+            yield {"info": BatchInfo([2 * k, 2 * k + 1], [0, 1], [30, 20], [1, 0], [4, 6])}
+    def two_steps(counts_fetch=True):
+        "The log line of two steps; `counts_fetch`: whether the clock runs while a batch is fetched."
+        clock, meter = Clock(), Meter(["captions", "dialogues"])
+        with patch.dict(Meter.start.__globals__, {"time": clock}):
+            if counts_fetch: meter.start()
+            for batch in meter.timed(slow_batches(clock)):
+                if not counts_fetch: meter.start()
+                meter.add_losses(batch["info"], torch.tensor([1.0] * 4 + [2.0] * 6))
+                clock.sleep(0.01)
+                if not counts_fetch: meter.stop()
+            return meter.row()
+
+def test_waiting_is_measured_at_each_fetch():
+    watch = ["round(self.waited, 2)", "self.samples"]
+    with Breakpoint(Meter.timed, at="self._count(batch", watch=watch) as bp:
+        row = two_steps()
+    print(f"data_wait {row['data_wait']:.3f}, {row['samples_per_second']:.0f} samples per second")
+    bp.expect_each({"round(self.waited, 2)": [0.05, 0.1], "self.samples": [0, 2]})
+
+def test_a_clock_without_the_fetch_shows_a_fast_run():
+    def stopped(counts_fetch):
+        watch = ["round(counts[0] / seconds)", "round(self.waited / seconds, 2)", "self.samples"]
+        with Breakpoint(Meter.row, at="row = {", watch=watch) as bp:
+            two_steps(counts_fetch)
+        return bp
+
+    diff = stopped(True).diff(stopped(False), titles=("the meter", "a clock of the step alone"))
+    diff.expect({"round(counts[0] / seconds)": (33, 200), "round(self.waited / seconds, 2)": (0.83, 5)})
+
+def test_a_resumed_run_removes_the_lines_that_come_again():
+    path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
+    path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"step": 8, "lo')
+    state = SimpleNamespace(is_world_process_zero=True, global_step=4)
+    steps = "[row['step'] for row in read_metrics(self.path)]"
+    with Breakpoint(MetricsFile.on_train_begin, at="write_rows(", watch=[steps, "len(rows)"]) as bp:
+        MetricsFile(path, Meter(["a"])).on_train_begin(None, state, None)
+    bp.expect({steps: [2, 4, 6], "len(rows)": 2}).expect_after({steps: [2, 4]})
 
 def test_meter_counts_by_source_and_by_the_wall():
     meter = Meter(["a", "b"], flops=lambda info: 10.0 * sum(info.lengths), peak=100.0, world_size=1)

@@ -22,7 +22,7 @@ from .samplers import GlobalBatchSampler, mixture_draws, padding_ratio
 from .findings import AuditSettings, ERRORS, Finding, Tally, WARNINGS, inspect_chunk
 from .findings import severity
 
-# %% ../../nbs/14_audit.ipynb #c007
+# %% ../../nbs/14_audit.ipynb #c008
 class AuditChunks(Dataset):
     "Chunks of records, for the processes that look at them."
 
@@ -104,7 +104,7 @@ def padding_of(
         "tokens": padded,
     }
 
-# %% ../../nbs/14_audit.ipynb #c010
+# %% ../../nbs/14_audit.ipynb #c011
 def length_histogram(
     lengths: np.ndarray,
     bins: int = 24,
@@ -207,7 +207,7 @@ def audit(
     n_workers: int = 0,  # Processes besides this one
     console: Console | None = None,  # Where progress is shown; None: standard error
 ) -> dict:  # The report, as JSON
-    "Check every record of a data set and report what is wrong with it."
+    "Look at every record of a data set and say what is wrong with it."
     settings, records = settings or AuditSettings(), Records(data)
     check_tokenizer(tokenizer, settings.template)
     if settings.image_folder is not None and not Path(settings.image_folder).is_dir():

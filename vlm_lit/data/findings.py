@@ -131,7 +131,7 @@ def inspect_record(
     refused = any(f.kind in ("tags", "control_tokens") for f in found)
     return None if refused else record, found, len(images)
 
-# %% ../../nbs/13a_findings.ipynb #c016
+# %% ../../nbs/13a_findings.ipynb #c018
 @dataclass
 class Tally:
     "What has been counted so far; tallies of chunks add up."

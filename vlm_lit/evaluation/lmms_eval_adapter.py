@@ -43,6 +43,7 @@ def cut_at(
     "The text before the first of the strings."
     return text[: min((n for n in map(text.find, stops) if n >= 0), default=None)]
 
+# %% ../../nbs/13b_lmms_eval.ipynb #c010
 class VLMLit(lmms):
     "A model folder of this project for lmms-eval."
 
@@ -132,6 +133,7 @@ class VLMLit(lmms):
             "leave it out of --tasks"
         )
 
+# %% ../../nbs/13b_lmms_eval.ipynb #c025
 def manifest():  # lmms-eval's `ModelManifest`
     "What the entry point tells lmms-eval."
     from lmms_eval.models.registry_v2 import ModelManifest

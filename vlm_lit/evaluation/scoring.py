@@ -23,7 +23,7 @@ from .generation import generate_ids
 from .metrics import score_answers, load_metric, majority_baseline
 from .metrics import question_only_baseline
 
-# %% ../../nbs/13_evaluation.ipynb #c008
+# %% ../../nbs/13_evaluation.ipynb #c011
 def _turns(record: dict) -> list[tuple[int, str, str]]:  # Number of the turn, question, answer
     "The questions of a record. Raises `DataError` if one has no answer."
     turns = record["conversations"]
@@ -51,7 +51,7 @@ def _prompts(sample: dict) -> list[dict]:  # The sample up to each of its answer
         prompts.append({**{k: sample[k][:end] for k in ("input_ids", "labels")}, **own})
     return prompts
 
-# %% ../../nbs/13_evaluation.ipynb #c012
+# %% ../../nbs/13_evaluation.ipynb #c017
 def batch_by_image(
     keys: list,  # For each question its images' names; empty: none
     batch_size: int,  # Most questions in a batch
@@ -67,7 +67,7 @@ def batch_by_image(
             batches[-1] += part
     return [batch for batch in batches if batch]
 
-# %% ../../nbs/13_evaluation.ipynb #c015
+# %% ../../nbs/13_evaluation.ipynb #c020
 def fixed_sample(
     n_records: int,  # Records there are
     sample: int | None = None,  # How many to take; None, or more than there are: all
@@ -79,7 +79,7 @@ def fixed_sample(
     digest = lambda n: hashlib.sha256(f"{seed}:{n}".encode()).digest()
     return sorted(sorted(range(n_records), key=digest)[:sample])
 
-# %% ../../nbs/13_evaluation.ipynb #c018
+# %% ../../nbs/13_evaluation.ipynb #c023
 def _ask(dataset: LazySupervisedDataset, index: int) -> list[dict]:
     "The questions of a record, as rows of the predictions."
     record = dataset.records[index]
@@ -160,7 +160,7 @@ def predict(
     skipped = [_skipped(dataset.records, i, error) for i, error in failed.items()]
     return [row for row in rows if row["index"] not in failed], skipped
 
-# %% ../../nbs/13_evaluation.ipynb #c025
+# %% ../../nbs/13_evaluation.ipynb #c029
 def _training_pairs(data, strict: bool, skipped: list[dict]) -> list[tuple[str, str]]:
     "Questions and answers of the training data; `skipped` gets the records that have none."
     records, pairs = getattr(data, "records", None) or Records(data), []
@@ -189,7 +189,7 @@ def evaluate(
     metrics=("exact",),  # Names or functions, for `load_metric`
     batch_size: int = 32,  # Questions per batch
     max_new_tokens: int = 32,  # Most tokens of an answer
-    train_data=None,  # As `data`: what the baselines learn from; None: no baselines
+    train_data=None,  # As `data`: what the baselines are computed from; None: no baselines
     blank_images: bool = False,  # Black images instead of the real ones, unless `data` is a dataset
     indices=None,  # Which records, such as `fixed_sample` chooses; None: all
     strict: bool = True,  # Whether a record that cannot be used raises; else `skipped` lists it

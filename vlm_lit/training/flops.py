@@ -10,10 +10,10 @@ import torch
 from ..core import ConfigError
 from ..models.towers import VIT_MODEL_TYPES, tower_depth
 
-# %% ../../nbs/15a_flops.ipynb #c007
+# %% ../../nbs/15a_flops.ipynb #c008
 PARTS = ("vision_tower", "vision_tower_aux", "mining", "projector", "language_model")
 
-# %% ../../nbs/15a_flops.ipynb #c008
+# %% ../../nbs/15a_flops.ipynb #c009
 def backward_products(
     ops: list[tuple[int, bool]],  # In order: FLOPs of the forward pass, whether it has a weight
     trains: bool,  # Whether these weights train
@@ -26,7 +26,7 @@ def backward_products(
         below = below or trains and has_weight
     return out
 
-# %% ../../nbs/15a_flops.ipynb #c011
+# %% ../../nbs/15a_flops.ipynb #c012
 def vit_ops(config, depth: int) -> list[tuple[int, bool]]:
     "Operations of the first `depth` layers of CLIP or SigLIP for one image."
     width, patches = config.hidden_size, (config.image_size // config.patch_size) ** 2
@@ -70,7 +70,7 @@ def tower_ops(config, select_layer: int, side: int) -> list[tuple[int, bool]]:
     count = convnext_ops if config.model_type == "convnext" else efficientnet_ops
     return count(config, depth, side)
 
-# %% ../../nbs/15a_flops.ipynb #c015
+# %% ../../nbs/15a_flops.ipynb #c019
 def mining_products(config, trains: bool, low: bool, high: bool) -> list[tuple[int, int]]:
     "Operations of mining for one image; `low`, `high`: whether the towers below it train."
     queries = config.num_image_tokens
@@ -87,7 +87,7 @@ def mining_products(config, trains: bool, low: bool, high: bool) -> list[tuple[i
         (linear, trains + attention),
     ]
 
-# %% ../../nbs/15a_flops.ipynb #c017
+# %% ../../nbs/15a_flops.ipynb #c021
 UNGATED = ("gpt_neox", "phi", "starcoder2")
 
 def causal_pairs(lengths: list[int], window: int | None = None) -> int:
@@ -115,7 +115,7 @@ def decoder_ops(config, lengths: list[int]) -> list[tuple[int, bool]]:
     pairs = sliding * causal_pairs(lengths, window) + (layers - sliding) * causal_pairs(lengths)
     return [(2 * sum(lengths) * layers * linear, True), (4 * heads * head_dim * pairs, False)]
 
-# %% ../../nbs/15a_flops.ipynb #c019
+# %% ../../nbs/15a_flops.ipynb #c024
 def projector_ops(config) -> list[tuple[int, bool]]:
     "Operations of the projector for one image."
     kind = config.projector_type
@@ -139,7 +139,7 @@ def image_products(config, trainable: set[str]) -> dict[str, list[tuple[int, int
     parts["projector"] = backward_products(projector_ops(config), projector, below)
     return parts
 
-# %% ../../nbs/15a_flops.ipynb #c021
+# %% ../../nbs/15a_flops.ipynb #c026
 def flops_table(
     config,  # `VLMConfig`, or a model that has one
     trainable: set[str],  # Of `PARTS`, and "lora" for adapters in the language model
@@ -186,7 +186,7 @@ def trainable_parts(
     found = {part for part in PARTS if any(f".{part}." in name for name in own)}
     return found | {"lora"} if adapters else found
 
-# %% ../../nbs/15a_flops.ipynb #c040
+# %% ../../nbs/15a_flops.ipynb #c043
 PEAK_TFLOPS = {  # Dense bf16/fp16, float32 accumulation; the first name that fits counts
     "B200": 2250,  # HGX B200 data sheet, 4.5 PFLOPS with sparsity, halved
     "GH200": 989.4,  # GH200 data sheet, 1,979 with sparsity

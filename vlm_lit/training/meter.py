@@ -13,7 +13,7 @@ from ..files import write_rows
 
 # %% ../../nbs/15b_meter.ipynb #c006
 class Meter:
-    "What a training line says besides loss, rate and gradient norm: speed, waiting, sources."
+    "What a log line has besides loss, rate and gradient norm: speed, waiting, sources."
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Meter:
             self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
         n = sum(info.n_supervised)
         if n != len(token_losses):
-            return  # a loss that does not see each token
+            return  # a loss that is not one value per token
         which = torch.repeat_interleave(torch.tensor(info.sources), torch.tensor(info.n_supervised))
         which = which.to(token_losses.device, non_blocking=True)
         self.sums[0].index_add_(0, which, token_losses.double())
@@ -134,7 +134,7 @@ def peak_memory_gib() -> float:
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used / (2**30 if sys.platform == "darwin" else 2**20)
 
-# %% ../../nbs/15b_meter.ipynb #c012
+# %% ../../nbs/15b_meter.ipynb #c015
 def read_metrics(
     path: str | Path,  # metrics.jsonl
 ) -> list[dict]:
@@ -156,7 +156,7 @@ class MetricsFile(TrainerCallback):
         self.path, self.meter = Path(path), meter
 
     def on_train_begin(self, args, state, control, **kwargs):
-        "Forget lines after the checkpoint."
+        "Remove lines after the checkpoint."
         if not state.is_world_process_zero: return
         rows = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
         write_rows(self.path, rows)
