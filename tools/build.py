@@ -187,6 +187,7 @@ def run(names):
     from nbclient import NotebookClient
     from nbdev.clean import nbdev_clean
 
+    os.environ.pop("MPLBACKEND", None)  # figures are stored by the notebook's own backend only
     seconds = {}
     for path in notebooks(names):
         print(f"running {path.name}", flush=True)
