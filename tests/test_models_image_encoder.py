@@ -99,6 +99,44 @@ def test_layers_of_a_projector():
         make_projector("mlp2x_gelu", 16, 24)
     bp.expect({watch[2]: ["Linear", "GELU", "Linear"]}, widths=[16, 24, 24])
 
+def test_queries_and_maps_of_two_images():
+    encoder = small_encoder()
+    watch = ["low.shape", "[tuple(m.shape) for m in maps]"]
+    with Breakpoint(ImageEncoder.features, at="return low if maps", watch=watch) as bp:
+        tokens = encoder(images, large)
+    bp.expect({"low.shape": (2, 16, 16), "[m.shape[-1] for m in maps]": [32, 16, 8]})
+    bp.expect_return({"result.shape": (2, 16, 16)})
+
+def test_features_of_another_image():
+    encoder = small_encoder()
+    swap = {"maps": lambda maps: [m.flip(0) for m in maps]}
+    with Breakpoint(ImageEncoder.features, "return low if maps", "maps[0]", set=swap) as bp:
+        encoder.features(images, large)
+    right, wrong = (outcome["result"] for outcome in bp.hits[0].outcomes)
+    print("tokens that differ per image:", (right != wrong).any(-1).sum(1).tolist())
+    bp.expect_changed({"result[0].norm().item()": (1, 2)}, tolerance=0.001)
+
+def test_crops_are_mined_as_one_grid():
+    encoder = small_encoder(image_grid=2, image_global=True)
+    largest = F.interpolate(large, size=128, mode="bilinear")
+    crops = grid_crops(largest, image_size=32, image_grid=2, image_global=True)
+    watch = ["low.shape", "crops.shape", "mined.shape"]
+    with Breakpoint(ImageEncoder.crop_features, at="crops = from_one_grid", watch=watch) as bp:
+        encoder(crops, largest)
+    bp.expect({"low.shape": (2, 5, 16, 16), "crops.shape": (2, 4, 16, 16), "mined.shape": (2, 64, 16)})
+    bp.expect_return({"result.shape": (2, 5 * 16, 16)})
+
+def test_mining_helps_in_the_kept_ablation():
+    ablation = json.loads((benchmark_results / "mining_ablation.json").read_text())
+    without, mined = (
+        [run["accuracy"] for run in ablation["runs"] if run["arm"] == arm]
+        for arm in ("without mining", "with mining")
+    )
+    test_eq((len(without), len(mined), {run["steps"] for run in ablation["runs"]}), (3, 3, {300}))
+    # "fourteen points", "ten points above the best without"
+    assert sum(mined) / 3 - sum(without) / 3 > 0.135 and min(mined) - max(without) > 0.095
+    assert (sum(mined) / 3 - sum(without) / 3) / (1 - sum(without) / 3) > 0.7  # "three of four"
+
 def test_projectors_by_name():
     # LLaVA's names
     names = list(make_projector("mlp2x_gelu", 16, 24).state_dict())
@@ -121,23 +159,6 @@ def test_projectors_by_name():
     for wrong in ("mlp0x_gelu", "mlpx_gelu", "mlp2x_relu", "resampler", ""):
         with expect_fail(ConfigError, contains=f"unknown projector {wrong!r}; there are: linear"):
             make_projector(wrong, 16, 24)
-
-def test_queries_and_maps_of_two_images():
-    encoder = small_encoder()
-    watch = ["low.shape", "[tuple(m.shape) for m in maps]"]
-    with Breakpoint(ImageEncoder.features, at="return low if maps", watch=watch) as bp:
-        tokens = encoder(images, large)
-    bp.expect({"low.shape": (2, 16, 16), "[m.shape[-1] for m in maps]": [32, 16, 8]})
-    bp.expect_return({"result.shape": (2, 16, 16)})
-
-def test_features_of_another_image():
-    encoder = small_encoder()
-    swap = {"maps": lambda maps: [m.flip(0) for m in maps]}
-    with Breakpoint(ImageEncoder.features, "return low if maps", "maps[0]", set=swap) as bp:
-        encoder.features(images, large)
-    right, wrong = (outcome["result"] for outcome in bp.hits[0].outcomes)
-    print("tokens that differ per image:", (right != wrong).any(-1).sum(1).tolist())
-    bp.expect_changed({"result[0].norm().item()": (1, 2)}, tolerance=0.001)
 
 def test_an_image_becomes_sixteen_tokens():
     encoder = small_encoder()
@@ -164,16 +185,6 @@ def test_stages_not_mined_are_not_built():
     both = small_encoder(vision=lite, aux=lite, select_layer=-1)
     test_eq(tuple(both(images, large).shape), (2, 16, 24))
     test_eq(both.mining.vlm_uni_aux_projector[0].normalized_shape, (36,))
-
-def test_crops_are_mined_as_one_grid():
-    encoder = small_encoder(image_grid=2, image_global=True)
-    largest = F.interpolate(large, size=128, mode="bilinear")
-    crops = grid_crops(largest, image_size=32, image_grid=2, image_global=True)
-    watch = ["low.shape", "crops.shape", "mined.shape"]
-    with Breakpoint(ImageEncoder.crop_features, at="crops = from_one_grid", watch=watch) as bp:
-        encoder(crops, largest)
-    bp.expect({"low.shape": (2, 5, 16, 16), "crops.shape": (2, 4, 16, 16), "mined.shape": (2, 64, 16)})
-    bp.expect_return({"result.shape": (2, 5 * 16, 16)})
 
 def test_whole_image_comes_first():
     encoder = small_encoder(image_grid=2, image_global=True)
@@ -202,14 +213,3 @@ def test_encoder_compiles_without_a_graph_break():
     for encoder, args in ((small_encoder(), (images, large)), (whole, (crops, largest))):
         compiled = torch.compile(encoder, fullgraph=True, backend="eager")
         with torch.no_grad(): test_close(compiled(*args), encoder(*args), eps=1e-5)
-
-def test_mining_helps_in_the_kept_ablation():
-    ablation = json.loads((benchmark_results / "mining_ablation.json").read_text())
-    without, mined = (
-        [run["accuracy"] for run in ablation["runs"] if run["arm"] == arm]
-        for arm in ("without mining", "with mining")
-    )
-    test_eq((len(without), len(mined), {run["steps"] for run in ablation["runs"]}), (3, 3, {300}))
-    # "fourteen points", "ten points above the best without"
-    assert sum(mined) / 3 - sum(without) / 3 > 0.135 and min(mined) - max(without) > 0.095
-    assert (sum(mined) / 3 - sum(without) / 3) / (1 - sum(without) / 3) > 0.7  # "three of four"
