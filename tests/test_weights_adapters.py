@@ -58,6 +58,21 @@ def test_a_misspelt_target_is_an_error():
     test_eq({name.split(".")[-4] for name in adapters}, {"q_proj"})
     bp.expect(target="v_porj")
 
+def test_merging_changes_weights_and_no_logit():
+    norm = "layer.get_base_layer().weight.norm()"
+    with workshop():
+        model, processor = tiny_model()
+        add_lora(model, {"r": 4, "target_modules": ["q_proj"]})
+        shake(model, "language_model.model.layers")
+        before = logits(model, processor)
+        with Breakpoint(merge_lora, at="layer.merge()", watch=["name", norm]) as bp:
+            merge_lora(model)
+        change = float((logits(model, processor) - before).abs().max())
+    print(f"largest change of a logit: {change:.0e}")
+    assert change < 1e-4
+    bp.expect({"name": "model.layers.0.self_attn.q_proj"}, hits=4)
+    bp.expect_after({norm: lambda after: abs(after - bp[norm]) > 1e-3})
+
 def test_merged_adapters_give_equal_logits():
     with workshop():
         model, processor = tiny_model()

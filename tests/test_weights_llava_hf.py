@@ -25,11 +25,14 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from fastcore.test import test_eq, expect_fail
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import AutoModelForImageTextToText, CLIPVisionConfig, GemmaConfig, LlamaConfig
 from transformers import MistralConfig, Qwen2Config, SiglipVisionConfig
+from transformers.models.llama.modeling_llama import LlamaModel
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.images import sample_image
 from vlm_lit.weights.presets import make_model
 from small_parts import TINY_TEXT, TINY_VISION, hushed, same, shake, small_tokenizer
@@ -62,7 +65,7 @@ def setup_module():
         config = VLMConfig(text, vision, **{"image_size": 28, "select_layer": -2, **settings})
         model = make_model(config, seed).eval()
         for p in model.language_model.parameters():
-            p.data *= 4  # far from a coin's toss
+            p.data *= 4  # answers that differ from each other
         processor = VLMProcessor.for_model(config, tokenizer, template, aspect=aspect)
         processor.set_generation_config(model)
         return model, processor
@@ -196,25 +199,31 @@ print(json.dumps([type(model).__name__, type(processor).__name__, answer, said])
         name = name.replace("language_model.model.", "model.language_model.")
         return re.sub(r"^(vision_tower|multi_modal)", r"model.\1", name)
 
-def test_what_does_not_fit_is_named():
-    from transformers import ConvNextConfig, Gemma2Config
+def test_image_gets_the_next_free_id():
+    _, processor = tiny()
+    print(processor.tokenizer.tokenize("<image>"))
+    at = "if tokenizer.encode(IMAGE_TOKEN"
+    with Breakpoint(image_tokenizer, at=at, watch="image_id len(known)") as bp:
+        image_tokenizer(processor)
+    bp.expect({"len(known)": 296}, image_id=296)
+    bp.expect_return({"result[0].tokenize('a <image>')[-1]": "<image>"})
 
-    aux = ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, patch_size=4)
-    capped = Gemma2Config(**{**TINY_TEXT, "vocab_size": 300}, final_logit_softcapping=0.5)
-    KINDS["gemma2"] = lambda **kw: capped
-    for settings, words in [
-        (dict(vision_aux_config=aux, image_size_aux=64), "no high-resolution tower with mining"),
-        (dict(image_grid=2), "no images in crops (image_grid 2)"),
-        (dict(vision=aux, select_layer=0, image_size=32), "no vision tower of type 'convnext'"),
-        (dict(projector_type="linear"), "no projector 'linear'"),
-        (dict(projector_type="identity"), "no projector 'identity'"),
-        (dict(kind="gemma2"), "no output head of gemma2"),
-    ]:
-        model = tiny(**settings)[0]
-        with expect_fail(ConfigError, contains=f"LLaVA has {words}"):
-            check_plain_llava(model, "LLaVA")
-    for kind in ("llama", "gemma", "qwen2", "mistral"):
-        check_plain_llava(tiny(kind)[0], "LLaVA")
+def test_the_language_model_gets_equal_embeddings():
+    question, image = "what color is the shape?", sample_image(64, 48)
+    model, processor = tiny()
+    at = dict(at="hidden_states = inputs_embeds", watch="inputs_embeds")
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        export_llava_hf(model, processor, folder)
+        theirs, their_processor, _ = opened(folder)
+    with Breakpoint(LlamaModel.forward, **at) as ours:
+        model(**processor(question, image))
+    inputs = their_inputs(their_processor, image, question)
+    with Breakpoint(LlamaModel.forward, **at) as other: theirs(**inputs)
+    theirs.config.vision_feature_layer = -2
+    with Breakpoint(LlamaModel.forward, **at) as wrong: theirs(**inputs)
+    assert ours["inputs_embeds"].shape == wrong["inputs_embeds"].shape
+    assert not torch.equal(ours["inputs_embeds"], wrong["inputs_embeds"])
+    ours.expect(inputs_embeds=other["inputs_embeds"], hits=1)
 
 def test_chat_templates_take_parts():
     tokenizer = small_tokenizer()
@@ -350,3 +359,23 @@ def test_folders_that_do_not_fit_are_refused():
         edited(folder, "processor_config.json", image_processor={**own, "do_center_crop": False})
         with expect_fail(ConfigError, contains="do_center_crop is False, not True"):
             read_llava_hf_processor(folder)
+
+def test_what_does_not_fit_is_named():
+    from transformers import ConvNextConfig, Gemma2Config
+
+    aux = ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, patch_size=4)
+    capped = Gemma2Config(**{**TINY_TEXT, "vocab_size": 300}, final_logit_softcapping=0.5)
+    KINDS.update(gemma2=lambda **kw: capped)
+    for settings, words in [
+        (dict(vision_aux_config=aux, image_size_aux=64), "no high-resolution tower with mining"),
+        (dict(image_grid=2), "no images in crops (image_grid 2)"),
+        (dict(vision=aux, select_layer=0, image_size=32), "no vision tower of type 'convnext'"),
+        (dict(projector_type="linear"), "no projector 'linear'"),
+        (dict(projector_type="identity"), "no projector 'identity'"),
+        (dict(kind="gemma2"), "no output head of gemma2"),
+    ]:
+        model = tiny(**settings)[0]
+        with expect_fail(ConfigError, contains=f"LLaVA has {words}"):
+            check_plain_llava(model, "LLaVA")
+    for kind in ("llama", "gemma", "qwen2", "mistral"):
+        check_plain_llava(tiny(kind)[0], "LLaVA")

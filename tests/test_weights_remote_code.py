@@ -5,17 +5,19 @@ from pathlib import Path
 from vlm_lit import __version__
 from vlm_lit.core import ConfigError
 from vlm_lit.files import read_json, write_json, write_text
-import json, os, subprocess, sys, tempfile
+import json, os, subprocess, sys, tempfile, textwrap
 import torch
 from fastcore.test import test_eq, expect_fail
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers import AutoProcessor, AutoTokenizer, CLIPVisionConfig, LlamaConfig, pipeline
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.images import sample_image
 from vlm_lit.models.config import VLMConfig
 from vlm_lit.models.vlm import VLM
 from vlm_lit.processor import VLMProcessor
+from vlm_lit.weights.language_models import quiet
 from vlm_lit.weights.model_card import model_card
 from vlm_lit.weights.presets import make_model, preset_config
 from vlm_lit.weights.saving import load_model, save_model
@@ -139,6 +141,22 @@ print(json.dumps([said, errors]))
     NEW = dict(return_full_text=False, max_new_tokens=8)
     other = sample_image(40, 70)
 
+def test_imports_inside_functions_are_found():
+    source = "def f():\n    from ..core import peek\nfrom os import path"
+    with Breakpoint(own_imports, at="if package == PACKAGE", watch="node.level package rest") as bp:
+        own_imports(source, "text.labels")
+    bp.expect_each(package=["os", "vlm_lit"], rest=[[], ["core"]])
+
+def test_registrations_are_left_out():
+    watch = ["lines[node.lineno - 1]"]
+    at = "lines[node.lineno - 1 : node.end_lineno]"
+    with Breakpoint(flat_source, at=at, watch=watch) as bp:
+        copy = flat_source("models.vlm")
+    assert ".register(VLMConfig" in module_source("models.vlm")
+    assert ".register(VLMConfig" not in copy
+    bp.expect({watch[0]: lambda line: line.startswith("AutoConfig.register")}, hits=4)
+    bp.expect_after({watch[0]: ""})
+
 def test_only_what_a_model_needs_goes_along():
     names = needed_modules()
     assert {"core", "models.vlm", "models.mining", "processor", "text.labels"} <= {*names}
@@ -239,7 +257,7 @@ def test_registered_classes_come_first():
 
 def test_pipelines_answer_as_generate_does():
     for name, (model, processor) in MODELS.items():
-        with tempfile.TemporaryDirectory() as folder, hushed():
+        with tempfile.TemporaryDirectory() as folder, hushed(), quiet():
             save(model, processor, folder)
             pipe = pipeline("image-text-to-text", model=folder)
             test_eq(said_by(pipe(text=question_turn(), **NEW)), answers_of(name))

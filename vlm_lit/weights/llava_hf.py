@@ -64,7 +64,7 @@ def check_plain_llava(
         reason = f"output head of {cfg.text_config.model_type} (more than one matrix)"
     if reason: raise ConfigError(f"{form} has no {reason}; use --to hf")
 
-# %% ../../nbs/10f_llava_hf.ipynb #c010
+# %% ../../nbs/10f_llava_hf.ipynb #c009
 def image_tokenizer(
     processor: VLMProcessor,
 ) -> tuple:  # A copy of its tokenizer; the id of `<image>`
@@ -84,7 +84,7 @@ def image_tokenizer(
     tokenizer.init_kwargs["padding_side"] = "left"  # what `save_pretrained` writes
     return tokenizer, image_id
 
-# %% ../../nbs/10f_llava_hf.ipynb #c012
+# %% ../../nbs/10f_llava_hf.ipynb #c011
 _JOIN_PARTS = """\
 {%- set ns = namespace(turns=[]) -%}
 {%- for turn in messages -%}
@@ -152,7 +152,7 @@ def llava_image_processor(
         return LlavaImageProcessorPil(do_pad=True, **settings)
     return CLIPImageProcessorPil(**settings)
 
-# %% ../../nbs/10f_llava_hf.ipynb #c021
+# %% ../../nbs/10f_llava_hf.ipynb #c020
 def llava_hf_config(
     model: VLM,
     image_token_id: int,  # Of `<image>`
@@ -260,7 +260,7 @@ def export_llava_hf(
         llava_generation_config(model, processor, image_id).save_pretrained(folder)
         out.save_pretrained(folder)
 
-# %% ../../nbs/10f_llava_hf.ipynb #c033
+# %% ../../nbs/10f_llava_hf.ipynb #c031
 def is_llava_hf(
     folder: str | Path,  # That holds a config.json
 ) -> bool:
@@ -356,7 +356,7 @@ def _from_llava(theirs: LlavaForConditionalGeneration, config: VLMConfig) -> VLM
     model.image_encoder.mm_projector[2] = linear.linear_2
     return model.eval()
 
-# %% ../../nbs/10f_llava_hf.ipynb #c035
+# %% ../../nbs/10f_llava_hf.ipynb #c033
 def _open_processor(folder: Path):
     "transformers' processor of a folder."
     with reading(f"the processor in {str(folder)!r} cannot be read"):
