@@ -76,18 +76,14 @@ def setup_module():
 
 def test_one_bad_record_does_not_affect_the_others():
     encode = lambda some: encode_records(some, tok)
-    with Breakpoint(bisect_failures, at="try: return work", watch="[own['id'] for own in items]") as bp:
+    watch = "[own['id'] for own in items]"
+    with Breakpoint(bisect_failures, at="if len(items) == 1", watch=watch) as bp:
         found = bisect_failures(records, encode)
     for own in (found[2], found[3]):
         print(str(own)[:80] if isinstance(own, DataError) else own.keys())
     test_eq([n for n, own in enumerate(found) if isinstance(own, DataError)], [2, 5])
-    bp.expect({"[own['id'] for own in items]": [0, 1, 2, 3, 4, 5, 6]})
-
-def test_a_record_alone_has_the_ids_that_it_has_among_others():
-    found = bisect_failures(records, lambda some: encode_records(some, tok))
-    alone = encode_records([records[3]], tok)[0]
-    assert all((found[3][key] == alone[key]).all() for key in ("input_ids", "labels", "segments"))
-    test_eq(bisect_failures([], None), [])
+    failed = [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2], [1, 2], [2], [3, 4, 5, 6], [5, 6], [5]]
+    bp.expect_each({watch: failed})
 
 def test_a_prompt_is_the_beginning_of_its_sample():
     question = "<image>\nwhat color is the shape?"
@@ -97,6 +93,35 @@ def test_a_prompt_is_the_beginning_of_its_sample():
     sample = preprocess([turns], tok)["input_ids"][0]
     test_eq(sample[: len(asked)].tolist(), asked.tolist())
     bp.expect({"len(encoded.ids)": 17, "tokenizer.decode(encoded.ids[-2:])": "model\n"})
+
+def test_a_chat_template_gives_its_own_ids():
+    tokenizer = next(tokenizers_with_image(OWN_TEMPLATE))
+    messages = image_chat("What is ", IMAGE, "?")
+    own = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    with Breakpoint(preprocess, at='return {"input_ids"', watch="input_ids[0]") as bp:
+        encode_records([record_of(messages)], tokenizer, "hf")
+    ids = bp["input_ids[0]"].tolist()
+    different = [(a, b) for a, b in zip(own, ids, strict=True) if a != b]
+    test_eq(different, [(tokenizer.convert_tokens_to_ids("<image>"), IMAGE_TOKEN_INDEX)])
+    bp.expect({"len(input_ids[0])": len(own)})
+
+def test_the_stop_ids_of_gemma():
+    with Breakpoint(stop_ids, at="return sorted", watch="stop eos") as bp:
+        stop_ids(tok)
+    bp.expect(stop=[107, 108, 1], eos=[1]).expect_return(result=[1, 107])
+
+def test_stopping_at_eos_alone_keeps_the_end_of_the_turn():
+    with Breakpoint(stop_ids, at="eos = []", set={"stop": [1]}) as bp:
+        stop_ids(tok)
+    bp.expect_changed(result=([1, 107], [1]))
+    answer = tok("blue<end_of_turn>\n<eos>", add_special_tokens=False).input_ids
+    print([tok.decode(truncate_at_eos(answer, stops)) for stops in ([1, 107], [1])])
+
+def test_a_record_alone_has_the_ids_that_it_has_among_others():
+    found = bisect_failures(records, lambda some: encode_records(some, tok))
+    alone = encode_records([records[3]], tok)[0]
+    assert all((found[3][key] == alone[key]).all() for key in ("input_ids", "labels", "segments"))
+    test_eq(bisect_failures([], None), [])
 
 def test_question_is_a_prefix_of_its_training_sample():
     question = "<image>\nwhat is it?"
@@ -122,17 +147,6 @@ def test_question_is_a_prefix_of_its_training_sample():
         asked_ids("<image> x<end_of_turn>")
     with expect_fail(DataError, contains="2 <image> tag(s) for 1 image(s)"):
         asked_ids("<image> or <image>?")
-
-def test_a_chat_template_gives_its_own_ids():
-    tokenizer = next(tokenizers_with_image(OWN_TEMPLATE))
-    messages = image_chat("What is ", IMAGE, "?")
-    own = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-    with Breakpoint(preprocess, at='return {"input_ids"', watch="input_ids[0]") as bp:
-        encode_records([record_of(messages)], tokenizer, "hf")
-    ids = bp["input_ids[0]"].tolist()
-    different = [(a, b) for a, b in zip(own, ids, strict=True) if a != b]
-    test_eq(different, [(tokenizer.convert_tokens_to_ids("<image>"), IMAGE_TOKEN_INDEX)])
-    bp.expect({"len(input_ids[0])": len(own)})
 
 def test_own_template_gives_the_ids_of_apply_chat_template():
     for tokenizer in tokenizers_with_image(OWN_TEMPLATE):
@@ -193,18 +207,6 @@ def test_jinja_of_a_named_template_gives_the_ids_of_the_data_path():
                 test_eq(chat_ids(messages[:1], tokenizer, add_generation_prompt=True), asked)
                 n_same += 1
     assert n_same > 100
-
-def test_the_stop_ids_of_gemma():
-    with Breakpoint(stop_ids, at="return sorted", watch="stop eos") as bp:
-        stop_ids(tok)
-    bp.expect(stop=[107, 108, 1], eos=[1]).expect_return(result=[1, 107])
-
-def test_stopping_at_eos_alone_keeps_the_end_of_the_turn():
-    with Breakpoint(stop_ids, at="return sorted", set={"stop": [1]}) as bp:
-        stop_ids(tok)
-    bp.expect_changed(result=([1, 107], [1]))
-    answer = tok("blue<end_of_turn>\n<eos>", add_special_tokens=False).input_ids
-    print([tok.decode(truncate_at_eos(answer, stops)) for stops in ([1, 107], [1])])
 
 def test_stop_tokens_come_from_template_and_tokenizer():
     test_eq((stop_ids(tok), stop_ids(tok, "plain")), ([1, 107], [1, 108]))

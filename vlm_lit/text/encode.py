@@ -52,7 +52,7 @@ def bisect_failures(
     half = len(items) // 2
     return bisect_failures(items[:half], work) + bisect_failures(items[half:], work)
 
-# %% ../../nbs/05a_encode.ipynb #c011
+# %% ../../nbs/05a_encode.ipynb #c010
 def prompt_ids(
     record: dict,  # From `read_record`, ending in a question
     tokenizer: PreTrainedTokenizerFast,
@@ -72,7 +72,7 @@ def prompt_ids(
         return generation_ids(source, tokenizer, template, n_images > 0, control_tokens)
     except DataError as e: raise e.at(name)
 
-# %% ../../nbs/05a_encode.ipynb #c025
+# %% ../../nbs/05a_encode.ipynb #c019
 def stop_ids(
     tokenizer: PreTrainedTokenizerFast,
     template: str = "gemma",  # The one the model was trained with
