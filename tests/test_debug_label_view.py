@@ -5,11 +5,12 @@ from rich.text import Text
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, Segment
 from vlm_lit.debug.values import token_text
 from fastcore.test import test_eq, expect_fail
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.debug.label_view import LabelStrip
 from vlm_lit.debug.label_view import StripPair
 
 def setup_module():
-    global Letters, sample
+    global Letters, ids, labels, sample, segments
     class Letters:
         "A tokenizer of one token per letter, for the examples."
 
@@ -21,6 +22,33 @@ def setup_module():
         labels = [IGNORE_INDEX] * len(ids)
         labels[start : start + len(supervised)] = ids[start : start + len(supervised)]
         return ids, labels
+    ids, labels = sample("What is it? A cat.", "A cat.")
+    segments = [Segment.USER] * 12 + [Segment.ANSWER] * 6
+    LabelStrip(ids, labels, Letters(), segments)
+
+def test_runs_of_one_segment_become_lines():
+    strip = LabelStrip(ids, labels, Letters(), segments)
+    watch = ["[name for name, _ in found]", "found[-1][1][0]", "self.texts[12]"]
+    with Breakpoint(LabelStrip.lines, at="return found", watch=watch) as bp:
+        strip.lines()
+    bp.expect({"[name for name, _ in found]": ["USER", "ANSWER"]})
+    bp.expect({"found[-1][1][0]": 12, "self.texts[12]": "A"})
+
+def test_an_empty_mask_is_counted():
+    strip = LabelStrip(ids, labels, Letters(), segments)
+    empty = LabelStrip(ids, [IGNORE_INDEX] * len(ids), Letters(), segments)
+    test_eq(empty.ids, strip.ids)
+    test_eq((empty.summary, strip.summary), ("0 of 18 tokens supervised", "6 of 18 tokens supervised"))
+    print(empty)
+
+def test_a_pair_marks_its_first_difference():
+    pair = StripPair(
+        LabelStrip(*sample("a cat", "cat"), Letters(), title="right"),
+        LabelStrip(*sample("a cat", "at"), Letters(), title="one late"),
+    )
+    with Breakpoint(StripPair.rows, at="return rows", watch="n rows[2]") as bp:
+        print(pair)
+    bp.expect({"rows[2]": ("->", "[c]", "c|")}, n=2)
 
 def test_strip_names_segments_and_escapes_what_it_shows():
     ids, labels = sample("<b>?\x1b yes", "yes")
@@ -43,12 +71,11 @@ def test_strip_names_segments_and_escapes_what_it_shows():
     with expect_fail(ValueError, contains="1 input_ids but 2 segments"):
         LabelStrip([1], [1], Letters(), [0, 1])
 
-def test_a_pair_marks_its_first_difference():
+def test_a_pair_of_equal_strips_has_no_difference():
     pair = StripPair(
         LabelStrip(*sample("a cat", "cat"), Letters(), title="right"),
         LabelStrip(*sample("a cat", "at"), Letters()),
     )
-    print(pair)
     test_eq(pair.first_difference, 2)
     assert "->" in repr(pair) and "outline" in pair._repr_html_()
     same = StripPair(pair.left, pair.left)

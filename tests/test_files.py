@@ -25,13 +25,14 @@ def setup_module():
 
 def test_a_file_is_replaced_in_one_step():
     write_json(path, {"step": 1})
-    watch = ["sorted(p.name for p in path.parent.iterdir())", "path.read_text()", "part.read_text()"]
+    watch = ["sorted(p.name for p in path.parent.iterdir())", "path.read_text()"]
+    watch.append("part.exists() and part.read_text()")
     with Breakpoint(write_file, at="part.replace(path)", watch=watch) as bp:
         write_json(path, {"step": 2})
-    print(bp)
-    test_eq(bp[watch[0]], ["state.json", "state.json.part"])
-    test_eq([json.loads(bp[w])["step"] for w in watch[1:]], [1, 2])
-    test_eq((read_json(path), [p.name for p in path.parent.iterdir()]), ({"step": 2}, ["state.json"]))
+    names, old, new = watch
+    bp.expect({names: ["state.json", "state.json.part"]})
+    bp.expect({old: '{\n "step": 1\n}\n', new: '{\n "step": 2\n}\n'})
+    bp.expect_after({names: ["state.json"], old: '{\n "step": 2\n}\n'})
 
 def test_a_killed_writer_leaves_the_old_file():
     def half(path):
@@ -40,14 +41,15 @@ def test_a_killed_writer_leaves_the_old_file():
         raise KeyboardInterrupt
 
     write_json(path, {"step": 2})
-    with expect_fail(KeyboardInterrupt): write_file(path, half)
-    print("renamed: ", read_json(path))
-    test_eq(read_json(path), {"step": 2})
     in_place = path.with_name("in_place.json")
     in_place.write_text(path.read_text())
-    with expect_fail(KeyboardInterrupt): half(in_place)
+    with Breakpoint(write_file, at="apply_umask(part)") as bp:
+        with expect_fail(KeyboardInterrupt): write_file(path, half)
+        with expect_fail(KeyboardInterrupt): half(in_place)
+    test_eq((bp.hits, read_json(path)), ([], {"step": 2}))  # the rename was never reached
     with expect_fail(ConfigError, contains="cannot read"): read_json(in_place)
-    print("in place:", in_place.read_text())
+    print("renamed: ", path.read_text().split())
+    print("in place:", in_place.read_text().split())
 
 def test_a_folder_is_there_completely_or_not_at_all():
     place = Path(tempfile.mkdtemp())
@@ -56,20 +58,12 @@ def test_a_folder_is_there_completely_or_not_at_all():
             (part / "half").write_text("x")
             raise KeyboardInterrupt
     test_eq(list(place.iterdir()), [])
-    for text in ("first", "second"):  # the second finds that another was faster
-        with new_folder(place / "new") as part: (part / "all").write_text(text)
-    print([(p.name, (p / "all").read_text()) for p in place.iterdir()])
+    watch = ["folder.is_dir()", "[p.name for p in part.iterdir()]"]
+    with Breakpoint(new_folder, at="apply_umask(part)", watch=watch) as bp:
+        for text in ("first", "second"):
+            with new_folder(place / "new") as part: (part / "all").write_text(text)
     test_eq([(p.name, (p / "all").read_text()) for p in place.iterdir()], [("new", "first")])
-
-def test_parts_do_not_run_into_one_another():
-    print(digest("ab", "c"), digest("a", "bc"))
-    assert digest("ab", "c") != digest("a", "bc") and digest("ab") == digest(b"ab")
-    abc = Path(tempfile.mkdtemp()) / "abc"
-    abc.write_bytes(b"abc")
-    test_eq(sha256(abc)[:16], "ba7816bf8f01cfea")  # of "abc", as FIPS 180-2 gives it
-    before = file_stamp(abc)
-    abc.write_bytes(b"abcd")
-    assert file_stamp(abc) != before and file_stamp(abc)[0] == 4
+    bp.expect_each({"folder.is_dir()": [False, True]})
 
 def test_rows_are_read_line_by_line():
     write_rows(path, [{"step": 1}, {"step": 2}])
@@ -112,3 +106,12 @@ def test_a_cache_that_cannot_be_written_says_what_to_do():
     try: assert cache_folder().name == "vlm_lit" and cache_folder() != Path(old)
     finally: os.environ["VLM_LIT_CACHE"] = old
     test_eq(cache_folder(), Path(old))
+
+def test_parts_do_not_run_into_one_another():
+    assert digest("ab", "c") != digest("a", "bc") and digest("ab") == digest(b"ab")
+    abc = Path(tempfile.mkdtemp()) / "abc"
+    abc.write_bytes(b"abc")
+    test_eq(sha256(abc)[:16], "ba7816bf8f01cfea")  # of "abc", as FIPS 180-2 gives it
+    before = file_stamp(abc)
+    abc.write_bytes(b"abcd")
+    assert file_stamp(abc) != before and file_stamp(abc)[0] == 4

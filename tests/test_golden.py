@@ -115,8 +115,16 @@ def test_every_reference_row(golden, template):
 
 @pytest.mark.skipif(not FULL.is_dir(), reason="no shared/golden beside the checkout")
 def test_reference_files_are_the_ones_kept_here():
-    for name in ("prompts", "preprocess_multimodal", "labels", "versions"):
+    for name in ("prompts", "preprocess_multimodal", "labels"):
         assert rows(OWN, name) == rows(FULL, name)
+    kept = rows(OWN, "versions")
+    packed = (FULL / "sentencepiece_like.tokenizer.json.xz").read_bytes()
+    full = Tokenizer.from_str(lzma.decompress(packed).decode())
+    text = lambda i: "<image>" if i == IMAGE_TOKEN_INDEX else full.id_to_token(i)
+    assert [row.pop("tokens") for row in kept] == [
+        [text(i) for i in row["mgm_input_ids"]] for row in kept
+    ]
+    assert kept == rows(FULL, "versions")
 
 def test_every_reference_prompt():
     for row in rows(FULL if FULL.is_dir() else OWN, "prompts"):

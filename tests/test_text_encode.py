@@ -10,6 +10,7 @@ from vlm_lit.text.labels import check_turns, generation_ids, preprocess
 import sys
 from fastcore.test import test_eq, expect_fail
 from tokenizers import normalizers, pre_tokenizers
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN_INDEX, ConfigError, peek
 from vlm_lit.text.jinja import to_jinja
 from vlm_lit.text.messages import read_record
@@ -23,9 +24,13 @@ from vlm_lit.text.encode import stop_ids
 from vlm_lit.text.encode import truncate_at_eos
 
 def setup_module():
-    global IMAGE, OWN_TEMPLATE, asked_ids, chat_ids, image_chat, llama, questions, qwen, record_of, tok, tokenizers_with_image
+    global IMAGE, OWN_TEMPLATE, asked_ids, chat_ids, image_chat, llama, questions, qwen, record, record_of, records, tok, tokenizers_with_image
     sys.path[:0] = ["../tests", "tests"]
     tok, llama, qwen = three_tokenizers()
+    def record(n, text):
+        turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "yes"}]
+        return read_record({"id": n, "conversations": turns})
+    records = [record(n, "q<eos>" if n in (2, 5) else f"is {n} a number?") for n in range(7)]
     def asked_ids(question, tokenizer=tok, template="gemma"):
         "Prompt of a question about one image."
         turns = [{"from": "human", "value": question}]
@@ -70,14 +75,50 @@ def setup_module():
     ]
 
 def test_one_bad_record_does_not_affect_the_others():
-    def record(n, text):
-        turns = [{"from": "human", "value": text}, {"from": "gpt", "value": "yes"}]
-        return read_record({"id": n, "conversations": turns})
-
-    records = [record(n, "q<eos>" if n in (2, 5) else f"is {n} a number?") for n in range(7)]
-    found = bisect_failures(records, lambda some: encode_records(some, tok))
-    print([str(own) if isinstance(own, DataError) else len(own["input_ids"]) for own in found])
+    encode = lambda some: encode_records(some, tok)
+    watch = "[own['id'] for own in items]"
+    with Breakpoint(bisect_failures, at="if len(items) == 1", watch=watch) as bp:
+        found = bisect_failures(records, encode)
+    for own in (found[2], found[3]):
+        print(str(own)[:80] if isinstance(own, DataError) else own.keys())
     test_eq([n for n, own in enumerate(found) if isinstance(own, DataError)], [2, 5])
+    failed = [[0, 1, 2, 3, 4, 5, 6], [0, 1, 2], [1, 2], [2], [3, 4, 5, 6], [5, 6], [5]]
+    bp.expect_each({watch: failed})
+
+def test_a_prompt_is_the_beginning_of_its_sample():
+    question = "<image>\nwhat color is the shape?"
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "blue"}]
+    with Breakpoint(generation_ids, at="return torch", watch="encoded.ids", tokenizer=tok) as bp:
+        asked = asked_ids(question)
+    sample = preprocess([turns], tok)["input_ids"][0]
+    test_eq(sample[: len(asked)].tolist(), asked.tolist())
+    bp.expect({"len(encoded.ids)": 17, "tokenizer.decode(encoded.ids[-2:])": "model\n"})
+
+def test_a_chat_template_gives_its_own_ids():
+    tokenizer = next(tokenizers_with_image(OWN_TEMPLATE))
+    messages = image_chat("What is ", IMAGE, "?")
+    own = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    with Breakpoint(preprocess, at='return {"input_ids"', watch="input_ids[0]") as bp:
+        encode_records([record_of(messages)], tokenizer, "hf")
+    ids = bp["input_ids[0]"].tolist()
+    different = [(a, b) for a, b in zip(own, ids, strict=True) if a != b]
+    test_eq(different, [(tokenizer.convert_tokens_to_ids("<image>"), IMAGE_TOKEN_INDEX)])
+    bp.expect({"len(input_ids[0])": len(own)})
+
+def test_the_stop_ids_of_gemma():
+    with Breakpoint(stop_ids, at="return sorted", watch="stop eos") as bp:
+        stop_ids(tok)
+    bp.expect(stop=[107, 108, 1], eos=[1]).expect_return(result=[1, 107])
+
+def test_stopping_at_eos_alone_keeps_the_end_of_the_turn():
+    with Breakpoint(stop_ids, at="eos = []", set={"stop": [1]}) as bp:
+        stop_ids(tok)
+    bp.expect_changed(result=([1, 107], [1]))
+    answer = tok("blue<end_of_turn>\n<eos>", add_special_tokens=False).input_ids
+    print([tok.decode(truncate_at_eos(answer, stops)) for stops in ([1, 107], [1])])
+
+def test_a_record_alone_has_the_ids_that_it_has_among_others():
+    found = bisect_failures(records, lambda some: encode_records(some, tok))
     alone = encode_records([records[3]], tok)[0]
     assert all((found[3][key] == alone[key]).all() for key in ("input_ids", "labels", "segments"))
     test_eq(bisect_failures([], None), [])
@@ -121,7 +162,6 @@ def test_own_template_gives_the_ids_of_apply_chat_template():
         record = read_record({"image": "x.png", "conversations": turns})
         want = chat_ids(image_chat(text, answer="a falcon"), tokenizer)
         test_eq(encode_records([record], tokenizer, "hf")[0]["input_ids"].tolist(), want)
-        print(tokenizer.decode([i for i in want if i >= 0]))
 
 def test_image_token_of_the_vocabulary_in_an_answer_is_text():
     for tokenizer in tokenizers_with_image(OWN_TEMPLATE):
@@ -166,16 +206,9 @@ def test_jinja_of_a_named_template_gives_the_ids_of_the_data_path():
                 asked = prompt_ids(record_of(messages[:1]), tokenizer, template).tolist()
                 test_eq(chat_ids(messages[:1], tokenizer, add_generation_prompt=True), asked)
                 n_same += 1
-    print(n_same, "samples alike")
     assert n_same > 100
 
 def test_stop_tokens_come_from_template_and_tokenizer():
-    print(
-        stop_ids(tok),
-        stop_ids(tok, "plain"),
-        qwen.convert_ids_to_tokens(stop_ids(qwen, "hf")),
-        llama.convert_ids_to_tokens(stop_ids(llama, "v1")),
-    )
     test_eq((stop_ids(tok), stop_ids(tok, "plain")), ([1, 107], [1, 108]))
     test_eq((stop_ids(qwen, "hf"), stop_ids(llama, "v1")), ([qwen.eos_token_id], [llama.eos_token_id]))
     test_eq(truncate_at_eos(torch.tensor([7, 8, 107, 0, 0]), [1, 107]), [7, 8])

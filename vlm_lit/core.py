@@ -22,7 +22,7 @@ IMAGE_TOKEN = "<image>"  # what a record's text writes where an image belongs
 IM_START_TOKEN, IM_END_TOKEN = "<im_start>", "<im_end>"
 
 class Segment(IntEnum):
-    "What a piece of a prompt is. Only the answer and its stop text are supervised."
+    "What a part of a prompt is. Only the answer and its stop text are supervised."
 
     SYSTEM = 0
     HEADER = 1  # everything else that the template writes
@@ -37,7 +37,7 @@ class ConfigError(ValueError):
     "A setting that cannot work: an unknown name, a wrong combination, a folder already in use."
 
 class DataError(ValueError):
-    "Something wrong in the data, with the place where it stands."
+    "Something wrong in the data, with its place."
 
     def __init__(
         self,
@@ -70,16 +70,16 @@ class DataError(ValueError):
         if self.turn is None: self.turn = turn
         return self
 
-# %% ../nbs/00_core.ipynb #c016
+# %% ../nbs/00_core.ipynb #c018
 def nearest(
-    name: str,  # As somebody wrote it
+    name: str,  # Perhaps misspelled
     known: Iterable,  # Names that exist
 ) -> str | None:  # None: nothing is near
     "The known name that a misspelled one most likely stands for."
     found = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     return found[0] if found else None
 
-# %% ../nbs/00_core.ipynb #c019
+# %% ../nbs/00_core.ipynb #c021
 def first_values(
     values: Sequence,  # Flat, of numbers
     n: int = 6,  # How many to write
@@ -108,13 +108,13 @@ def describe(
 def peek(
     **values,  # Name -> tensor, array or anything else
 ) -> None:
-    "Print one line a value: name, shape, dtype, device and the first six elements."
+    "Print one line per value: name, shape, dtype, device and the first six elements."
     rows = [(name, *describe(value)) for name, value in values.items()]
     widths = [max(len(row[i]) for row in rows) for i in range(4)] if rows else []
     for row in rows:
         print("  ".join([*(cell.ljust(w) for cell, w in zip(row[:4], widths)), row[4]]).rstrip())
 
-# %% ../nbs/00_core.ipynb #c023
+# %% ../nbs/00_core.ipynb #c024
 def progress_console() -> Console:
     "Standard error; a terminal only if it is one, and not the output of a notebook."
     return Console(

@@ -66,7 +66,7 @@ def read_json(
 
 # %% ../nbs/01a_files.ipynb #c013
 def cache_folder() -> Path:
-    "Where indexes and converted weights are kept: VLM_LIT_CACHE, or the platform's own place."
+    "Where indexes and converted weights are kept: VLM_LIT_CACHE, or the platform's cache."
     if own := os.environ.get("VLM_LIT_CACHE"):
         return Path(own).expanduser().absolute()
     if sys.platform == "win32":

@@ -147,7 +147,7 @@ class StripPair:
         self.first_difference = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
 
     def rows(self) -> list[tuple[str, str, str]]:  # (mark, left, right), one a token
-        "Tokens that stand in the same place."
+        "Tokens at the same position."
 
         def cells(strip):
             named = [f"{name:7}" if name else "" for name in strip.names]

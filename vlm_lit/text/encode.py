@@ -52,7 +52,7 @@ def bisect_failures(
     half = len(items) // 2
     return bisect_failures(items[:half], work) + bisect_failures(items[half:], work)
 
-# %% ../../nbs/05a_encode.ipynb #c008
+# %% ../../nbs/05a_encode.ipynb #c010
 def prompt_ids(
     record: dict,  # From `read_record`, ending in a question
     tokenizer: PreTrainedTokenizerFast,
@@ -72,7 +72,7 @@ def prompt_ids(
         return generation_ids(source, tokenizer, template, n_images > 0, control_tokens)
     except DataError as e: raise e.at(name)
 
-# %% ../../nbs/05a_encode.ipynb #c022
+# %% ../../nbs/05a_encode.ipynb #c019
 def stop_ids(
     tokenizer: PreTrainedTokenizerFast,
     template: str = "gemma",  # The one the model was trained with
@@ -88,12 +88,12 @@ def stop_ids(
 def pad_id(
     tokenizer: PreTrainedTokenizerFast,
 ) -> int:
-    "What fills up sequences: the tokenizer's padding token, else EOS, else 0. Nothing reads it."
+    "Id for padding: the tokenizer's padding token, else EOS, else 0. Nothing attends to it."
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(i for i in known if i is not None)
 
 def truncate_at_eos(
-    ids: list[int] | torch.Tensor,  # What a model wrote
+    ids: list[int] | torch.Tensor,  # What a model generated
     stops: list[int],  # From `stop_ids`
 ) -> list[int]:  # Without the stop token and what follows it
     "An answer's own ids."

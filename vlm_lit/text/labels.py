@@ -22,12 +22,12 @@ from .templates import get_template, render, set_system
 from .chat_templates import hf_markers, render_hf
 from .sentinels import NO_SPACE, TokenizerTraits, encode_prompts, tokenizer_traits
 
-# %% ../../nbs/05_labels.ipynb #c007
+# %% ../../nbs/05_labels.ipynb #c008
 def check_turns(
     source: list[dict],  # One conversation's turns
     record: object = None,  # The record's id, for messages
 ) -> None:
-    """Raise `DataError` unless human and gpt speak in turn, each with a text, and there is a
+    """Raise `DataError` unless turns of human and gpt alternate, each with a text, and there is a
     question."""
     if not isinstance(source, list) or not source:
         message = "no turns: 'conversations' must be a list of {'from', 'value'}"
@@ -53,14 +53,14 @@ def check_turns(
 def first_turn(
     source: list[dict],  # One conversation's turns, checked
 ) -> int:  # 0, or 1 after a system turn
-    "Where the talk begins."
+    "Number of the first turn that is no system turn."
     return int(source[0]["from"] == "system")
 
 def drop_greeting(
     source: list[dict],  # One conversation's turns, checked
     record: object = None,  # The record's id, for the warning
 ) -> list[dict]:  # The turns from the first question on, a system turn before it kept
-    "Leave out a turn of the model that answers nothing, and say so."
+    "Leave out a first turn of the model, which answers nothing, with a warning."
     n = first_turn(source)
     if source[n]["from"] == "human": return source
     warnings.warn(
@@ -88,7 +88,7 @@ def fill_template(
     template: str,  # A name in `conv_templates`
     record: object = None,  # The record's id, for messages
 ) -> Conversation:
-    "The template with the turns in it, the speakers called as the template calls them."
+    "The template with the turns in it, under the names that it has for the roles."
     conv = get_template(template)
     roles = {"human": conv.roles[0], "gpt": conv.roles[1]}
     check_turns(source, record)
@@ -104,12 +104,12 @@ def fill_template(
         conv.append_message(roles[sentence["from"]], sentence["value"])
     return conv
 
-# %% ../../nbs/05_labels.ipynb #c011
+# %% ../../nbs/05_labels.ipynb #c013
 @lru_cache(maxsize=64)
 def template_markers(
     template: str,  # A name in `conv_templates`
 ) -> tuple[str, ...]:  # Stripped
-    "What the template itself writes to tell turns apart."
+    "What the template itself writes between turns."
     conv = get_template(template)
     match conv.sep_style:
         case SeparatorStyle.SINGLE | SeparatorStyle.TWO:
@@ -204,7 +204,7 @@ def literal_spans(
         for match in pattern.finditer(prompt.text, a, b)
     ]
 
-# %% ../../nbs/05_labels.ipynb #c015
+# %% ../../nbs/05_labels.ipynb #c018
 def mask_prompt(
     input_ids: np.ndarray,  # Ids, flat
     segments: np.ndarray,  # `Segment` of each, from `encode_prompts`
@@ -215,7 +215,7 @@ def mask_prompt(
     supervised = (segments == Segment.ANSWER) | (segments == Segment.STOP)
     return np.where(supervised, input_ids, IGNORE_INDEX)
 
-# %% ../../nbs/05_labels.ipynb #c018
+# %% ../../nbs/05_labels.ipynb #c020
 NEEDS_BOS = (SeparatorStyle.GEMMA, SeparatorStyle.LLAMA_2, SeparatorStyle.LLAMA_3)
 
 def check_tokenizer(
@@ -242,7 +242,7 @@ def check_traits(
     traits: TokenizerTraits,  # Of the tokenizer
     template: str,  # A name in `conv_templates`
 ) -> None:
-    "Raise `ConfigError` if what the template writes is not what the tokenizer knows."
+    "Raise `ConfigError` if the template needs tokens that the tokenizer does not have."
     if get_template(template).sep_style in NEEDS_BOS and not traits.n_bos:
         raise ConfigError(
             f"template {template!r} needs a tokenizer that begins every text with BOS, and this "
@@ -292,7 +292,7 @@ def preprocess(
     # "refuse", "escape" or "allow": what to do with control tokens spelled in a message
     control_tokens: str = "refuse",
     records: list | None = None,  # The records' ids, for messages
-    return_segments: bool = False,  # Also say what each token is: `segments`, values of `Segment`
+    return_segments: bool = False,  # Also the segment of each token: `segments`
     # `input_ids` and `labels`, each a list with one (seq_len,) tensor a source
 ) -> dict[str, list[torch.LongTensor]]:
     "Render, tokenize and mask conversations, all in one call of the tokenizer."
@@ -320,7 +320,7 @@ def preprocess(
     segments = {"segments": apart(encoded.segments)} if return_segments else {}
     return {"input_ids": input_ids, "labels": labels, **segments}
 
-# %% ../../nbs/05_labels.ipynb #c040
+# %% ../../nbs/05_labels.ipynb #c046
 def generation_ids(
     source: list[dict],  # Turns up to and with a user's turn
     tokenizer: PreTrainedTokenizerFast,
@@ -328,7 +328,7 @@ def generation_ids(
     has_image: bool = True,  # Whether `<image>` in the user's turns stands for an image
     control_tokens: str = "refuse",  # As in `preprocess`
 ) -> torch.LongTensor:  # `input_ids`, shape (seq_len,), ending where the model's answer begins
-    "The ids a model is given before it answers."
+    "The ids that a model is given before it answers."
     check_tokenizer(tokenizer, template)
     check_turns(source)
     if source[-1]["from"] != "human":
