@@ -7,6 +7,7 @@ from fastcore.test import test_eq
 from vlm_lit.images import sample_image
 from vlm_lit.data.audit import audit
 from vlm_lit.data.findings import AuditSettings
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.text.tokenizer import load_tokenizer
 from small_parts import seed_dataset
 from vlm_lit.reports import audit_lines
@@ -29,7 +30,7 @@ def setup_module():
     folder = Path(tempfile.mkdtemp())
     ds = seed_dataset(folder)
     def made_up(n):
-        "Lines as a run writes them, values made up."
+        "Lines as a run writes them, with made-up values."
         rows = []
         for step in range(10, 10 * n + 1, 10):
             loss = 4 * step**-0.4 + 0.1 * (step % 30 == 0)
@@ -62,6 +63,43 @@ def setup_module():
     right = [asked(k, "<image>\nWhat is it?", a, image="a.png") for k, a in enumerate(answers)]
     doubtful = [*right, *doubtful]
     report = audit(doubtful, load_tokenizer("gemma"), AuditSettings(image_folder=audited, batch_size=4))
+
+def test_the_running_mean_starts_with_fewer_values():
+    with Breakpoint(running_mean, at="return [sum", watch="windows width") as bp:
+        running_mean([1.0, 3.0, 5.0], width=2)
+    bp.expect(windows=[[1.0], [1.0, 3.0], [3.0, 5.0]]).expect_return(result=[1.0, 2.0, 4.0])
+
+def test_text_of_the_data_is_escaped_on_the_page():
+    with Breakpoint(audit_page, at='examples += f"<li>', watch=["e['id']", "where"]) as bp:
+        audit_page(report)
+    where = "<code>&lt;script&gt;alert(1)&lt;/script&gt;</code> (number 18, turn 0)"
+    bp.expect({"e['id']": "<script>alert(1)</script>", "where": where}, hits=2)
+
+def test_text_that_is_not_escaped_is_run():
+    change = {"safe": lambda escape: str}  # the function that escapes becomes one that does not
+    with Breakpoint(audit_page, at='rows = ""', watch="title", set=change) as bp:
+        audit_page(report, title="A & B")
+    bp.expect_changed({"result.count('<script>')": (0, 1), "'<title>A & B<' in result": (False, True)})
+
+def test_sheets_show_any_rows():
+    def titles(rows, **kwargs):
+        return [ax.get_title() for ax in plot_samples(rows, ds, **kwargs).axes if ax.get_title()]
+
+    two = ["What is its shape?\nwide\nexpected: tall", "What is its shape?\nwide"]
+    test_eq(titles(sheet, n=2), two)
+    bare = [{k: v for k, v in row.items() if k != "scores"} for row in sheet]
+    test_eq(titles(bare), titles(sheet))  # `predict` alone gives no scores
+    odd = {
+        "question": "q\x1b[31m" + "x" * 99,
+        "answer": "a",
+        "prediction": "a $x^$ b",
+        "scores": {"exact": 0.0, "contains": 1.0},
+    }
+    # text only, another metric
+    test_eq([len(titles([odd], metric=metric)[0].split("\n")) for metric in (None, "contains")], [3, 2])
+    assert max(len(line) for line in titles([odd])[0].split("\n")) == 42
+    test_eq(titles([{**sheet[0], "image": ["0.png", "1.png"]}]), titles(sheet[:1]))
+    test_eq(titles([]), [])
 
 def test_curves_draw_what_there_is():
     def drawn(rows):
@@ -97,23 +135,3 @@ def test_audit_page_escapes_what_the_data_says():
     assert not any("\x1b" in line for line in audit_lines({**report, "verdict": "\x1b[31m"}))
     right = audit(doubtful[:3], load_tokenizer("gemma"), AuditSettings(image_folder=audited))
     assert "No findings." in audit_page(right)
-
-def test_sheets_show_any_rows():
-    def titles(rows, **kwargs):
-        return [ax.get_title() for ax in plot_samples(rows, ds, **kwargs).axes if ax.get_title()]
-
-    two = ["What is its shape?\nwide\nexpected: tall", "What is its shape?\nwide"]
-    test_eq(titles(sheet, n=2), two)
-    bare = [{k: v for k, v in row.items() if k != "scores"} for row in sheet]
-    test_eq(titles(bare), titles(sheet))  # `predict` alone gives no scores
-    odd = {
-        "question": "q\x1b[31m" + "x" * 99,
-        "answer": "a",
-        "prediction": "a $x^$ b",
-        "scores": {"exact": 0.0, "contains": 1.0},
-    }
-    # text only, another metric
-    test_eq([len(titles([odd], metric=metric)[0].split("\n")) for metric in (None, "contains")], [3, 2])
-    assert max(len(line) for line in titles([odd])[0].split("\n")) == 42
-    test_eq(titles([{**sheet[0], "image": ["0.png", "1.png"]}]), titles(sheet[:1]))
-    test_eq(titles([]), [])
