@@ -4,10 +4,10 @@ from vlm_lit.text.messages import image_names
 import sys, tempfile
 from pathlib import Path
 from fastcore.test import test_eq
-from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.images import sample_image
 from vlm_lit.data.audit import audit
 from vlm_lit.data.findings import AuditSettings
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.text.tokenizer import load_tokenizer
 from small_parts import seed_dataset
 from vlm_lit.reports import audit_lines
@@ -30,7 +30,7 @@ def setup_module():
     folder = Path(tempfile.mkdtemp())
     ds = seed_dataset(folder)
     def made_up(n):
-        "Lines as a run writes them, values made up."
+        "Lines as a run writes them, with made-up values."
         rows = []
         for step in range(10, 10 * n + 1, 10):
             loss = 4 * step**-0.4 + 0.1 * (step % 30 == 0)
@@ -64,55 +64,23 @@ def setup_module():
     doubtful = [*right, *doubtful]
     report = audit(doubtful, load_tokenizer("gemma"), AuditSettings(image_folder=audited, batch_size=4))
 
-def test_curves_draw_what_there_is():
-    def drawn(rows):
-        labels = [line.get_label() for line in plot_curves(rows).axes[0].lines]
-        return [label for label in labels if not label.startswith("_")]
+def test_the_running_mean_starts_with_fewer_values():
+    with Breakpoint(running_mean, at="return [sum", watch="windows width") as bp:
+        running_mean([1.0, 3.0, 5.0], width=2)
+    bp.expect(windows=[[1.0], [1.0, 3.0], [3.0, 5.0]]).expect_return(result=[1.0, 2.0, 4.0])
 
-    rows = made_up(10)
-    test_eq(drawn(rows), ["training", "captions", "talk", "validation"])
-    test_eq(drawn([{k: row[k] for k in ("step", "loss") if k in row} for row in rows]), ["training"])
-    test_eq((drawn([{"step": 5, "eval_loss": 1.0}]), drawn([])), (["validation"], []))
-    test_eq(drawn([{"step": 1, "learning_rate": 1e-3}]), [])
-    test_eq([axes.get_yscale() for axes in plot_curves(rows).axes], ["log", "linear"])
-    test_eq(plot_curves([{"step": 1, "loss": 0.0}]).axes[0].get_yscale(), "linear")
-    test_eq(running_mean([1.0, 3.0, 5.0], 2), [1.0, 2.0, 4.0])
-
-def test_wrong_answers_take_up_to_half_of_a_sheet():
-    right = [False, True, False, True, True, True]
-    with Breakpoint(pick_samples, at="n_wrong = min", watch="wrong good n") as bp:
-        pick_samples(right, 4)
-    bp.expect(wrong=[0, 2], good=[1, 3, 4, 5])
-    bp.expect_return(result=[0, 2, 1, 4])
-
-def test_wrong_answers_come_first_up_to_half():
-    test_eq(pick_samples([True] * 20, 4), [0, 5, 10, 15])
-    test_eq(pick_samples([False, True, False, True, True, True], 4), [0, 2, 1, 4])
-    test_eq(len(pick_samples([False] * 3 + [True] * 1, 8)), 4)
-    test_eq(pick_samples([False] * 10, 4), [0, 2, 5, 7])
-
-def test_an_id_of_the_data_is_escaped():
-    raw = {"where": lambda where: html.unescape(where)}
-    odd = "'script' in str(e['id'])"
-    with Breakpoint(audit_page, at="examples += f", watch="e['id'] where", when=odd, set=raw) as bp:
+def test_text_of_the_data_is_escaped_on_the_page():
+    with Breakpoint(audit_page, at='examples += f"<li>', watch=["e['id']", "where"]) as bp:
         audit_page(report)
-    bp.expect({"e['id']": "<script>alert(1)</script>", "'&lt;script&gt;' in where": True})
-    bp.expect_changed({"'<script>' in result": (False, True)})
+    where = "<code>&lt;script&gt;alert(1)&lt;/script&gt;</code> (number 18, turn 0)"
+    bp.expect({"e['id']": "<script>alert(1)</script>", "where": where}, hits=2)
 
-def test_audit_page_escapes_what_the_data_says():
-    page = audit_page(report, "<Audit>")
-    assert "<script>" not in page
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert "<title>&lt;Audit&gt;</title>" in page
-    assert "NOT OK" in page and "image_missing" in page and "data:image/png;base64," in page
-    assert page.count("<tr") == page.count("</tr>") == 1 + 2 + 1 + 7 + len(report["settings"])
-    lines = audit_lines(report)
-    assert lines[0] == report["verdict"]
-    assert any("control_tokens" in line for line in lines)
-    assert any("turn 0" in line for line in lines)
-    assert not any("\x1b" in line for line in audit_lines({**report, "verdict": "\x1b[31m"}))
-    right = audit(doubtful[:3], load_tokenizer("gemma"), AuditSettings(image_folder=audited))
-    assert "No findings." in audit_page(right)
+def test_text_that_is_not_escaped_is_run():
+    change = {"safe": lambda escape: str}  # the function that escapes becomes one that does not
+    findings = {kind: report["findings"][kind] for kind in ["control_tokens"]}
+    with Breakpoint(audit_page, at='rows = ""', watch="title", set=change) as bp:
+        audit_page({**report, "findings": findings, "settings": {}}, title="A & B")
+    bp.expect_changed({"result.count('<script>')": (0, 1), "'<title>A & B<' in result": (False, True)})
 
 def test_sheets_show_any_rows():
     def titles(rows, **kwargs):
@@ -133,3 +101,38 @@ def test_sheets_show_any_rows():
     assert max(len(line) for line in titles([odd])[0].split("\n")) == 42
     test_eq(titles([{**sheet[0], "image": ["0.png", "1.png"]}]), titles(sheet[:1]))
     test_eq(titles([]), [])
+
+def test_curves_draw_what_there_is():
+    def drawn(rows):
+        labels = [line.get_label() for line in plot_curves(rows).axes[0].lines]
+        return [label for label in labels if not label.startswith("_")]
+
+    rows = made_up(10)
+    test_eq(drawn(rows), ["training", "captions", "talk", "validation"])
+    test_eq(drawn([{k: row[k] for k in ("step", "loss") if k in row} for row in rows]), ["training"])
+    test_eq((drawn([{"step": 5, "eval_loss": 1.0}]), drawn([])), (["validation"], []))
+    test_eq(drawn([{"step": 1, "learning_rate": 1e-3}]), [])
+    test_eq([axes.get_yscale() for axes in plot_curves(rows).axes], ["log", "linear"])
+    test_eq(plot_curves([{"step": 1, "loss": 0.0}]).axes[0].get_yscale(), "linear")
+    test_eq(running_mean([1.0, 3.0, 5.0], 2), [1.0, 2.0, 4.0])
+
+def test_wrong_answers_come_first_up_to_half():
+    test_eq(pick_samples([True] * 20, 4), [0, 5, 10, 15])
+    test_eq(pick_samples([False, True, False, True, True, True], 4), [0, 2, 1, 4])
+    test_eq(len(pick_samples([False] * 3 + [True] * 1, 8)), 4)
+    test_eq(pick_samples([False] * 10, 4), [0, 2, 5, 7])
+
+def test_audit_page_escapes_what_the_data_says():
+    page = audit_page(report, "<Audit>")
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<title>&lt;Audit&gt;</title>" in page
+    assert "NOT OK" in page and "image_missing" in page and "data:image/png;base64," in page
+    assert page.count("<tr") == page.count("</tr>") == 1 + 2 + 1 + 7 + len(report["settings"])
+    lines = audit_lines(report)
+    assert lines[0] == report["verdict"]
+    assert any("control_tokens" in line for line in lines)
+    assert any("turn 0" in line for line in lines)
+    assert not any("\x1b" in line for line in audit_lines({**report, "verdict": "\x1b[31m"}))
+    right = audit(doubtful[:3], load_tokenizer("gemma"), AuditSettings(image_folder=audited))
+    assert "No findings." in audit_page(right)

@@ -19,7 +19,7 @@ def running_mean(
     return [sum(window) / len(window) for window in windows]
 
 def _curve(rows: list[dict], key: str) -> tuple[list, list]:  # Steps, values
-    "What the rows tell under one key."
+    "Steps and values of the rows that have a key."
     found = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
     return [step for step, _ in found], [value for _, value in found]
 
@@ -51,7 +51,7 @@ def plot_curves(
     if loss.get_legend_handles_labels()[1]: loss.legend()
     return figure
 
-# %% ../nbs/15_reports.ipynb #c012
+# %% ../nbs/15_reports.ipynb #c014
 def pick_samples(
     right: list[bool],  # For each question whether it was answered right
     n: int = 12,  # How many to show
@@ -101,7 +101,7 @@ def plot_samples(
         ax.set_title("\n".join(map(_short, lines)), fontsize=7.5, color=color, parse_math=False)
     return figure
 
-# %% ../nbs/15_reports.ipynb #c019
+# %% ../nbs/15_reports.ipynb #c020
 def audit_lines(
     report: dict,  # From `audit`
     n_examples: int = 3,  # Examples of each finding
@@ -160,8 +160,10 @@ def plot_audit(
     segments = report["segments"].values()
     shares = [max(s["share"], 1e-6) for s in segments]
     colors = ["#2e7d32" if s["supervised"] else "#9e9e9e" for s in segments]
-    left.barh(list(report["segments"]), shares, color=colors)
-    left.set(xscale="log", xlabel="share of positions (green: supervised)", title="label histogram")
+    hatches = ["///" if s["supervised"] else "" for s in segments]
+    left.barh(list(report["segments"]), shares, color=colors, hatch=hatches)
+    label = "share of positions (hatched: supervised)"
+    left.set(xscale="log", xlabel=label, title="label histogram")
     histogram = report["lengths"]["histogram"]
     right.stairs(histogram["counts"], histogram["edges"], fill=True, color="#1565c0")
     right.set(xlabel="positions, images expanded", ylabel="records", title="lengths")

@@ -24,7 +24,7 @@ from .findings import severity
 
 # %% ../../nbs/14_audit.ipynb #c008
 class AuditChunks(Dataset):
-    "Chunks of records, for the processes that look at them."
+    "Chunks of records, each checked by one process."
 
     def __init__(self, records: Records, tokenizer, settings: AuditSettings, size: int = 512):
         self.records = records
@@ -44,7 +44,7 @@ def count_all(
     n_workers: int = 0,  # Processes besides this one
     console: Console | None = None,  # Where progress is shown; None: standard error
 ) -> Tally:
-    "Look at every chunk; shows progress in a terminal."
+    "Check every chunk; shows progress in a terminal."
     console, tally = console or progress_console(), Tally()
     loader = DataLoader(chunks, batch_size=None, num_workers=n_workers, worker_init_fn=one_thread)
     said = "{task.completed:,.0f} of {task.total:,.0f} records, {task.fields[bad]} finding(s)"
@@ -161,7 +161,7 @@ def _lengths(lengths: np.ndarray) -> dict:
     return {**found, "histogram": length_histogram(lengths)}
 
 def _settings(settings: AuditSettings) -> dict:  # JSON
-    "The settings, and how images were looked at."
+    "The settings, and how images were checked."
     if settings.decode_images: looked = "decoded"
     elif settings.image_folder is None: looked = "no"
     else: looked = "present"
@@ -203,11 +203,11 @@ def summarize(
 def audit(
     data: object,  # What `Records` reads: a file of records, a folder of tables, or a list
     tokenizer: PreTrainedTokenizerFast,
-    settings: AuditSettings | None = None,  # None: the defaults, images not looked for
+    settings: AuditSettings | None = None,  # None: the defaults, images not checked
     n_workers: int = 0,  # Processes besides this one
     console: Console | None = None,  # Where progress is shown; None: standard error
 ) -> dict:  # The report, as JSON
-    "Look at every record of a data set and say what is wrong with it."
+    "Check every record of a data set and report what is wrong with it."
     settings, records = settings or AuditSettings(), Records(data)
     check_tokenizer(tokenizer, settings.template)
     if settings.image_folder is not None and not Path(settings.image_folder).is_dir():

@@ -51,13 +51,13 @@ def severity(
 
 @dataclass
 class AuditSettings:
-    "How a data set is looked at; the same values as for training give the same refusals."
+    "How a data set is checked; the same values as for training give the same refusals."
 
     template: str = "gemma"
     control_tokens: str = "refuse"
     image_tags: str = "keep"
-    image_folder: Path | None = None  # None: images are not looked for
-    decode_images: bool = False  # open every image, not only look whether it is there
+    image_folder: Path | None = None  # None: images are not checked
+    decode_images: bool = False  # open every image, not only test that the file exists
     max_length: int | None = None  # positions, images expanded; None: no limit
     num_image_tokens: int = count_image_tokens()  # that stand for one image
     batch_size: int = 16  # for the padding

@@ -52,7 +52,7 @@ class VLMLit(lmms):
         pretrained: str,  # A run, a model folder or an export, as in `open_model`
         device: str | None = None,  # None: a GPU if there is one; of several, this process's own
         batch_size: int = 1,  # Questions per forward pass
-        max_new_tokens: int = 1024,  # Most tokens of an answer, where a task does not say
+        max_new_tokens: int = 1024,  # Most tokens of an answer, where a task sets none
         **settings,  # Of other models; refused
     ):
         if lmms is object:
