@@ -49,7 +49,7 @@ def test_first_differences_at_their_edges():
     test_eq(first_difference(torch.tensor([2, 106, 9]), [2, 106, 1645]), ("[2]", 9, 1645))
     test_eq(first_difference({"a": [[1, 7]]}, {"a": [[1, 8]]}), ("['a'][0][1]", 7, 8))
     test_eq(first_difference((1, 2), [1, 2]), None)
-    test_eq(first_difference([1, 2], [1, 2, 3]), ("len(value)", 2, 3))
+    test_eq(first_difference([1, 2], [1, 2, 3]), (" (length)", 2, 3))
     test_eq(first_difference({"a": 1}, {"b": 1}), (".keys()", ["a"], ["b"]))
     test_eq(first_difference(1.0, 1.0 + 1e-6), ("", 1.0, 1.0 + 1e-6))
     test_eq(first_difference([1.0], [1.0 + 1e-6], tolerance=1e-5), None)

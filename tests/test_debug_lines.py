@@ -133,6 +133,18 @@ def test_find_stop_goes_to_the_first_line_of_the_statement():
     with expect_fail(ConfigError, contains="nothing runs"):
         find_stop(mask_prompt, "Labels for")
 
+    # fmt: off
+    def guarded(x):
+        try: y = 1 / x
+        except ZeroDivisionError: y = 0
+        return y
+    # fmt: on
+
+    stop = find_stop(guarded, "try: y")
+    test_eq((stop.line - guarded.__code__.co_firstlineno, len(stop.offsets) > 0), (1, True))
+    with Breakpoint(guarded, at="1 / x", watch="x") as bp: test_eq(guarded(0), 0)
+    bp.expect(x=0, hits=1)
+
 def test_find_line_refuses_several_and_none():
     lines = source_lines(mask_prompt)
     with expect_fail(ConfigError, contains="is in 3 lines"):

@@ -154,7 +154,8 @@ class Breakpoint(Expectations):
 
     `expect` compares what was found and shows it. With `set=` the run goes on with other values:
     the only way in which a breakpoint changes a run. The call that is changed is made once more,
-    with copies of its arguments and without the change, so that both outcomes can be compared."""
+    with copies of its arguments and without the change, so that both outcomes can be compared.
+    Objects that are kept and not copied (`self`, a model) are shared by both calls."""
 
     def __init__(
         self,

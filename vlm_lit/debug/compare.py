@@ -40,7 +40,7 @@ def equal(
 class Difference(NamedTuple):
     "The first place where two values differ."
 
-    path: str  # Such as `[4]` or `['labels'][0][17]`
+    path: str  # Such as `[4]`, `['labels'][0][17]`, or `[0] (length)`
     found: Any
     expected: Any
 
@@ -60,7 +60,7 @@ def first_difference(
             for n, (x, y) in enumerate(zip(a, b)):
                 if found := walk(x, y, f"{path}[{n}]"): return found
             if len(a) == len(b): return None
-            return Difference(f"len({path or 'value'})", len(a), len(b))
+            return Difference(f"{path} (length)", len(a), len(b))
         if isinstance(a, dict) and isinstance(b, dict):
             if a.keys() != b.keys():
                 return Difference(f"{path}.keys()", list(a), list(b))

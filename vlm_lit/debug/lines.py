@@ -195,11 +195,13 @@ def find_stop(
     line, nodes = find_line(lines, at), statements(lines)
     blank = not lines[line].strip() or lines[line].strip().startswith("#")
     node = None if blank else statement_at(nodes, line)
-    # a line can hold several statements: the outermost comes first
-    node = node and statement_at(nodes, span(node)[0][0])
-    for code in codes(func.__code__) if node else ():
-        if offsets := starts(code, node):
-            return Stop(code, offsets, span(node)[0][0], last_line(node))
+    # a line can hold several statements, such as `try: x()`: the outermost with code comes first
+    first = span(node)[0][0] if node else 0
+    here = [node for node in nodes if span(node)[0][0] <= first <= last_line(node)]
+    for node in here if first else ():
+        for code in codes(func.__code__):
+            if offsets := starts(code, node):
+                return Stop(code, offsets, span(node)[0][0], last_line(node))
     raise ConfigError(
         f"at={at!r} is in a line where nothing runs (a def, a docstring, a comment, an "
         f"else):\n{numbered({line: lines[line]})}"

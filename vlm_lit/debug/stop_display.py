@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'CELL', 'PRE', 'MARK', 'why_not', 'Row', 'rows_of', 'headline', 'path_of', 'paragraph', 'text_rows',
-           'source_rows', 'timeline', 'changes_of', 'first_words', 'text_display', 'tag', 'html_table', 'html_value',
-           'html_rows', 'html_source', 'html_hits', 'html_changes', 'html_display']
+           'source_rows', 'timeline', 'changes_of', 'first_words', 'brief', 'text_display', 'tag', 'html_table',
+           'html_value', 'html_rows', 'html_source', 'html_hits', 'html_changes', 'html_display']
 
 # %% ../../nbs/95_stop_display.ipynb #c002
 import html, re, textwrap
@@ -63,12 +63,13 @@ def rows_of(
     values |= {name: Note("not assigned yet") for name in after if name not in values}
     for name, value in values.items():
         changed = name in after and first_difference(value, after[name]) is not None
+        gone = isinstance(after.get(name), Note) and after[name].text.startswith("NameError")
         rows.append(
             Row(
                 bp.is_checked(number, name),
                 visible(" ".join(name.split())),
                 shown(name, value, bp.tokenizer),
-                shown(name, after[name], bp.tokenizer) if changed else None,
+                shown(name, after[name], bp.tokenizer) if changed and not gone else None,
                 value,
             )
         )
@@ -176,6 +177,14 @@ def first_words(
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", visible(" ".join(repr(value).split())))
     return text if len(text) <= n else text[: n - 1] + "…"
 
+def brief(
+    name: str,  # A variable
+    value,  # Anything
+) -> str:
+    "A tensor or array by shape, type and values; anything else as Python writes it, cut short."
+    if not hasattr(value, "dtype"): return first_words(value)
+    return " ".join(filter(None, shown(name, value)))
+
 def text_display(
     bp,  # A `Breakpoint`
 ) -> str:
@@ -197,7 +206,8 @@ def text_display(
                 lines.append(f"[{n}] {bp.hits[n].process}".rstrip())
             lines += text_rows(rows_of(bp, n))
     for name, old, new in bp.settings:
-        lines += paragraph(f"set {name}: ", f"{first_words(old)} → {first_words(new)}", " " * 4)
+        change = f"{brief(name, old)} → {brief(name, new)}"
+        lines += paragraph(f"set {name}: ", change, " " * 4)
     if bp.settings and bp.hits[0].outcomes:
         found = changes_of(bp)
         lines.append(
@@ -307,8 +317,8 @@ def html_changes(
 ) -> str:
     "What `set` changed, at the stop and in what the function returned."
     parts = [
-        f"<div>set <b>{html.escape(name)}</b>: {html.escape(first_words(old))} → "
-        f"<b>{html.escape(first_words(new))}</b></div>"
+        f"<div>set <b>{html.escape(name)}</b>: {html.escape(brief(name, old))} → "
+        f"<b>{html.escape(brief(name, new))}</b></div>"
         for name, old, new in bp.settings
     ]
     if not parts or not bp.hits[0].outcomes: return "".join(parts)
