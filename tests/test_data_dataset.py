@@ -66,7 +66,7 @@ def setup_module():
         ],
     }
     def limited(records, **kwargs):
-        own = VLMProcessor(tok, image_size_aux=64, image_size=56)  # 56 pixels: 16 rows an image
+        own = VLMProcessor(tok, image_size_aux=64, image_size=56)  # 16 tokens per image
         return LazySupervisedDataset(records, own, folder, **kwargs)
     (folder / "cut.png").write_bytes((folder / "photo.png").read_bytes()[:900])
     good = [{**seed, "id": n} for n in range(56)]
@@ -119,11 +119,153 @@ def setup_module():
             return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
         except (OSError, ProcessLookupError): return False
 
+def test_truncation_keeps_complete_turns():
+    ids = torch.tensor([2, -200, 5, 6, 7, 8, 9, -200, 10, 11, 12])
+    labels = torch.tensor([-100, -100, -100, 6, -100, 8, 9, -100, -100, 11, 12])
+    stop = dict(at="keep = int(fits[-1])", watch="sizes ends is_last.int() fits.flatten()")
+    with Breakpoint(truncate_to_complete_turns, **stop) as bp:
+        truncate_to_complete_turns(ids, labels, num_image_tokens=4, max_length=16)
+    bp.expect({"fits.flatten()": [3, 6]}, ends=[1, 5, 6, 7, 8, 9, 10, 14, 15, 16, 17])
+    bp.expect_return({"len(result[0])": 7})
+
+def test_an_image_counted_as_one_id_passes_the_limit():
+    count_as_one = lambda sizes: torch.ones_like(sizes)
+    stop = dict(at="ends = sizes", watch="sizes", set={"sizes": count_as_one})
+    ids = torch.tensor([2, -200, 5, 6, 7, 8, 9, -200, 10, 11, 12])
+    labels = torch.tensor([-100, -100, -100, 6, -100, 8, 9, -100, -100, 11, 12])
+    with Breakpoint(truncate_to_complete_turns, **stop) as bp:
+        truncate_to_complete_turns(ids, labels, num_image_tokens=4, max_length=16)
+    bp.expect_changed({"len(result[0])": (7, 11)})
+
+def test_the_sixth_bad_sample_of_500_is_one_too_many():
+    bad = BadSamples(Path(tempfile.mkdtemp()) / "bad_samples.jsonl", allowed=0.01, n=500)
+    rows = [{"index": k, "id": k, "reason": "broken"} for k in range(6)]
+    watch = ["n_seen", "n_bad", "self.allowed * max(n_seen, self.at_least)"]
+    with Breakpoint(BadSamples.count, at="if new and n_bad > self.allowed", watch=watch) as bp:
+        bad.count(100, rows[:5])
+        with expect_fail(DataError, contains="6 of 132 records are bad"):
+            bad.count(32, rows[5:])
+    bp.expect_each({"n_seen": [100, 132], "n_bad": [5, 6]})
+
+def test_large_image_comes_first():
+    stop = dict(at="data = self.texts([i])[0]", watch="image_aux[0] data image", tokenizer=tok)
+    with Breakpoint(LazySupervisedDataset.__getitem__, **stop) as bp:
+        LazySupervisedDataset([seed], VLMProcessor(tok), folder)[0]
+    bp.expect({"tuple(image_aux[0].shape)": (3, 768, 768)})
+    bp.expect_return({"tuple(image.shape)": (3, 336, 336), "len(input_ids)": 25})
+
+def test_a_stop_in_two_workers():
+    import warnings
+
+    warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+    small = VLMProcessor(tok, image_size=28, image_size_aux=32)
+    ds = LazySupervisedDataset([{**seed, "id": k} for k in range(4)], small, folder)
+    stop = dict(at="image = images.small", watch="i names data['input_ids'][:5]", tokenizer=tok)
+    with Breakpoint(LazySupervisedDataset.__getitem__, **stop) as bp:
+        loader = torch.utils.data.DataLoader(ds, batch_size=2, num_workers=2, collate_fn=len)
+        test_eq(list(loader), [2, 2])
+    test_eq([hit.process for hit in bp.hits], ["worker 0"] * 2 + ["worker 1"] * 2)
+    bp.expect_each(i=[0, 1, 2, 3], names=[["photo.png"]] * 4)
+
+def test_a_missing_image_is_refused_with_its_record():
+    gone = {**seed, "id": "a", "image": "gone.png"}
+    with Breakpoint(DataError.at, at="return self", watch="record self.record") as bp:
+        try: LazySupervisedDataset([gone], VLMProcessor(tok), folder)[0]
+        except DataError as error: print(str(error)[:34])
+    bp.expect({"self.record": "a"}, record="a")
+
+def test_an_image_of_a_truncated_turn_is_not_opened():
+    length = int(limited([rounds]).lengths[0])
+    truncated = limited([rounds], max_length=length - 1, overlength="truncate")
+    with Breakpoint(LazySupervisedDataset.pixels, at="if self.blank_images", watch="name") as bp:
+        item = truncated[0]
+    print(length, "->", num_tokens_with_images(item["input_ids"], 16), "positions")
+    bp.expect(name="photo.png", hits=1)
+
+def test_bad_samples_are_noted_left_out_and_bounded():
+    import warnings
+
+    warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
+    noted = [(14, "missing"), (29, "truncated"), (44, "forged"), (59, "no turns")]
+    said = "records are bad, more than the share of 0.05 that may be skipped; see bad_samples.jsonl"
+    for workers in (0, 2):
+        file = Path(tempfile.mkdtemp()) / "bad_samples.jsonl"
+        batches = loader(0.1, file, workers)
+        test_eq(list(batches), [10, 9, 9, 10, 9, 9])
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = sorted(rows, key=lambda row: row["index"])
+        test_eq([(row["index"], row["id"]) for row in rows], noted)
+        test_eq(batches.dataset.bad.totals, (60, 4))
+        assert said in failure(loader(0.05, file, workers))
+    for row in rows:
+        print(row["id"], "|", row["reason"].replace(str(folder), "images")[:80])
+    # inspecting raises
+    with expect_fail(DataError, contains="record 'missing': no image"):
+        batches.dataset[14]
+
+def test_blind_dataset_shows_black_pictures():
+    own = VLMProcessor(tok, image_size=32, image_size_aux=64)
+    blind = LazySupervisedDataset([seed], own, folder, blank_images=True)[0]
+    assert len(blind["image_aux"].unique()) == 3 and blind["input_ids"].shape == (25,)
+
+def test_folder_and_template_are_checked_at_once():
+    with expect_fail(ConfigError, contains="no image folder"):
+        LazySupervisedDataset([seed], VLMProcessor(tok), folder / "nowhere")
+    with expect_fail(ConfigError, contains="unknown template 'gema'"):
+        LazySupervisedDataset([seed], VLMProcessor(tok, template="gema"), folder)
+    (folder / "data.json").write_text(json.dumps([seed]))
+    beside = LazySupervisedDataset(
+        folder / "data.json", VLMProcessor(tok)
+    )  # images beside the data file
+    test_eq(beside.texts([0])[0]["input_ids"].shape, (25,))
+
+def test_limits_that_cannot_be_are_refused():
+    for wrong, message in [
+        ({"max_length": 0}, "max_length must be at least 1"),
+        ({"overlength": "shorten"}, "overlength must be one of"),
+        ({"skip_bad": 0.1}, "skip_bad needs bad_samples"),
+    ]:
+        with expect_fail(ConfigError, contains=message): limited([rounds], **wrong)
+
+def test_lengths_and_memory_know_the_bad_samples():
+    file = Path(tempfile.mkdtemp()) / "bad_samples.jsonl"
+    ds = limited([*bad_ones, rounds, seed], skip_bad=0.9, bad_samples=file)
+    length = int(limited([rounds]).lengths[0])
+    test_eq(ds.lengths.tolist(), [40, 40, 0, 0, length, 40])  # the images are not opened for it
+    limits = dict(max_length=50, skip_bad=0.9, bad_samples=file)
+    for overlength, wanted in [("error", length), ("truncate", 50), ("skip", 0)]:
+        ds = limited([*bad_ones, rounds, seed], overlength=overlength, **limits)
+        test_eq(ds.lengths.tolist(), [40, 40, 0, 0, wanted, 40])
+    lazy = ds.__getitems__(range(6))
+    kept = limited([*bad_ones, rounds, seed], overlength="skip", **limits).cache_in_memory()
+    kept = kept.__getitems__(range(6))
+    test_eq((len(lazy), len(kept)), (1, 1))
+    tensors = lazy[0].keys() - {"index", "image_keys"}
+    assert all(torch.equal(lazy[0][key], kept[0][key]) for key in tensors)
+    with expect_fail(DataError, contains="no image 'gone.png'"):
+        limited([seed, bad_ones[0]]).cache_in_memory()
+
+def test_skipping_has_limits_of_its_own():
+    file = Path(tempfile.mkdtemp()) / "bad_samples.jsonl"
+    ds = limited([*bad_ones[:2], *good], skip_bad=0.5, bad_samples=file)
+    test_eq(ds.__getitems__([0, 1]), [])  # a batch may be empty
+    test_eq((ds.bad.totals, len(file.read_text().splitlines())), ((2, 2), 2))
+    with expect_fail(DataError, contains="2 of 2 records are bad, more than the share of 0.01"):
+        limited([*bad_ones[:2], *good], skip_bad=0.01, bad_samples=file).__getitems__([0, 1])
+    long = [rounds, *good[:30]]
+    with expect_fail(TooLong):
+        list(loader(0.5, file, 0, long, max_length=45))  # an error is not skipped
+    ds = limited([rounds, plain], max_length=20, overlength="truncate", skip_bad=0.6, bad_samples=file)
+    # not even the first answer fits
+    test_eq((len(ds.__getitems__([0, 1])), ds.bad.totals), (1, (2, 1)))
+    test_eq(list(loader(0.5, file, 0, long, max_length=45, overlength="skip")), [9, 10, 10, 1])
+    assert "max_length is 45" in file.read_text().splitlines()[-1]
+
 def test_truncation_ends_after_answers_and_never_inside_an_image():
     ids = torch.tensor([2, -200, 5, 6, 7, 8, 9, -200, 10, 11, 12])
     labels = torch.tensor([-100, -100, -100, 6, -100, 8, 9, -100, -100, 11, 12])
     kept = {limit: len(truncate_to_complete_turns(ids, labels, 4, limit)[0]) for limit in range(7, 19)}
-    print("with images:", num_tokens_with_images(ids, 4), " kept of", len(ids), "ids:", kept)
+    test_eq(num_tokens_with_images(ids, 4), 17)
     test_eq(kept, {7: 4, 8: 4, 9: 4, **{limit: 7 for limit in range(10, 17)}, 17: 11, 18: 11})
     for limit in range(7, 19):
         cut, cut_labels = truncate_to_complete_turns(ids, labels, 4, limit)
@@ -148,7 +290,7 @@ def test_the_share_of_bad_samples_is_bounded():
     )
     with expect_fail(DataError, contains=message):
         bad.count(32, [{"index": 7, "id": "x", "reason": "gone"}])
-    print(place.read_text().splitlines()[-1], bad.totals)
+    test_eq(bad.totals, (132, 6))
     test_eq(len(place.read_text().splitlines()), 6)
     for wrong in (0, 1, -1):
         with expect_fail(ConfigError, contains="must lie between 0 and 1"):
@@ -164,15 +306,6 @@ def test_item_of_the_seed():
     answer = [1175, 3741, 9488, 45189, 2656, 107, 108, 1]
     test_eq(item["input_ids"].tolist(), ids + answer)
     test_eq(item["labels"].tolist(), [-100] * 17 + answer)
-
-def test_large_image_comes_first():
-    with Breakpoint(
-        LazySupervisedDataset.__getitem__, at="data = self.texts([i])[0]", watch=["image_aux[0]"]
-    ) as bp:
-        LazySupervisedDataset([seed], VLMProcessor(tok), folder)[0]
-    print(bp)
-    test_eq(tuple(bp["image_aux[0]"].shape), (3, 768, 768))
-    with expect_fail(LookupError): bp["image"]  # not there yet
 
 def test_text_only_and_several_images():
     own = VLMProcessor(tok, image_size=32, image_size_aux=64)
@@ -202,7 +335,6 @@ def test_broken_records_say_which_and_why():
         try: ds[i]
         except DataError as e:
             messages.append(str(e).replace(str(folder), "images"))
-    print(*messages, sep="\n")
     named = [m.split(":")[0].split(",")[0] for m in messages]
     test_eq(named, [f"record '{name}'" for name in "abcdefg"])
     reasons = [
@@ -233,9 +365,7 @@ def test_a_limit_is_kept_before_images_are_opened():
     cut = limited([rounds], max_length=length - 1, overlength="truncate")
     with Breakpoint(LazySupervisedDataset.pixels, at="if self.blank_images", watch="name") as bp:
         item = cut[0]
-    print(LabelStrip(item["input_ids"], item["labels"], tok))
     opened = [hit["name"] for hit in bp.hits]
-    print(length, "->", num_tokens_with_images(item["input_ids"], 16), "opened:", opened)
     test_eq((opened, tuple(item["image"].shape)), (["photo.png"], (3, 56, 56)))
     test_eq(cut.lengths.tolist(), [length - 1])
     supervised = "".join(LabelStrip(item["input_ids"], item["labels"], tok).supervised)
@@ -296,27 +426,6 @@ def test_bytes_become_the_float_picture():
         floats = b.processor.image_processor.normalize_square(pixels)
         assert torch.equal(floats, a[i]["image_aux"])
 
-def test_bad_samples_are_noted_left_out_and_bounded():
-    import warnings
-
-    warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-    noted = [(14, "missing"), (29, "truncated"), (44, "forged"), (59, "no turns")]
-    said = "records are bad, more than the share of 0.05 that may be skipped; see bad_samples.jsonl"
-    for workers in (0, 2):
-        file = Path(tempfile.mkdtemp()) / "bad_samples.jsonl"
-        batches = loader(0.1, file, workers)
-        test_eq(list(batches), [10, 9, 9, 10, 9, 9])
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
-        rows = sorted(rows, key=lambda row: row["index"])
-        test_eq([(row["index"], row["id"]) for row in rows], noted)
-        test_eq(batches.dataset.bad.totals, (60, 4))
-        assert said in failure(loader(0.05, file, workers))
-    for row in rows:
-        print(row["id"], "|", row["reason"].replace(str(folder), "images")[:88])
-    # inspecting raises
-    with expect_fail(DataError, contains="record 'missing': no image"):
-        batches.dataset[14]
-
 def test_an_interrupt_ends_a_run_with_workers():
     (folder / "mixed.json").write_text(json.dumps(mixed))
     (folder / "script.py").write_text("\n".join(SCRIPT))
@@ -331,7 +440,7 @@ def test_an_interrupt_ends_a_run_with_workers():
         env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
     )
     # should it hang after all, the test fails and does not wait
-    watch = threading.Timer(120, lambda: os.killpg(run.pid, signal.SIGKILL))
+    watch = threading.Timer(300, lambda: os.killpg(run.pid, signal.SIGKILL))
     watch.start()
     try:
         sent = run.stdout.readline().split()
@@ -341,72 +450,9 @@ def test_an_interrupt_ends_a_run_with_workers():
     finally:
         watch.cancel()
         if run.poll() is None: os.killpg(run.pid, signal.SIGKILL)
-    word = (err.strip() or "nothing").splitlines()[-1]
-    print("spawned: samples, seen, bad", sent, "| batch of", n, end=" ")
-    print("| workers:", len(workers), "| last word:", word)
     assert run.returncode not in (0, None), err
     assert "KeyboardInterrupt" in err, err
     assert len(workers) == 2 and sent == ["56", "60", "4"], err
     for _ in range(50):
         if any(map(alive, workers)): time.sleep(0.1)
     assert not any(map(alive, workers))
-
-def test_blind_dataset_shows_black_pictures():
-    own = VLMProcessor(tok, image_size=32, image_size_aux=64)
-    blind = LazySupervisedDataset([seed], own, folder, blank_images=True)[0]
-    assert len(blind["image_aux"].unique()) == 3 and blind["input_ids"].shape == (25,)
-
-def test_folder_and_template_are_checked_at_once():
-    from vlm_lit.core import ConfigError
-
-    with expect_fail(ConfigError, contains="no image folder"):
-        LazySupervisedDataset([seed], VLMProcessor(tok), folder / "nowhere")
-    with expect_fail(ConfigError, contains="unknown template 'gema'"):
-        LazySupervisedDataset([seed], VLMProcessor(tok, template="gema"), folder)
-    (folder / "data.json").write_text(json.dumps([seed]))
-    beside = LazySupervisedDataset(
-        folder / "data.json", VLMProcessor(tok)
-    )  # images beside the data file
-    test_eq(beside.texts([0])[0]["input_ids"].shape, (25,))
-
-def test_limits_that_cannot_be_are_refused():
-    for wrong, message in [
-        ({"max_length": 0}, "max_length must be at least 1"),
-        ({"overlength": "shorten"}, "overlength must be one of"),
-        ({"skip_bad": 0.1}, "skip_bad needs bad_samples"),
-    ]:
-        with expect_fail(ConfigError, contains=message): limited([rounds], **wrong)
-
-def test_lengths_and_memory_know_the_bad_samples():
-    file = Path(tempfile.mkdtemp()) / "bad_samples.jsonl"
-    ds = limited([*bad_ones, rounds, seed], skip_bad=0.9, bad_samples=file)
-    length = int(limited([rounds]).lengths[0])
-    test_eq(ds.lengths.tolist(), [40, 40, 0, 0, length, 40])  # the images are not opened for it
-    limits = dict(max_length=50, skip_bad=0.9, bad_samples=file)
-    for overlength, wanted in [("error", length), ("truncate", 50), ("skip", 0)]:
-        ds = limited([*bad_ones, rounds, seed], overlength=overlength, **limits)
-        test_eq(ds.lengths.tolist(), [40, 40, 0, 0, wanted, 40])
-    lazy = ds.__getitems__(range(6))
-    kept = limited([*bad_ones, rounds, seed], overlength="skip", **limits).cache_in_memory()
-    kept = kept.__getitems__(range(6))
-    test_eq((len(lazy), len(kept)), (1, 1))
-    tensors = lazy[0].keys() - {"index", "image_keys"}
-    assert all(torch.equal(lazy[0][key], kept[0][key]) for key in tensors)
-    with expect_fail(DataError, contains="no image 'gone.png'"):
-        limited([seed, bad_ones[0]]).cache_in_memory()
-
-def test_skipping_has_limits_of_its_own():
-    file = Path(tempfile.mkdtemp()) / "bad_samples.jsonl"
-    ds = limited([*bad_ones[:2], *good], skip_bad=0.5, bad_samples=file)
-    test_eq(ds.__getitems__([0, 1]), [])  # a batch may be empty
-    test_eq((ds.bad.totals, len(file.read_text().splitlines())), ((2, 2), 2))
-    with expect_fail(DataError, contains="2 of 2 records are bad, more than the share of 0.01"):
-        limited([*bad_ones[:2], *good], skip_bad=0.01, bad_samples=file).__getitems__([0, 1])
-    long = [rounds, *good[:30]]
-    with expect_fail(TooLong):
-        list(loader(0.5, file, 0, long, max_length=45))  # an error is not skipped
-    ds = limited([rounds, plain], max_length=20, overlength="truncate", skip_bad=0.6, bad_samples=file)
-    # not even the first answer fits
-    test_eq((len(ds.__getitems__([0, 1])), ds.bad.totals), (1, (2, 1)))
-    test_eq(list(loader(0.5, file, 0, long, max_length=45, overlength="skip")), [9, 10, 10, 1])
-    assert "max_length is 45" in file.read_text().splitlines()[-1]

@@ -176,13 +176,15 @@ def test_resizing_to_336_directly_gives_another_image():
         prepare_image(cat)
     small, direct = (outcome.value["image"] for outcome in bp.hits[0].outcomes)
     off = (small - direct).abs()
-    print(cat.size, "mean", round(float(off.mean()), 3), " max", round(float(off.max()), 2))
-    test_close([float(off.mean()), float(off.max())], [0.044, 0.754], eps=0.002)
-    columns = [
-        (shortest_size(cat, size)[0], (shortest_size(cat, size)[0] - size) // 2) for size in (768, 336)
+    narrower = cat.crop((0, 0, 450, 300))
+    rest = (prepare_image(narrower)["image"] - prepare_image(narrower, 336)["image"]).abs()
+    found = [
+        (image.size, round(float(d.mean()), 3), round(float(d.max()), 2))
+        for image, d in ((cat, off), (narrower, rest))
     ]
-    print("width, first column:", *columns, " scaled:", round(193 * 336 / 768, 1))
-    test_eq(columns, [(1154, 193), (505, 84)])
+    print("size, mean, max:", *found)
+    test_eq(found, [((451, 300), 0.044, 0.75), ((450, 300), 0.007, 0.09)])
+    print("columns 193 of 1154 and", round(193 * 336 / 768, 1), "of", shortest_size(cat, 336)[0])
     fig, axes = plt.subplots(1, 3, figsize=(8, 2.8), layout="constrained")
     for ax, shown, title in zip(axes, (small, direct), ("from 768", "directly")):
         ax.imshow(((shown + 2) / 4).clamp(0, 1).permute(1, 2, 0).numpy())
@@ -493,3 +495,8 @@ def test_images_come_in_any_form():
     with expect_fail(DataError, contains="got bytes"): read_image(b"png")
     with expect_fail(DataError, contains="more than 8 bits"):
         read_image(Image.new("I;16", (2, 2)))
+
+def test_crops_of_two_sizes_begin_at_other_places():
+    cat = Image.new("RGB", (451, 300))
+    widths = [shortest_size(cat, size)[0] for size in (768, 336)]
+    test_eq([(w, (w - size) // 2) for w, size in zip(widths, (768, 336))], [(1154, 193), (505, 84)])

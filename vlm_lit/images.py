@@ -282,7 +282,7 @@ def normalize(
     mean=OPENAI_CLIP_MEAN,  # Mean of each channel, 0 to 1
     std=OPENAI_CLIP_STD,  # Standard deviation of each channel, 0 to 1
 ) -> torch.Tensor:  # float32, the same shape
-    "Bytes to floats with mean 0 and deviation 1 over the data the values were taken from."
+    "Bytes to floats, with mean 0 and standard deviation 1 over the data of `mean` and `std`."
     mean, std = [
         torch.tensor(v, dtype=torch.float32, device=pixels.device)[:, None, None]
         for v in (mean, std)

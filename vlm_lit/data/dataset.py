@@ -50,7 +50,7 @@ def truncate_to_complete_turns(
     keep = int(fits[-1]) + 1
     return input_ids[:keep], labels[:keep]
 
-# %% ../../nbs/07a_dataset.ipynb #c010
+# %% ../../nbs/07a_dataset.ipynb #c012
 class BadSamples:
     "Writes down the bad samples of a training run, and stops it when there are too many."
 
@@ -108,7 +108,7 @@ def append_line(
     try: os.write(file, (json.dumps(row) + "\n").encode("utf-8"))
     finally: os.close(file)
 
-# %% ../../nbs/07a_dataset.ipynb #c013
+# %% ../../nbs/07a_dataset.ipynb #c016
 class LazySupervisedDataset(Dataset):
     "Records as `input_ids`, `labels`, `image` and `image_aux`, read when asked for."
 
