@@ -14,6 +14,7 @@ from transformers import CLIPVisionConfig, ConvNextConfig
 from transformers import SiglipVisionConfig
 from transformers.utils.logging import disable_progress_bar
 from vlm_lit.core import peek
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.images import grid_crops
 import torch.nn.functional as F
 from vlm_lit.models.towers import EfficientNetLiteConfig, VIT_MODEL_TYPES
@@ -70,7 +71,7 @@ def setup_module():
         cut = joined.reshape(n, channels, grid, side // grid, grid, side // grid)
         return cut.permute(0, 2, 4, 3, 5, 1).reshape(n, grid * grid, -1, channels)
     def mining_in_windows(layers, low, maps, pool=1):
-        "MGM's formulation; `pool` averages the joined map, for pictures read as a whole."
+        "MGM's formulation; `pool` averages the joined map, for images read as a whole."
         windows = to_windows(F.avg_pool2d(upsampled(maps), pool), round(low.shape[1] ** 0.5))
         q = layers.vlm_uni_query_projector(low)
         k = layers.vlm_uni_aux_projector(windows)
@@ -92,9 +93,51 @@ def setup_module():
     large = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     images = F.interpolate(large, size=32, mode="bilinear")
 
+def test_layers_of_a_projector():
+    watch = ["kind", "widths", "[type(layer).__name__ for layer in layers[1:]]"]
+    with Breakpoint(make_projector, at="return nn.Sequential", watch=watch) as bp:
+        make_projector("mlp2x_gelu", 16, 24)
+    bp.expect({watch[2]: ["Linear", "GELU", "Linear"]}, widths=[16, 24, 24])
+
+def test_queries_and_maps_of_two_images():
+    encoder = small_encoder()
+    watch = ["low.shape", "[tuple(m.shape) for m in maps]"]
+    with Breakpoint(ImageEncoder.features, at="return low if maps", watch=watch) as bp:
+        tokens = encoder(images, large)
+    bp.expect({"low.shape": (2, 16, 16), "[m.shape[-1] for m in maps]": [32, 16, 8]})
+    bp.expect_return({"result.shape": (2, 16, 16)})
+
+def test_features_of_another_image():
+    encoder = small_encoder()
+    swap = {"maps": lambda maps: [m.flip(0) for m in maps]}
+    with Breakpoint(ImageEncoder.features, "return low if maps", "maps[0]", set=swap) as bp:
+        encoder.features(images, large)
+    right, wrong = (outcome["result"] for outcome in bp.hits[0].outcomes)
+    print("tokens that differ per image:", (right != wrong).any(-1).sum(1).tolist())
+    bp.expect_changed({"result[0, 0, 0].item()": (0.1643, -0.0549)}, tolerance=0.001)
+
+def test_crops_are_mined_as_one_grid():
+    encoder = small_encoder(image_grid=2, image_global=True)
+    largest = F.interpolate(large, size=128, mode="bilinear")
+    crops = grid_crops(largest, image_size=32, image_grid=2, image_global=True)
+    watch = ["low.shape", "crops.shape", "mined.shape"]
+    with Breakpoint(ImageEncoder.crop_features, at="crops = from_one_grid", watch=watch) as bp:
+        encoder(crops, largest)
+    bp.expect({"low.shape": (2, 5, 16, 16), "crops.shape": (2, 4, 16, 16), "mined.shape": (2, 64, 16)})
+    bp.expect_return({"result.shape": (2, 5 * 16, 16)})
+
+def test_mining_helps_in_the_kept_ablation():
+    ablation = json.loads((benchmark_results / "mining_ablation.json").read_text())
+    without, mined = (
+        [run["accuracy"] for run in ablation["runs"] if run["arm"] == arm]
+        for arm in ("without mining", "with mining")
+    )
+    test_eq((len(without), len(mined), {run["steps"] for run in ablation["runs"]}), (3, 3, {300}))
+    # "fourteen points", "ten points above the best without"
+    assert sum(mined) / 3 - sum(without) / 3 > 0.135 and min(mined) - max(without) > 0.095
+    assert (sum(mined) / 3 - sum(without) / 3) / (1 - sum(without) / 3) > 0.7  # "three of four"
+
 def test_projectors_by_name():
-    for kind in ("linear", "mlp2x_gelu"):
-        print(kind.ljust(12), make_projector(kind, 16, 24))
     # LLaVA's names
     names = list(make_projector("mlp2x_gelu", 16, 24).state_dict())
     test_eq(names, ["0.weight", "0.bias", "2.weight", "2.bias"])
@@ -117,16 +160,15 @@ def test_projectors_by_name():
         with expect_fail(ConfigError, contains=f"unknown projector {wrong!r}; there are: linear"):
             make_projector(wrong, 16, 24)
 
-def test_picture_becomes_sixteen_rows():
+def test_an_image_becomes_sixteen_tokens():
     encoder = small_encoder()
     low, maps = encoder.low_features(images), encoder.high_features(large)
     rows = encoder(images, large)
     stages = {f"stage {n}": m for n, m in enumerate(maps)}
-    peek(low=low, **stages, features=encoder.features(images, large), rows=rows)
     test_eq(tuple(rows.shape), (2, 16, 24))
     want = encoder.mm_projector(mining_in_windows(encoder.mining, low, maps))
     test_close(rows, want, eps=1e-5)
-    # the large picture matters
+    # the large image matters
     assert not torch.allclose(encoder(images, large), encoder(images, -large))
     llava = small_encoder(aux=None)  # no second tower: LLaVA
     test_eq(llava(images), llava.mm_projector(llava.low_features(images)))
@@ -144,12 +186,11 @@ def test_stages_not_mined_are_not_built():
     test_eq(tuple(both(images, large).shape), (2, 16, 24))
     test_eq(both.mining.vlm_uni_aux_projector[0].normalized_shape, (36,))
 
-def test_whole_picture_comes_first():
+def test_whole_image_comes_first():
     encoder = small_encoder(image_grid=2, image_global=True)
     largest = F.interpolate(large, size=128, mode="bilinear")
     crops = grid_crops(largest, image_size=32, image_grid=2, image_global=True)
     rows, maps = encoder.features(crops, largest), encoder.high_features(largest)
-    peek(pixel_values=crops, pixel_values_aux=largest, features=rows)
     test_eq(tuple(rows.shape), (2, 80, 16))
     joined = upsampled(maps)
     low = [encoder.low_features(crops[:, n]) for n in range(5)]
@@ -172,14 +213,3 @@ def test_encoder_compiles_without_a_graph_break():
     for encoder, args in ((small_encoder(), (images, large)), (whole, (crops, largest))):
         compiled = torch.compile(encoder, fullgraph=True, backend="eager")
         with torch.no_grad(): test_close(compiled(*args), encoder(*args), eps=1e-5)
-
-def test_mining_helps_in_the_kept_ablation():
-    ablation = json.loads((benchmark_results / "mining_ablation.json").read_text())
-    without, mined = (
-        [run["accuracy"] for run in ablation["runs"] if run["arm"] == arm]
-        for arm in ("without mining", "with mining")
-    )
-    test_eq((len(without), len(mined), {run["steps"] for run in ablation["runs"]}), (3, 3, {300}))
-    # "fourteen points", "ten points above the best without"
-    assert sum(mined) / 3 - sum(without) / 3 > 0.135 and min(mined) - max(without) > 0.095
-    assert (sum(mined) / 3 - sum(without) / 3) / (1 - sum(without) / 3) > 0.7  # "three of four"

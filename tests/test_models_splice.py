@@ -40,16 +40,6 @@ def test_features_of_three_images():
     rows = [[2, 100, 101, 102, 5, 200, 201, 202], [2, 7, 300, 301, 302, 0, 0, 0]]
     bp.expect_return({"result[..., 0].int().tolist()": rows})
 
-def test_images_take_their_own_places():
-    ids = torch.tensor([[2, 300, 300, 300, 5, 300, 300, 300], [2, 7, 300, 300, 300, 0, 0, 0]])
-    images = torch.tensor([[100.0, 101, 102], [200, 201, 202], [300, 301, 302]])[..., None]
-    text = ids.masked_fill(ids == 300, 0)[..., None].float()
-    merged = merge_image_features(text, ids == 300, images)[..., 0].int().tolist()
-    test_eq(merged, [[2, 100, 101, 102, 5, 200, 201, 202], [2, 7, 300, 301, 302, 0, 0, 0]])
-    check_image_tokens(ids == 300, 3, 3)
-    with expect_fail(DataError, contains="9 image placeholder(s) in input_ids for 2 image(s) of 3"):
-        check_image_tokens(ids == 300, 2, 3)
-
 def test_swapped_images_raise_nothing():
     ids = torch.tensor([[2, 300, 300, 5], [2, 7, 300, 300]])
     images = torch.tensor([[100.0, 101], [200, 201]])[..., None]
@@ -89,6 +79,30 @@ def test_masked_copy_is_mgms_splice_to_the_bit():
             assert (out["labels"][~filled] == -100).all()
     print("30 batches, both sides: equal")
 
+def test_positions_count_from_0_in_each_sample():
+    own = torch.tensor([[1, 1, 2, 2, 2, 2, 3, 3, 3, 0, 0]])
+    watch = ["place[0].tolist()", "begins.int()[0].tolist()"]
+    with Breakpoint(restart_positions, at="return place", watch=watch) as bp:
+        restart_positions(own)
+    bp.expect({"begins[0].nonzero().flatten().tolist()": [0, 2, 6, 9]})
+    bp.expect_return({"result[0].tolist()": [0, 1, 0, 1, 2, 3, 0, 1, 2, 0, 1]})
+
+def test_without_beginnings_a_row_is_one_text():
+    first = {"begins": lambda begins: begins.cumsum(1) * begins == 1}  # the first one only
+    with Breakpoint(restart_positions, at="return place", watch="begins", set=first) as bp:
+        restart_positions(torch.tensor([[1, 1, 2, 2, 2]]))
+    bp.expect_changed({"result[0].tolist()": ([0, 1, 0, 1, 2], [0, 1, 2, 3, 4])})
+
+def test_images_take_their_own_places():
+    ids = torch.tensor([[2, 300, 300, 300, 5, 300, 300, 300], [2, 7, 300, 300, 300, 0, 0, 0]])
+    images = torch.tensor([[100.0, 101, 102], [200, 201, 202], [300, 301, 302]])[..., None]
+    text = ids.masked_fill(ids == 300, 0)[..., None].float()
+    merged = merge_image_features(text, ids == 300, images)[..., 0].int().tolist()
+    test_eq(merged, [[2, 100, 101, 102, 5, 200, 201, 202], [2, 7, 300, 301, 302, 0, 0, 0]])
+    check_image_tokens(ids == 300, 3, 3)
+    with expect_fail(DataError, contains="9 image placeholder(s) in input_ids for 2 image(s) of 3"):
+        check_image_tokens(ids == 300, 2, 3)
+
 def test_masked_copy_compiles_without_a_break():
     def compiled_part(ids, text, features):
         return merge_image_features(text, ids == 300, features)
@@ -97,14 +111,6 @@ def test_masked_copy_compiles_without_a_break():
     ids = torch.tensor([[2, 300, 300, 5], [2, 7, 300, 300]])
     text, features = torch.randn(2, 4, 4), torch.randn(2, 2, 4)
     assert torch.equal(fast(ids, text, features), compiled_part(ids, text, features))
-
-def test_positions_count_from_0_in_each_sample():
-    own = torch.tensor([[1, 1, 2, 2, 2, 2, 3, 3, 3, 0, 0]])
-    watch = ["place[0].tolist()", "begins.int()[0].tolist()"]
-    with Breakpoint(restart_positions, at="return place", watch=watch) as bp:
-        restart_positions(own)
-    bp.expect({"begins[0].nonzero().flatten().tolist()": [0, 2, 6, 9]})
-    bp.expect_return({"result[0].tolist()": [0, 1, 0, 1, 2, 3, 0, 1, 2, 0, 1]})
 
 def test_positions_restart_with_each_sample():
     own = torch.tensor([[1, 1, 2, 2, 2, 2, 3, 3, 3, 0, 0]])
@@ -117,9 +123,3 @@ def test_positions_restart_with_each_sample():
     # a sample of one token, too
     positions = restart_positions(torch.tensor([[1, 2, 2, 0, 0], [1, 1, 1, 1, 1]]))
     test_eq(positions.tolist(), [[0, 0, 1, 0, 1], [0, 1, 2, 3, 4]])
-
-def test_without_beginnings_a_row_is_one_text():
-    first = {"begins": lambda begins: begins.cumsum(1) * begins == 1}  # the first one only
-    with Breakpoint(restart_positions, at="return place", watch="begins", set=first) as bp:
-        restart_positions(torch.tensor([[1, 1, 2, 2, 2]]))
-    bp.expect_changed({"result[0].tolist()": ([0, 1, 0, 1, 2], [0, 1, 2, 3, 4])})

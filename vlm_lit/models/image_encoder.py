@@ -48,7 +48,7 @@ def last_linear(
         if isinstance(layer, nn.Linear): return layer
     return None
 
-# %% ../../nbs/08f_image_encoder.ipynb #c013
+# %% ../../nbs/08f_image_encoder.ipynb #c012
 class ImageEncoder(nn.Module):
     "Two towers, mining and projector: pixels in, image features for the language model out."
 

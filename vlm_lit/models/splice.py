@@ -35,7 +35,7 @@ def check_image_tokens(
             f"{num_image_tokens} tokens" + ("" if n_images else dropped)
         )
 
-# %% ../../nbs/09a_splice.ipynb #c012
+# %% ../../nbs/09a_splice.ipynb #c011
 def expand_sentinels(
     input_ids: torch.Tensor,  # (batch, seq_len), one sentinel per image
     attention_mask: torch.Tensor | None,  # (batch, seq_len), False for padding on either side
@@ -53,7 +53,7 @@ def expand_sentinels(
         samples.append(expand_image_tokens(sample, num_image_tokens, image_token_id))
     return pad_samples(samples, 0, side)
 
-# %% ../../nbs/09a_splice.ipynb #c020
+# %% ../../nbs/09a_splice.ipynb #c018
 def restart_positions(
     sample_ids: torch.Tensor,  # (batch, seq_len), each sample in one piece
 ) -> torch.Tensor:  # `position_ids`, (batch, seq_len)
