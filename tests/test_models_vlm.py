@@ -153,14 +153,14 @@ def setup_module():
     def packing_samples(first=20):
         "Three samples; the first one's words and image follow from `first`."
 
-        def picture(side, seed):
+        def photo(side, seed):
             return torch.randn(3, side, side, generator=torch.Generator().manual_seed(seed))
 
         def make(ids, seed):
-            pictures = {"image": picture(32, seed), "image_aux": picture(64, seed + 1)}
-            if -200 not in ids: pictures = {}
+            photos = {"image": photo(32, seed), "image_aux": photo(64, seed + 1)}
+            if -200 not in ids: photos = {}
             ids = torch.tensor(ids)
-            return {"input_ids": ids, "labels": torch.where(ids > 10, ids, -100), **pictures}
+            return {"input_ids": ids, "labels": torch.where(ids > 10, ids, -100), **photos}
 
         return [
             make([2, -200, first, first + 1, first + 2], first),
@@ -175,16 +175,16 @@ def setup_module():
         samples = [expand_image_tokens(s, 16, 300) for s in samples]
         joined = supervised(pad_samples([concatenate_samples(samples)], 0))
 
-        def pictures(own):
+        def photos(own):
             found = {
                 "pixel_values": [s["image"] for s in own if "image" in s],
                 "pixel_values_aux": [s["image_aux"] for s in own if "image_aux" in s],
             }
             return {key: torch.stack(images) for key, images in found.items() if images}
 
-        one = lambda s: {**supervised(pad_samples([s], 0)), **pictures([s])}
+        one = lambda s: {**supervised(pad_samples([s], 0)), **photos([s])}
         with torch.no_grad():
-            packed = model(**joined, **pictures(samples), num_items_in_batch=1)
+            packed = model(**joined, **photos(samples), num_items_in_batch=1)
             alone = [model(**one(s), num_items_in_batch=1) for s in samples]
         logits = torch.cat([a.supervised_logits for a in alone])
         return packed.supervised_logits, logits, packed.loss, sum(a.loss for a in alone)
@@ -537,19 +537,19 @@ def test_other_ways_to_pack_leak():
     samples, model = packing_samples(), packing_model("gemma", "eager")
     joined = [expand_image_tokens(s, 16, 300) for s in samples]
     joined = supervised(pad_samples([concatenate_samples(joined)], 0))
-    pictures = dict(
+    photos = dict(
         pixel_values=torch.stack([s["image"] for s in samples[:2]]),
         pixel_values_aux=torch.stack([s["image_aux"] for s in samples[:2]]),
     )
     right = packed_and_alone(model, samples)[0]
     with torch.no_grad():
         forgotten = {k: v for k, v in joined.items() if k != "sample_ids"}
-        forgotten = model(**forgotten, **pictures).supervised_logits
+        forgotten = model(**forgotten, **photos).supervised_logits
         test_eq(len(forgotten), len(right))
         # the first sample is right, the rest is not
         assert (forgotten[:3] - right[:3]).abs().max() < 1e-5
         assert (forgotten[3:] - right[3:]).abs().max() > 1e-2
-        embeds, _ = model.embed_inputs(joined["input_ids"], **pictures)
+        embeds, _ = model.embed_inputs(joined["input_ids"], **photos)
         own = joined["sample_ids"]
         mask = (own[:, :, None] == own[:, None, :]).tril()[:, None]
         inputs = dict(inputs_embeds=embeds, position_ids=restart_positions(own), use_cache=False)
@@ -565,15 +565,15 @@ def test_other_ways_to_pack_leak():
         model = packing_model("gemma3_text", "sdpa")
         assert (run(model, mask) - run(model, None)).abs().max() > 1e-2  # no windows any more
 
-def test_text_is_scaled_once_and_pictures_are_not():
+def test_text_is_scaled_once_and_photos_are_not():
     torch.manual_seed(0)
     model, batch = VLM(small_config()), small_batch()
     with torch.no_grad():
-        pictures = batch["pixel_values"], batch["pixel_values_aux"]
-        inputs_embeds, _ = model.embed_inputs(batch["input_ids"], None, *pictures)
+        photos = batch["pixel_values"], batch["pixel_values_aux"]
+        inputs_embeds, _ = model.embed_inputs(batch["input_ids"], None, *photos)
         table = model.language_model.get_input_embeddings().weight
         test_close(inputs_embeds[1, 0], table[2] * 16**0.5, eps=1e-5)
-        rows = model.image_encoder(*pictures)[0]
+        rows = model.image_encoder(*photos)[0]
         test_close(inputs_embeds[0, 2:18], rows, eps=1e-5)
 
 def test_text_only_batch_keeps_the_vision_path_in_the_graph():
@@ -588,18 +588,18 @@ def test_text_only_batch_keeps_the_vision_path_in_the_graph():
     logits = model.language_model(input_ids=ids).logits[0, 1:3]
     alone = F.cross_entropy(logits, torch.tensor([31, 1]))
     test_close(out.loss, alone, eps=1e-5)
-    # no gradient wanted: no picture run
+    # no gradient wanted: no photo run
     with torch.no_grad():
         test_close(model.eval()(**text_only).loss, alone, eps=1e-5)
 
-def test_crops_and_whole_picture_are_read():
+def test_crops_and_whole_photo_are_read():
     torch.manual_seed(0)
     hd = VLM(small_config(image_grid=2, image_global=True, image_size_aux=128)).eval()
-    pictures = sample_image(), sample_image(300, 400)
-    pixels = torch.stack([to_bytes(resize_to_square(image, 128)) for image in pictures])
+    photos = sample_image(), sample_image(300, 400)
+    pixels = torch.stack([to_bytes(resize_to_square(image, 128)) for image in photos])
     colors = dict(mean=hd.config.image_mean, std=hd.config.image_std)
     crops = dict(image_grid=2, image_global=True)
-    floats = [prepare_image(image, 128, 32, **colors, **crops) for image in pictures]
+    floats = [prepare_image(image, 128, 32, **colors, **crops) for image in photos]
     batch = dict(
         input_ids=torch.tensor([[2, -200, 20, -200, 21]]),
         labels=torch.tensor([[-100, -100, 20, -100, 21]]),
@@ -861,8 +861,8 @@ def test_frozen_towers_stay_in_evaluation_mode():
     assert not model.image_encoder.vision_tower_aux.training
     assert model.image_encoder.vision_tower.training
     assert model.training
-    pictures = torch.randn(2, 3, 64, 64)
-    first, second = (model.image_encoder.high_features(pictures) for _ in range(2))
+    photos = torch.randn(2, 3, 64, 64)
+    first, second = (model.image_encoder.high_features(photos) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
 

@@ -18,7 +18,7 @@ CLIP_LARGE |= dict(hidden_size=1024, intermediate_size=4096, projection_dim=768)
 CLIP_LARGE |= dict(num_hidden_layers=24, num_attention_heads=16)
 
 class VLMConfig(PreTrainedConfig):
-    """What a model is made of: its parts, each by its own configuration, and how they fit together."""
+    "Parts of a model, each by its own configuration, and how they fit together."
 
     model_type = "vlm_lit"
     auto_map = {}  # code of a hub repository, which these models do not have; TRL reads it

@@ -153,7 +153,7 @@ def conv_norm(
     return [conv, nn.BatchNorm2d(conv.out_channels, eps)] + [nn.ReLU6()] * act
 
 class InvertedBottleneck(nn.Module):
-    "Widen, mix neighbors, narrow (MobileNetV2, Sandler et al. 2018), without squeeze-and-excitation."
+    "Widen, mix neighbors, narrow (MobileNetV2, Sandler et al. 2018); no squeeze-and-excitation."
 
     def __init__(
         self,

@@ -81,8 +81,8 @@ class VLMOutput(ModelOutput):
     logits: torch.Tensor | None = (
         None  # (batch, seq_len, vocab_size); None with `supervised_logits`
     )
-    past_key_values: object | None = None  # transformers' `Cache`, when asked for
-    hidden_states: tuple | None = None  # of the language model, when asked for
+    past_key_values: object | None = None  # transformers' `Cache`, if requested
+    hidden_states: tuple | None = None  # of the language model, if requested
     attentions: tuple | None = None  # likewise
     # (n_images, num_image_tokens, hidden_size), what stands at the placeholders
     image_hidden_states: torch.Tensor | None = None
@@ -270,7 +270,7 @@ class _Prompts:
         # (batch, seq_len + new tokens) ids, padded after the end; with `return_dict_in_generate`
         # transformers' output
     ):
-        """Prompt and what the model writes after it. Raises `DataError` for prompts that are padded
+        """Prompt and generated tokens. Raises `DataError` for prompts that are padded
         on the right."""
         kwargs = _standard_names(kwargs)
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
