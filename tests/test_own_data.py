@@ -38,8 +38,8 @@ def setup_module():
     def show(line, output, code):
         "A command and what it printed, without progress and seconds; long lines are folded."
         rows = ["$"]
-        for part in re.split(" (?=--)", line):
-            if len(rows[-1]) + len(part) > 92: rows.append("   ")
+        for part in re.split(" (?=--?[a-z])", line):
+            if rows != ["$"] and len(rows[-1]) + len(part) > 92: rows.append("   ")
             rows[-1] += f" {part}"
         print(" \\\n".join(rows))
         for text in output.rstrip().split("\n"):

@@ -126,7 +126,7 @@ def setup_module():
 
 def test_replayed_batch_is_the_trained_one():
     run, stops = place / "runs/twice", []
-    batch = ["input_ids", "labels", "pixel_values"]
+    batch = ["input_ids", "labels", "pixel_values_aux"]
     watch = [*(f"inputs['{name}']" for name in batch), "num_items_in_batch", "loss"]
     fifth = dict(watch=watch, when="self.state.global_step == 4")
     for take in (
@@ -140,6 +140,7 @@ def test_replayed_batch_is_the_trained_one():
     print(diff)
     assert not diff.differences and stops[0].hits[0].after["loss"] == logged(run)[4]
     bp.expect({"tuple(inputs['input_ids'].shape)": (4, 35)}, hits=1)
+    bp.expect({"len(inputs['pixel_values_aux'])": lambda n_images: n_images > 0})
     bp.expect_after(loss=logged(run)[4])
 
 def test_changed_data_do_not_pass_for_the_same_step():
