@@ -434,3 +434,17 @@ def test_replay_and_losses_print_and_write_a_page():
     refuses("losses @runs/again @gone.json", "no data file")
     refuses("losses @runs/mine @train.json --html @no/x.html", "for x.html; make it first")
     refuses("replay @runs/mine --step 1 --html @no/x.html", "for x.html; make it first")
+
+def test_walk_writes_a_page_whole_or_says_why_not():
+    out = run("walk @train.json --index 3 --preset @runs/mine --html @walk.html")
+    assert out.exit_code == 0 and out.stdout.startswith("the page is in ") and "the mask" in out.stdout
+    page = (place / "walk.html").read_text()
+    assert page.startswith("<!doctype html>") and page.endswith("</html>\n") and "of dataset[3]" in page
+    write("wrong.json", [{"id": 7, "conversations": turns("q<end_of_turn>", "<script>x()</script>")}])
+    out = run("walk @wrong.json --preset @runs/mine --html @walk.html")
+    assert out.exit_code == 2 and "record 7, turn 0" in out.stderr
+    page = (place / "walk.html").read_text()
+    assert "this record cannot be used" in page and page.count("<script") == 1
+    assert not list(place.glob("*.part"))
+    refuses("walk @train.json --preset @runs/mine --html @no/walk.html", "no folder")
+    refuses("walk @train.json --preset @runs/mine --html @images", "images")
