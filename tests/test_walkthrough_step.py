@@ -159,7 +159,8 @@ def test_without_a_supervised_end_it_does_not_stop():
     def unsupervised_stop(parts):
         return [(text, parts[0][1] if text == "<end_of_turn>\n<eos>" else s) for text, s in parts]
 
-    with Breakpoint(render, at="return Rendered", set={"parts": unsupervised_stop}) as bp:
+    change = {"parts": unsupervised_stop}
+    with Breakpoint(render, at="return Rendered", watch="parts[-1]", set=change) as bp:
         endless = train(steps=100).model
     answer = Chat(endless.eval(), processor, max_new_tokens=12)("What is in the photo?", sample_image())
     print(repr(answer))
