@@ -10,7 +10,7 @@ from vlm_lit import __version__
 from vlm_lit.commands import CHAT_HELP, check_out, example_record, export_folder, image_files, load
 from vlm_lit.commands import check_push, push_folder
 from vlm_lit.commands import load_preparation, load_text_settings, printable, report_found, run_folder, print_status
-from vlm_lit.commands import short_recipe, split_words, talk, train_run, user_errors
+from vlm_lit.commands import short_recipe, split_words, talk, train_run, user_errors, write_page
 from vlm_lit.core import ConfigError, progress_console
 import re, shlex, subprocess
 from tempfile import mkdtemp

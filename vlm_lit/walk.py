@@ -309,7 +309,8 @@ def draw_cells(
             turned = 90 if upright and len(text) > 2 else 0
             ax.text(x + width / 2, 0.48, text, ha="center", va="center", rotation=turned, **style)
             x += width
-        ax.set(xlim=(-0.05, columns if upright else max(wide, 104)), ylim=(-0.03, 1.03))
+        right = columns if upright else max(wide, 104)
+        ax.set(xlim=(-0.05, right + 0.05), ylim=(-0.03, 1.03))
         ax.text(-0.01, 0.5, title, ha="right", va="center", fontsize=8, transform=ax.transAxes)
     figure.subplots_adjust(left=0.12, right=0.995, top=0.99, bottom=0.01, hspace=0.25)
     return figure
