@@ -10,7 +10,7 @@ from vlm_lit import __version__
 from vlm_lit.commands import CHAT_HELP, check_out, example_record, export_folder, image_files, load
 from vlm_lit.commands import check_push, push_folder
 from vlm_lit.commands import load_preparation, load_text_settings, printable, report_found, run_folder, print_status
-from vlm_lit.commands import short_recipe, split_words, talk, train_run, user_errors
+from vlm_lit.commands import short_recipe, split_words, talk, train_run, user_errors, write_page
 from vlm_lit.core import ConfigError, progress_console
 import re, shlex, subprocess, textwrap
 from tempfile import mkdtemp
@@ -185,6 +185,20 @@ def test_stop_in_the_command_train():
     bp.expect(
         {"recipe": ["--training.max_steps", "5"], "overrides[-2:]": ["--training.max_steps", "5"]}
     )
+
+def test_walk_writes_a_page_whole_or_says_why_not():
+    out = run("walk @train.json --index 3 --preset @runs/mine --html @walk.html")
+    assert out.exit_code == 0 and out.stdout.startswith("the page is in ") and "the mask" in out.stdout
+    page = (place / "walk.html").read_text()
+    assert page.startswith("<!doctype html>") and page.endswith("</html>\n") and "of dataset[3]" in page
+    write("wrong.json", [{"id": 7, "conversations": turns("q<end_of_turn>", "<script>x()</script>")}])
+    out = run("walk @wrong.json --preset @runs/mine --html @walk.html")
+    assert out.exit_code == 2 and "record 7, turn 0" in out.stderr
+    page = (place / "walk.html").read_text()
+    assert "this record cannot be used" in page and page.count("<script") == 1
+    assert not list(place.glob("*.part"))
+    refuses("walk @train.json --preset @runs/mine --html @no/walk.html", "no folder")
+    refuses("walk @train.json --preset @runs/mine --html @images", "images")
 
 def test_help_is_quick_because_torch_is_not_imported():
     code = """import sys

@@ -59,7 +59,9 @@ MAY_IMPORT = {  # room -> rooms that it may import; arrows run downward only
     "training": "core files debug text padding processor data models weights evaluation",
     "walk": "core debug text data",
     "reports": "core text evaluation",
-    "commands": "core text images processor data models weights training evaluation walk reports",
+    "commands": (
+        "core files text images processor data models weights training evaluation walk reports"
+    ),
     "cli": (
         "core text images processor data models weights training evaluation walk reports commands"
     ),

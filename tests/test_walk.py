@@ -1,10 +1,11 @@
 "Derived from nbs/14a_walk.ipynb by `make tests`; edit the notebook, not this file."
-import base64, copy, hashlib, html, re
+import base64, copy, hashlib, html, io, re
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.resources import files
 import torch
-from vlm_lit.core import IGNORE_INDEX, ConfigError, DataError, Segment, describe
+from vlm_lit.core import IGNORE_INDEX, ConfigError, DataError, describe
 from vlm_lit.debug.breakpoints import Breakpoint, short_path
 from vlm_lit.debug.label_view import COLORS, LabelStrip
 from vlm_lit.debug.stop_display import path_of, rows_of, source_rows

@@ -73,7 +73,7 @@ def test_tag_moves_to_the_front():
 
 def test_unmoved_tag_has_another_place():
     keep = {"moved": lambda moved: [SEED["record"]["conversations"]]}
-    with Breakpoint(preprocess_multimodal, at="return moved", set=keep) as bp:
+    with Breakpoint(preprocess_multimodal, at="return moved", watch="moved", set=keep) as bp:
         with Breakpoint(preprocess, at='return {"input_ids"', watch="input_ids labels") as unmoved:
             ds[0]
     with Breakpoint(preprocess, at='return {"input_ids"', watch="input_ids labels") as usual:
@@ -117,7 +117,8 @@ def test_stop_text_is_part_of_the_answer():
     def unsupervised_stop(parts):
         return [(text, parts[0][1] if text == "<end_of_turn>\n<eos>" else s) for text, s in parts]
 
-    with Breakpoint(render, at="return Rendered", set={"parts": unsupervised_stop}) as bp:
+    change = {"parts": unsupervised_stop}
+    with Breakpoint(render, at="return Rendered", watch="parts[-1]", set=change) as bp:
         ds[0]
     bp.expect_changed({"result.answers": ([(84, 128)], [(84, 109)])})
 
@@ -129,7 +130,8 @@ def test_chunks_of_the_prompt():
 
 def test_the_function_by_itself_and_the_notes_two_calls():
     with Breakpoint(tokenizer_image_token, at="return input_ids", watch="prompt input_ids") as bp:
-        assert tokenizer_image_token(SEED["prompt"], tok) == ds[0]["input_ids"].tolist()
+        ids = tokenizer_image_token(SEED["prompt"], tok)
+    assert ids == ds[0]["input_ids"].tolist()
     header = "<start_of_turn>user\n"
     answer = "<start_of_turn>model\nthe box chain purse black<end_of_turn>\n<eos>"
     before = tok(header).input_ids
@@ -139,7 +141,7 @@ def test_the_function_by_itself_and_the_notes_two_calls():
     bp.expect(input_ids=SEED["input_ids"], prompt=SEED["prompt"])
 
 def test_bos_left_in_makes_26():
-    with Breakpoint(tokenizer_image_token, at="offset = ", set={"n_bos": 0}) as bp:
+    with Breakpoint(tokenizer_image_token, at="offset = ", watch="n_bos", set={"n_bos": 0}) as bp:
         tokenizer_image_token(SEED["prompt"], tok)
     two_bos = {"result.count(2)": (1, 2), "result[4:6]": ([-200, 108], [-200, 2])}
     bp.expect_changed({"len(result)": (25, 26), **two_bos})
@@ -161,13 +163,15 @@ def test_the_answer_tokenized_alone():
 
 def test_one_token_too_early():
     early = lambda s: np.roll(s, -1)
-    with Breakpoint(mask_prompt, at="return np.where", set={"supervised": early}) as bp:
+    change = {"supervised": early}
+    with Breakpoint(mask_prompt, at="return np.where", watch="supervised.sum()", set=change) as bp:
         ds[0]
     bp.expect_changed({"result[16]": (-100, 108), "result[24]": (1, -100)})
 
 def test_one_token_too_late():
     late = lambda s: np.concatenate([[False], s[:-1]])
-    with Breakpoint(mask_prompt, at="return np.where", set={"supervised": late}) as bp:
+    change = {"supervised": late}
+    with Breakpoint(mask_prompt, at="return np.where", watch="supervised.sum()", set=change) as bp:
         ds[0]
     bp.expect_changed({"result[17]": (1175, -100), "(result != -100).sum()": (8, 7)})
 

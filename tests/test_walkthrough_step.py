@@ -61,7 +61,8 @@ def test_sentinel_becomes_sixteen_placeholders():
 
 def test_one_placeholder_too_few_is_refused():
     one_less = {"num_image_tokens": lambda n: n - 1}
-    with Breakpoint(expand_image_tokens, at="times = ", set=one_less) as bp:
+    watch = ["num_image_tokens", "image_token_id"]
+    with Breakpoint(expand_image_tokens, at="times = ", watch=watch, set=one_less) as bp:
         short = collate([ds[0]])
     short.pop("supervised_positions")
     try: model(**short)
@@ -80,9 +81,10 @@ def test_mining_adds_to_each_query():
 
 def test_without_mining_nothing_complains():
     nothing = {"found": lambda found: 0 * found}
-    with Breakpoint(PatchInfoMining.forward, at="return (low.float()", set=nothing) as bp:
+    with Breakpoint(PatchInfoMining.forward, at="return (low", watch="found", set=nothing) as bp:
         model(**batch)
-    bp.expect_changed(result=(bp["low"] + bp["found"], bp["low"]))
+    low = bp.hits[0].locals["low"]
+    bp.expect_changed(result=(low + bp["found"], low))
 
 def test_projector_changes_the_width():
     with Breakpoint(ImageEncoder.forward, at="return self.mm_projector", watch="features") as bp:
@@ -98,7 +100,8 @@ def test_features_replace_placeholders():
 
 def test_features_in_reverse_fit_as_well():
     turned = {"features": lambda features: features.flip(1)}
-    with Breakpoint(merge_image_features, at="return inputs_embeds", set=turned) as bp:
+    where = dict(at="return inputs_embeds", watch="features")
+    with Breakpoint(merge_image_features, **where, set=turned) as bp:
         model(**batch)
     own = bp["features"][0]
     bp.expect_changed({"result[0, 4]": (own[0], own[15]), "result[0, 19]": (own[15], own[0])})
@@ -112,7 +115,7 @@ def test_eight_states_of_forty_reach_the_head():
 
 def test_without_the_shift_a_token_predicts_itself():
     own = {"following": batch["labels"]}
-    with Breakpoint(supervised_positions, at="return (following", set=own) as bp:
+    with Breakpoint(supervised_positions, at="return (following", watch="following", set=own) as bp:
         collate([ds[0]])
     bp.expect_changed(result=(list(range(31, 39)), list(range(32, 40))))
 
@@ -149,7 +152,7 @@ def test_one_step_of_transformers_trainer():
 
 def test_checkpoint_is_whole_before_it_has_its_name():
     names = "sorted(p.name for p in staged.iterdir())"
-    with Breakpoint(VLMTrainer._publish, at="staged.rename(final)", watch=[names, "final.name"]) as bp:
+    with Breakpoint(VLMTrainer._publish, at="_to_disk(staged)", watch=[names, "final.name"]) as bp:
         trained = train(steps=100)
     needed = {"trainable.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
     needed |= {"trainer_state.json", "config.json", "tokenizer.json", "processor_config.json"}
@@ -159,7 +162,8 @@ def test_without_a_supervised_end_it_does_not_stop():
     def unsupervised_stop(parts):
         return [(text, parts[0][1] if text == "<end_of_turn>\n<eos>" else s) for text, s in parts]
 
-    with Breakpoint(render, at="return Rendered", set={"parts": unsupervised_stop}) as bp:
+    change = {"parts": unsupervised_stop}
+    with Breakpoint(render, at="return Rendered", watch="parts[-1]", set=change) as bp:
         endless = train(steps=100).model
     answer = Chat(endless.eval(), processor, max_new_tokens=12)("What is in the photo?", sample_image())
     print(repr(answer))

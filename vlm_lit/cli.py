@@ -24,7 +24,7 @@ from vlm_lit.commands import (
     run_folder,
     print_status,
 )
-from .commands import short_recipe, split_words, talk, train_run, user_errors
+from .commands import short_recipe, split_words, talk, train_run, user_errors, write_page
 from .core import ConfigError, progress_console
 
 # %% ../nbs/21_cli.ipynb #c005
@@ -91,18 +91,22 @@ def walk(
     tokenizer: _Tokenizer = None,
     control_tokens: _Control = "refuse",
     aspect: Annotated[str | None, Option(help="square (crop the center) or pad.")] = None,
+    html: _Html = None,
 ):
     "Stop at every step of the data path and show the values."
     with user_errors(), TemporaryDirectory() as folder:
         from vlm_lit.data.dataset import LazySupervisedDataset
-        from vlm_lit.walk import walk_lines
+        from vlm_lit.walk import walk_html, walk_lines
 
+        check_out(html)
         if data is None:
             data, image_folder = [example_record(Path(folder))], Path(folder)
         processor = load_preparation(preset, tokenizer, template, aspect, control_tokens)
         dataset = LazySupervisedDataset(data, processor, image_folder)
         if not 0 <= index < len(dataset):
             raise ConfigError(f"--index {index}: the data has {len(dataset)} record(s), from 0 on")
+        if html is not None:  # of a refused record, too: with the stops up to there
+            write_page(html, walk_html(dataset, index))
         typer.echo("\n".join(walk_lines(dataset, index)))
 
 # %% ../nbs/21_cli.ipynb #c016

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CHAT_HELP', 'EXPORTS', 'printable', 'print_status', 'user_errors', 'names_folder', 'load_preparation',
-           'load_text_settings', 'image_files', 'check_out', 'example_record', 'split_words', 'short_recipe',
-           'run_folder', 'result_lines', 'train_run', 'load', 'talk', 'report_found', 'export_folder', 'check_push',
-           'push_folder']
+           'load_text_settings', 'image_files', 'check_out', 'write_page', 'example_record', 'split_words',
+           'short_recipe', 'run_folder', 'result_lines', 'train_run', 'load', 'talk', 'report_found', 'export_folder',
+           'check_push', 'push_folder']
 
 # %% ../nbs/20a_commands.ipynb #c002
 import gc, json, os, re, shlex, signal, sys, warnings
@@ -156,6 +156,16 @@ def check_out(
         raise ConfigError(f"{str(path)!r} is there already; choose another")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"no folder {str(path.parent)!r} for {path.name}; make it first")
+
+def write_page(
+    path: Path,  # Checked by `check_out`
+    page: str,  # HTML
+) -> None:
+    "Write a page whole or not at all, and say where it is."
+    from vlm_lit.files import write_text
+
+    write_text(path, page)
+    typer.echo(f"the page is in {path}")
 
 def example_record(
     folder: Path,  # Gets the image

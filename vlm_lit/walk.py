@@ -6,12 +6,13 @@
 __all__ = ['show_value', 'walk_lines', 'RouteMap', 'draw_cells', 'draw_sample', 'draw_images', 'draw_bars', 'walk_html']
 
 # %% ../nbs/14a_walk.ipynb #c002
-import base64, copy, hashlib, html, re
+import base64, copy, hashlib, html, io, re
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.resources import files
 import torch
-from .core import IGNORE_INDEX, ConfigError, DataError, Segment, describe
+from .core import IGNORE_INDEX, ConfigError, DataError, describe
 from .debug.breakpoints import Breakpoint, short_path
 from .debug.label_view import COLORS, LabelStrip
 from .debug.stop_display import path_of, rows_of, source_rows
@@ -266,6 +267,20 @@ def _box(x, y, width, height, color, edge):
     return Rectangle((x, y), width, height, facecolor=color, edgecolor=edge, linewidth=0.8)
 
 # %% ../nbs/14a_walk.ipynb #c022
+@cache
+def _drawing():
+    "matplotlib's `Figure`, imported late, that a notebook shows whatever the backend is."
+    from matplotlib.figure import Figure
+
+    class Drawing(Figure):
+        def _repr_png_(self):
+            file = io.BytesIO()
+            self.savefig(file, format="png", dpi=110)
+            return file.getvalue()
+
+    return Drawing
+
+# %% ../nbs/14a_walk.ipynb #c023
 def draw_cells(
     # Title -> cells; a cell is a text or (text, segment's name) or (text, segment's name, True if
     # supervised)
@@ -274,13 +289,11 @@ def draw_cells(
     upright: bool = False,  # Cells of one width, texts turned: many columns under each other
 ):  # A matplotlib `Figure`
     "Rows of cells, each with its title."
-    from matplotlib.figure import Figure
-
     cells = {title: [_cell(c) for c in row] for title, row in rows.items()}
     longest = [max(len(text) for text, *_ in row) for row in cells.values()]
     heights = [0.085 * n + 0.12 if upright else 0.28 for n in longest]
     total = sum(heights) + 0.12 * len(rows) + 0.4 * bool(route)
-    figure = Figure(figsize=(9, total), facecolor="white")
+    figure = _drawing()(figsize=(9, total), facecolor="white")
     ratios = [0.28] * bool(route) + heights
     axes = list(figure.subplots(len(ratios), 1, height_ratios=ratios, squeeze=False)[:, 0])
     if route: route.draw(axes.pop(0))
@@ -296,7 +309,8 @@ def draw_cells(
             turned = 90 if upright and len(text) > 2 else 0
             ax.text(x + width / 2, 0.48, text, ha="center", va="center", rotation=turned, **style)
             x += width
-        ax.set(xlim=(-0.05, columns if upright else max(wide, 104)), ylim=(-0.03, 1.03))
+        right = columns if upright else max(wide, 104)
+        ax.set(xlim=(-0.05, right + 0.05), ylim=(-0.03, 1.03))
         ax.text(-0.01, 0.5, title, ha="right", va="center", fontsize=8, transform=ax.transAxes)
     figure.subplots_adjust(left=0.12, right=0.995, top=0.99, bottom=0.01, hspace=0.25)
     return figure
@@ -325,7 +339,7 @@ def draw_sample(
         targets.append((str(label), name, True) if is_supervised else (str(label), ""))
     return draw_cells({"token": tokens, "input_ids": ids, "labels": targets}, route, upright=True)
 
-# %% ../nbs/14a_walk.ipynb #c023
+# %% ../nbs/14a_walk.ipynb #c024
 def draw_images(
     images: dict,  # Title -> image or tensor (3, height, width)
     route: RouteMap | None = None,  # Drawn above, small
@@ -333,10 +347,9 @@ def draw_images(
     frames: dict[str, tuple[float, float, float]] | None = None,
 ):  # A matplotlib `Figure`
     "Images next to each other in one size, with their pixels on the axes."
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
-    figure = Figure(figsize=(9, 3.4), facecolor="white", layout="constrained")
+    figure = _drawing()(figsize=(9, 3.4), facecolor="white", layout="constrained")
     grid = figure.add_gridspec(
         1 + bool(route), len(images), height_ratios=[1, 9][-1 - bool(route) :]
     )
@@ -352,7 +365,7 @@ def draw_images(
             ax.add_patch(Rectangle((x, y), side, side, **style))
     return figure
 
-# %% ../nbs/14a_walk.ipynb #c024
+# %% ../nbs/14a_walk.ipynb #c025
 def draw_bars(
     values: dict[str, float],  # Label -> value
     xlabel: str,
@@ -362,9 +375,7 @@ def draw_bars(
     line: float | None = None,  # A dashed line at this value
 ):  # A matplotlib `Figure`
     "Labeled bars."
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.2), facecolor="white", layout="constrained")
+    figure = _drawing()(figsize=(9, 3.2), facecolor="white", layout="constrained")
     ratios = [1, 8][-1 - bool(route) :]
     axes = list(figure.subplots(len(ratios), 1, height_ratios=ratios, squeeze=False)[:, 0])
     if route: route.draw(axes[0])
@@ -379,7 +390,7 @@ def draw_bars(
     axes[-1].set(xlabel=xlabel, ylabel=ylabel)
     return figure
 
-# %% ../nbs/14a_walk.ipynb #c027
+# %% ../nbs/14a_walk.ipynb #c028
 def _tag(name, content, **attributes):
     "An element; its attributes are escaped, its content is HTML."
     found = [
@@ -471,7 +482,7 @@ def _screens(dataset, i, version):
         body = f"{_tag('h3', _text(error))}{_tag('p', _text(_place(error)), class_='mono')}"
         yield "refused", "refused: this record cannot be used", _tag("div", body, class_="error")
 
-# %% ../nbs/14a_walk.ipynb #c028
+# %% ../nbs/14a_walk.ipynb #c029
 def walk_html(
     dataset: LazySupervisedDataset,  # Not cached in memory
     i: int,  # Index of a record
