@@ -68,7 +68,9 @@ def test_keys_buttons_and_the_route_move(written, look):
     page.locator("#back").click()
     assert lit() == "2 dataset"
     page.locator("#route a", has_text="7 mask").click()
-    assert lit() == "7 mask" and page.locator("h2:visible").inner_text() == "mask: what is supervised"
+    assert (
+        lit() == "7 mask" and page.locator("h2:visible").inner_text() == "mask: what is supervised"
+    )
     page.keyboard.press("End")
     assert lit() == "8 image" and page.locator("#next").get_attribute("aria-disabled") == "true"
     page.keyboard.press("ArrowRight")
@@ -95,7 +97,13 @@ def test_a_swipe_moves_and_scrolling_down_does_not(written, look):
       make("touchstart", 200, 300);
       make("touchend", 200 + x, 300 + y);
     }"""
-    for way, want in [((-120, 10), 2), ((-120, 0), 3), ((120, 0), 2), ((-90, -200), 2), ((-20, 0), 2)]:
+    for way, want in [
+        ((-120, 10), 2),
+        ((-120, 0), 3),
+        ((120, 0), 2),
+        ((-90, -200), 2),
+        ((-20, 0), 2),
+    ]:
         page.evaluate(swipe, list(way))
         assert place(page) == f"{want} of {STOPS}", way
 
