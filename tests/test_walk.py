@@ -6,7 +6,7 @@ from functools import cache
 from importlib.resources import files
 import torch
 from vlm_lit.core import IGNORE_INDEX, ConfigError, DataError, describe
-from vlm_lit.debug.breakpoints import Breakpoint, short_path
+from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.debug.label_view import COLORS, LabelStrip
 from vlm_lit.debug.stop_display import path_of, rows_of, source_rows
 from vlm_lit.debug.values import as_ids, as_image, ids_text, shown, thumbnail, visible

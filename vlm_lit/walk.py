@@ -13,7 +13,7 @@ from functools import cache
 from importlib.resources import files
 import torch
 from .core import IGNORE_INDEX, ConfigError, DataError, describe
-from .debug.breakpoints import Breakpoint, short_path
+from .debug.breakpoints import Breakpoint
 from .debug.label_view import COLORS, LabelStrip
 from .debug.stop_display import path_of, rows_of, source_rows
 from .debug.values import as_ids, as_image, ids_text, shown, thumbnail, visible
@@ -459,8 +459,8 @@ def _place(error):
     trace = error.__traceback__
     while trace.tb_next: trace = trace.tb_next
     code = trace.tb_frame.f_code
-    file = short_path(code.co_filename, trace.tb_frame.f_globals.get("__name__", ""))
-    return f"{code.co_qualname} ({file}:{trace.tb_lineno})"
+    module = trace.tb_frame.f_globals.get("__name__", "")
+    return f"{code.co_qualname} ({module.replace('.', '/')}.py:{trace.tb_lineno})"
 
 def _screens(dataset, i, version):
     "(box, title, HTML) of each screen."
