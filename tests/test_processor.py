@@ -1,4 +1,5 @@
 "Derived from nbs/06c_processor.ipynb by `make tests`; edit the notebook, not this file."
+import inspect
 import io
 from http.client import HTTPException
 from pathlib import Path
@@ -110,6 +111,14 @@ def test_labels_at_placeholders_are_ignored():
         inputs["labels"] = inputs["input_ids"].clone()
     bp.expect({"(ids == self.image_token_id).sum()": 4, "(value == -100).sum()": 0})
     bp.expect_after({"(value == -100).sum()": 4})
+
+def test_unknown_image_settings_are_refused():
+    tokenizer = three_tokenizers()[0]
+    with expect_fail(ConfigError, contains="unknown image setting 'aspct'; did you mean 'aspect'?"):
+        VLMProcessor(tokenizer, aspct="pad")
+    with expect_fail(ConfigError, contains="unknown image setting 'image_aspect_ratio'"):
+        VLMProcessor(tokenizer, image_aspect_ratio="pad")
+    test_eq(VLMProcessor(tokenizer, aspect="pad").image_processor.aspect, "pad")
 
 def test_images_are_given_to_conversations():
     from vlm_lit.processor import _split_conversations, _split_images

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CALL_OPTIONS', 'as_list', 'extract_images', 'insert_image_tokens', 'read_conversation', 'distribute_images',
-           'raw_prompt_ids', 'fetch_images', 'VLMInputs', 'VLMProcessor']
+           'raw_prompt_ids', 'fetch_images', 'VLMInputs', 'check_image_settings', 'VLMProcessor']
 
 # %% ../nbs/06c_processor.ipynb #c002
+import inspect
 import io
 from http.client import HTTPException
 from pathlib import Path
@@ -277,6 +278,17 @@ class VLMInputs(BatchFeature):
             value = value.masked_fill(ids == self.image_token_id, IGNORE_INDEX)
         super().__setitem__(key, value)
 
+def check_image_settings(
+    settings: dict,  # As given to `VLMProcessor`
+) -> None:
+    "Refuse names that the image processor does not have; it would keep them without effect."
+    known = [name for name in inspect.signature(VLMImageProcessor).parameters if name != "kwargs"]
+    for name in settings:
+        if name in known: continue
+        near = nearest(name, known)
+        hint = f"; did you mean {near!r}?" if near else f"; there are {', '.join(known)}"
+        raise ConfigError(f"unknown image setting {name!r}{hint}")
+
 class VLMProcessor(ProcessorMixin):
     "Conversations and images in, a model's inputs out; and what the model writes back into text."
 
@@ -301,6 +313,7 @@ class VLMProcessor(ProcessorMixin):
             tokenizer.chat_template = chat_template
         check_tokenizer(tokenizer, template)
         if image_processor is None:
+            check_image_settings(image_settings)
             image_processor = VLMImageProcessor(**image_settings)
         elif image_settings:
             raise ConfigError(

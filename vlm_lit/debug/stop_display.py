@@ -246,8 +246,11 @@ def html_table(
 ) -> str:
     "A table that also reads without its styles."
     head = "".join(tag("th", html.escape(t), f"{CELL};font-weight:600") for t in titles)
+    # short columns (a mark, a name, a type) keep their words whole; values may break anywhere
+    widths = [max(map(len, column)) for column in zip(*rows)] if rows else []
+    styles = [CELL if w < 60 else f"{CELL};overflow-wrap:anywhere;min-width:12em" for w in widths]
     body = "".join(
-        tag("tr", "".join(tag("td", cell, f"{CELL};overflow-wrap:anywhere") for cell in row))
+        tag("tr", "".join(tag("td", cell, style) for cell, style in zip(row, styles)))
         for row in rows
     )
     style = "font-family:ui-monospace,Menlo,Consolas,monospace;font-size:.92em;"
