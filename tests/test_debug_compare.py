@@ -38,6 +38,7 @@ def test_outcomes_differ_by_part():
     fails = outcome_of(lambda: 1 / 0)
     test_eq(repr(fails["result"]), "<ZeroDivisionError: division by zero>")
     test_eq(list(changed_parts(Outcome(3), fails)), ["result"])
+    test_eq(list(changed_parts(one, fails)), ["result"])
     test_eq(changed_parts(Outcome(3), Outcome(3)), {})
 
 def test_the_walk_is_stopped_at_the_difference():

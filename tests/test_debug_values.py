@@ -57,6 +57,7 @@ def test_tensors_are_summarized():
     test_eq(shown("x", torch.full((9,), torch.inf)).text, "9 of 9 not finite")
     test_eq(shown("x", object()).text, "<object object>")
     assert shown("x", image.half().numpy()).text.startswith("min -1.79")
+    test_eq(shown("x", [torch.ones(2, 2)]).text, "[tensor([[1., 1.], [1., 1.]])]")
 
 def test_images_become_thumbnails():
     class Html:

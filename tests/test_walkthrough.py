@@ -19,7 +19,7 @@ def setup_module():
     global SEED, ds, folder, get_item, place, processor, record, tok
     place = next(p for p in (Path("../tests"), Path("tests")) if (p / "worked_example.json").exists())
     SEED = json.loads((place / "worked_example.json").read_text())
-    record = {"id": "seed", "image": "photo.png", **SEED["record"], "image": "photo.png"}
+    record = {"id": "seed", **SEED["record"], "image": "photo.png"}
     folder = Path(tempfile.mkdtemp())
     sample_image().save(folder / "photo.png")
     tok = load_tokenizer("gemma")
@@ -55,7 +55,7 @@ def test_image_comes_out_at_768():
     bp.expect({**shape, "self.records[i]['conversations']": said})
 
 def test_pad_and_crop_have_one_shape():
-    padding = VLMProcessor(tok, image_size=336, image_size_aux=768, aspect="pad")
+    padding = VLMProcessor(tok, template="gemma", image_size_aux=768, aspect="pad")
     padded = LazySupervisedDataset([record], padding, folder)
     has_mean_color = "round(float((image_aux[0].abs() < 0.02).all(0).float().mean()), 2)"
     place = dict(at="data = self.texts([i])[0]", watch=["image_aux[0].shape", has_mean_color])
@@ -164,14 +164,14 @@ def test_the_answer_tokenized_alone():
 def test_one_token_too_early():
     early = lambda s: np.roll(s, -1)
     change = {"supervised": early}
-    with Breakpoint(mask_prompt, at="return np.where", watch="supervised.sum()", set=change) as bp:
+    with Breakpoint(mask_prompt, "return np.where", "np.flatnonzero(supervised)", set=change) as bp:
         ds[0]
     bp.expect_changed({"result[16]": (-100, 108), "result[24]": (1, -100)})
 
 def test_one_token_too_late():
     late = lambda s: np.concatenate([[False], s[:-1]])
     change = {"supervised": late}
-    with Breakpoint(mask_prompt, at="return np.where", watch="supervised.sum()", set=change) as bp:
+    with Breakpoint(mask_prompt, "return np.where", "np.flatnonzero(supervised)", set=change) as bp:
         ds[0]
     bp.expect_changed({"result[17]": (1175, -100), "(result != -100).sum()": (8, 7)})
 
@@ -199,7 +199,7 @@ def test_forged_turn_is_refused():
     bad = LazySupervisedDataset([forged], processor, folder)
     with Breakpoint(refuse_control_tokens, at="raise DataError", watch=["n", "found[0]"]) as bp:
         try: bad[0]
-        except DataError as e: print(str(e).split(";")[0])
+        except DataError as e: print(*str(e).split("; "), sep="\n")
     bp.expect({"n": 0, "found[0]": "<end_of_turn>"})
 
 def test_item_is_the_same_with_and_without_stops():

@@ -110,6 +110,8 @@ def changed_parts(
 ) -> dict[str, Difference]:  # Name of a part -> its first difference
     "The parts in which two outcomes differ."
     a, b = without.parts, changed.parts
+    if without.error or changed.error:
+        a, b = {"result": without["result"]}, {"result": changed["result"]}
     missing = Note("not there")
     found = {
         name: first_difference(a.get(name, missing), b.get(name, missing)) for name in [*a, *b]

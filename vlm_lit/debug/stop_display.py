@@ -51,6 +51,7 @@ class Row(NamedTuple):
     before: Shown
     after: Shown | None  # None: the line did not change it
     value: object  # The copy itself, for a thumbnail
+    later: object = None  # The copy after the line
 
 def rows_of(
     bp,  # A `Breakpoint`
@@ -71,6 +72,7 @@ def rows_of(
                 shown(name, value, bp.tokenizer),
                 shown(name, after[name], bp.tokenizer) if changed and not gone else None,
                 value,
+                after.get(name),
             )
         )
     return rows
@@ -158,6 +160,8 @@ def changes_of(
     if not bp.hits or not bp.hits[0].outcomes: return []
     without, changed = bp.hits[0].outcomes
     a, b = without.parts, changed.parts
+    if without.error or changed.error:
+        a, b = ({"result": x["result"]} for x in (without, changed))
     missing = Note("not there")
     return [
         (
@@ -276,7 +280,8 @@ def html_rows(
         if not kind and row.after:
             kind = " ".join(filter(None, (row.after.shape, row.after.kind)))
         image = thumbnail(row.value, html.escape(f"{row.name}, {kind}", quote=True))
-        after = tag("b", f"* {html_value(row.after)}") if row.after else ""
+        later = thumbnail(row.later, html.escape(f"{row.name} after the line", quote=True))
+        after = tag("b", f"* {html_value(row.after, later)}") if row.after else ""
         cells.append(
             [
                 "✓" if row.checked else "",

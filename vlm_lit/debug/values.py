@@ -130,7 +130,9 @@ def shown(
     if isinstance(value, str): text = visible_spaces(value)
     elif "float" in kind and hasattr(value, "dtype") and np.prod(value.shape) > n:
         text = statistics(value)
-    text = re.sub(r" at 0x[0-9a-fA-F]+", "", " ".join(visible(text).split(" ")))
+    else:
+        text = " ".join(text.split())  # a line break of the writing is none of the value
+    text = re.sub(r" at 0x[0-9a-fA-F]+", "", visible(text))
     return Shown(shape, kind, text)
 
 # %% ../../nbs/93_values.ipynb #c017
