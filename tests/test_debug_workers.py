@@ -7,7 +7,7 @@ from vlm_lit.debug.snapshots import Note
 import os
 import numpy as np, torch
 from PIL import Image
-from fastcore.test import test_eq
+from fastcore.test import expect_fail, test_eq
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.debug.workers import Mailbox
 from vlm_lit.debug.workers import portable
@@ -46,6 +46,16 @@ def test_a_forked_process_sends_values():
     test_eq(mailbox.folder.stat().st_mode & 0o777, 0o700)
     test_eq([value["number"] for value in mailbox.collect()], [0, 1])
     assert not mailbox.folder.exists() and not mailbox.is_elsewhere
+
+def test_nothing_but_data_is_read_from_a_mailbox():
+    class Rude:
+        def __reduce__(self): return (os.mkdir, ("never",))
+
+    mailbox = Mailbox()
+    mailbox.folder.mkdir(mode=0o700)
+    torch.save({"value": Rude()}, mailbox.folder / "1-000000.hit")
+    with expect_fail(Exception, contains="weights_only"): mailbox.collect()
+    assert not os.path.exists("never")
 
 def test_stops_in_workers_are_sent_back():
     with Breakpoint(Squares.__getitem__, at="return value", watch="i value") as bp:

@@ -16,6 +16,7 @@ from vlm_lit.training.flops import vit_ops
 from vlm_lit.models.splice import expand_sentinels
 from vlm_lit.padding import supervised_positions
 from vlm_lit.training.flops import PARTS
+from vlm_lit.training.flops import decoder_ops
 from vlm_lit.training.flops import flops_table
 from vlm_lit.training.flops import peak_flops
 from vlm_lit.training.flops import trainable_parts
@@ -96,6 +97,21 @@ def test_mining_below_the_projector_trains():
     with Breakpoint(flops_table, at="return table", watch=["below", "parts['projector']"]) as bp:
         stage_1 = flops_table(MGM_2B, STAGE_1, **SAMPLE)
     bp.expect({"below": True, "[n for _, n in parts['projector']]": [2, 2]})
+
+def test_families_without_gates_are_counted_like_pytorch():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = dict(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=1)
+    small |= dict(num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=64)
+    small |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    for family in ("arcee", "nemotron", "persimmon", "phi", "gpt_neox", "llama", "stablelm"):
+        config = AutoConfig.for_model(family, **small)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(torch.ones(1, 16, dtype=torch.long))
+        head = 2 * 16 * 64 * 64
+        linear, _ = decoder_ops(config, [16])
+        test_eq((family, linear[0]), (family, counter.get_total_flops() - head))
 
 def test_backward_passes_depend_on_what_lies_below():
     two_layers = [(100, True), (100, True)]

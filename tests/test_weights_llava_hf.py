@@ -225,6 +225,15 @@ def test_the_language_model_gets_equal_embeddings():
     assert not torch.equal(ours["inputs_embeds"], wrong["inputs_embeds"])
     ours.expect(inputs_embeds=other["inputs_embeds"], hits=1)
 
+def test_another_rescaling_of_pixels_is_refused():
+    with tempfile.TemporaryDirectory() as folder:
+        with hushed(): published(folder)
+        files = [p for p in Path(folder).glob("*.json") if "rescale_factor" in p.read_text()]
+        for path in files:
+            path.write_text(path.read_text().replace("0.00392156862745098", "0.00784313725490196"))
+        with expect_fail(ConfigError, contains="rescale_factor is 2.0, not 1.0"):
+            load_llava_hf(folder)
+
 def test_chat_templates_take_parts():
     tokenizer = small_tokenizer()
     parts = [{"type": "image"}, {"type": "text", "text": " what is it? "}]

@@ -36,7 +36,7 @@ WORDS_PER_MINUTE, SECONDS_PER_CELL = 200, 6
 MOST_MINUTES, MOST_CELLS = 20, 40  # of a notebook of the reading path
 MOST_LINES, COLUMNS, MOST_TESTS = 25, 100, 0.2
 CLOSING = "What we have", "Exercises", "Checks"  # sections that have no number
-CHECKS_SENTENCE = "These cells only test. They show nothing that is not shown above."
+CHECKS_SENTENCE = "These cells only test."
 OPENING = re.compile(r"\d+ min(?: · |$)|\*\*Here\*\*: |.*↑ \[contents\]\(index\.ipynb\)")
 FENCE = re.compile(r"^(?:```|~~~).*?^(?:```|~~~)[^\n]*$", re.M | re.S)
 

@@ -88,7 +88,7 @@ def mining_products(config, trains: bool, low: bool, high: bool) -> list[tuple[i
     ]
 
 # %% ../../nbs/15a_flops.ipynb #c021
-UNGATED = ("gpt_neox", "phi", "starcoder2")
+UNGATED = "apertus arcee biogpt gpt_neox jais2 nanochat nemotron persimmon phi starcoder2".split()
 
 def causal_pairs(lengths: list[int], window: int | None = None) -> int:
     "Query-key pairs that are not masked, if a query sees `window` tokens including itself."

@@ -372,6 +372,7 @@ def _image_settings(folder: Path) -> dict:  # `aspect`, `image_mean`, `image_std
         "size": ({k: v for k, v in size.items() if v}, {"shortest_edge": side}),
         "crop_size": ({k: v for k, v in crop.items() if v}, {"height": side, "width": side}),
         "resample": (int(own.resample), 3),
+        "rescale_factor": (round(255 * float(own.rescale_factor), 6), 1.0),
     }
     steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
     wanted |= {name: (bool(getattr(own, name, False)), True) for name in steps}
