@@ -75,28 +75,6 @@ def test_evaluate_copies_what_an_expression_names():
     bp.expect(names={"messages"}, copies={"messages": ["hello", "you"]})
     bp.expect_return({"result": "you", "len(result)": 3})
 
-def test_bdb_shares_its_breakpoints():
-    one = bdb.Bdb()
-    one.set_break(bdb.__file__, 1)
-    print("found by another debugger:", len(bdb.Bdb().breaks))
-    test_eq(len(bdb.Bdb().breaks), 1)
-    one.clear_all_breaks()
-    test_eq(len(bdb.Bdb().breaks), 0)
-
-def test_linestop_tells_when_the_statement_is_over():
-    events = []
-
-    def follow(event, frame, value):
-        events.append((event, frame.f_locals["total"], value and value["size"]))
-
-    stop = LineStop(find_stop(pack, "total += x"), lambda frame: follow)
-    stop.start()
-    try: pack([3, 4])
-    finally: stop.stop()
-    print(*events, sep="\n")
-    test_eq(events[0], ("line", 3, None))
-    test_eq(events[-1], ("return", 7, 2))
-
 def test_set_local_changes_the_run():
     stop = LineStop(find_stop(pack, "total += x"), lambda frame: set_local(frame, "x", 10))
     stop.start()
@@ -263,3 +241,25 @@ def test_evaluate_works_on_copies():
     test_eq(evaluate("[m for m in messages if len(m) > n]", variables), ["hello", "you"])
     with expect_fail(ConfigError, contains="'x =' is not a Python expression"):
         check_expression("x =")
+
+def test_bdb_shares_its_breakpoints():
+    one = bdb.Bdb()
+    one.set_break(bdb.__file__, 1)
+    print("found by another debugger:", len(bdb.Bdb().breaks))
+    test_eq(len(bdb.Bdb().breaks), 1)
+    one.clear_all_breaks()
+    test_eq(len(bdb.Bdb().breaks), 0)
+
+def test_linestop_tells_when_the_statement_is_over():
+    events = []
+
+    def follow(event, frame, value):
+        events.append((event, frame.f_locals["total"], value and value["size"]))
+
+    stop = LineStop(find_stop(pack, "total += x"), lambda frame: follow)
+    stop.start()
+    try: pack([3, 4])
+    finally: stop.stop()
+    print(*events, sep="\n")
+    test_eq(events[0], ("line", 3, None))
+    test_eq(events[-1], ("return", 7, 2))

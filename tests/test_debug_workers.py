@@ -47,6 +47,15 @@ def test_a_forked_process_sends_values():
     test_eq([value["number"] for value in mailbox.collect()], [0, 1])
     assert not mailbox.folder.exists() and not mailbox.is_elsewhere
 
+def test_stops_in_workers_are_sent_back():
+    with Breakpoint(Squares.__getitem__, at="return value", watch="i value") as bp:
+        loader = torch.utils.data.DataLoader(Squares(), batch_size=2, num_workers=2)
+        loaded = torch.cat(list(loader)).tolist()
+    test_eq(loaded, [0, 1, 4, 9])
+    test_eq([hit.process for hit in bp.hits], ["worker 0"] * 2 + ["worker 1"] * 2)
+    test_eq(bp.hits[0].outcome.value, 0)
+    bp.expect_each(i=[0, 1, 2, 3], value=[0, 1, 4, 9])
+
 def test_nothing_but_data_is_read_from_a_mailbox():
     class Rude:
         def __reduce__(self): return (os.mkdir, ("never",))
@@ -56,12 +65,3 @@ def test_nothing_but_data_is_read_from_a_mailbox():
     torch.save({"value": Rude()}, mailbox.folder / "1-000000.hit")
     with expect_fail(Exception, contains="weights_only"): mailbox.collect()
     assert not os.path.exists("never")
-
-def test_stops_in_workers_are_sent_back():
-    with Breakpoint(Squares.__getitem__, at="return value", watch="i value") as bp:
-        loader = torch.utils.data.DataLoader(Squares(), batch_size=2, num_workers=2)
-        loaded = torch.cat(list(loader)).tolist()
-    test_eq(loaded, [0, 1, 4, 9])
-    test_eq([hit.process for hit in bp.hits], ["worker 0"] * 2 + ["worker 1"] * 2)
-    test_eq(bp.hits[0].outcome.value, 0)
-    bp.expect_each(i=[0, 1, 2, 3], value=[0, 1, 4, 9])

@@ -136,7 +136,7 @@ def check_layout():
     return f"run `python tools/format.py`:\n{text}" if code else ""
 
 BOOK = ["current", "names", "stop", "tests", "length", "opening", "headings", "exercises", "cells"]
-BOOK += ["figures"]
+BOOK += ["figures", "width"]
 
 def check_book():
     "Notebooks keep the rules of tools/book.py, and translations change nothing but prose."

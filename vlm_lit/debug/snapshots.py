@@ -135,7 +135,7 @@ def evaluate(
     copies = snapshot({name: variables[name] for name in names if name in variables})
     return snapshot(eval(expression, {**variables, **copies}))
 
-# %% ../../nbs/92_snapshots.ipynb #c021
+# %% ../../nbs/92_snapshots.ipynb #c020
 def both(
     mine,  # A frame's local tracer, or None
     theirs,  # The one that another tool wants for the same frame, or None
@@ -238,7 +238,7 @@ class LineStop(bdb.Bdb):
             if self.on_call: self.on_call(frame)
         return both(mine, theirs, lines)
 
-# %% ../../nbs/92_snapshots.ipynb #c025
+# %% ../../nbs/92_snapshots.ipynb #c023
 def set_local(
     frame: types.FrameType,  # Of a function that is running
     name: str,  # One of its variables
