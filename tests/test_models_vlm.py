@@ -354,6 +354,20 @@ def test_image_features_get_the_scale_of_text():
     print(f"after it {rms(model.encode_images(*images)):.3f}")
     bp.expect(before=0.271, words=1.012, tolerance=1e-2)
 
+def test_packed_samples_without_labels_do_not_see_each_other():
+    model = packing_model("gemma", "eager")
+    settings = dict(max_length=44)
+    packs = DataCollatorForSupervisedDataset.for_model(model.config, 0, **settings)
+    logits = []
+    for first in (50, 60):
+        batch = packs(packing_samples(first=first) if first != 50 else packing_samples())
+        labels = batch.pop("labels")
+        batch.pop("supervised_positions", None)
+        with torch.no_grad(): logits.append(model(**batch).logits)
+    later = batch["sample_ids"] == batch["sample_ids"].max()
+    assert (logits[0] - logits[1]).abs().max() > 1e-3  # the first sample has changed
+    assert (logits[0] - logits[1])[later].abs().max() < 1e-6  # the last one has not
+
 def test_image_shown_twice_is_encoded_once():
     torch.manual_seed(0)
     model, one = VLM(small_config()).eval(), sentinel_batch()

@@ -474,7 +474,7 @@ class VLM(_Images, _Prompts, PreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,  # (batch, seq_len, hidden_size), without ids
         position_ids: torch.Tensor | None = None,  # (batch, seq_len)
         past_key_values=None,  # transformers' `Cache`
-        use_cache: bool | None = None,  # None: unless there are labels
+        use_cache: bool | None = None,  # None: unless there are labels or `sample_ids`
         # For the language model: `output_hidden_states`, `output_attentions`, `logits_to_keep`;
         # `images` and `images_aux`, which MGM calls the pixel values
         **kwargs,
@@ -482,7 +482,7 @@ class VLM(_Images, _Prompts, PreTrainedModel, GenerationMixin):
         "Logits, and with labels the loss over supervised tokens."
         text = input_ids, attention_mask, labels, sample_ids, supervised_positions
         images = pixel_values, pixel_values_aux, image_index
-        if labels is not None: use_cache = bool(use_cache)
+        if labels is not None or sample_ids is not None: use_cache = bool(use_cache)
         kwargs |= dict(position_ids=position_ids, past_key_values=past_key_values)
         inputs, labels, features = self.decoder_inputs(
             *text, *images, inputs_embeds, use_cache=use_cache, **kwargs
