@@ -482,7 +482,8 @@ class VLM(_Images, _Prompts, PreTrainedModel, GenerationMixin):
         "Logits, and with labels the loss over supervised tokens."
         text = input_ids, attention_mask, labels, sample_ids, supervised_positions
         images = pixel_values, pixel_values_aux, image_index
-        if labels is not None or sample_ids is not None: use_cache = bool(use_cache)
+        if labels is not None or sample_ids is not None:
+            use_cache = bool(use_cache)
         kwargs |= dict(position_ids=position_ids, past_key_values=past_key_values)
         inputs, labels, features = self.decoder_inputs(
             *text, *images, inputs_embeds, use_cache=use_cache, **kwargs
