@@ -1,10 +1,10 @@
 "Derived from nbs/97_expectations.ipynb by `make tests`; edit the notebook, not this file."
-import functools, html, types
+import functools, html, re, types
 from collections.abc import Mapping
 from typing import Any, Self
 from vlm_lit.core import ConfigError
 from vlm_lit.debug.compare import first_difference
-from vlm_lit.debug.snapshots import check_expression, evaluate
+from vlm_lit.debug.snapshots import Note, check_expression, evaluate
 from vlm_lit.debug.stop_display import first_words, html_table, paragraph, tag, why_not
 from vlm_lit.debug.values import shown
 import sys
@@ -81,3 +81,12 @@ def test_a_wrong_expectation_of_a_diff_fails():
     with expect_fail(AssertionError, contains="total is (8, 9), expected (8, 8)"):
         diff.expect(total=(8, 8))
     assert "equal: row" in repr(diff) and "no difference" in repr(found[0].diff(found[0]))
+
+def test_nothing_to_compare_is_an_error():
+    with Breakpoint(pack, at="total += x", when="x > 100") as never: pack([3, 1])
+    with expect_fail(LookupError, contains="`when` did not hold"): never.expect()
+    never.expect(hits=0)
+    with Breakpoint(pack, at="total += x", watch="x nothing") as bp: pack([3, 1])
+    bp.expect()
+    with expect_fail(LookupError, contains="'nothing' has no value at either stop"):
+        bp.diff(bp)
