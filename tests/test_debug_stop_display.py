@@ -59,5 +59,6 @@ def test_no_line_is_longer_than_100_columns():
 
     with Breakpoint(long_one, at="return joined") as bp:
         long_one(["a longer word"] * 200)
+    bp.expect_return({"result[:200]": " ".join(["a longer word"] * 200)[:200]})
     assert max(map(len, repr(bp).splitlines())) <= 100
     assert len(repr(bp).splitlines()) < 30 and "…" in repr(bp)

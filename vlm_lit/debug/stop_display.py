@@ -225,7 +225,7 @@ def text_display(
             for title, value in (("without", without), ("with", changed)):
                 kind = " ".join(filter(None, (value.shape, value.kind)))
                 lines += paragraph(f"    {title:8}{kind}  ", value.text, " " * 6, 4)
-    lines += [f"✓ {line}" for line in bp.notes]
+    for note in bp.notes: lines += paragraph("✓ ", note, " " * 4)
     return "\n".join(lines)
 
 # %% ../../nbs/95_stop_display.ipynb #c015
