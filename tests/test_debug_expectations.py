@@ -5,7 +5,7 @@ from typing import Any, Self
 from vlm_lit.core import ConfigError
 from vlm_lit.debug.compare import first_difference
 from vlm_lit.debug.snapshots import Note, check_expression, evaluate
-from vlm_lit.debug.stop_display import first_words, html_table, paragraph, tag, why_not
+from vlm_lit.debug.stop_display import first_words, html_table, paragraph, shown_pair, tag, why_not
 from vlm_lit.debug.values import shown
 import sys
 import torch

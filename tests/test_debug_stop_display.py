@@ -1,7 +1,7 @@
 "Derived from nbs/95_stop_display.ipynb by `make tests`; edit the notebook, not this file."
-import html, re, textwrap
+import html, os, re, textwrap
 from typing import NamedTuple
-from vlm_lit.debug.compare import changed_parts, first_difference
+from vlm_lit.debug.compare import Difference, changed_parts, first_difference
 from vlm_lit.debug.snapshots import Note
 from vlm_lit.debug.values import Shown, shown, thumbnail, visible
 import re, sys
@@ -9,7 +9,9 @@ import torch
 from fastcore.test import test_eq
 from vlm_lit.debug.breakpoints import Breakpoint
 from small_parts import mask_prompt, pack
+from vlm_lit.debug.stop_display import changes_of
 from vlm_lit.debug.stop_display import first_words
+from vlm_lit.debug.stop_display import shown_pair
 
 def setup_module():
 
@@ -62,3 +64,23 @@ def test_no_line_is_longer_than_100_columns():
     bp.expect_return({"result[:200]": " ".join(["a longer word"] * 200)[:200]})
     assert max(map(len, repr(bp).splitlines())) <= 100
     assert len(repr(bp).splitlines()) < 30 and "…" in repr(bp)
+
+def test_long_values_are_shown_from_shortly_before_their_difference():
+    def answer_of(words, mark):
+        text = f"{' '.join(words)} {mark} {' '.join(words)}"
+        return text
+
+    with Breakpoint(answer_of, at="text =", set={"mark": "B"}) as bp:
+        answer_of(["word"] * 100, "A")
+    ((_, where, without, changed),) = changes_of(bp)
+    test_eq(where[:12], "result[500:]")
+    test_eq([len(value.text) for value in (without, changed)], [400, 400])
+    assert without.text.startswith("… word word") and changed.text.startswith("… word word")
+    assert "word A word" in without.text and "word B word" in changed.text
+    assert "word B word" in repr(bp) and "word B word" in bp._repr_html_()
+    ids = [list(range(200)), [*range(150), 7, *range(151, 200)]]
+    texts = [v.text for v in shown_pair("ids", ids, first_difference(*ids), None)]
+    assert "149 150 151" in texts[0] and "149 7 151" in texts[1] and texts[0].startswith("… ")
+    lists = [["word"] * 100 + [mark] for mark in "AB"]
+    texts = [v.text for v in shown_pair("words", lists, first_difference(*lists), None)]
+    test_eq(texts, ["'A'", "'B'"])

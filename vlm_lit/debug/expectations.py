@@ -12,7 +12,7 @@ from typing import Any, Self
 from ..core import ConfigError
 from .compare import first_difference
 from .snapshots import Note, check_expression, evaluate
-from .stop_display import first_words, html_table, paragraph, tag, why_not
+from .stop_display import first_words, html_table, paragraph, shown_pair, tag, why_not
 from .values import shown
 
 # %% ../../nbs/97_expectations.ipynb #c005
@@ -226,10 +226,9 @@ class StopDiff:
 
     def _rows(self):
         for name, found in self.differences.items():
-            texts = [
-                shown(name, value, bp.tokenizer).text
-                for value, bp in zip(self.values[name], (self.left, self.right))
-            ]
+            tokenizers = self.left.tokenizer, self.right.tokenizer
+            pair = shown_pair(name, self.values[name], found, *tokenizers)
+            texts = [value.text for value in pair]
             first = f"{name}{found.path}"
             yield first, first_words(found.found), first_words(found.expected), *texts
 
@@ -259,7 +258,7 @@ class StopDiff:
         ]
         left, right = self.titles
         table = html_table(
-            ["first difference", left, right, f"{left}, whole", f"{right}, whole"], rows
+            ["first difference", left, right, f"{left}: value", f"{right}: value"], rows
         )
         found = table if rows else "<div>no difference</div>"
         same = f"<div>{html.escape(same)}</div>" if same else ""

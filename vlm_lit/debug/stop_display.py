@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['WIDTH', 'CELL', 'PRE', 'MARK', 'why_not', 'Row', 'rows_of', 'headline', 'path_of', 'paragraph', 'text_rows',
-           'source_rows', 'timeline', 'changes_of', 'first_words', 'brief', 'text_display', 'tag', 'html_table',
-           'html_value', 'html_rows', 'html_source', 'html_hits', 'html_changes', 'html_display']
+           'source_rows', 'timeline', 'changes_of', 'shown_pair', 'cut_short', 'first_words', 'brief', 'text_display',
+           'tag', 'html_table', 'html_value', 'html_rows', 'html_source', 'html_hits', 'html_changes', 'html_display']
 
 # %% ../../nbs/95_stop_display.ipynb #c002
-import html, re, textwrap
+import html, os, re, textwrap
 from typing import NamedTuple
-from .compare import changed_parts, first_difference
+from .compare import Difference, changed_parts, first_difference
 from .snapshots import Note
 from .values import Shown, shown, thumbnail, visible
 
@@ -167,11 +167,36 @@ def changes_of(
         (
             name,
             f"{name}{d.path}: {first_words(d.found)} → {first_words(d.expected)}",
-            shown(name, a.get(name, missing), bp.tokenizer),
-            shown(name, b.get(name, missing), bp.tokenizer),
+            *shown_pair(name, (a.get(name, missing), b.get(name, missing)), d, bp.tokenizer),
         )
         for name, d in changed_parts(without, changed).items()
     ]
+
+def shown_pair(
+    name: str,  # A variable or an expression
+    values: tuple,  # Two that differ
+    difference: Difference,  # Where
+    *tokenizers,  # For ids; one for both, or one for each; None: they are numbers
+    before: int = 60,  # Characters to show before the difference
+) -> tuple[Shown, Shown]:
+    "Two values as a stop writes them; long ones from shortly before the place where they differ."
+    pairs = list(zip(values, tokenizers * 2))
+    a, b = (shown(name, value, tokenizer, ids=10_000) for value, tokenizer in pairs)
+    start = len(os.path.commonprefix([a.text, b.text]))
+    if a.text == b.text:  # both were cut before it
+        texts = map(first_words, (difference.found, difference.expected))
+    elif start > 2 * before:
+        cut = a.text.rfind(" ", 0, start - before) + 1 or start - before
+        texts = (f"… {text[cut:]}" for text in (a.text, b.text))
+    else: return tuple(shown(name, *pair) for pair in pairs)
+    return tuple(pair._replace(text=cut_short(text)) for pair, text in zip((a, b), texts))
+
+def cut_short(
+    text: str,
+    n: int = 400,  # Characters
+) -> str:
+    "A text of at most `n` characters; an ellipsis stands for the rest."
+    return text if len(text) <= n else text[: n - 1] + "…"
 
 def first_words(
     value,  # Anything
@@ -179,7 +204,7 @@ def first_words(
 ) -> str:
     "A value in a few words."
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", visible(" ".join(repr(value).split())))
-    return text if len(text) <= n else text[: n - 1] + "…"
+    return cut_short(text, n)
 
 def brief(
     name: str,  # A variable

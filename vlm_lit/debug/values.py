@@ -117,6 +117,7 @@ def shown(
     value,  # Anything
     tokenizer=None,  # For ids; without one they are numbers
     n: int = 8,  # Tensors of more elements are summarized
+    ids: int = 64,  # How many ids to write
 ) -> Shown:
     "How a stop writes one value."
     if isinstance(value, Note): return Shown("", "", repr(value))
@@ -125,8 +126,9 @@ def shown(
         return Shown("", type(value).__name__, repr(failure(e)))
     if device not in ("", "cpu"): kind = f"{kind} {device}"
     shape = "" if shape == "()" else shape
-    ids = as_ids(name, value)
-    if ids is not None: return Shown(shape, kind, ids_text(ids, tokenizer))
+    numbers = as_ids(name, value)
+    if numbers is not None:
+        return Shown(shape, kind, ids_text(numbers, tokenizer, ids))
     if isinstance(value, str): text = visible_spaces(value)
     elif "float" in kind and hasattr(value, "dtype") and np.prod(value.shape) > n:
         text = statistics(value)
