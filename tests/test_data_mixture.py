@@ -49,6 +49,11 @@ def test_flips_are_drawn_from_seed_epoch_and_name():
         for epoch in range(5): flipping[(epoch, 0)]
     bp.expect_each(flips=[[True], [False], [False], [True], [False]], names=[["b.png"]] * 5)
 
+def test_a_resumed_run_that_counts_from_zero_flips_otherwise():
+    with Breakpoint(Mixture._flipped, at="names = image_names", set={"epoch": 0}, watch="epoch") as bp:
+        Mixture([make(questions)], hflip_prob=0.5)[(1, 0)]
+    bp.expect_changed(image_keys=(["b.png"], ["flipped b.png"]))
+
 def test_flips_follow_seed_epoch_and_image():
     for p, want in [(0.0, 0), (1.0, 200), (0.5, None)]:
         flipping = Mixture([make(questions)], hflip_prob=p)

@@ -3,12 +3,14 @@ import html, os, re, textwrap
 from typing import NamedTuple
 from vlm_lit.debug.compare import Difference, changed_parts, first_difference
 from vlm_lit.debug.snapshots import Note
-from vlm_lit.debug.values import Shown, shown, thumbnail, visible
+from vlm_lit.debug.values import Shown, ids_text, shown, thumbnail, visible
 import re, sys
 import torch
 from fastcore.test import test_eq
+from vlm_lit.core import DataError
 from vlm_lit.debug.breakpoints import Breakpoint
 from small_parts import mask_prompt, pack
+from vlm_lit.debug.stop_display import change_words
 from vlm_lit.debug.stop_display import changes_of
 from vlm_lit.debug.stop_display import first_words
 from vlm_lit.debug.stop_display import shown_pair
@@ -84,3 +86,23 @@ def test_long_values_are_shown_from_shortly_before_their_difference():
     lists = [["word"] * 100 + [mark] for mark in "AB"]
     texts = [v.text for v in shown_pair("words", lists, first_difference(*lists), None)]
     test_eq(texts, ["'A'", "'B'"])
+
+def test_values_that_write_themselves_alike_are_told_apart():
+    def normalized(features, options):
+        row = features * options["scale"]
+        return row
+
+    features, options = torch.eye(20), {"name": "a name " * 20, "scale": 1}
+    settings = {"features": features.flip(0), "options": {**options, "scale": 3}}
+    with Breakpoint(normalized, at="row =", set=settings) as bp:
+        normalized(features, options)
+    text = repr(bp)
+    assert "set features[0][0]: 1.0 → 0.0" in text and "set options['scale']: 1 → 3" in text
+    assert "max 1; [0][0]: 1.0 → 0.0" in text
+    late = features.int()
+    late[1, 9] = 7
+    with Breakpoint(normalized, at="row =", set={"features": late}) as bp:
+        normalized(features.int(), options)
+    assert "with    (20, 20) int32  [1 0×19]  [0 1 0×7 7 0×10]" in repr(bp)
+    same = first_difference([DataError("a")], [DataError("a", record=1)])
+    test_eq(change_words(same._replace(expected=DataError("a"))), "another DataError")

@@ -84,7 +84,7 @@ class Expectations:
                 known = ", ".join(map(repr, after))
                 raise LookupError(f"no {name!r} after the line; there are {known}: watch it")
             self._compare(f"{name} after the line", after[name], expected, tolerance, hit)
-            self.notes.append(f"{name} after the line: {self._brief(name, after[name])}")
+            self._note(hit, f"{name} after the line: {self._brief(name, after[name])}")
         return self
 
     def expect_return(
@@ -102,7 +102,7 @@ class Expectations:
             if outcome is None:
                 raise AssertionError(f"{self.name} has not returned")
             self._compare(f"returned {name}", outcome[name], expected, tolerance, hit)
-            self.notes.append(f"returned {name}: {self._brief(name, outcome[name])}")
+            self._note(hit, f"returned {name}: {self._brief(name, outcome[name])}")
         return self
 
     def expect_changed(
@@ -130,6 +130,9 @@ class Expectations:
             if name not in outcomes[0].parts:
                 self.notes.append(f"{name}: {' → '.join(texts)}")
         return self
+
+    def _note(self, number, text):
+        self.notes.append(f"[{number}] {text}" if len(self.hits) > 1 else text)
 
     def _value(self, number, name):
         hit = self._hit(number, name)

@@ -129,7 +129,7 @@ def shown(
     numbers = as_ids(name, value)
     if numbers is not None:
         return Shown(shape, kind, ids_text(numbers, tokenizer, ids))
-    if isinstance(value, str): text = visible_spaces(value)
+    if isinstance(value, str): text = visible_spaces(value) or "''"
     elif "float" in kind and hasattr(value, "dtype") and np.prod(value.shape) > n:
         text = statistics(value)
     else:
