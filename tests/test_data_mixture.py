@@ -50,9 +50,13 @@ def test_flips_are_drawn_from_seed_epoch_and_name():
     bp.expect_each(flips=[[True], [False], [False], [True], [False]], names=[["b.png"]] * 5)
 
 def test_a_resumed_run_that_counts_from_zero_flips_otherwise():
-    with Breakpoint(Mixture._flipped, at="names = image_names", set={"epoch": 0}, watch="epoch") as bp:
-        Mixture([make(questions)], hflip_prob=0.5)[(1, 0)]
-    bp.expect_changed(image_keys=(["b.png"], ["flipped b.png"]))
+    def flipped_in(epoch):
+        with Breakpoint(Mixture._flipped, at="pairs = zip", watch="epoch flips") as bp:
+            Mixture([make(questions)], hflip_prob=0.5)[(epoch, 0)]
+        return bp
+
+    diff = flipped_in(1).diff(flipped_in(0), titles=("the first run", "resumed, counted from 0"))
+    diff.expect({"epoch": (1, 0), "flips[0]": (False, True)})
 
 def test_flips_follow_seed_epoch_and_image():
     for p, want in [(0.0, 0), (1.0, 200), (0.5, None)]:
