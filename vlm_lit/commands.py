@@ -150,7 +150,7 @@ def check_out(
     path: Path | None,  # A file that a command is to write
     new: bool = False,  # Whether it must not be there yet
 ) -> None:
-    "Raise `ConfigError` before the work, not after it, if the file cannot be written."
+    "Raise `ConfigError` if the file's folder is missing or, with `new`, the file is there."
     if path is None: return
     if new and path.exists():
         raise ConfigError(f"{str(path)!r} is there already; choose another")
@@ -376,7 +376,7 @@ def export_folder(
     dtype: str | None = None,  # Of the weights; None: as they are
     name: str | None = None,  # Of its repository on the hub, for the model card
 ) -> Path:  # The folder
-    "Write a model for others, with its run in the model card."
+    "Write a model for others; `hf` and `llava-hf` have its run in the model card."
     if to not in EXPORTS:
         raise ConfigError(f"--to: {', '.join(EXPORTS[:-1])} or {EXPORTS[-1]}; got {to!r}")
     if dtype not in (None, "float32", "bfloat16", "float16"):

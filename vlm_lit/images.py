@@ -81,7 +81,7 @@ def on_white(
 def decode_image(
     file,  # A path, or an open file
     name: str,  # The record's name for it, for messages
-    upright: bool = True,  # Turn as EXIF says; False: as stored, which is MGM's way
+    upright: bool = True,  # Turn as EXIF says; False: as Pillow opens it, which is MGM's way
 ) -> Image.Image:  # RGB, decoded completely
     "Read an image. Raises `DataError` if it is broken or too large."
     try:

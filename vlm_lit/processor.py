@@ -393,7 +393,7 @@ class VLMProcessor(ProcessorMixin):
         labels: bool | None = None,  # As in `__call__`
         image_folder: str | Path | None = None,  # As in `__call__`
     ) -> list[dict]:  # For each conversation what a dataset gives for a record, images as bytes
-        "Samples for the collator; equal images are opened once."
+        "Samples for the collator; an image that is given twice is opened once."
         talks = _split_conversations(conversations)
         read = []
         for n, (talk, own) in enumerate(zip(talks, _split_images(images, len(talks)))):

@@ -83,7 +83,7 @@ class BatchInfo:
 
     indices: list[int]  # number of each record in the training data
     sources: list[int]  # number of the source it is from
-    lengths: list[int]  # tokens, image tokens included
+    lengths: list[int]  # tokens, image tokens included if expanded
     n_images: list[int]  # images
     n_supervised: list[int]  # tokens that the loss counts
 
@@ -103,7 +103,7 @@ def batch_info(
 def blank_sample(
     pad_token_id: int,
 ) -> dict[str, torch.Tensor]:
-    "A sample without a supervised token, when every sample of a batch was skipped as bad."
+    "A sample without a supervised token, when every sample of a batch was skipped."
     ids = torch.tensor([pad_token_id])
     return {"input_ids": ids, "labels": torch.full_like(ids, IGNORE_INDEX)}
 
@@ -111,7 +111,7 @@ def blank_sample(
 class DataCollatorForSupervisedDataset:
     "Samples to a batch: sentinels expanded, rows padded or packed, images in one stack."
 
-    pad_token_id: int  # filling of `input_ids`; any id will do, nothing reads it
+    pad_token_id: int  # filling of `input_ids`: a token but no placeholder; nothing attends to it
     # pack whole samples into rows of so many expanded positions; None: a row for each sample
     max_length: int | None = None
     # that a sentinel becomes, `VLMConfig.num_image_tokens`; None: sentinels stay, and the model
@@ -162,7 +162,7 @@ class DataCollatorForSupervisedDataset:
         self,
         samples: list[dict],  # Samples of `LazySupervisedDataset`
         # `input_ids`, `labels`, `attention_mask` (batch, seq_len), packed also `sample_ids`; with
-        # images `pixel_values` and `pixel_values_aux`
+        # images `pixel_values` (not of bytes) and `pixel_values_aux`
     ) -> dict:
         "One batch. Raises `DataError` if sentinels and images of a sample disagree in number."
         for n, sample in enumerate(samples): check_sample(sample, n)

@@ -278,7 +278,7 @@ class LazySupervisedDataset(Dataset):
         self,
         i: int,  # Index of a record
         text: dict | None = None,  # Its `input_ids` and `labels`, when they are known already
-    ) -> dict[str, torch.Tensor]:  # `input_ids`, `labels`; with images also `image` and `image_aux`
+    ) -> dict[str, torch.Tensor]:  # Ids, labels; of images `image_aux` and, unless `uint8`, `image`
         "One training sample. Raises `DataError` with the record's id; never another sample."
         if self.items is not None:
             if isinstance(self.items[i], DataError): raise self.items[i]
@@ -347,7 +347,7 @@ class LazySupervisedDataset(Dataset):
 
     @property
     def has_image(self) -> np.ndarray:  # (n,) bool
-        "Which records have images, known without reading them."
+        "Which records have images; none is opened."
         return self.records.n_images > 0
 
     def count_tokens(
@@ -380,8 +380,8 @@ class LazySupervisedDataset(Dataset):
         return {name: counts.data.column(name).to_numpy() for name in names}
 
     @property
-    def lengths(self) -> np.ndarray:  # (n,) int64; 0 for a record that `skip_bad` leaves out
-        "Lengths of all records, images expanded. Tokenizes everything once."
+    def lengths(self) -> np.ndarray:  # (n,) int64; 0: no usable text, or skipped as too long
+        "Lengths of all records, images expanded. Tokenizes everything; a table's counts are kept."
         num_image_tokens = self.need_image_tokens("lengths")
         counts = self.token_counts()
         found = counts["n_ids"] + counts["n_images"] * (num_image_tokens - 1)

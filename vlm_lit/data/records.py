@@ -187,7 +187,7 @@ def _file_samples(path: Path, n_samples: int = 64, size: int = 4096) -> list[byt
 def fingerprint(
     path: str | Path,  # A file, or a folder of tables
 ) -> str:
-    "What changes when the content changes, without reading all of it."
+    "A digest of sizes, times and samples of the files, without reading all of them."
     path, parts = Path(path), []
     for file in _table_files(path):
         parts += [file.relative_to(path), *file_stamp(file), *_file_samples(file)]
@@ -305,7 +305,7 @@ def one_thread(worker):
     torch.set_num_threads(1)
 
 class Records(Sequence):
-    "Records of a file, a table or a list. Of a file nothing stays in memory."
+    "Records of a file, a table or a list. Of a large file none stay in memory."
 
     def __init__(
         self,

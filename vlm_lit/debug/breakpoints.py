@@ -33,7 +33,7 @@ def short_path(
     return "/".join(path.parts[len(path.parts) - 1 - path.parts[::-1].index(package) :])
 
 class Call(NamedTuple):
-    "A function that was running at a stop."
+    "A function that was running at a stop, or the line of the `with` block."
 
     name: str
     place: str  # File and line
@@ -65,7 +65,7 @@ class Hit:
     locals: dict[str, Any]  # Name -> copy of the value before the line runs
     watched: dict[str, Any]  # Watch expression -> copy of the value, or a `Note` with its error
     calls: list[Call] = dataclasses.field(default_factory=list)  # From the user's line to here
-    after: dict[str, Any] | None = None  # The same names when the line has run; None: it raised
+    after: dict[str, Any] | None = None  # Watched values, or else locals, after the line
     outcome: Outcome | None = None  # What the function returned, or the exception that left it
     outcomes: tuple[Outcome, Outcome] | None = None  # With `set`: without the change, and with it
     process: str = ""  # The worker process that saw it
@@ -152,8 +152,8 @@ def tokenizer_among(
 class Breakpoint(Expectations):
     """Stop a function each time it arrives at a line, copy what it holds, and let it go on.
 
-    `expect` compares what was found and shows it. With `set=` the run goes on with other values:
-    the only way in which a breakpoint changes a run. The call that is changed is made once more,
+    `expect` compares what was found and shows it. With `set=` the run goes on with other values,
+    the only change that a breakpoint itself makes. The call that is changed is made once more,
     with copies of its arguments and without the change, so that both outcomes can be compared.
     Objects that are kept and not copied (`self`, a model) are shared by both calls."""
 

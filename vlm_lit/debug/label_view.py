@@ -40,7 +40,7 @@ class LabelStrip:
         input_ids,  # `input_ids`, shape (seq_len,), tensor or list
         labels,  # `labels`, as long as `input_ids`
         tokenizer,  # The one that made them
-        segments=None,  # From `preprocess(..., return_segments=True)`; None: all in one line
+        segments=None,  # From `preprocess(..., return_segments=True)`; None: no names
         title: str = "",  # Written above
     ):
         ids, marks = [[int(i) for i in x] for x in (input_ids, labels)]
@@ -82,7 +82,7 @@ class LabelStrip:
         return f"[{self.texts[n]}]" if self.tokens[n][1] else f"{self.texts[n]}|"
 
     def wrapped(self, name: str, cells: list[str]) -> list[str]:
-        "Cells after each other in lines of at most 100 columns, the segment's name before them."
+        "Cells after each other, wrapped at 100 columns, the segment's name before them."
         head = f"{name:7}" if name else ""
         lines = [head]
         for cell in cells:
@@ -146,7 +146,7 @@ class StripPair:
         # number of a token; None if they are equal
         self.first_difference = next((n for n, (a, b) in enumerate(pairs) if a != b), None)
 
-    def rows(self) -> list[tuple[str, str, str]]:  # (mark, left, right), one a token
+    def rows(self) -> list[tuple[str, str, str]]:  # (mark, left, right), one per token
         "Tokens at the same position."
 
         def cells(strip):

@@ -30,7 +30,7 @@ def failure(
 def copy_leaf(
     value,  # Not a container
 ):  # A copy, a `Note`, or the value itself
-    "A copy of what holds numbers; everything else as it is."
+    "A copy of what holds numbers, a note for an iterator; other objects as they are."
     # asks the type: asking the object may run its code
     has = lambda *names: all(hasattr(type(value), name) for name in names)
     if has("__next__"): return Note(f"{type(value).__name__}, not copied")

@@ -141,7 +141,7 @@ def shown(
 def as_image(
     value,  # Anything
 ):  # `PIL.Image.Image`, or None
-    "Images and tensors of the shape (1 or 3, height, width), each scaled to its own range."
+    "Images as RGB; tensors of the shape (1 or 3, height, width) scaled to their own range."
     from PIL import Image
 
     if isinstance(value, Image.Image): return value.convert("RGB")

@@ -21,7 +21,7 @@ class VLMConfig(PreTrainedConfig):
     "Parts of a model, each by its own configuration, and how they fit together."
 
     model_type = "vlm_lit"
-    auto_map = {}  # code of a hub repository, which these models do not have; TRL reads it
+    auto_map = {}  # code in the model's folder; none unless its config.json names it; TRL reads it
     sub_configs = {
         "text_config": AutoConfig,
         "vision_config": AutoConfig,

@@ -119,8 +119,8 @@ def linear_weights(
     n_in: int,  # Its inputs
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # weight (n_out, n_in), bias (n_out,)
-    """What a layer multiplies by and adds. Of anything but a plain Linear it is found by calling
-    the layer, with gradients: zeros give the bias, unit vectors the columns of the weight."""
+    """What a layer multiplies by and adds. Unless it is a plain Linear on its device, it is called,
+    with gradients: zeros give the bias, unit vectors the columns of the weight."""
     own = getattr(linear, "weight", None)
     is_float = torch.is_tensor(own) and own.is_floating_point()
     is_here = is_float and own.is_meta == (device.type == "meta")  # an offloaded one is not

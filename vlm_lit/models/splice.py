@@ -25,7 +25,7 @@ def check_image_tokens(
     n_images: int,  # Images that came along, each as often as it is shown
     num_image_tokens: int,  # Of one image
 ) -> None:
-    """Raise `DataError` unless the placeholders are those of the images. On a GPU this
+    """Raise `DataError` unless the placeholders are as many as the images need. On a GPU this
     synchronizes; the collator has counted before."""
     n_places = int(is_image.sum())
     if n_places != n_images * num_image_tokens:
@@ -66,7 +66,7 @@ def restart_positions(
 def check_packing(
     language_model,  # A transformers model
 ) -> None:
-    "Raise `ConfigError` unless its attention keeps packed samples apart."
+    "Raise `ConfigError` unless its attention is 'sdpa' or 'eager'."
     kind = language_model.config._attn_implementation
     if kind not in ("eager", "sdpa"):
         raise ConfigError(

@@ -146,7 +146,7 @@ class _Images:
     def blank_image(
         self,
     ) -> dict[str, torch.Tensor]:  # `pixel_values` and, with a second tower, `pixel_values_aux`
-        "One black image."
+        "One blank image: zeros, which is the mean color."
         cfg = self.config
         side, side_aux = cfg.image_size, cfg.image_size_aux
         crops = cfg.image_grid**2 + int(cfg.image_global)
@@ -165,7 +165,7 @@ class _Images:
         pixel_values_aux: torch.Tensor | None = None,
     ) -> torch.Tensor:  # (n_images, num_image_tokens, hidden_size)
         """Features of images, as wide as token embeddings. Raises `DataError` or `ConfigError` for
-        images that the model was not made for."""
+        tensors that are missing, have another number of axes, or mix bytes and floats."""
         cfg = self.config
         if pixel_values is None and has_bytes(pixel_values_aux):
             colors, crops = (cfg.image_mean, cfg.image_std), (cfg.image_grid, cfg.image_global)
@@ -271,7 +271,7 @@ class _Prompts:
         # transformers' output
     ):
         """Prompt and generated tokens. Raises `DataError` for prompts that are padded
-        on the right."""
+        on the right, unless they hold sentinels."""
         kwargs = _standard_names(kwargs)
         ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         mask = kwargs.get("attention_mask")

@@ -24,7 +24,7 @@ def encode_records(
     image_tags: str = "keep",  # As in `preprocess_multimodal`
     # For each `input_ids`, `labels` and `segments`, each (seq_len,)
 ) -> list[dict[str, torch.Tensor]]:
-    "Ids, labels and segments of records in one call of the tokenizer; opens no image."
+    "Ids, labels and segments of records, made as one batch; opens no image."
     names = [record["id"] for record in records]
     n_images = [len(image_names(record)) for record in records]
     conversations = [record["conversations"] for record in records]
@@ -77,7 +77,7 @@ def stop_ids(
     tokenizer: PreTrainedTokenizerFast,
     template: str = "gemma",  # The one the model was trained with
 ) -> list[int]:  # Any of them ends an answer
-    "The first token that is supervised after an answer and is no space, and EOS."
+    "The first token of the stop text that is no space, or else its first, and EOS."
     turns = [{"from": "human", "value": f"{IMAGE_TOKEN}\nHi"}, {"from": "gpt", "value": "a"}]
     out = preprocess([turns], tokenizer, template, return_segments=True)
     stop = out["input_ids"][0][out["segments"][0] == Segment.STOP].tolist()

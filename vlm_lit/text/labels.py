@@ -295,7 +295,7 @@ def preprocess(
     return_segments: bool = False,  # Also the segment of each token: `segments`
     # `input_ids` and `labels`, each a list with one (seq_len,) tensor a source
 ) -> dict[str, list[torch.LongTensor]]:
-    "Render, tokenize and mask conversations, all in one call of the tokenizer."
+    "Render, tokenize and mask conversations as one batch."
     if control_tokens not in ("refuse", "escape", "allow"):
         raise ConfigError(
             f"control_tokens must be 'refuse', 'escape' or 'allow', got {control_tokens!r}"

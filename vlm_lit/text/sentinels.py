@@ -61,7 +61,7 @@ def preprocess_multimodal(
     return moved
 
 # %% ../../nbs/04_sentinels.ipynb #c024
-NO_SPACE = "\0"  # a character that merges with no other; after it, no tokenizer adds a space
+NO_SPACE = "\0"  # merges with no character and takes no space after it, in the tokenizers tested
 
 @dataclass(frozen=True, eq=False)
 class TokenizerTraits:
@@ -162,7 +162,7 @@ def tokenizer_image_token(
     # Ids of the texts between the images, each with its BOS; None: they are tokenized one by one
     prompt_chunks: list[list[int]] | None = None,
     n_bos: int | None = None,  # How many ids the tokenizer writes before a text; None: looked up
-) -> torch.LongTensor | list[int]:  # Exactly one `image_token_index` per image, BOS once
+) -> torch.LongTensor | list[int]:  # One `image_token_index` per tag; later chunks without BOS
     "Tokenize the text around each image tag, and put the placeholder id between the chunks."
     if return_tensors not in (None, "pt"):
         raise ConfigError(f"return_tensors must be 'pt' or None, got {return_tensors!r}")
@@ -326,7 +326,7 @@ def encode_prompts(
     # not as a text of its own, before which some tokenizers put a space
     is_one_text: bool = False,
 ) -> Encoded:
-    "Tokenize prompts, all in one call, and say of each token which segment it starts in."
+    "Tokenize prompts together, and say of each token which segment it is of."
     traits, found = tokenizer_traits(tokenizer), []
     pieces = []
     for n, prompt in enumerate(prompts):

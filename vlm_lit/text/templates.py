@@ -130,7 +130,7 @@ def llama_3(speaker: str) -> Conversation:
     )
 
 def chatml(system: str) -> Conversation:
-    "A template of ChatML's shape, as MPT uses it: without newlines between turns."
+    "A template of ChatML's shape, as MGM's `mpt` has it: without newlines between turns."
     roles = ("<|im_start|>user\n", "<|im_start|>assistant\n")
     return Conversation(
         system=SYSTEM_OPENING[SeparatorStyle.MPT] + system,
@@ -158,7 +158,7 @@ conv_templates = {
     "llama_2": llama_2(LLAMA_2_SYSTEM),
     "llava_llama_2": llama_2(HELPFUL),
     "mistral_instruct": llama_2(""),
-    # MGM's: the model speaks under a `system` header; its checkpoints were trained so
+    # MGM's: the model speaks under a `system` header; for checkpoints trained so
     "llama_3": llama_3("system"),
     "llama_3_assistant": llama_3("assistant"),  # the same, corrected
     "mpt": chatml(
@@ -237,7 +237,7 @@ class Rendered:
     def spans(
         self,
         *segments: Segment,  # Which parts
-    ) -> list[tuple[int, int]]:  # (start, end) in characters; neighbors are joined
+    ) -> list[tuple[int, int]]:  # (start, end) in characters; neighbors but images are joined
         "Where parts of these segments stand."
         found, at = [], 0
         for text, segment in self.parts:

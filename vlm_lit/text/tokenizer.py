@@ -21,8 +21,8 @@ if TYPE_CHECKING: from transformers import PreTrainedModel  # takes seconds
 def bundled_gemma() -> PreTrainedTokenizerFast:  # Gemma 1's tokenizer, 256,000 tokens
     "The tokenizer that comes with the package; needs no network."
     packed = files("vlm_lit").joinpath("assets/gemma_tokenizer.json.xz").read_bytes()
-    # from a file it is parsed once; from an object transformers copies it, which takes three times
-    # as long
+    # from a file it is parsed once; from an object transformers copies it, which takes twice
+    # as long or more
     with TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.json"
         path.write_bytes(lzma.decompress(packed))
@@ -129,10 +129,10 @@ def check_placeholder(
 # %% ../../nbs/02_tokenizer.ipynb #c041
 def resize_embeddings(
     model: "PreTrainedModel",
-    size: int,  # New number of rows, at least the old one
+    size: int,  # Number of rows that are needed
 ) -> None:
-    """Give the model's embeddings `size` rows; new rows are the mean of the old ones (Stanford
-    Alpaca's choice)."""
+    """Give the model's embeddings at least `size` rows; new rows are the mean of the old ones
+    (Stanford Alpaca's choice)."""
     old = model.get_input_embeddings().weight.shape[0]
     if size <= old: return
     model.resize_token_embeddings(size, mean_resizing=False)
