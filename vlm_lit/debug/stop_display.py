@@ -115,7 +115,7 @@ def headline(
 
 def path_of(
     bp,
-) -> list[str]:  # Such as `ds[0]`, `LazySupervisedDataset.__getitem__ dataset.py:296`
+) -> list[str]:  # Such as `ds[0] (<cell>:4)`, `mask_prompt (small_parts.py:330)`
     "The calls that led to the first hit, from the user's line to here."
     calls = bp.hits[0].calls if bp.hits else []
     if len(calls) > 7: calls = [*calls[:2], None, *calls[-4:]]
@@ -255,7 +255,7 @@ def text_display(
     bp,  # A `Breakpoint`
 ) -> str:
     "A stop for a terminal, a log, and wherever HTML is stripped."
-    lines = ["  ".join(headline(bp))]
+    lines = paragraph("", "  ".join(headline(bp)), " " * 4)
     if path := path_of(bp): lines += paragraph("  ", " → ".join(path), " " * 4)
     for here, n, line in source_rows(bp):
         row = f"{'->' if here else '  '} {n:4}  {line}".rstrip()

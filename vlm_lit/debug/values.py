@@ -120,7 +120,7 @@ def shown(
     ids: int = 64,  # How many ids to write
 ) -> Shown:
     "How a stop writes one value."
-    if isinstance(value, Note): return Shown("", "", repr(value))
+    if isinstance(value, Note): return Shown("", "", visible(repr(value)))
     try: shape, kind, device, text = describe(value)
     except Exception as e:
         return Shown("", type(value).__name__, repr(failure(e)))

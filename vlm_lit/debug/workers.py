@@ -16,7 +16,7 @@ from .snapshots import Note
 def portable(
     value,  # A snapshot
 ) -> Any:  # Plain values, containers and tensors; of anything else a note with its text
-    "A value as it is sent to another process. Arrays and images arrive as tensors."
+    "A value as sent to another process: arrays of numbers and images as tensors, sets as lists."
     import torch
 
     if value is None or type(value) in (bool, int, float, complex, str, bytes):

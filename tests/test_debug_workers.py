@@ -1,0 +1,67 @@
+"Derived from nbs/96_worker_stops.ipynb by `make tests`; edit the notebook, not this file."
+import os, shutil, sys, tempfile, uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from vlm_lit.debug.snapshots import Note
+import os
+import numpy as np, torch
+from PIL import Image
+from fastcore.test import expect_fail, test_eq
+from vlm_lit.debug.breakpoints import Breakpoint
+from vlm_lit.debug.workers import Mailbox
+from vlm_lit.debug.workers import portable
+from vlm_lit.debug.workers import received
+
+def setup_module():
+    global Squares
+    class Squares(torch.utils.data.Dataset):
+        "i -> i * i"
+
+        def __len__(self): return 4
+
+        def __getitem__(self, i):
+            value = torch.tensor(i * i)
+            return value
+
+def test_values_arrive_as_they_were_or_as_text():
+    values = {"ids": [1, (2, 3)], "x": torch.ones(2), "a": np.arange(3), "none": None}
+    values |= {"image": Image.new("RGB", (2, 1), "red"), "note": Note("gone"), "f": Ellipsis}
+    back = received(portable(values))
+    print(*back.items(), sep="\n")
+    test_eq((back["ids"], back["none"], back["x"].tolist()), ([1, (2, 3)], None, [1.0, 1.0]))
+    test_eq((back["a"].tolist(), back["image"].tolist()), ([0, 1, 2], [[[255, 0, 0], [255, 0, 0]]]))
+    test_eq((repr(back["note"]), repr(back["f"])), ("<gone>", "<Ellipsis>"))
+
+def test_a_forked_process_sends_values():
+    mailbox = Mailbox()
+    test_eq(mailbox.collect(), [])
+    child = os.fork()
+    if child == 0:
+        for number in (0, 1, 0):
+            mailbox.send({"number": number, "elsewhere": mailbox.is_elsewhere}, number)
+        os._exit(0)
+    os.waitpid(child, 0)
+    print(oct(mailbox.folder.stat().st_mode & 0o777), mailbox.is_elsewhere)
+    test_eq(mailbox.folder.stat().st_mode & 0o777, 0o700)
+    test_eq([value["number"] for value in mailbox.collect()], [0, 1])
+    assert not mailbox.folder.exists() and not mailbox.is_elsewhere
+
+def test_stops_in_workers_are_sent_back():
+    with Breakpoint(Squares.__getitem__, at="return value", watch="i value") as bp:
+        loader = torch.utils.data.DataLoader(Squares(), batch_size=2, num_workers=2)
+        loaded = torch.cat(list(loader)).tolist()
+    test_eq(loaded, [0, 1, 4, 9])
+    test_eq([hit.process for hit in bp.hits], ["worker 0"] * 2 + ["worker 1"] * 2)
+    test_eq(bp.hits[0].outcome.value, 0)
+    bp.expect_each(i=[0, 1, 2, 3], value=[0, 1, 4, 9])
+
+def test_nothing_but_data_is_read_from_a_mailbox():
+    class Rude:
+        def __reduce__(self): return (os.mkdir, ("never",))
+
+    mailbox = Mailbox()
+    mailbox.folder.mkdir(mode=0o700)
+    torch.save({"value": Rude()}, mailbox.folder / "1-000000.hit")
+    with expect_fail(Exception, contains="weights_only"): mailbox.collect()
+    assert not os.path.exists("never")

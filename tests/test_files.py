@@ -1,0 +1,117 @@
+"Derived from nbs/01a_files.ipynb by `make tests`; edit the notebook, not this file."
+import hashlib, json, os, shutil, stat, sys
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+from vlm_lit.core import ConfigError
+import tempfile
+from fastcore.test import test_eq, expect_fail
+from vlm_lit.debug.breakpoints import Breakpoint
+from vlm_lit.files import cache_folder
+from vlm_lit.files import digest
+from vlm_lit.files import file_stamp
+from vlm_lit.files import new_folder
+from vlm_lit.files import read_json
+from vlm_lit.files import sha256
+from vlm_lit.files import write_file
+from vlm_lit.files import write_json
+from vlm_lit.files import write_rows
+from vlm_lit.files import write_text
+
+def setup_module():
+    global path
+    os.environ["VLM_LIT_CACHE"] = tempfile.mkdtemp()
+    path = Path(tempfile.mkdtemp()) / "state.json"
+
+def test_a_file_is_replaced_in_one_step():
+    write_json(path, {"step": 1})
+    watch = ["sorted(p.name for p in path.parent.iterdir())", "path.read_text()"]
+    watch.append("part.exists() and part.read_text()")
+    with Breakpoint(write_file, at="part.replace(path)", watch=watch) as bp:
+        write_json(path, {"step": 2})
+    names, old, new = watch
+    bp.expect({names: ["state.json", "state.json.part"]})
+    bp.expect({old: '{\n "step": 1\n}\n', new: '{\n "step": 2\n}\n'})
+    bp.expect_after({names: ["state.json"], old: '{\n "step": 2\n}\n'})
+
+def test_a_killed_writer_leaves_the_old_file():
+    def half(path):
+        "Write a few bytes, and be killed."
+        path.write_text('{"st')
+        raise KeyboardInterrupt
+
+    write_json(path, {"step": 2})
+    in_place = path.with_name("in_place.json")
+    in_place.write_text(path.read_text())
+    with Breakpoint(write_file, at="apply_umask(part)") as bp:
+        with expect_fail(KeyboardInterrupt): write_file(path, half)
+        with expect_fail(KeyboardInterrupt): half(in_place)
+    test_eq((bp.hits, read_json(path)), ([], {"step": 2}))  # the rename was never reached
+    with expect_fail(ConfigError, contains="cannot read"): read_json(in_place)
+    print("renamed: ", path.read_text().split())
+    print("in place:", in_place.read_text().split())
+
+def test_a_folder_is_there_completely_or_not_at_all():
+    place = Path(tempfile.mkdtemp())
+    with expect_fail(KeyboardInterrupt):
+        with new_folder(place / "new") as part:
+            (part / "half").write_text("x")
+            raise KeyboardInterrupt
+    test_eq(list(place.iterdir()), [])
+    watch = ["folder.is_dir()", "[p.name for p in part.iterdir()]"]
+    with Breakpoint(new_folder, at="apply_umask(part)", watch=watch) as bp:
+        for text in ("first", "second"):
+            with new_folder(place / "new") as part: (part / "all").write_text(text)
+    test_eq([(p.name, (p / "all").read_text()) for p in place.iterdir()], [("new", "first")])
+    bp.expect_each({"folder.is_dir()": [False, True]})
+
+def test_rows_are_read_line_by_line():
+    write_rows(path, [{"step": 1}, {"step": 2}])
+    test_eq([json.loads(line) for line in path.read_text().splitlines()], [{"step": 1}, {"step": 2}])
+    write_rows(path, [])
+    test_eq(path.read_text(), "")
+    with expect_fail(ConfigError, contains="cannot read"):
+        read_json(path.with_name("gone.json"))
+
+def test_written_files_have_the_mode_of_the_umask():
+    def private(path):
+        "Write as safetensors does."
+        name = tempfile.mkstemp(dir=path.parent)[1]
+        Path(name).rename(path)
+
+    place = Path(tempfile.mkdtemp())
+    mode = lambda path: oct(path.stat().st_mode & 0o777)
+    for umask, file_mode, folder_mode in [(0o022, "0o644", "0o755"), (0o027, "0o640", "0o750")]:
+        before = os.umask(umask)
+        try:
+            write_file(place / "weights", private)
+            write_text(place / "text", "a")
+            with new_folder(place / f"folder-{umask}") as part:
+                (part / "inner").mkdir()
+                for path in (part / "weights", part / "inner" / "weights"):
+                    private(path)
+        finally: os.umask(before)
+        written = [place / "weights", place / "text", *(place / f"folder-{umask}").rglob("weights")]
+        test_eq([mode(path) for path in written], [file_mode] * 4)
+        folders = [place / f"folder-{umask}", place / f"folder-{umask}" / "inner"]
+        test_eq([mode(folder) for folder in folders], [folder_mode] * 2)
+        test_eq(len(list(place.iterdir())), 3 if umask == 0o022 else 4)  # no probe is left
+
+def test_a_cache_that_cannot_be_written_says_what_to_do():
+    place = Path(tempfile.mkdtemp())
+    (place / "file").write_text("")
+    with expect_fail(ConfigError, contains="set VLM_LIT_CACHE"):
+        with new_folder(place / "file" / "new"): pass
+    old = os.environ.pop("VLM_LIT_CACHE")
+    try: assert cache_folder().name == "vlm_lit" and cache_folder() != Path(old)
+    finally: os.environ["VLM_LIT_CACHE"] = old
+    test_eq(cache_folder(), Path(old))
+
+def test_parts_do_not_run_into_one_another():
+    assert digest("ab", "c") != digest("a", "bc") and digest("ab") == digest(b"ab")
+    abc = Path(tempfile.mkdtemp()) / "abc"
+    abc.write_bytes(b"abc")
+    test_eq(sha256(abc)[:16], "ba7816bf8f01cfea")  # of "abc", as FIPS 180-2 gives it
+    before = file_stamp(abc)
+    abc.write_bytes(b"abcd")
+    assert file_stamp(abc) != before and file_stamp(abc)[0] == 4

@@ -1,0 +1,138 @@
+"Derived from nbs/15_reports.ipynb by `make tests`; edit the notebook, not this file."
+import base64, html, io
+from vlm_lit.text.messages import image_names
+import sys, tempfile
+from pathlib import Path
+from fastcore.test import test_eq
+from vlm_lit.images import sample_image
+from vlm_lit.data.audit import audit
+from vlm_lit.data.findings import AuditSettings
+from vlm_lit.debug.breakpoints import Breakpoint
+from vlm_lit.text.tokenizer import load_tokenizer
+from small_parts import seed_dataset
+from vlm_lit.reports import audit_lines
+from vlm_lit.reports import audit_page
+from vlm_lit.reports import pick_samples
+from vlm_lit.reports import plot_curves
+from vlm_lit.reports import plot_samples
+from vlm_lit.reports import running_mean
+
+def setup_module():
+    global answers, asked, audited, doubtful, ds, folder, height, k, made_up, report, right, shape, sheet, show, width
+    def show(figure):
+        "A figure as a notebook displays it."
+        from IPython import display
+
+        out = io.BytesIO()
+        figure.savefig(out, format="png", dpi=80)
+        return display.Image(out.getvalue())
+    sys.path[:0] = ["../tests", "tests"]
+    folder = Path(tempfile.mkdtemp())
+    ds = seed_dataset(folder)
+    def made_up(n):
+        "Lines as a run writes them, with made-up values."
+        rows = []
+        for step in range(10, 10 * n + 1, 10):
+            loss = 4 * step**-0.4 + 0.1 * (step % 30 == 0)
+            rate = 1e-3 * min(1, step / 60)
+            row = {"step": step, "loss": loss, "loss/captions": 1.1 * loss, "loss/talk": 0.8 * loss}
+            rows.append({**row, "learning_rate": rate, "grad_norm": 1.0})
+            if step % 50 == 0:
+                rows.append({"step": step, "eval_loss": 1.05 * loss})
+        return rows
+    sheet = []
+    for k, (width, height) in enumerate([(90, 60), (60, 90), (80, 80), (120, 50)]):
+        sample_image(width, height).save(folder / f"{k}.png")
+        shape = "wide" if width > height else "tall" if width < height else "square"
+        sheet.append(
+            {
+                "image": f"{k}.png",
+                "question": "What is its shape?",
+                "answer": shape,
+                "prediction": "wide",
+                "scores": {"exact": float(shape == "wide")},
+            }
+        )
+    audited = Path(tempfile.mkdtemp())
+    sample_image(64, 48).save(audited / "a.png")
+    def asked(n, question, answer="a box", **more):
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        return {"id": n, **more, "conversations": turns}
+    doubtful = [asked("<script>alert(1)</script>", "x<eos>"), asked(19, "<image>\nq", image="gone.png")]
+    answers = ["a box, " * (k % 5 + 1) for k in range(18)]
+    right = [asked(k, "<image>\nWhat is it?", a, image="a.png") for k, a in enumerate(answers)]
+    doubtful = [*right, *doubtful]
+    report = audit(doubtful, load_tokenizer("gemma"), AuditSettings(image_folder=audited, batch_size=4))
+
+def test_the_running_mean_starts_with_fewer_values():
+    with Breakpoint(running_mean, at="return [sum", watch="windows width") as bp:
+        running_mean([1.0, 3.0, 5.0], width=2)
+    bp.expect(windows=[[1.0], [1.0, 3.0], [3.0, 5.0]]).expect_return(result=[1.0, 2.0, 4.0])
+
+def test_text_of_the_data_is_escaped_on_the_page():
+    with Breakpoint(audit_page, at='examples += f"<li>', watch=["e['id']", "where"]) as bp:
+        audit_page(report)
+    where = "<code>&lt;script&gt;alert(1)&lt;/script&gt;</code> (number 18, turn 0)"
+    bp.expect({"e['id']": "<script>alert(1)</script>", "where": where}, hits=2)
+
+def test_text_that_is_not_escaped_is_run():
+    change = {"safe": lambda escape: str}  # the function that escapes becomes one that does not
+    findings = {kind: report["findings"][kind] for kind in ["control_tokens"]}
+    with Breakpoint(audit_page, at='rows = ""', watch="title", set=change) as bp:
+        audit_page({**report, "findings": findings, "settings": {}}, title="A & B")
+    bp.expect_changed({"result.count('<script>')": (0, 1), "'<title>A & B<' in result": (False, True)})
+
+def test_sheets_show_any_rows():
+    def titles(rows, **kwargs):
+        return [ax.get_title() for ax in plot_samples(rows, ds, **kwargs).axes if ax.get_title()]
+
+    two = ["What is its shape?\nwide\nexpected: tall", "What is its shape?\nwide"]
+    test_eq(titles(sheet, n=2), two)
+    bare = [{k: v for k, v in row.items() if k != "scores"} for row in sheet]
+    test_eq(titles(bare), titles(sheet))  # `predict` alone gives no scores
+    odd = {
+        "question": "q\x1b[31m" + "x" * 99,
+        "answer": "a",
+        "prediction": "a $x^$ b",
+        "scores": {"exact": 0.0, "contains": 1.0},
+    }
+    # text only, another metric
+    test_eq([len(titles([odd], metric=metric)[0].split("\n")) for metric in (None, "contains")], [3, 2])
+    assert max(len(line) for line in titles([odd])[0].split("\n")) == 42
+    test_eq(titles([{**sheet[0], "image": ["0.png", "1.png"]}]), titles(sheet[:1]))
+    test_eq(titles([]), [])
+
+def test_curves_draw_what_there_is():
+    def drawn(rows):
+        labels = [line.get_label() for line in plot_curves(rows).axes[0].lines]
+        return [label for label in labels if not label.startswith("_")]
+
+    rows = made_up(10)
+    test_eq(drawn(rows), ["training", "captions", "talk", "validation"])
+    test_eq(drawn([{k: row[k] for k in ("step", "loss") if k in row} for row in rows]), ["training"])
+    test_eq((drawn([{"step": 5, "eval_loss": 1.0}]), drawn([])), (["validation"], []))
+    test_eq(drawn([{"step": 1, "learning_rate": 1e-3}]), [])
+    test_eq([axes.get_yscale() for axes in plot_curves(rows).axes], ["log", "linear"])
+    test_eq(plot_curves([{"step": 1, "loss": 0.0}]).axes[0].get_yscale(), "linear")
+    test_eq(running_mean([1.0, 3.0, 5.0], 2), [1.0, 2.0, 4.0])
+
+def test_wrong_answers_come_first_up_to_half():
+    test_eq(pick_samples([True] * 20, 4), [0, 5, 10, 15])
+    test_eq(pick_samples([False, True, False, True, True, True], 4), [0, 2, 1, 4])
+    test_eq(len(pick_samples([False] * 3 + [True] * 1, 8)), 4)
+    test_eq(pick_samples([False] * 10, 4), [0, 2, 5, 7])
+
+def test_audit_page_escapes_what_the_data_says():
+    page = audit_page(report, "<Audit>")
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<title>&lt;Audit&gt;</title>" in page
+    assert "NOT OK" in page and "image_missing" in page and "data:image/png;base64," in page
+    assert page.count("<tr") == page.count("</tr>") == 1 + 2 + 1 + 7 + len(report["settings"])
+    lines = audit_lines(report)
+    assert lines[0] == report["verdict"]
+    assert any("control_tokens" in line for line in lines)
+    assert any("turn 0" in line for line in lines)
+    assert not any("\x1b" in line for line in audit_lines({**report, "verdict": "\x1b[31m"}))
+    right = audit(doubtful[:3], load_tokenizer("gemma"), AuditSettings(image_folder=audited))
+    assert "No findings." in audit_page(right)

@@ -1,0 +1,59 @@
+"Derived from nbs/16_arguments.ipynb by `make tests`; edit the notebook, not this file."
+import os
+from dataclasses import dataclass, field
+from typing import Literal
+import torch
+from transformers import TrainingArguments
+from transformers.utils import is_torch_tf32_available
+from vlm_lit.core import ConfigError
+import tempfile, textwrap
+from dataclasses import fields
+import pytest
+from vlm_lit.debug.breakpoints import Breakpoint
+from vlm_lit.training.arguments import PARTS
+from vlm_lit.training.arguments import VLMTrainingArguments
+
+def setup_module():
+    global folder
+    folder = tempfile.mkdtemp()
+
+def test_stop_where_accumulation_is_set():
+    settings = dict(global_batch_size=256, per_device_train_batch_size=16, warmup_steps=0.03)
+    watch = "self.world_size per_step self.gradient_accumulation_steps"
+    at = "self.gradient_accumulation_steps ="
+    with Breakpoint(VLMTrainingArguments._set_accumulation, at=at, watch=watch) as bp:
+        args = VLMTrainingArguments(folder, learning_rate=1e-3, lr_scheduler_type="cosine", **settings)
+    assert (args.units_per_step, args.trainable_modules) == (256, ["projector", "mining"])
+    bp.expect({"per_step": 16, "self.gradient_accumulation_steps": 1})
+    bp.expect_after({"self.gradient_accumulation_steps": 16})
+
+def test_a_parameter_belongs_to_one_part():
+    names = ["image_encoder.vision_tower_aux.x", "image_encoder.vision_tower.x", "language_model.x"]
+    names += ["image_encoder.mm_projector.0.weight"]
+    names += ["image_encoder.mining.vlm_uni_aux_projector.0.bias"]
+    for name in names:
+        assert sum(name.startswith(prefix) for prefix in PARTS.values() if prefix) == 1
+
+def test_global_batch_size_sets_accumulation():
+    args = VLMTrainingArguments(folder, global_batch_size=64, per_device_train_batch_size=16)
+    assert args.gradient_accumulation_steps == 4 and args.units_per_step == 64
+    assert VLMTrainingArguments(folder, per_device_train_batch_size=3).units_per_step == 3
+
+def test_wrong_arguments_are_refused():
+    for wrong, part in [
+        (dict(global_batch_size=100, per_device_train_batch_size=16), "not a multiple"),
+        (dict(batching="x"), "batching must be one of"),
+        (dict(hflip_prob=-1), "hflip_prob"),
+        (dict(trainable_modules=[]), "nothing would train"),
+        (dict(spike_factor=1), "spike"),
+        (dict(remove_unused_columns=True), "drop the images"),
+        (dict(samples_per_image=0), "at least 1"),
+        (dict(average_tokens_across_devices=False), "supervised token"),
+    ]:
+        with pytest.raises(ConfigError, match=part):
+            VLMTrainingArguments(folder, **wrong)
+
+def test_flips_are_off_by_default():
+    args = VLMTrainingArguments(folder)
+    assert args.hflip_prob == 0 and not args.remove_unused_columns and not args.logging_nan_inf_filter
+    assert args.report_to == [] and args.average_tokens_across_devices

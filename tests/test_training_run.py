@@ -1,0 +1,292 @@
+"Derived from nbs/19_run.ipynb by `make tests`; edit the notebook, not this file."
+import json, shutil, signal, threading, zlib
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+import torch
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+from transformers.trainer_utils import get_last_checkpoint
+from vlm_lit.core import ConfigError, DataError, progress_console
+from vlm_lit.data.mixture import Mixture
+from vlm_lit.evaluation.scoring import evaluate
+from vlm_lit.evaluation.scoring import fixed_sample
+from vlm_lit.processor import VLMProcessor
+from vlm_lit.models.vlm import VLM, match_embedding_scale
+from vlm_lit.files import read_json, write_json
+from vlm_lit.weights.model_card import read_run
+from vlm_lit.weights.saving import save_model
+from vlm_lit.weights.interchange import save_projector
+from vlm_lit.weights.presets import seeded
+from vlm_lit.weights.pretrained import resolve_model
+from vlm_lit.weights.adapters import add_lora, has_lora, merge_lora
+from vlm_lit.training.arguments import VLMTrainingArguments
+from vlm_lit.training.callbacks import ConsoleProgress, Interrupted, LossGuard
+from vlm_lit.training.meter import MetricsFile
+from vlm_lit.training.callbacks import StopOnSignal
+from vlm_lit.training.meter import read_metrics
+from vlm_lit.training.doctor import check_samples, environment_info, format_check, known_answers
+from vlm_lit.training.recipe import Recipe, load_recipe, recipe_differences, save_recipe
+from vlm_lit.training.trainer import VLMTrainer, reinit_modules, write_error
+from vlm_lit.data.dataset import LazySupervisedDataset
+import os, re
+import io, tempfile, textwrap
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+from vlm_lit.debug.breakpoints import Breakpoint
+from vlm_lit.training import run as module
+from vlm_lit.images import sample_image
+from vlm_lit.weights.pretrained import open_model
+from vlm_lit.training.run import open_run
+from vlm_lit.training.run import prepare_run
+from vlm_lit.training.run import train
+
+def setup_module():
+    global place, quiet, small_recipe, small_tokenizer, write_data
+    torch.set_num_threads(1)
+    def small_tokenizer():
+        "A byte-level tokenizer with Gemma's control tokens."
+        special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+        tok, bytes_ = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"), bytes_])
+        tok.decoder = decoders.ByteLevel()
+        alphabet = bytes_.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=300, special_tokens=special, show_progress=False, initial_alphabet=alphabet
+        )
+        tok.train_from_iterator(["user model What is it? a box"], trainer)
+        tok.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)]
+        )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=tok,
+            bos_token="<bos>",
+            eos_token="<eos>",
+            unk_token="<unk>",
+            pad_token="<pad>",
+        )
+    def write_data(folder):
+        "Images, and records with one image, two images, and text only."
+        (folder / "images").mkdir(parents=True)
+        small_tokenizer().save_pretrained(folder / "tokenizer")
+        for k in range(6):
+            sample_image(40 + k, 40).rotate(30 * k).save(folder / "images" / f"{k}.png")
+        turns = lambda q, a: [{"from": "human", "value": q}, {"from": "gpt", "value": a}]
+        answers = ["a box", "a chain", "a purse"]
+        one = [
+            {
+                "id": f"one-{k}",
+                "image": f"{k % 6}.png",
+                "type": "object",
+                "conversations": turns("<image>\nWhat is it?", answers[k % 3]),
+            }
+            for k in range(16)
+        ]
+        two = [
+            {
+                "id": f"two-{k}",
+                "image": [f"{k}.png", "0.png"],
+                "type": "pair",
+                "conversations": turns("<image><image>\nThe same?", "no" if k else "yes"),
+            }
+            for k in range(4)
+        ]
+        text = [{"id": f"text-{k}", "conversations": turns("Hello", "Hi there")} for k in range(4)]
+        (folder / "train.json").write_text(json.dumps(one + two + text))
+        (folder / "val.json").write_text(json.dumps(one[:4]))
+        return folder
+    def small_recipe(folder, **changes):
+        "A recipe on that data with a model of a few layers."
+        text = {
+            "config": {
+                "model_type": "gemma",
+                "hidden_size": 32,
+                "num_hidden_layers": 1,
+                "head_dim": 16,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "intermediate_size": 64,
+            }
+        }
+        training = {
+            "max_steps": 6,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 1e-3,
+            "logging_steps": 2,
+            "save_steps": 2,
+            "trainable_modules": ["projector", "mining"],
+            "use_cpu": True,
+            "seed": 0,
+            "disable_tqdm": True,
+            "log_level": "error",
+            "save_total_limit": 4,
+        }
+        source = {"path": str(folder / "train.json"), "image_folder": str(folder / "images")}
+        recipe = {
+            "model": {"preset": "tiny", "tokenizer": str(folder / "tokenizer"), "language_model": text},
+            "data": {"train": [source], "max_length": 256, "eval_samples": 4},
+            "training": {**training, **changes.pop("training", {})},
+            **changes,
+        }
+        path = folder / f"recipe-{len(list(folder.glob('recipe*')))}.yaml"
+        import yaml
+
+        path.write_text(yaml.safe_dump(recipe))
+        return path
+    quiet = Console(file=open(os.devnull, "w"), force_jupyter=False, force_terminal=False)
+    place = write_data(Path(tempfile.mkdtemp()) / "data")
+
+def test_stop_where_a_stage_names_the_run_before():
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+    first = load_recipe(small_recipe(folder, training={"max_steps": 1}))
+    train(first, folder / "one", console=quiet)
+    start = {"model": {"from": str(folder / "one")}, "lora": {"r": 4, "alpha": 8.0}}
+    second = load_recipe(small_recipe(folder, **start))
+    names = "{key: Path(str(value)).name for key, value in section.items()}"
+    watch = [names, "recipe.lora.r"]
+    with Breakpoint(prepare_run, at="model, processor = resolve", watch=watch) as bp:
+        prepared = prepare_run(second, folder / "two")
+    vocabulary = prepared.processor.tokenizer.get_vocab()
+    assert has_lora(prepared.model) and vocabulary == small_tokenizer().get_vocab()
+    bp.expect({names: {"from": "one"}, "recipe.lora.r": 4}, hits=1)
+
+def test_stop_at_another_seed():
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+    path = small_recipe(folder)
+    open_run(load_recipe(path), folder / "run", resume=False)
+    other = load_recipe(path, overrides=["--training.seed", "1", "--training.logging_steps", "1"])
+    with pytest.raises(ConfigError, match="was started with other settings: training.seed is 0, not 1"):
+        with Breakpoint(open_run, at="if differs", watch="differs") as bp:
+            open_run(other, folder / "run", resume=True)
+    bp.expect(differs=["training.seed is 0, not 1"])
+
+def test_a_run_leaves_a_model_that_opens():
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+    result = train(load_recipe(small_recipe(folder)), folder / "run", console=quiet)
+    model, processor = open_model(folder / "run")
+    other, _ = open_model(folder / "run/checkpoint-6")
+    for (name, a), b in zip(model.named_parameters(), other.parameters()):
+        assert torch.equal(a, b), name
+    assert result["steps"] == 6
+    assert result["samples"] == 24
+    assert (folder / "run/mm_projector.bin").is_file()
+    rows = read_metrics(folder / "run/metrics.jsonl")
+    assert [row["step"] for row in rows] == [2, 4, 6] and sum(len(row["losses"]) for row in rows) == 6
+    assert abs(sum(rows[0]["losses"]) / 2 - rows[0]["loss"]) < 1e-6
+    card = (folder / "run/model/README.md").read_text()
+    assert "| train.json | 24 | not given |" in card and "| steps taken | 6 |" in card
+    assert str(folder) not in card
+    code = re.search("```python\n(.*?)```", card, re.DOTALL)[1]
+    code = code.replace("path/to/this/folder", str(folder / "run/model"))
+    exec(code.replace("image.png", str(folder / "images/0.png")), {})
+    modes = {path.stat().st_mode & 0o777 for path in (folder / "run").rglob("*") if path.is_file()}
+    assert modes == {(folder / "train.json").stat().st_mode & 0o777}
+
+def test_a_stage_goes_on_from_a_run_with_an_adapter():
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+    train(load_recipe(small_recipe(folder, training={"max_steps": 2})), folder / "one", console=quiet)
+    lora, start = {"r": 4, "alpha": 8.0}, {"from": str(folder / "one")}
+    second = small_recipe(folder, model=start, lora=lora, training={"max_steps": 3})
+    before, _ = open_model(folder / "one")
+    train(load_recipe(second), folder / "two", console=quiet)
+    after, _ = open_model(folder / "two")
+    base, _ = open_model(folder / "two/checkpoint-3")
+    pairs = zip(before.named_parameters(), after.parameters())
+    changed = {n for (n, a), b in pairs if not torch.equal(a, b)}
+    assert any("self_attn" in n for n in changed) and any("mm_projector" in n for n in changed)
+    assert not any("embed_tokens" in n or "vision_tower" in n for n in changed)
+    for (n, a), b in zip(base.named_parameters(), after.parameters()):
+        assert torch.allclose(a, b, atol=1e-6), n
+    assert (folder / "two/checkpoint-3/adapter_model.safetensors").is_file()
+    card = (folder / "two/model/README.md").read_text()
+    assert "### Stage 1: one" in card and "### Stage 2: two" in card and "| lora r | 4 |" in card
+
+def test_stopped_run_resumes_to_the_bit():
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+    train(load_recipe(small_recipe(folder)), folder / "whole", console=quiet)
+
+    class Killed(Exception): pass
+
+    class Kill(module.MetricsFile):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 5: raise Killed
+
+    usual, module.MetricsFile = module.MetricsFile, Kill
+    try:
+        with pytest.raises(Killed):
+            module.train(load_recipe(small_recipe(folder)), folder / "killed", console=quiet)
+    finally: module.MetricsFile = usual
+    recipe = load_recipe(small_recipe(folder, training={"dataloader_num_workers": 1}))
+    train(recipe, folder / "killed", resume=True, console=quiet)
+
+    def losses(name):
+        rows = read_metrics(folder / name / "metrics.jsonl")
+        return [loss for row in rows for loss in row["losses"]]
+
+    assert losses("whole") == losses("killed") and len(losses("whole")) == 6
+    whole, killed = [open_model(folder / name)[0] for name in ("whole", "killed")]
+    for (n, a), b in zip(whole.named_parameters(), killed.parameters()):
+        assert torch.equal(a, b), n
+
+def test_sigterm_before_and_after_the_steps_leaves_a_run_that_resumes():
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+
+    def terminated(name, **kwargs):
+        "Send SIGTERM when a function of the run is called; what `train` raises."
+        usual = getattr(module, name)
+
+        def kill(*args, **kw):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return usual(*args, **kw)
+
+        setattr(module, name, kill)
+        try:
+            with pytest.raises(Interrupted) as caught:
+                module.train(load_recipe(small_recipe(folder)), folder / "run", console=quiet, **kwargs)
+        finally: setattr(module, name, usual)
+        return caught.value
+
+    handler = signal.getsignal(signal.SIGTERM)
+    early = terminated("known_answers")
+    assert (early.number, early.step, str(early)) == (signal.SIGTERM, 0, "stopped before step 1")
+    assert not (folder / "run").exists()
+    late = terminated("save_model")
+    assert late.step == 6 and not (folder / "run/result.json").exists()
+    result = module.train(load_recipe(small_recipe(folder)), folder / "run", resume=True, console=quiet)
+    assert result["steps"] == 6 and signal.getsignal(signal.SIGTERM) == handler
+
+def test_validation_keeps_to_its_own_sample():
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+
+    def with_eval(extra):
+        entry = f"[{{path: {folder / 'train.json'}, image_folder: {folder / 'images'}, {extra}}}]"
+        return load_recipe(small_recipe(folder), overrides=["--data.eval", entry])
+
+    prepared = module.prepare_run(with_eval("max_samples: 9"), folder / "run")
+    seen = [i for batch in prepared.trainer.get_eval_dataloader() for i in batch["info"].indices]
+    assert sorted(seen) == prepared.eval.kept.tolist() and len(seen) == 9
+    asked = {row["id"] for rows in module._answered(prepared) for row in rows}
+    assert asked <= {prepared.eval.record(i)["id"] for i in seen}
+    with pytest.raises(ConfigError, match="use max_samples"):
+        module.prepare_run(with_eval("weight: 2"), folder / "run")
+
+def test_a_loss_that_is_no_number_stops_before_it_does_harm():
+    from vlm_lit.training.callbacks import BadLoss
+
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+    prepared = module.prepare_run(load_recipe(small_recipe(folder)), folder / "bad")
+    usual, calls = prepared.trainer.compute_loss, []
+
+    def broken(*args, **kwargs):
+        loss, outputs = usual(*args, **{**kwargs, "return_outputs": True})
+        calls.append(1)
+        return loss * float("nan") if len(calls) == 4 else loss
+
+    prepared.trainer.compute_loss = broken
+    with pytest.raises(BadLoss, match="step 4: the loss is nan. Records: "):
+        module._steps(prepared, folder / "bad", False, quiet)
+    note = json.loads((folder / "bad/bad_steps.jsonl").read_text())
+    assert note["step"] == 4 and len(note["records"]) == 4 and (folder / "bad/checkpoint-3").is_dir()
+    assert all(torch.isfinite(p).all() for p in prepared.model.parameters())
