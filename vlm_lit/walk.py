@@ -163,7 +163,7 @@ def walk_record(
     i: int,  # Index of a record
     # The stops with what was seen there, and the item itself
 ) -> tuple[list[tuple[WalkStop, Breakpoint]], dict]:
-    "Run `dataset[i]` once with every stop of the walk set."
+    "Run `dataset[i]` once with every stop set that fits the record."
     seen, item, error = _walk(dataset, i)
     if error: raise error
     return seen, item

@@ -46,12 +46,12 @@ WARNINGS = {
 def severity(
     kind: str,  # A key of `ERRORS` or `WARNINGS`
 ) -> str:  # "error" or "warning"
-    "Whether a finding stops training."
+    "Whether a finding is an error or a warning."
     return "warning" if kind in WARNINGS else "error"
 
 @dataclass
 class AuditSettings:
-    "How a data set is checked; the same values as for training give the same refusals."
+    "How a data set is checked."
 
     template: str = "gemma"
     control_tokens: str = "refuse"
@@ -142,7 +142,7 @@ class Tally:
     examples: dict = field(default_factory=dict)  # finding -> a few `Finding`s
     # positions of each segment, images expanded
     tokens: np.ndarray = field(default_factory=lambda: np.zeros(len(Segment), np.int64))
-    # arrays of expanded lengths, of records that can be trained on
+    # arrays of expanded lengths, of records that can be encoded
     lengths: list = field(default_factory=list)
     pictured: list = field(default_factory=list)  # arrays: whether they have an image
     ids: list = field(default_factory=list)  # arrays of hashes, one a record

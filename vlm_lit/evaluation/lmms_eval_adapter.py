@@ -25,7 +25,7 @@ _GENERATION = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "
 def generation_settings(
     settings: dict,  # `generation_kwargs` of a task
 ) -> tuple[dict, list[str]]:  # For `generate`; strings that end an answer
-    "A task's settings in transformers' words. Warns about those that are not used."
+    "A task's settings in transformers' words. Warns about those not known."
     until = settings.get("until") or []
     unused = sorted(settings.keys() - {"until", *_GENERATION})
     if unused:
@@ -79,7 +79,7 @@ class VLMLit(lmms):
         self,
         requests: list,  # lmms-eval's `Instance`, with a question and settings each
     ) -> list[str]:
-        "Answers, in order; requests of equal settings are answered in batches."
+        "Answers, in order; neighbors with equal settings are answered in batches."
         answers = []
         for settings, own in groupby((r.args for r in requests), key=lambda args: args[1]):
             settings, stops = generation_settings(settings)
@@ -99,7 +99,7 @@ class VLMLit(lmms):
     def log_likelihoods(
         self,
         requests: list,  # lmms-eval's `Instance`, with a question and an answer each
-    ) -> list[tuple[float, bool]]:  # Log-likelihood; whether greedy decoding writes this answer
+    ) -> list[tuple[float, bool]]:  # Log-likelihood; whether each token is the likeliest
         "Log-likelihoods of answers, their stop tokens included."
         found = []
         for start in range(0, len(requests), self.batch_size):

@@ -27,7 +27,7 @@ def exact(prediction: str, answer: str, record: dict | None = None) -> float:  #
 _LETTER = r"[^\W\u0e00-\u0e7f\u3040-\u30ff\u3400-\u9fff]"  # of scripts with spaces between words
 
 def contains(prediction: str, answer: str, record: dict | None = None) -> float:  # 0 or 1
-    "Whether the answer occurs in the prediction, as whole words."
+    "Whether the answer occurs in the prediction, as whole words in scripts with spaces."
     answer, prediction = normalize_answer(answer), normalize_answer(prediction)
     if not answer: return float(not prediction)
     return float(bool(re.search(f"(?<!{_LETTER}){re.escape(answer)}(?!{_LETTER})", prediction)))

@@ -129,7 +129,7 @@ def _skipped(records: Records, i: int, error: DataError) -> dict:
     return {"id": records.name(i), "index": i, "reason": str(error.at(records.name(i)))}
 
 def predict(
-    model,  # `VLM`, in any mode; it is left as it was
+    model,  # `VLM`; training or evaluation mode is put back
     dataset: LazySupervisedDataset,  # Of any template
     batch_size: int = 32,  # Questions per batch
     max_new_tokens: int = 32,  # Most tokens of an answer

@@ -87,7 +87,7 @@ def _some(names, n=5):
 
 # %% ../../nbs/16b_callbacks.ipynb #c011
 class Interrupted(Exception):
-    "A run was asked to stop; its checkpoint is on disk."
+    "A run was asked to stop; if it took a step, its checkpoint is on disk."
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ class Meter:
     def __init__(
         self,
         sources: list[str],  # Names of the sources of the data
-        # Called with a `BatchInfo`: floating-point operations of its step; None: unknown
+        # Called with a `BatchInfo`: floating-point operations of its batch; None: unknown
         flops=None,
         # Floating-point operations per second of a device; None: unknown
         peak: float | None = None,

@@ -408,7 +408,7 @@ def save_recipe(
     return Path(path)
 
 # %% ../../nbs/16a_recipe.ipynb #c037
-MAY_DIFFER_ON_RESUME = (  # neither data nor updates depend on these, beyond rounding
+MAY_DIFFER_ON_RESUME = (  # data and updates do not depend on these, but for rounding and bad steps
     "data.eval_samples", "data.check_samples", "data.bad_samples.max_fraction", "data.*.license",
     "training.dataloader_num_workers", "training.dataloader_p*", "training.dataloader_in_order",
     "training.dataloader_multiprocessing_context", "training.log*", "training.disable_tqdm",

@@ -40,7 +40,7 @@ def set_trainable_modules(
     model: nn.Module,  # Changed in place
     names: list[str],  # Parts of `PARTS`, or beginnings of parameter names
 ) -> list[str]:  # Names of the parameters that train
-    "Freeze all but the named parts. Raises `ConfigError` for a name that fits nothing."
+    "Freeze all but named parts and adapters. Raises `ConfigError` for a name that fits nothing."
     own = [name for name, _ in model.named_parameters()]
     lora = [name for name in own if ".lora_" in name]
     chosen = set(_named(own, names)) - set(lora)
