@@ -88,7 +88,7 @@ def _inject(model, config):
 def merge_lora(
     model: VLM,  # Changed in place
 ) -> VLM:  # The same, without adapters
-    "Add the adapters to the weights that they adapt; the logits stay what they were."
+    "Add the adapters to the weights that they adapt; the logits change by rounding only."
     language_model, Layer = model.language_model, _peft().tuners.tuners_utils.BaseTunerLayer
     for name, layer in list(language_model.named_modules()):
         if not isinstance(layer, Layer): continue

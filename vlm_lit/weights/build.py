@@ -52,12 +52,12 @@ def combined_model(
 def build_model(
     preset: dict | str | Path,  # A preset, its name or its path
     seed: int = 0,  # Of everything that is new
-    # Of the language model and the towers; what connects them is float32
+    # Of the language model and the towers, unless all are new; the rest is float32
     dtype: torch.dtype = torch.float32,
     tokenizer=None,  # As in `load_preset_tokenizer`; needed for a language model made from scratch
     **overrides,  # Other values for the preset's fields
 ) -> VLM:  # In evaluation mode, ready to be trained
-    "A model whose parts have their published weights, and whose projector and mining are new."
+    "A model of parts with their published weights, or of new ones; projector and mining are new."
     settings = preset_settings(preset, **overrides)
     source, low, high = (settings[part] for part in PARTS)
     if is_scratch(source):

@@ -296,7 +296,7 @@ def _vision_tensors(model: VLM) -> dict[str, torch.Tensor]:
     return out
 
 def export_gguf(
-    model: VLM,  # Of LLaVA's plain shape; matrices are written in the type they have
+    model: VLM,  # Of LLaVA's plain shape; matrices keep their type, the tower's tables apart
     processor: VLMProcessor,  # Its own
     folder: str | Path,  # Made if it is not there; gets model.gguf and mmproj.gguf
     # Jinja of the conversation template; None: the tokenizer's own where the processor uses it

@@ -216,7 +216,7 @@ def llava_generation_config(
     processor: VLMProcessor,
     image_token_id: int,  # Of `<image>`
 ) -> GenerationConfig:
-    "Where answers end, and that no answer contains `<image>`."
+    "Where answers end, and that no answer contains `<image>`, where its entry is new."
     config = copy.deepcopy(model.generation_config)
     config.update(**processor.generation_settings())
     if image_token_id >= model.config.vocab_size:
@@ -264,7 +264,7 @@ def export_llava_hf(
 def is_llava_hf(
     folder: str | Path,  # That holds a config.json
 ) -> bool:
-    "Whether it is transformers' LLaVA; the original's checkpoints have the same model type."
+    "Whether it is transformers' LLaVA; checkpoints of the original can have the same model type."
     path = Path(folder) / "config.json"
     found = read_json(path) if path.is_file() else None
     is_llava = isinstance(found, dict) and found.get("model_type") == "llava"

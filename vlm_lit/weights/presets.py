@@ -220,7 +220,7 @@ def init_vision_from_scratch(
 def seeded(
     seed: int,  # Of what is drawn inside
 ):
-    "Random numbers of their own; the caller's are not disturbed."
+    "Random numbers of their own; the caller's on the CPU are not disturbed."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

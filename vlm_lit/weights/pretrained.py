@@ -54,7 +54,7 @@ def _checked_section(section) -> dict:
 def resolve_model(
     section: dict,  # `model:` of a recipe: `preset` or `from`, preset fields, `projector`
     seed: int = 0,  # Of everything that is new
-    # Of language model and towers; what connects them is float32
+    # Of language model and towers, unless all are new; after `preset` the rest is float32
     dtype: torch.dtype = torch.float32,
 ) -> tuple[VLM, VLMProcessor]:  # In evaluation mode, on the CPU
     "The model and processor of a recipe. Raises `ConfigError` for what is missing or does not fit."
@@ -155,7 +155,7 @@ def find_model(
     # A run, its name in runs/, a checkpoint, an export, a `save_pretrained` folder
     name: str | Path,
 ) -> Path:
-    "The folder that holds a model. Raises `ConfigError` that says what to do where there is none."
+    "The folder that holds a model. Raises `ConfigError` that says what is missing or what to do."
     folder = next((p for p in (Path(name).expanduser(), Path("runs") / name) if p.is_dir()), None)
     if folder is None and str(name) in preset_names():
         raise ConfigError(

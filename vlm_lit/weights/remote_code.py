@@ -72,7 +72,7 @@ def _is_registration(node) -> bool:
 def flat_source(
     module: str,  # As in `module_source`
 ) -> str:
-    "A module's copy: imports from the same folder, nothing registered, a line about its origin."
+    "A module's copy: imports from the same folder, `VLM` not registered, a line on its origin."
     source = module_source(module)
     lines = source.splitlines()
     for node, name in own_imports(source, module):

@@ -78,8 +78,8 @@ def convnext_from_open_clip(
     state: dict,  # A checkpoint's weights, under open_clip's or timm's names
     # configuration; weights under `ConvNextModel`'s names; names left out
 ) -> tuple[ConvNextConfig, dict, list[str]]:
-    """A ConvNeXt out of an open_clip checkpoint. Raises `ConfigError` for a stem or stage that
-    `ConvNextModel` does not have."""
+    """A ConvNeXt out of an open_clip checkpoint. Raises `ConfigError` for one without stem or
+    stages; whether the rest fits, `load_tower_state` checks."""
     trunk, rest = {}, []
     for name, tensor in state.items():
         inside = re.match(r"(?:module\.)?(?:visual\.trunk\.)?((?:stem|stages)\..+)$", name)
@@ -204,7 +204,7 @@ def open_clip_file(
 
 def load_tower(
     source: str | dict,  # Hub name, folder, weights file, or a source as in a preset
-    select_layer: int = -1,  # Which hidden states are its features; later layers are left out
+    select_layer: int = -1,  # Of a ViT: which hidden states are its features; later ones left out
     dtype: torch.dtype = torch.float32,  # Of its weights
 ) -> nn.Module:  # As `build_vision_tower` makes them, in evaluation mode
     "A vision tower with its weights, or a new one for `{'config': ...}`."
