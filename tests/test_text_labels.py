@@ -9,7 +9,7 @@ from vlm_lit.text.messages import turn_parts
 from vlm_lit.text.templates import Conversation, Rendered, SeparatorStyle, caption_form
 from vlm_lit.core import Segment
 from vlm_lit.text.templates import get_template, render, set_system
-from vlm_lit.text.chat_templates import hf_markers, render_hf
+from vlm_lit.text.chat_templates import answer_headers, hf_markers, render_hf, stop_text
 from vlm_lit.text.sentinels import NO_SPACE, TokenizerTraits, encode_prompts, tokenizer_traits
 import copy, json, lzma, random, re, sys, unicodedata, warnings
 from pathlib import Path

@@ -19,7 +19,7 @@ from .messages import turn_parts
 from .templates import Conversation, Rendered, SeparatorStyle, caption_form
 from ..core import Segment
 from .templates import get_template, render, set_system
-from .chat_templates import hf_markers, render_hf
+from .chat_templates import answer_headers, hf_markers, render_hf, stop_text
 from .sentinels import NO_SPACE, TokenizerTraits, encode_prompts, tokenizer_traits
 
 # %% ../../nbs/05_labels.ipynb #c008
@@ -47,7 +47,8 @@ def check_turns(
             raise DataError(message, record, n, kind="roles")
         before = who
     if all(turn["from"] != "human" for turn in source):
-        message = "only a greeting of 'gpt'; there is no question to answer"
+        what = "a greeting of 'gpt'" if before == "gpt" else "a 'system' turn"
+        message = f"only {what}; there is no question to answer"
         raise DataError(message, record, 0, kind="roles")
 
 def first_turn(
@@ -234,6 +235,8 @@ def check_tokenizer(
                 "template 'hf' uses the tokenizer's chat_template, and this tokenizer has none; "
                 "choose a name from conv_templates"
             )
+        stop_text(tokenizer)
+        answer_headers(tokenizer, tokenizer.chat_template)
         return
     check_traits(tokenizer_traits(tokenizer), template)
 
