@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers.modeling_gguf_pytorch_utils as conversion
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, CLIPConfig, CLIPModel, GemmaConfig, LlamaConfig
 from transformers import PreTrainedTokenizerFast
 
@@ -27,6 +27,7 @@ from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.files import write_json
 from vlm_lit.images import sample_image
 from vlm_lit.processor import VLMProcessor
+from vlm_lit.text.templates import conv_templates
 from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.weights.build import build_model
 from vlm_lit.weights.interchange import gemma_embedding_scale, projector_tensors
@@ -65,6 +66,46 @@ def three_tokenizers():
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     return load_tokenizer("gemma"), llama, qwen
+
+def rare_tokenizers():
+    """Vocabularies without bytes, in which what is unknown becomes one token: three kinds of model,
+    with `</s>` an ordinary piece, too."""
+    control = ["<unk>", "<s>", "</s>"]
+    texts = ["hello yes this is a test, say it twice </s> USER: ASSISTANT: next\n"] * 20
+    texts += [conv_templates["v1"].system] * 20
+    options = dict(special_tokens=control, show_progress=False)
+    space = lambda scheme: pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    merged = models.BPE(unk_token="<unk>", fuse_unk=True)
+    made = {
+        "fused_bpe": (merged, space("first"), trainers.BpeTrainer(vocab_size=400, **options)),
+        "unigram": (models.Unigram(), space("always"), None),
+        "words": (
+            models.WordLevel(unk_token="<unk>"),
+            pre_tokenizers.WhitespaceSplit(),
+            trainers.WordLevelTrainer(vocab_size=400, **options),
+        ),
+    }
+    out = {}
+    for name, (model, pre_tokenizer, trainer) in made.items():
+        backend = Tokenizer(model)
+        backend.pre_tokenizer = pre_tokenizer
+        if trainer: backend.train_from_iterator(texts, trainer)
+        else: backend.model = letters_and_words(texts, control)
+        backend.add_special_tokens([AddedToken(token, normalized=False) for token in control])
+        first = dict(single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))])
+        backend.post_processor = processors.TemplateProcessing(**first)
+        if name != "words": backend.decoder = decoders.Metaspace()
+        names = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<unk>")
+        out[name] = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    return out
+
+def letters_and_words(texts, control):
+    "A Unigram model of the letters and words of some texts, and of control tokens."
+    words = {f"▁{word}" for text in texts for word in text.split() if word not in control}
+    letters = {letter for text in texts for letter in text.replace(" ", "▁")}
+    scores = [(token, -5.0) for token in sorted(words)]
+    scores += [(letter, -9.0) for letter in sorted(letters)]
+    return models.Unigram([(t, 0.0) for t in control] + scores, unk_id=0)
 
 SHAPES = ["user\nwhat color is the shape? model\na blue circle"] * 3
 

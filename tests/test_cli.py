@@ -380,7 +380,7 @@ def test_llava_of_transformers_serves_every_command():
     tokenizer = small_tokenizer()
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}"
-    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
     )
     own = VLMConfig.from_pretrained(place / "runs/mine/model")
     text = dict(model_type="llama", hidden_size=32, intermediate_size=64, num_hidden_layers=1)

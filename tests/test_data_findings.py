@@ -11,6 +11,7 @@ from vlm_lit.core import Segment
 from vlm_lit.images import count_image_tokens, safe_path
 from vlm_lit.text.encode import bisect_failures, encode_records
 from vlm_lit.text.labels import check_control_tokens, check_turns, control_pattern, first_turn
+from vlm_lit.text.labels import open_turns
 from vlm_lit.text.messages import image_names
 from vlm_lit.text.sentinels import check_image_count
 import sys, tempfile
@@ -107,6 +108,8 @@ def test_chunk_counts_tokens_by_segment_and_expands_images():
     for answer in ("", " \n", "\u200b"):
         test_eq(kinds_of(talk("q", answer)), ["empty_answer"])
     test_eq(kinds_of(talk("q", "a")), [])
+    test_eq(kinds_of(talk("", "a")), ["empty_turn"])
+    test_eq(kinds_of([*talk("q", ""), *talk("r", "a")]), ["empty_turn", "empty_answer"])
     test_eq(kinds_of([{"from": "User", "value": "q"}]), ["roles"])
     test_eq(
         (clean.tokens[Segment.IMAGE], clean.tokens[Segment.STOP], clean.lengths[0].tolist()),

@@ -11,7 +11,7 @@ from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.images import sample_image
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.text.labels import fill_template, preprocess
-from vlm_lit.text.sentinels import join_chunks, preprocess_multimodal
+from vlm_lit.text.sentinels import preprocess_multimodal, tokenizer_image_token
 from vlm_lit.text.templates import render
 from vlm_lit.text.tokenizer import load_tokenizer, special_tokens
 
@@ -238,7 +238,7 @@ def test_every_value_of_the_worked_example(seed):
         Breakpoint(fill_template, at="source = drop_greeting") as who,
         Breakpoint(fill_template, at="return conv") as full,
         Breakpoint(render, at="return Rendered") as text,
-        Breakpoint(join_chunks, at="input_ids = insert_separator") as chunks,
+        Breakpoint(tokenizer_image_token, at="input_ids = insert_separator") as chunks,
         Breakpoint(preprocess, at='return {"input_ids"') as done,
     ):
         item = ds[0]

@@ -1,6 +1,7 @@
 "Derived from nbs/03b_chat_template.ipynb by `make tests`; edit the notebook, not this file."
 import re
 from functools import lru_cache
+from os.path import commonprefix
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 from vlm_lit.core import IMAGE_TOKEN, ConfigError, DataError
@@ -11,13 +12,15 @@ from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.text.chat_templates import _answer_parts
 from vlm_lit.text.chat_templates import _frame_parts
+from vlm_lit.text.chat_templates import _move_spaces
 from vlm_lit.text.chat_templates import _stop_text
+from vlm_lit.text.chat_templates import answer_headers
 from vlm_lit.text.chat_templates import render_hf
 from vlm_lit.text.chat_templates import stop_text
 from vlm_lit.text.chat_templates import template_frame
 
 def setup_module():
-    global CHATML, EACH, PARTS, STYLES, SYSTEM, in_chat_form, speaks, tok, turns, with_parts
+    global CHATML, EACH, PARTS, ROUND, STYLES, SYSTEM, in_chat_form, speaks, tok, turns, with_headers, with_parts
     CHATML = (
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -71,6 +74,15 @@ def setup_module():
         part = lambda p: {"type": "image"} if p == "<image>" else {"type": "text", "text": p}
         content = lambda own: own if isinstance(own, str) else [part(p) for p in own]
         return [{"role": role, "content": content(own)} for role, own in turns]
+    ROUND = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %}BEFORE{{ m.content }}<eos>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}GIVEN{% endif %}"
+    )
+    def with_headers(before, given, base=ROUND):
+        "The tokenizer with a template that writes one text before answers and gives another one."
+        tok.chat_template = base.replace("BEFORE", before).replace("GIVEN", given)
+        return tok
 
 def test_spans_are_found_by_stand_ins():
     with Breakpoint(template_frame, at="pieces.append", watch=["text[at:begin]", "strip(' x ')"]) as bp:
@@ -149,6 +161,20 @@ def test_parts_are_written_by_the_tokenizers_own_template():
         answer = prompt.text[slice(*prompt.answers[0])]
         print(f"{style:11}{prompt.text[20:51]!r:37}{answer!r}")
 
+def test_a_space_that_generation_is_not_given_is_of_the_answer():
+    llama_2 = with_headers(" ", "")
+    with Breakpoint(_move_spaces, at="end = len", watch="pieces[k] given own") as bp:
+        prompt = render_hf([("user", "Hi"), ("assistant", "Hello!")], llama_2)
+    test_eq([prompt.text[a:b] for a, b in prompt.answers], [" Hello!<eos>"])
+    asked = render_hf([("user", "Hi")], llama_2, add_generation_prompt=True).text
+    test_eq(prompt.text[: prompt.answers[0][0]], asked)
+    bp.expect({"pieces[k]": " [/INST] "}, given=" [/INST]", own=" [/INST] ")
+
+def test_without_the_move_the_space_is_masked():
+    with Breakpoint(_move_spaces, at="end = len", set={"given": " [/INST] "}) as bp:
+        render_hf([("user", "Hi"), ("assistant", "Hello!")], with_headers(" ", ""))
+    bp.expect_changed({"result[0][1]": ((1, " Hello!"), (1, "Hello!"))})
+
 def test_answer_of_the_exercise():
     own = load_tokenizer("gemma")
     own.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
@@ -157,6 +183,37 @@ def test_answer_of_the_exercise():
     test_eq(prompt.parts[0][1], Segment.HEADER)
     prompt = render_hf([("system", "s"), ("user", "q"), ("assistant", "a")], own)
     test_eq(prompt.parts[1], ("s", Segment.SYSTEM))
+
+def test_headers_of_generation_and_training_may_differ_in_space_alone():
+    ALLOWED = [("", ""), (" ", ""), (" \n", ""), ("A: ", "A:"), ("A:\n", "A:\n"), ("A: ", "A: ")]
+    REFUSED = [("", " "), ("A:", "A: "), ("A:", ""), ("", "A:"), ("A: B", "A:"), ("A:", "B:")]
+    LAST = "{% if loop.last %}<think>{% endif %}"
+    REFUSED += [(LAST, ""), ("<think></think>", "<think>"), ("{% if loop.index > 2 %}x{% endif %}", "")]
+    talk = [("user", "q"), ("assistant", " a\n"), ("user", ""), ("assistant", "b")]
+    for before, given in ALLOWED:
+        own = with_headers(before, given)
+        prompt = render_hf(talk, own)
+        test_eq(prompt.text, own.apply_chat_template(in_chat_form(talk), tokenize=False))
+        for end, (begin, _) in zip((1, 3), prompt.answers, strict=True):
+            asked = render_hf(talk[:end], own, add_generation_prompt=True)
+            test_eq(prompt.text[:begin], asked.text)
+        gap = before.removeprefix(given)
+        test_eq(prompt.text[slice(*prompt.answers[1])], f"{gap}b<eos>")
+        # an empty answer is not supervised, nor the space before it
+        test_eq(render_hf([talk[0], ("assistant", "")], own).answers, [])
+    for before, given in REFUSED:
+        own = with_headers(before, given)
+        with expect_fail(ConfigError, contains="the tokenizer's chat template gives generation"):
+            render_hf(talk, own)
+    # a header that changes with the conversation, after two rounds that were alike
+    late = with_headers("{% if loop.index > 4 %}x{% endif %}", "")
+    with expect_fail(ConfigError, contains="in other conversations"):
+        render_hf([*talk, ("user", "q"), ("assistant", "c")], late)
+    # a template of one round is checked for one
+    once = "{% if messages | length > 2 %}{{ raise_exception('one round') }}{% endif %}"
+    own = with_headers(" ", "", once + ROUND)
+    test_eq(len(answer_headers(own, own.chat_template)), 1)
+    with expect_fail(DataError, contains="one round"): render_hf(talk, own)
 
 def test_hf_template_that_cannot_be_followed_is_refused():
     each = "{{% for m in messages %}}{{{{ {} }}}}{{% endfor %}}".format

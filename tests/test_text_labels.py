@@ -8,14 +8,16 @@ from vlm_lit.core import ConfigError, DataError
 from vlm_lit.text.messages import turn_parts
 from vlm_lit.text.templates import Conversation, Rendered, SeparatorStyle, caption_form
 from vlm_lit.core import Segment
-from vlm_lit.text.templates import get_template, render, set_system
-from vlm_lit.text.chat_templates import hf_markers, render_hf
-from vlm_lit.text.sentinels import NO_SPACE, TokenizerTraits, encode_prompts, tokenizer_traits
+from vlm_lit.text.templates import get_template, leaves_open, render, set_system
+from vlm_lit.text.chat_templates import answer_headers, hf_markers, render_hf, stop_text
+from vlm_lit.text.sentinels import NO_SPACE, Encoded, TokenizerTraits, encode_prompts
+from vlm_lit.text.sentinels import tokenizer_traits
 import copy, json, lzma, random, re, sys, unicodedata, warnings
 from pathlib import Path
 import numpy as np
 from fastcore.test import expect_fail, test_eq
 from hypothesis import given, settings, strategies as st
+from tokenizers import normalizers
 from tokenizers.decoders import ByteLevel
 from vlm_lit.core import IMAGE_TOKEN_INDEX
 from vlm_lit.debug.breakpoints import Breakpoint
@@ -24,7 +26,7 @@ from vlm_lit.debug.values import token_text
 from vlm_lit.text.sentinels import place_parts, preprocess_multimodal, tokenizer_image_token
 from vlm_lit.text.templates import conv_templates
 from vlm_lit.text.tokenizer import load_tokenizer
-from small_parts import GOLDEN, golden_tokenizer
+from small_parts import GOLDEN, golden_tokenizer, rare_tokenizers
 from vlm_lit.text.labels import check_tokenizer
 from vlm_lit.text.labels import control_pattern
 from vlm_lit.text.labels import fill_template
@@ -32,6 +34,7 @@ from vlm_lit.text.labels import generation_ids
 from vlm_lit.text.labels import generation_prompt
 from vlm_lit.text.labels import make_prompt
 from vlm_lit.text.labels import mask_prompt
+from vlm_lit.text.labels import open_turns
 from vlm_lit.text.labels import preprocess
 from vlm_lit.text.labels import refuse_control_tokens
 
@@ -238,6 +241,16 @@ def test_template_is_filled_with_the_roles_renamed():
     question, answer = (turn["value"] for turn in source)
     bp.expect({"conv.messages": [["user", question], ["model", answer]], "conv.version": "gemma"})
     bp.expect(roles={"human": "user", "gpt": "model"})
+
+def test_empty_turns_are_left_open_but_for_captions():
+    table = {}
+    for name, conv in conv_templates.items():
+        talk = [("human", "q"), ("gpt", ""), ("human", ""), ("gpt", "a")]
+        turns = [{"from": who, "value": text} for who, text in talk]
+        table.setdefault((conv.sep_style.name, tuple(open_turns(turns, name))), []).append(name)
+    for (style, numbers), names in table.items(): print(f"{style:8}open {numbers!s:8}{names[:4]}")
+    test_eq({numbers for (style, numbers) in table if style != "PLAIN"}, {(1, 2)})
+    test_eq([numbers for (style, numbers) in table if style == "PLAIN"], [()])
 
 def test_forged_turn_is_refused_with_its_place():
     with Breakpoint(refuse_control_tokens, at="if not found and not stray", watch="n found[0]") as bp:
@@ -515,6 +528,8 @@ def test_wrong_turns_name_record_and_turn():
         ([human, {"from": "gpt"}], "record 7, turn 1: a turn must be"),
         ([], "record 7: no turns"),
         ([gpt], "record 7, turn 0: only a greeting"),
+        ([system], "record 7, turn 0: only a 'system' turn"),
+        ([system, gpt], "record 7, turn 0: only a greeting"),
     ]
     for bad, message in refused:
         with expect_fail(DataError, contains=message):
@@ -527,6 +542,40 @@ def test_wrong_turns_name_record_and_turn():
         test_eq(filled.messages, [["user", "q"], ["model", "a"]])
         test_eq(fill_template([system, gpt, human, gpt], "v1").system, "s")
     assert "record 7: begins with a turn of 'gpt'" in str(caught[0].message)
+
+def test_an_empty_turn_that_stays_open_is_said():
+    turn = lambda who, text: {"from": who, "value": text}
+    cases = [  # turns, and which of them stay open in Gemma's template
+        (["q", "a"], []),
+        (["q", ""], []),  # the last answer: nothing follows
+        (["", "a"], [0]),
+        (["q", "", "", "a"], [1, 2]),
+        (["q", "a", ""], [2]),
+        ([" ", "\n"], []),
+    ]
+    greeting, system = turn("gpt", ""), turn("system", "")
+    for template, t in [("gemma", tok), ("v1", families["sentencepiece_like"])]:
+        for texts, numbers in cases:
+            turns = [turn(("human", "gpt")[n % 2], text) for n, text in enumerate(texts)]
+            test_eq(open_turns(turns, template), numbers)
+            test_eq(open_turns([greeting, *turns], template), [n + 1 for n in numbers])
+            if template == "v1":
+                test_eq(open_turns([system, *turns], template), [n + 1 for n in numbers])
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                preprocess([turns], t, template, has_image=False, records=["r"])
+            said = [str(w.message) for w in caught if "leaves an empty turn open" in str(w.message)]
+            test_eq([f"record 'r', turn {n}:" for n in numbers], [s[: s.index(":") + 1] for s in said])
+    own = copy.deepcopy(families["chatml_no_bos"])
+    for style, closed in [("m.content", True), ("(m.content or 'nothing')", False)]:
+        own.chat_template = STYLES["qwen", "chatml_no_bos"].replace("m.content", style)
+        turns = [turn("human", ""), turn("gpt", "a")]
+        if closed:
+            ids = preprocess([turns], own, "hf", has_image=False)["input_ids"][0]
+            test_eq(own.decode(ids).count("<|im_end|>"), 2)
+            continue
+        with expect_fail(DataError, contains="changes the text"):
+            preprocess([turns], own, "hf", has_image=False)
 
 def test_stray_image_tags_are_refused_and_lookalikes_are_not():
     pattern = control_pattern(tok, "gemma")
@@ -657,8 +706,14 @@ def test_greeting_with_a_picture_and_system_turn_with_a_token_are_refused():
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with expect_fail(DataError, contains="record 5, turn 0: the first turn is a greeting"):
-            preprocess([greeting], tok, records=[5], control_tokens="escape")
+        for policy in ("refuse", "escape", "allow"):
+            with expect_fail(DataError, contains="record 5, turn 0: the first turn is a greeting"):
+                preprocess([greeting], tok, records=[5], control_tokens=policy)
+            with expect_fail(DataError, contains="turn 0: the first turn is a greeting"):
+                generation_ids(greeting[:2], tok, control_tokens=policy)
+        # without an image nothing is lost
+        out = preprocess([greeting], tok, has_image=False, control_tokens="allow")
+        test_eq(out["input_ids"][0].tolist().count(IMAGE_TOKEN_INDEX), 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with expect_fail(DataError, contains="turn 1: the first turn is a greeting"):
@@ -694,6 +749,43 @@ def test_hf_template_with_plain_headers_refuses_them_in_messages():
     # its headers begin with a control token, which is refused anyway
     test_eq(hf_markers(own, own.chat_template), ())
 
+def test_no_text_of_a_message_becomes_a_control_token():
+    rare = rare_tokenizers()
+    TEXTS = ["say </s>", "</s>", "a</s>b </s> c", "日本</s>語", "<s> and </s>", "it twice </s></s>"]
+    for name, t in rare.items():
+        ids_of = lambda out: out["input_ids"][0].tolist()
+        turns = lambda *texts: [
+            {"from": ("human", "gpt")[n % 2], "value": x} for n, x in enumerate(texts)
+        ]
+        stops = ids_of(preprocess([turns("x", "y")], t, "v1", has_image=False)).count(t.eos_token_id)
+        for text in TEXTS:
+            for own in (turns(text, "yes"), turns("yes", text)):
+                with expect_fail(DataError, contains="spells the control token"):
+                    preprocess([own], t, "v1", has_image=False)
+                out = preprocess([own], t, "v1", has_image=False, control_tokens="escape")
+                test_eq(ids_of(out).count(t.eos_token_id), stops)
+                test_eq(ids_of(out).count(t.bos_token_id), 1)
+                asked = generation_ids(own[:1], t, "v1", False, "escape").tolist()
+                test_eq(ids_of(out)[: len(asked)], asked)
+    # letters that a tokenizer turns into those of a control token before it reads them
+    alike = rare_tokenizers()["unigram"]
+    alike.backend_tokenizer.normalizer = normalizers.NFKC()
+    for policy in ("refuse", "escape"):
+        for own in (turns("say ＜/s＞", "a"), turns("q", "＜/s＞")):
+            with expect_fail(DataError, contains="record 'r': this tokenizer makes the control token"):
+                preprocess(
+                    [turns("q", "a"), own],
+                    alike,
+                    "v1",
+                    has_image=False,
+                    control_tokens=policy,
+                    records=["first", "r"],
+                )
+        with expect_fail(DataError, contains="makes the control token '</s>'"):
+            generation_ids(turns("say ＜/s＞"), alike, "v1", False, policy)
+    out = preprocess([turns("q", "＜/s＞")], alike, "v1", has_image=False, control_tokens="allow")
+    test_eq(ids_of(out).count(alike.eos_token_id), 2)
+
 def test_settings_that_cannot_work_are_config_errors():
     with expect_fail(ConfigError, contains="control_tokens must be"):
         preprocess([source], tok, control_tokens="ignore")
@@ -708,6 +800,11 @@ def test_settings_that_cannot_work_are_config_errors():
         preprocess([source], families["chatml_no_bos"], template="llama_3")
     with expect_fail(ConfigError, contains="this tokenizer has none"):
         preprocess([source], families["chatml_no_bos"], template="hf")
+
+    headed = copy.deepcopy(families["chatml_no_bos"])
+    headed.chat_template = STYLES["qwen", "chatml_no_bos"].replace("assistant\n", "assistant\n<think>\n")
+    with expect_fail(ConfigError, contains="gives generation '<think>"):
+        check_tokenizer(headed, "hf")
 
     class Slow: is_fast = False
 

@@ -17,14 +17,14 @@ import copy, json, lzma, sys
 from itertools import groupby
 from types import SimpleNamespace
 from fastcore.test import expect_fail, test_eq
-from tokenizers import AddedToken
+from tokenizers import AddedToken, normalizers
 from tokenizers.processors import TemplateProcessing
 from vlm_lit.core import peek
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.debug.values import token_text
 from vlm_lit.text.templates import get_template, render, user_parts
 from vlm_lit.text.tokenizer import load_tokenizer
-from small_parts import GOLDEN, golden_tokenizer
+from small_parts import GOLDEN, golden_tokenizer, rare_tokenizers
 from vlm_lit.text.sentinels import added_space
 from vlm_lit.text.sentinels import check_image_count
 from vlm_lit.text.sentinels import chunk_pieces
@@ -313,6 +313,18 @@ def test_literal_stretch_never_becomes_a_control_token():
         test_eq(ids.count(t.convert_tokens_to_ids(mark)), 1)  # only the third, which was not named
         test_eq(t.decode(ids[tokenizer_traits(t).n_bos :]), text)
 
+def test_control_token_that_is_an_ordinary_piece_is_spelled_by_letters():
+    for name, rare in rare_tokenizers().items():
+        mark, text = rare.eos_token, f"say {rare.eos_token} twice"
+        parts = Rendered(text, ((text, Segment.USER),))
+        acts, plain = (encode_prompts([parts], rare, own).ids for own in (None, [[(4, 4 + len(mark))]]))
+        print(f"{name:20}{rare.convert_ids_to_tokens(plain)}")
+        assert rare.eos_token_id in acts and rare.eos_token_id not in plain
+    message = "this tokenizer adds a space to texts"
+    deaf = rare_tokenizers()["unigram"]
+    deaf.backend_tokenizer.normalizer = normalizers.Replace("\0", "")
+    with expect_fail(ConfigError, contains=message): make_traits(deaf)
+
 def test_the_callers_tokenizer_keeps_its_settings():
     mine = family("llama3_bos")
     mine.backend_tokenizer.enable_padding(length=9)
@@ -345,7 +357,7 @@ def test_masks_agree_with_pieces_encoded_apart():
             ids, supervised = ids + own, supervised + [kind >= Segment.ANSWER] * len(own)
         return [*traits.bos, *ids], [False] * traits.n_bos + supervised
 
-    for name, t in {"gemma": tok, **families}.items():
+    for name, t in {"gemma": tok, **families, **rare_tokenizers()}.items():
         prompts = []
         for question in nasty:
             for reply in nasty:
@@ -377,6 +389,9 @@ def test_tags_of_user_turns_are_counted_for_any_number_of_images():
     check_image_count(source, 1)
     with expect_fail(DataError, contains="1 <image> tag(s) for 0"):
         check_image_count(source, 0)
+    system = {"from": "system", "value": "What is <image>?"}
+    check_image_count([system, *source], 1)
+    test_eq(preprocess_multimodal([[system]])[0], [system])
 
 def test_tag_in_an_answer_gets_no_sentinel():
     conv = get_template("gemma")

@@ -94,8 +94,8 @@ def test_known_answers_follow_a_chat_template():
     wrong = template.replace("<start_of_turn>assistant", "<start_of_turn>model")
     try:
         assert known_answers(VLMProcessor(tok, template="hf", chat_template=template)) == []
-        found = known_answers(VLMProcessor(tok, template="hf", chat_template=wrong))
-        assert any("before a generated answer differ" in line for line in found)
+        with pytest.raises(ConfigError, match="gives generation 'model"):
+            VLMProcessor(tok, template="hf", chat_template=wrong)
     finally: tok.chat_template = before
 
 def test_stop_at_a_failed_check():

@@ -50,7 +50,7 @@ def setup_module():
     sys.path[:0] = ["../tests", "tests"]
     TEMPLATE = (
         "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}"
-    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
     )
     KINDS = {"llama": LlamaConfig, "gemma": GemmaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}
     CLIP = CLIPVisionConfig(**TINY_VISION)

@@ -149,7 +149,7 @@ def test_llava_of_transformers_is_a_model_folder():
 
     chat = (
         "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content }}<end_of_turn>\n"
-    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
     )
     with workshop():
         shape = {"vision_tower_aux": None, "aux_stages": None, "image_size_aux": 32}

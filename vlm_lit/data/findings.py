@@ -19,6 +19,7 @@ from ..core import Segment
 from ..images import count_image_tokens, safe_path
 from ..text.encode import bisect_failures, encode_records
 from ..text.labels import check_control_tokens, check_turns, control_pattern, first_turn
+from ..text.labels import open_turns
 from ..text.messages import image_names
 from ..text.sentinels import check_image_count
 
@@ -40,6 +41,7 @@ ERRORS = {
 WARNINGS = {
     "empty_answer": "an answer without visible text; an empty one is not supervised, spaces are",
     "greeting": "begins with a turn of the model, which is dropped",
+    "empty_turn": "an empty turn that the template leaves open, with others after it",
     "duplicate_id": "an id that another record has, too",
 }
 
@@ -124,6 +126,8 @@ def inspect_record(
     attempt(found, index, name, check_control_tokens, turns, policy, pattern, bool(images), name)
     if turns[first_turn(turns)]["from"] == "gpt":
         found.append(Finding("greeting", index, name, WARNINGS["greeting"], first_turn(turns)))
+    for n in open_turns(turns, settings.template):
+        found.append(Finding("empty_turn", index, name, WARNINGS["empty_turn"], n))
     for n, turn in enumerate(turns):
         if turn["from"] != "gpt": continue
         if not any(c.isprintable() and not c.isspace() for c in turn["value"]):

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['CURIOUS', 'HELPFUL', 'MMTAG', 'LLAMA_2_SYSTEM', 'SYSTEM_OPENING', 'conv_templates', 'SeparatorStyle', 'Conversation',
            'single', 'two', 'llama_2', 'llama_3', 'chatml', 'plain', 'get_template', 'frame_texts', 'turn_frame',
-           'Rendered', 'user_parts', 'system_parts', 'message_parts', 'joined', 'render', 'caption_form', 'set_system']
+           'Rendered', 'user_parts', 'system_parts', 'leaves_open', 'message_parts', 'joined', 'render', 'caption_form',
+           'set_system']
 
 # %% ../../nbs/03_templates.ipynb #c002
 from dataclasses import dataclass, field, replace
@@ -280,6 +281,13 @@ def system_parts(
         return []
     return [(conv.system + conv.sep, Segment.SYSTEM)]
 
+def leaves_open(
+    conv: Conversation,  # The template
+    message: str | None,  # Of a turn
+) -> bool:
+    "Whether a turn is written without its end: one to be answered, and in most styles an empty one."
+    return message is None or (message == "" and conv.sep_style != SeparatorStyle.PLAIN)
+
 def message_parts(
     conv: Conversation,  # The template
     n: int,  # Number of the turn
@@ -289,8 +297,7 @@ def message_parts(
 ) -> list[tuple[str, Segment]]:
     "One turn, framed."
     opening, glue, closing = turn_frame(conv, n, role)
-    if message is None or (message == "" and conv.sep_style != SeparatorStyle.PLAIN):
-        return [(opening, Segment.HEADER)]
+    if leaves_open(conv, message): return [(opening, Segment.HEADER)]
     if n % 2:
         return [
             (opening, Segment.HEADER),
