@@ -34,6 +34,7 @@ from vlm_lit.text.labels import generation_ids
 from vlm_lit.text.labels import generation_prompt
 from vlm_lit.text.labels import make_prompt
 from vlm_lit.text.labels import mask_prompt
+from vlm_lit.text.labels import mask_switched_off
 from vlm_lit.text.labels import open_turns
 from vlm_lit.text.labels import preprocess
 from vlm_lit.text.labels import refuse_control_tokens
@@ -258,6 +259,15 @@ def test_forged_turn_is_refused_with_its_place():
             refuse_control_tokens(forged, control_pattern(tok, "gemma"), record="000042")
     bp.expect({"found[0]": "<end_of_turn>"}, n=0, hits=1)
 
+def test_an_answer_that_is_switched_off_is_not_supervised():
+    two = [("human", "q"), ("gpt", "a guess"), ("human", "sure?"), ("gpt", "yes")]
+    turns = [{"from": who, "value": text} for who, text in two]
+    turns[1]["train"] = False
+    watch = ["tokenizer.decode(labels[0][labels[0] != IGNORE_INDEX])"]
+    with Breakpoint(preprocess, at='segments = {"segments"', watch=watch) as bp:
+        preprocess([turns], tok)
+    bp.expect({watch[0]: "yes<end_of_turn>\n<eos>"})
+
 def test_labels_of_the_seed():
     watch = "prompts[0].answers input_ids[0] labels[0]"
     with Breakpoint(preprocess, at='return {"input_ids"', watch=watch) as bp:
@@ -439,6 +449,56 @@ def test_later_rounds_are_lost_as_counted():
         test_eq((short, set(row["mgm_labels"]) == {IGNORE_INDEX}), (rounds - 1, rounds > 1))
         counts = list(map(int, re.findall(r"\d+", row["printed"])))
         test_eq(counts, [len(row["mgm_input_ids"]) - short, len(row["mgm_input_ids"])] * (short > 0))
+
+def test_switches_change_labels_of_their_answers_and_nothing_else():
+    def check_switches(template, t, seed, n=12):
+        "Labels with switched-off answers against those without switches, answer by answer."
+        rng = random.Random(f"{template} {seed}")
+        sources = preprocess_multimodal(list(conversations(rng, n, images=False)))
+        if "plain" in template:
+            human = {"from": "human", "value": "<image>"}
+            sources = [[human, {"from": "gpt", "value": s[1]["value"]}] for s in sources]
+        pictured = ["plain" in template] * len(sources)
+        switched = copy.deepcopy(sources)
+        for source in switched:
+            for turn in source[1::2]:
+                turn.update({"train": False} if rng.random() < 0.5 else {})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            whole = preprocess(sources, t, template, pictured, "allow")
+            out = preprocess(switched, t, template, pictured, "allow", return_segments=True)
+            for k, source in enumerate(switched):
+                assert torch.equal(out["input_ids"][k], whole["input_ids"][k])
+                parts = make_prompt(source, t, template, pictured[k]).answers
+                of = lambda cut: [turn for turn in source[1::2] if cut(turn["value"])]
+                several = (of(lambda text: True), of(str), of(str.strip))
+                answers = next(own for own in several if len(own) == len(parts))
+                labels, segments = out["labels"][k], out["segments"][k]
+                on = whole["labels"][k] != IGNORE_INDEX  # runs of it are answers
+                run = torch.cat([on[:1].long(), (on[1:] & ~on[:-1]).long()]).cumsum(0) - 1
+                kept = torch.tensor([turn.get("train", True) for turn in answers] + [False])
+                wanted = on & kept[torch.where(on, run, len(answers))]
+                assert torch.equal(labels != IGNORE_INDEX, wanted)
+                assert torch.equal(segments == Segment.CONTEXT, on & ~wanted)
+        return sum(turn.get("train", True) is False for source in switched for turn in source)
+
+    n_off = 0
+    for template, name in FITS:
+        if template != "hf" and fits(template, name):
+            n_off += check_switches(template, families[name], 0)
+    for (_, name), chat_template in STYLES.items():
+        t = copy.deepcopy(families[name])
+        t.chat_template = chat_template
+        n_off += check_switches("hf", t, 0)
+    assert n_off > 300
+    conversation = [{"from": who, "value": "x"} for who in ("gpt", "human", "gpt")]
+    conversation[0]["train"] = False  # a greeting is dropped, and its switch with it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert (preprocess([conversation], tok)["labels"][0] != IGNORE_INDEX).any()
+    with expect_fail(DataError, contains="record 7: the template joins answers"):
+        pair = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "train": False}] * 2
+        mask_switched_off(Rendered("xy", (("x", Segment.ANSWER), ("y", Segment.STOP))), pair, 7)
 
 def test_two_builders_agree_on_twenty_thousand_conversations():
     combinations = [pair for pair in FITS if fits(*pair) and pair[0] != "hf"]

@@ -1,12 +1,16 @@
 "Derived from nbs/03a_messages.ipynb by `make tests`; edit the notebook, not this file."
-import re
+import math, re
 from vlm_lit.core import IMAGE_TOKEN, DataError
-import textwrap
+import json, textwrap
 from fastcore.test import test_eq, expect_fail
+from hypothesis import given, settings, strategies as st
 from vlm_lit.debug.breakpoints import Breakpoint
+from vlm_lit.text.messages import REFUSED_KEYS
+from vlm_lit.text.messages import _is_trained
 from vlm_lit.text.messages import _llava_turn
 from vlm_lit.text.messages import _part_images
 from vlm_lit.text.messages import _read_turn
+from vlm_lit.text.messages import ignored_keys
 from vlm_lit.text.messages import image_names
 from vlm_lit.text.messages import read_record
 from vlm_lit.text.messages import turn_parts
@@ -19,13 +23,27 @@ def test_a_turn_becomes_a_role_and_pairs():
     pairs = [[(None, "x.png"), ("What is this?", None)], [("A cat", None)]]
     bp.expect_each(role=["user", "gpt"], parts=pairs)
 
+def test_a_weight_of_zero_is_kept_as_a_switch():
+    answers = [{"weight": 0}, {"train": True}, {}]
+    with Breakpoint(_is_trained, at="return all(given", watch="given") as bp:
+        for answer in answers: _is_trained(answer, "gpt", record="a", n=1)
+    bp.expect_each(given=answers)
+    for hit, wanted in enumerate([False, True, True]):
+        bp.expect_return(result=wanted, hit=hit)
+
 def test_a_weight_would_be_lost():
     unwanted = {"role": "assistant", "content": "I guess", "weight": 0}
-    at, names = "if unsupported:", "role unsupported"
-    with Breakpoint(_read_turn, at=at, watch=names, set={"unsupported": []}) as bp:
-        _read_turn(unwanted, record="a", n=1)
-    is_refused = lambda found: "the turn has 'weight'" in repr(found)
-    bp.expect_changed(result=(is_refused, ("gpt", [("I guess", None)])))
+    at = "for key, value in given.items()"
+    with Breakpoint(_is_trained, at=at, watch="given", set={"given": {}}) as bp:
+        _is_trained(unwanted, "gpt", record="a", n=1)
+    bp.expect_changed(result=(False, True))
+
+def test_keys_that_hold_text_are_named():
+    raw = {"id": 1, "score": 3, "hint": ["", {"en": "look left"}], "url": "http://x/y"}
+    turns = [{"from": "gpt", "value": "a", "rationale": "because"}]
+    with Breakpoint(ignored_keys, at="return sorted(found)", watch="found") as bp:
+        ignored_keys(raw, turns)
+    bp.expect_return(result=["hint", "turn.rationale"])
 
 def test_three_forms_are_one_record():
     def chat(image):
@@ -83,7 +101,7 @@ def test_records_of_all_forms_become_llava_records():
     test_eq(read_record({**llava, "image": ["x.png", "y.png"]})["image"], ["x.png", "y.png"])
     described = {**llava, "type": "color", "source": "web"}
     test_eq(read_record(described), described)
-    test_eq(read_record({**llava, "type": None, "score": 3}), llava)
+    test_eq(read_record({**llava, "type": None, "score": 3, "license": "MIT"}), llava)
 
     def chat(part, content=None, key="messages", **extra):
         question = [part, {"type": "text", "text": "What is this?"}] if part else content
@@ -161,7 +179,7 @@ def test_records_that_cannot_be_read_say_why():
             "image": "x.png",
         },
         "record 7: a conversation must be a list": {"id": 7, "conversations": "q"},
-        "record 0: 'id' must be": {"id": [1], "conversations": []},
+        "record 7: 'id' must be": {"id": [1], "conversations": []},
         "record 7: 'type' must be a text, got list": {"id": 7, "conversations": [], "type": ["color"]},
         "record 7: 'source' must be a text, got int": {"id": 7, "conversations": [], "source": 3},
         "record 7: 'source' holds half": {"id": 7, "conversations": [], "source": "\ud83d"},
@@ -179,7 +197,20 @@ def test_records_that_cannot_be_read_say_why():
         "record 7, turn 0: a turn must be": {"id": 7, "messages": [{"role": "user", "content": None}]},
         "record 7, turn 1: unknown role 'tool'": turn("tool", "x"),
         "record 7, turn 1: the text holds half": turn("assistant", "\ud83d"),
-        "record 7, turn 1: the turn has 'weight'": turn("assistant", "a", weight=0),
+        "record 7, turn 1: 'weight' is '0.5'": turn("assistant", "a", weight=0.5),
+        "record 7, turn 1: 'loss' is 'no'": turn("assistant", "a", loss="no"),
+        "record 7, turn 1: 'train' and 'weight' disagree": turn(
+            "assistant", "a", weight=1, train=False
+        ),
+        "record 7, turn 1: 'train' in a turn of 'human'": turn("user", "q", train=True),
+        "record 7: 'id' must be a text or a finite number": {"id": float("inf"), "messages": []},
+        "record 7: the record has 'video'": {**bare, "video": "x.mp4"},
+        "record 7: 'system' must be a text": {**bare, "system": ["Be brief."]},
+        "record 7: both 'system' and a system turn": {
+            "system": "Be brief.",
+            **turn("system", "Be long."),
+        },
+        "record 7, turn 1: the turn has 'thinking'": turn("assistant", "a", thinking="hm"),
         "record 7, turn 1: the turn has 'tool_calls'": turn("assistant", "a", tool_calls=[{"id": 1}]),
         "record 7, turn 1: the turn has 'refusal'": turn("assistant", "a", refusal="no"),
         "record 7, turn 1: an image in a turn of 'gpt'": turn("assistant", [IMAGE]),
@@ -190,7 +221,94 @@ def test_records_that_cannot_be_read_say_why():
         "conversations": greeting,
     }
     for message, record in wrong.items():
-        with expect_fail(DataError, contains=message): read_record(record)
+        with expect_fail(DataError, contains=message):
+            read_record(record, 7 if record != [3] else 0)
     kept = read_record(turn("assistant", "a", weight=1, refusal=None))
     test_eq(kept["conversations"][1]["value"], "a")
-    test_eq(len(wrong), 26)
+    test_eq(len(wrong), 34)
+
+def test_switches_of_turns_in_all_combinations():
+    # switches of an answer -> whether it is trained; None: refused
+    table = [
+        ({}, True),
+        ({"weight": None, "train": None}, True),
+        ({"weight": 1}, True),
+        ({"weight": 0.0}, False),
+        ({"loss": False}, False),
+        ({"train": False}, False),
+        ({"training": 0, "loss": False}, False),
+        ({"train": True, "weight": 1.0}, True),
+        ({"weight": 0, "loss": True}, None),
+        ({"weight": 2}, None),
+        ({"weight": -1}, None),
+        ({"loss": "false"}, None),
+        ({"train": []}, None),
+        ({"weight": float("nan")}, None),
+    ]
+    for switches, wanted in table:
+        raw = {"id": 1, "conversations": [{"from": "gpt", "value": "a", **switches}]}
+        if wanted is None:
+            with expect_fail(DataError, contains="record 1, turn 0: "):
+                read_record(raw)
+            continue
+        record = read_record(raw)
+        kept = {"from": "gpt", "value": "a"} | ({} if wanted else {"train": False})
+        test_eq(record["conversations"], [kept])
+        test_eq(read_record(record), record)
+    question = {"from": "human", "value": "q"}  # a user's turn is masked anyway
+    for off in ({"train": False}, {"loss": False}, {"weight": 0}, {"weight": 1}, {"loss": True}):
+        test_eq(read_record({"conversations": [{**question, **off}]})["conversations"], [question])
+
+def test_content_is_used_refused_or_named():
+    leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(" \nx", max_size=3)
+    inner = lambda own: (
+        st.lists(own, max_size=3) | st.dictionaries(st.text(max_size=3), own, max_size=3)
+    )
+    values = st.recursive(leaves, inner, max_leaves=8)
+    keys = st.sampled_from(["hint", "options", "text", "system_prompt", "url", "width", "_row", *"ab"])
+    turn_keys = st.sampled_from(["thought", "name", "language", "c"])
+
+    def words(value):
+        "Texts anywhere in a value."
+        if isinstance(value, dict): value = list(value.values())
+        if isinstance(value, list):
+            return [word for own in value for word in words(own)]
+        return [value] if isinstance(value, str) and value.strip() else []
+
+    @settings(max_examples=300, deadline=None, derandomize=True)
+    @given(st.dictionaries(keys, values, max_size=4), st.dictionaries(turn_keys, values, max_size=2))
+    def check(extra, of_turn):
+        turns = [{"from": "human", "value": "q", **of_turn}, {"from": "gpt", "value": "a"}]
+        record = read_record({"id": 1, "conversations": turns, **extra})
+        found = {**extra, **{f"turn.{key}": value for key, value in of_turn.items()}}
+        harmless = ("url", "width", "_row", "turn.name", "turn.language")
+        wanted = sorted(k for k, v in found.items() if words(v) and k not in harmless)
+        assert record.get("ignored", []) == wanted and read_record(record) == record
+
+    check()
+    for key in REFUSED_KEYS:
+        for place in ("record", "turn"):
+            turn = {"from": "gpt", "value": "a"}
+            raw = {"id": 1, "conversations": [turn]}
+            own = raw if place == "record" else turn
+            for empty in (None, "", [], {}, False):
+                own[key] = empty
+                test_eq(read_record(raw), {"id": 1, "conversations": [{"from": "gpt", "value": "a"}]})
+            for full in ("x", ["x"], {"x": 1}, 1):
+                own[key] = full
+                with expect_fail(DataError, contains=f"the {place} has '{key}'"):
+                    read_record(raw)
+
+def test_a_system_text_beside_the_turns_is_a_turn():
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    system = {"role": "system", "content": "Be brief."}
+    wanted = read_record({"id": 1, "messages": [system, *turns]})
+    test_eq(read_record({"id": 1, "system": "Be brief.", "messages": turns}), wanted)
+    for nothing in ("", None, []):
+        test_eq(
+            read_record({"id": 1, "system": nothing, "messages": turns})["conversations"][0]["from"],
+            "human",
+        )
+    for twins in ({"images": []}, {"images": None}, {"messages": []}, {"messages": None}):
+        raw = {"id": 1, "image": "x.png", "conversations": [{"from": "human", "value": "<image>"}]}
+        test_eq(read_record({**raw, **twins}), read_record(raw))  # a merged table has empty twins

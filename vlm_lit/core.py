@@ -31,6 +31,7 @@ class Segment(IntEnum):
     ANSWER = 4
     STOP = 5
     PAD = 6  # filling of a batch, never in a prompt
+    CONTEXT = 7  # an answer with its stop text that its record takes out of the loss
 
 # %% ../nbs/00_core.ipynb #c012
 class ConfigError(ValueError):

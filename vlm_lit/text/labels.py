@@ -254,17 +254,48 @@ def encode_by_policy(
     template: str,  # A name in `conv_templates`, or "hf"
     control_tokens: str,  # "refuse", "escape" or "allow"
     records: list,  # The records' ids, for messages
+    switched: list[Rendered] | None = None,  # The same with answers out of the loss
 ) -> Encoded:
     "Tokenize prompts; unless allowed, no text of a message becomes a control token."
     literals = None
     if control_tokens == "escape":
         pattern = control_pattern(tokenizer, template)
         literals = [literal_spans(prompt, pattern) for prompt in prompts]
+    prompts = switched or prompts
     encoded = encode_prompts(prompts, tokenizer, literals, is_one_text=template == "hf")
     if control_tokens != "allow": refuse_control_ids(encoded, tokenizer, records)
     return encoded
 
 # %% ../../nbs/05_labels.ipynb #c018
+SUPERVISED = (Segment.ANSWER, Segment.STOP)
+
+def mask_switched_off(
+    prompt: Rendered,
+    source: list[dict],  # The conversation in it, checked
+    record: object = None,  # The record's id, for messages
+) -> Rendered:  # The same text
+    """Answers whose turn has `"train": False` as `CONTEXT`: tokenized like any answer, and not
+    supervised."""
+    question = next((n for n, turn in enumerate(source) if turn["from"] == "human"), len(source))
+    answers = [turn for turn in source[question:] if turn["from"] == "gpt"]
+    if all(turn.get("train") is not False for turn in answers): return prompt
+    is_answer = [segment in SUPERVISED for _, segment in prompt.parts]
+    begins = [n for n, on in enumerate(is_answer) if on and not (n and is_answer[n - 1])]
+    full = [turn for turn in answers if turn["value"]]  # an empty one may have no part
+    seen = [turn for turn in answers if turn["value"].strip()]  # where the template strips
+    own = next((ts for ts in (answers, full, seen) if len(ts) == len(begins)), None)
+    if own is None:
+        message = "the template joins answers, and one of them has 'train': false; leave it out"
+        raise DataError(message, record)
+    parts = list(prompt.parts)
+    for turn, begin in zip(own, begins):
+        end = begin
+        while end < len(parts) and is_answer[end]:
+            if turn.get("train") is False:
+                parts[end] = (parts[end][0], Segment.CONTEXT)
+            end += 1
+    return Rendered(prompt.text, tuple(parts), prompt.has_bos)
+
 def mask_prompt(
     input_ids: np.ndarray,  # Ids, flat
     segments: np.ndarray,  # `Segment` of each, from `encode_prompts`
@@ -371,11 +402,15 @@ def preprocess(
     ]
     for source, own, record in zip(sources, pictured, records):
         check_control_tokens(source, control_tokens, pattern, own, record)
-    encoded = encode_by_policy(prompts, tokenizer, template, control_tokens, records)
+    switched = [
+        mask_switched_off(prompt, source, record)
+        for prompt, source, record in zip(prompts, sources, records)
+    ]
+    encoded = encode_by_policy(prompts, tokenizer, template, control_tokens, records, switched)
     apart = lambda flat: list(torch.from_numpy(flat).split(encoded.lengths.tolist()))
     input_ids, labels = apart(encoded.ids), apart(mask_prompt(encoded.ids, encoded.segments))
-    for record, prompt in zip(records, prompts):
-        if all(segment < Segment.ANSWER for _, segment in prompt.parts):
+    for record, prompt in zip(records, switched):
+        if all(segment not in SUPERVISED for _, segment in prompt.parts):
             warnings.warn(f"record {record!r}: nothing in it is supervised; it has no answer")
     segments = {"segments": apart(encoded.segments)} if return_segments else {}
     return {"input_ids": input_ids, "labels": labels, **segments}
