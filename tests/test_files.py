@@ -1,18 +1,23 @@
 "Derived from nbs/01a_files.ipynb by `make tests`; edit the notebook, not this file."
-import hashlib, json, os, shutil, stat, sys
+import errno, hashlib, json, os, platform, re, shutil, stat, sys, time
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from uuid import uuid4
-from vlm_lit.core import ConfigError
+from safetensors import SafetensorError
+from vlm_lit.core import ConfigError, describe
 import tempfile
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.debug.breakpoints import Breakpoint
+from vlm_lit.files import WriteError
 from vlm_lit.files import cache_folder
 from vlm_lit.files import digest
 from vlm_lit.files import file_stamp
 from vlm_lit.files import new_folder
+from vlm_lit.files import part_path
 from vlm_lit.files import read_json
 from vlm_lit.files import sha256
+from vlm_lit.files import write_error
 from vlm_lit.files import write_file
 from vlm_lit.files import write_json
 from vlm_lit.files import write_rows
@@ -25,12 +30,12 @@ def setup_module():
 
 def test_a_file_is_replaced_in_one_step():
     write_json(path, {"step": 1})
-    watch = ["sorted(p.name for p in path.parent.iterdir())", "path.read_text()"]
+    watch = ["sorted(p.name.split('.part')[0][:10] for p in path.parent.iterdir())", "path.read_text()"]
     watch.append("part.exists() and part.read_text()")
     with Breakpoint(write_file, at="part.replace(path)", watch=watch) as bp:
         write_json(path, {"step": 2})
     names, old, new = watch
-    bp.expect({names: ["state.json", "state.json.part"]})
+    bp.expect({names: ["state.json", "state.json"]})
     bp.expect({old: '{\n "step": 1\n}\n', new: '{\n "step": 2\n}\n'})
     bp.expect_after({names: ["state.json"], old: '{\n "step": 2\n}\n'})
 
@@ -72,6 +77,88 @@ def test_rows_are_read_line_by_line():
     test_eq(path.read_text(), "")
     with expect_fail(ConfigError, contains="cannot read"):
         read_json(path.with_name("gone.json"))
+
+def test_two_writers_of_one_file_leave_the_file_of_one_of_them():
+    place = Path(tempfile.mkdtemp())
+    texts = {k: str(k) * (1 << 16) for k in range(4)}
+
+    def write_often(k):
+        for _ in range(8): write_text(place / "page", texts[k])
+        os._exit(0)
+
+    children = []
+    for k in texts:
+        child = os.fork()
+        if child == 0: write_often(k)
+        children.append(child)
+    for child in children: test_eq(os.waitpid(child, 0)[1], 0)
+    assert (place / "page").read_text() in texts.values()
+    test_eq([p.name for p in place.iterdir()], ["page"])
+
+def test_parts_of_processes_that_are_gone_are_removed_and_no_other_file():
+    place = Path(tempfile.mkdtemp())
+    child = os.fork()
+    if child == 0:
+        part_path(place / "old").write_text("half")
+        (part_path(place / "folder") / "inner").mkdir(parents=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+    test_eq(len(list(place.iterdir())), 2)
+    mine = part_path(place / "new")
+    far, farther = (mine.with_name(f"new.{'0' * 8}-1-{k * 8}.part") for k in "12")
+    others = [mine, far, place / "film.part", place / "old.0-1-2.part"]
+    for file in (*others, farther): file.write_text("half")
+    os.utime(farther, (0, 0))
+    write_text(place / "new", "whole")
+    test_eq(sorted(place.iterdir()), sorted([*others, place / "new"]))
+    child = os.fork()
+    if child == 0:
+        part_path(place / "cache").mkdir()
+        os._exit(0)
+    os.waitpid(child, 0)
+    with new_folder(place / "cache"): pass
+    test_eq(sorted(place.iterdir()), sorted([*others, place / "new", place / "cache"]))
+
+def test_a_full_disk_or_a_folder_of_others_is_one_line_and_the_last_state_stays():
+    place = Path(tempfile.mkdtemp())
+    write_json(place / "state.json", {"step": 1})
+
+    def fails(error):
+        def write(part):
+            part.write_text("half")
+            raise error
+
+        return write
+
+    errors = [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EROFS, "read-only")]
+    errors += [SafetensorError("I/O error: No space left"), RuntimeError("inline_container.cc: failed")]
+    errors += [Exception("No space left on device (os error 28)"), PermissionError(13, "denied")]
+    for error in errors:
+        with expect_fail(WriteError, contains="state.json': "):
+            write_file(place / "state.json", fails(error))
+        test_eq(("\n" in str(WriteError(place, write_error(error)))), False)
+        with expect_fail(WriteError):
+            write_file(place / "none" / "state.json", fails(error))
+    with expect_fail(KeyError):
+        write_file(place / "state.json", fails(KeyError("a bug")))
+    test_eq((read_json(place / "state.json"), len(list(place.iterdir()))), ({"step": 1}, 1))
+    for error in errors[:2]:
+        with expect_fail(ConfigError, contains="set VLM_LIT_CACHE"):
+            with new_folder(place / "new"): raise error
+    with expect_fail(FileNotFoundError):
+        with new_folder(place / "new"): (place / "gone").read_text()
+    test_eq(len(list(place.iterdir())), 1)
+
+def test_broken_json_names_its_file():
+    place = Path(tempfile.mkdtemp()) / "state.json"
+    for text in ("", '{"a', "[" * 100_000, "nul", "\udcff"):
+        place.write_bytes(text.encode("utf-8", "surrogateescape"))
+        with expect_fail(ConfigError, contains="cannot read"): read_json(place)
+    for value in ([], None, "a", 1, [{}]):
+        write_json(place, value)
+        with expect_fail(ConfigError, contains="must hold an object"):
+            read_json(place, dict)
+        test_eq(read_json(place), value)
 
 def test_written_files_have_the_mode_of_the_umask():
     def private(path):
