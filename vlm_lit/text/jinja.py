@@ -167,7 +167,8 @@ def to_jinja(
     bos: bool = False,  # Begin with the tokenizer's BOS, for engines that add none to a chat
 ) -> str:  # For `tokenizer.chat_template`
     """A template as Jinja that renders the same text. Raises `ConfigError` for what cannot be
-    written."""
+    written. The program does not look for control tokens in messages: an engine that uses it has to
+    refuse or split them itself."""
     name = template if isinstance(template, str) else ""
     if name == "hf":
         raise ConfigError("template 'hf' is Jinja already: it is the tokenizer's chat_template")

@@ -79,7 +79,8 @@ def special_tokens(
 def control_tokens(
     tokenizer: PreTrainedTokenizerFast,
 ) -> list[str]:  # Longest first, so that a search finds the whole token
-    "Every token of the vocabulary that frames text and is not text itself."
+    """Tokens that the tokenizer flags as special, and those of its named roles; a token that frames
+    text without that flag, such as Qwen's `<think>`, is not among them."""
     added = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
     return sorted(added | set(tokenizer.all_special_tokens), key=lambda t: (-len(t), t))
 
