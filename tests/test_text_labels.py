@@ -249,7 +249,8 @@ def test_empty_turns_are_left_open_but_for_captions():
         talk = [("human", "q"), ("gpt", ""), ("human", ""), ("gpt", "a")]
         turns = [{"from": who, "value": text} for who, text in talk]
         table.setdefault((conv.sep_style.name, tuple(open_turns(turns, name))), []).append(name)
-    for (style, numbers), names in table.items(): print(f"{style:8}open {numbers!s:8}{names[:4]}")
+    for (style, numbers), names in table.items():
+        print(f"{style:8}open {numbers!s:8}{names[:4]}")
     test_eq({numbers for (style, numbers) in table if style != "PLAIN"}, {(1, 2)})
     test_eq([numbers for (style, numbers) in table if style == "PLAIN"], [()])
 
@@ -862,7 +863,9 @@ def test_settings_that_cannot_work_are_config_errors():
         preprocess([source], families["chatml_no_bos"], template="hf")
 
     headed = copy.deepcopy(families["chatml_no_bos"])
-    headed.chat_template = STYLES["qwen", "chatml_no_bos"].replace("assistant\n", "assistant\n<think>\n")
+    headed.chat_template = STYLES["qwen", "chatml_no_bos"].replace(
+        "assistant\n", "assistant\n<think>\n"
+    )
     with expect_fail(ConfigError, contains="gives generation '<think>"):
         check_tokenizer(headed, "hf")
 

@@ -76,7 +76,8 @@ def open_turns(
     template: str,  # A name in `conv_templates`, or "hf"
 ) -> list[int]:  # Their numbers; an empty answer at the end is not among them
     "Empty turns that the template leaves open, so that the next turn begins inside them."
-    if template == "hf": return []  # the tokenizer's template closes them, or is refused
+    if template == "hf":
+        return []  # the tokenizer's template closes them, or is refused
     conv, first = get_template(template), first_turn(source)
     if source[first]["from"] == "gpt": first += 1  # a greeting is dropped
     is_open = lambda turn: leaves_open(conv, turn["value"])
@@ -263,7 +264,8 @@ def encode_by_policy(
         literals = [literal_spans(prompt, pattern) for prompt in prompts]
     prompts = switched or prompts
     encoded = encode_prompts(prompts, tokenizer, literals, is_one_text=template == "hf")
-    if control_tokens != "allow": refuse_control_ids(encoded, tokenizer, records)
+    if control_tokens != "allow":
+        refuse_control_ids(encoded, tokenizer, records)
     return encoded
 
 # %% ../../nbs/05_labels.ipynb #c018

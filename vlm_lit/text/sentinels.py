@@ -287,7 +287,8 @@ def letters_apart(
     traits: TokenizerTraits,
 ) -> list[int]:  # Characters at which to cut; none for most pieces
     "All characters of a plain text of which the vocabulary makes a control token all the same."
-    if not piece.literal or set(traits.control_ids).isdisjoint(encoding.ids): return []
+    if not piece.literal or set(traits.control_ids).isdisjoint(encoding.ids):
+        return []
     return list(range(1, len(piece.text)))
 
 def place_parts(

@@ -285,7 +285,7 @@ def leaves_open(
     conv: Conversation,  # The template
     message: str | None,  # Of a turn
 ) -> bool:
-    "Whether a turn is written without its end: one to be answered, and in most styles an empty one."
+    "Whether a turn is written without its end: an unanswered one, and in most styles an empty one."
     return message is None or (message == "" and conv.sep_style != SeparatorStyle.PLAIN)
 
 def message_parts(
@@ -297,7 +297,8 @@ def message_parts(
 ) -> list[tuple[str, Segment]]:
     "One turn, framed."
     opening, glue, closing = turn_frame(conv, n, role)
-    if leaves_open(conv, message): return [(opening, Segment.HEADER)]
+    if message is None or leaves_open(conv, message):
+        return [(opening, Segment.HEADER)]
     if n % 2:
         return [
             (opening, Segment.HEADER),
