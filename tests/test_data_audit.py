@@ -11,6 +11,7 @@ from vlm_lit.core import Segment
 from vlm_lit.text.labels import check_tokenizer
 from vlm_lit.data.records import Records
 from vlm_lit.data.records import one_thread
+from vlm_lit.data.collator import name_dead_worker
 from vlm_lit.data.samplers import GlobalBatchSampler, mixture_draws, padding_ratio
 from vlm_lit.data.findings import AuditSettings, ERRORS, Finding, Tally, WARNINGS, inspect_chunk
 from vlm_lit.data.findings import severity

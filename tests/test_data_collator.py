@@ -1,12 +1,13 @@
 "Derived from nbs/08_batches.ipynb by `make tests`; edit the notebook, not this file."
-import bisect
+import bisect, re
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 import numpy as np, torch
 from numpy.typing import ArrayLike
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from vlm_lit.padding import count_images, expand_image_tokens, pad_samples, stack_images, supervised_positions
-import json, tempfile
+import json, os, signal, tempfile
 from pathlib import Path
 from collections import Counter
 import matplotlib.pyplot as plt
@@ -24,6 +25,7 @@ from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.data.collator import DataCollatorForSupervisedDataset
 from vlm_lit.data.collator import check_sample
 from vlm_lit.data.collator import concatenate_samples
+from vlm_lit.data.collator import name_dead_worker
 from vlm_lit.data.collator import pack_sequences
 
 def setup_module():
@@ -160,6 +162,26 @@ def test_a_tag_without_its_image_is_refused():
         except DataError as error: print(str(error)[:100])
     bp.expect_each(n=[0, 1], n_sentinels=[1, 1], n_images=[1, 0])
 
+def test_a_killed_worker_is_one_line():
+    class Killing(torch.utils.data.Dataset):
+        "Its second item kills whoever reads it."
+
+        def __len__(self): return 4
+
+        def __getitem__(self, i):
+            if i == 1: os.kill(os.getpid(), signal.SIGKILL)
+            return i
+
+    message = (
+        "a loader worker was killed by signal Killed, most often for lack of memory; lower --workers"
+    )
+    with Breakpoint(name_dead_worker, at="if not found", watch=["found[1]"]) as bp:
+        with expect_fail(ConfigError, contains=message), name_dead_worker("--workers"):
+            list(torch.utils.data.DataLoader(Killing(), num_workers=1))
+    bp.expect({"found[1]": "signal: Killed"})
+    with expect_fail(RuntimeError, contains="another"), name_dead_worker("--workers"):
+        raise RuntimeError("another")
+
 def test_batch_without_pictures_has_no_image_keys():
     test_eq(sorted(collate([ds[1], ds[1]])), ["attention_mask", "input_ids", "labels"])
     assert "image_index" not in collate([ds[2]])
@@ -232,6 +254,9 @@ def test_collator_expands_every_sentinel():
         DataCollatorForSupervisedDataset(0, max_length=84)
     with expect_fail(ConfigError, contains="supervised_only counts a sentinel"):
         DataCollatorForSupervisedDataset(0, supervised_only=True)
+    with expect_fail(ConfigError, contains="leave it out with padding_side 'left'"):
+        images = dict(num_image_tokens=16, image_token_id=255999)
+        DataCollatorForSupervisedDataset(0, **images, supervised_only=True, padding_side="left")
     with expect_fail(ConfigError, contains="given together, or neither"):
         DataCollatorForSupervisedDataset(0, num_image_tokens=16)
     forged = {**ds[1], "input_ids": torch.full_like(ds[1]["input_ids"], 255999), "id": "cat-17"}

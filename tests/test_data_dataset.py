@@ -1,5 +1,5 @@
 "Derived from nbs/07a_dataset.ipynb by `make tests`; edit the notebook, not this file."
-import json, os
+import json, os, warnings
 from collections.abc import Sequence
 from pathlib import Path
 import numpy as np, torch
@@ -260,6 +260,42 @@ def test_skipping_has_limits_of_its_own():
     test_eq((len(ds.__getitems__([0, 1])), ds.bad.totals), (1, (2, 1)))
     test_eq(list(loader(0.5, file, 0, long, max_length=45, overlength="skip")), [9, 10, 10, 1])
     assert "max_length is 45" in file.read_text().splitlines()[-1]
+
+def test_skipped_samples_are_named_once_and_left_out_without_a_file_too():
+    import warnings as module
+
+    file = Path(tempfile.mkdtemp()) / "bad_samples.jsonl"
+    limits = dict(max_length=50, overlength="skip")
+    for run in range(2):  # the second goes on with the first
+        ds = limited([*bad_ones[:1], rounds, seed], skip_bad=0.9, bad_samples=file, **limits)
+        for epoch in range(3): test_eq(len(ds.__getitems__([0, 1, 2])), 1)
+        test_eq(len(file.read_text().splitlines()), 2)
+        test_eq(ds.bad.totals, (9, 3))  # of the file that is missing, each time; not of the long one
+    file.write_text("[1]\n{\n" + file.read_text())
+    test_eq(len(limited([rounds], skip_bad=0.9, bad_samples=file, **limits).bad.earlier), 2)
+    plainly = limited([rounds, seed], **limits)
+    with module.catch_warnings(record=True) as said:
+        module.simplefilter("always")
+        test_eq([own["index"] for own in plainly.__getitems__([0, 1])], [1])
+    assert "left out: record" in str(said[0].message) and "max_length is 50" in str(said[0].message)
+    with expect_fail(TooLong): plainly[0]  # one that is asked for is not skipped
+    kept = limited([rounds, seed], **limits).cache_in_memory()
+    with module.catch_warnings(record=True):
+        test_eq(len(kept.__getitems__([0, 1])), 1)
+    with expect_fail(DataError, contains="no image 'gone.png'"):
+        limited([bad_ones[0], seed], **limits).cache_in_memory()
+
+def test_caching_in_memory_tokenizes_each_record_once():
+    ds = limited([seed, *({**seed, "id": f"again-{k}"} for k in range(2))])
+    calls, usual = [], ds.encode
+
+    def counted(records):
+        calls.extend(record["id"] for record in records)
+        return usual(records)
+
+    ds.encode = counted
+    ds.cache_in_memory()
+    test_eq(sorted(map(str, calls)), sorted(str(ds.name(i)) for i in range(3)))
 
 def test_truncation_ends_after_answers_and_never_inside_an_image():
     ids = torch.tensor([2, -200, 5, 6, 7, 8, 9, -200, 10, 11, 12])

@@ -87,6 +87,10 @@ def test_wrong_mixtures_are_refused():
         dict(sizes=[3], repeat=[0]),
         dict(sizes=[3], max_samples=[-1]),
         dict(sizes=[3], weight=[0]),
+        dict(sizes=[3, 3], weight=[1, float("nan")]),
+        dict(sizes=[3], weight=[float("inf")]),
+        dict(sizes=[3], repeat=[float("nan")]),
+        dict(sizes=[3], repeat=[float("inf")]),
     ):
         with pytest.raises(ConfigError): mixture_draws(**kwargs)
 
@@ -103,7 +107,7 @@ def test_any_layout_sees_the_same_global_batches():
     draws = mixture_draws([80, 23], repeat=[1, 2.5])
     for batching in ("shuffled", "grouped", "packed", "by_image"):
         plans = [
-            GlobalBatchSampler(draws, 12, shares, batching, seed=5, **facts)
+            GlobalBatchSampler(draws, 12, shares, batching, seed=5, epochs=3, **facts)
             for shares in (1, 2, 3, 4, 12)
         ]
         for step in range(2 * plans[0].steps + 1):
@@ -121,13 +125,61 @@ def test_every_record_is_seen_in_an_epoch():
         max_length=64,
     )
     for batching in ("shuffled", "grouped", "packed", "by_image"):
-        plan = GlobalBatchSampler(mixture_draws([n]), 8, 4, batching, seed=2, **facts)
+        plan = GlobalBatchSampler(mixture_draws([n]), 8, 4, batching, seed=2, epochs=2, **facts)
         plan.set_epoch(0)
         seen = [i for batch in plan for _, i in batch]
         assert set(seen) == set(range(n))
         assert len(seen) - n <= 8 * (facts["max_length"] // 5 if batching == "packed" else 4)
         plan.set_epoch(1)
         assert [i for batch in plan for _, i in batch] != seen
+
+def test_no_epoch_of_a_run_loses_a_record():
+    from hypothesis import given, settings, strategies as st
+
+    runs = dict(
+        n=st.integers(1, 60),
+        size=st.sampled_from([1, 2, 4, 6]),
+        seed=st.integers(0, 99),
+        kind=st.sampled_from(["shuffled", "grouped", "packed", "by_image"]),
+        length=st.integers(1, 7),
+        is_by_steps=st.booleans(),
+    )
+
+    @settings(max_examples=150, derandomize=True, deadline=None)
+    @given(**runs)
+    def seen_in_each_epoch(n, size, seed, kind, length, is_by_steps):
+        rng = np.random.default_rng([seed, n])
+        facts = dict(lengths=rng.integers(1, 1 + length * 3, n), max_length=length * 3)
+        facts |= dict(has_image=rng.random(n) < 0.5, keys=rng.integers(0, 9, n).tolist())
+        facts |= dict(samples_per_image=2, epochs=5)
+        if is_by_steps: facts["max_steps"] = 5 * n
+        draws = mixture_draws([n, 3], repeat=[1, 1.5])
+        facts["lengths"] = np.append(facts["lengths"], [1, 2, 3])
+        facts["has_image"] = np.append(facts["has_image"], [True, False, True])
+        facts["keys"] += [0, 1, 2]
+        plan = GlobalBatchSampler(draws, size, 1, kind, seed, **facts)
+        for epoch in range(-(-facts["max_steps"] // plan.steps) if is_by_steps else 5):
+            plan.set_epoch(epoch)
+            seen = Counter(i for batch in plan for _, i in batch)
+            wanted = Counter(draws.order(seed, epoch).tolist())
+            assert not wanted - seen, (epoch, wanted - seen)
+
+    seen_in_each_epoch()
+
+def test_an_epoch_beyond_the_run_is_not_cut_off():
+    import pytest
+
+    rng = np.random.default_rng(0)
+    facts = dict(lengths=rng.integers(1, 9, 400), max_length=9)
+    draws = mixture_draws([400], repeat=[0.5])  # another half has another number of sequences
+    plans = {n: GlobalBatchSampler(draws, 1, 1, "packed", **facts, epochs=n) for n in (1, 9)}
+    units = [len(plans[9]._units(epoch)[1]) for epoch in range(9)]
+    assert plans[9].steps == max(units) > plans[1].steps == units[0]
+    larger = next(epoch for epoch, own in enumerate(units) if own > units[0])
+    with pytest.raises(ConfigError, match="give the sampler the run's epochs"):
+        plans[1].global_batch(larger * plans[1].steps)
+    few = GlobalBatchSampler(draws, 1, 1, "packed", drop_last=True, **facts, epochs=9)
+    assert few.steps == min(units)
 
 def test_grouped_steps_have_one_modality_and_little_padding():
     rng = np.random.default_rng(3)

@@ -9,14 +9,17 @@ from vlm_lit.core import ConfigError, describe
 import tempfile
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.debug.breakpoints import Breakpoint
+from vlm_lit.files import CHECKSUMS
 from vlm_lit.files import WriteError
 from vlm_lit.files import cache_folder
+from vlm_lit.files import check_checksum
 from vlm_lit.files import digest
 from vlm_lit.files import file_stamp
 from vlm_lit.files import new_folder
 from vlm_lit.files import part_path
 from vlm_lit.files import read_json
 from vlm_lit.files import sha256
+from vlm_lit.files import write_checksums
 from vlm_lit.files import write_error
 from vlm_lit.files import write_file
 from vlm_lit.files import write_json
@@ -69,6 +72,18 @@ def test_a_folder_is_there_completely_or_not_at_all():
             with new_folder(place / "new") as part: (part / "all").write_text(text)
     test_eq([(p.name, (p / "all").read_text()) for p in place.iterdir()], [("new", "first")])
     bp.expect_each({"folder.is_dir()": [False, True]})
+
+def test_a_flipped_bit_is_found():
+    place = Path(tempfile.mkdtemp())
+    weights = place / "model.safetensors"
+    weights.write_bytes(b"\x00\x01\x02\x03")
+    write_checksums(place)
+    check_checksum(weights)
+    weights.write_bytes(b"\x00\x01\x02\x07")
+    with expect_fail(ConfigError, contains="model.safetensors' is damaged: its SHA-256"):
+        with Breakpoint(check_checksum, at="raise ConfigError", watch=["path.stat().st_size"]) as bp:
+            check_checksum(weights)
+    bp.expect({"path.stat().st_size": 4, "want == sha256(path)": False})
 
 def test_rows_are_read_line_by_line():
     write_rows(path, [{"step": 1}, {"step": 2}])
@@ -159,6 +174,25 @@ def test_broken_json_names_its_file():
         with expect_fail(ConfigError, contains="must hold an object"):
             read_json(place, dict)
         test_eq(read_json(place), value)
+
+def test_checksums_are_of_weights_and_optional():
+    place = Path(tempfile.mkdtemp())
+    names = ["a.safetensors", "b.bin", "c.pt", "d.pth"]
+    for name in (*names, "e.json"): (place / name).write_bytes(name.encode())
+    for name in names: check_checksum(place / name)  # nothing is noted
+    write_checksums(place)
+    test_eq(list(read_json(place / CHECKSUMS)), names)
+    (place / "e.json").write_text("changed")
+    for name in (*names, "e.json"): check_checksum(place / name)
+    (place / "new.bin").write_text("later")
+    check_checksum(place / "new.bin")
+    for name in names:
+        (place / name).write_bytes(b"")
+        with expect_fail(ConfigError, contains="is damaged"):
+            check_checksum(place / name)
+    (place / CHECKSUMS).write_text("[]")
+    with expect_fail(ConfigError, contains="must hold an object"):
+        check_checksum(place / names[0])
 
 def test_written_files_have_the_mode_of_the_umask():
     def private(path):

@@ -1,8 +1,9 @@
 "Derived from nbs/09_config.ipynb by `make tests`; edit the notebook, not this file."
 import copy
-from transformers import AutoConfig, PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from vlm_lit.core import ConfigError
+from vlm_lit.core import ConfigError, nearest
 from vlm_lit.models.towers import VIT_MODEL_TYPES, CONV_MODEL_TYPES
 from vlm_lit.debug.breakpoints import Breakpoint
 from fastcore.test import test_eq, expect_fail
@@ -31,7 +32,7 @@ def setup_module():
 def test_windows_of_mgm_2b():
     convnext = dict(hidden_sizes=[192, 384, 768, 1536], depths=[3, 3, 27, 3])
     watch = ["self.grid", "self.grid_aux", "self.num_image_tokens", "self.vision_size_aux"]
-    with Breakpoint(VLMConfig.check, at="if self.vision_aux_config and", watch=watch) as bp:
+    with Breakpoint(VLMConfig.check, at="if self.grid_aux %", watch=watch) as bp:
         VLMConfig(text_config=dict(model_type="gemma"), vision_aux_config=convnext)
     bp.expect({"self.image_size": 336, "self.patch_size": 14, "self.grid": 24, "self.grid_aux": 192})
     bp.expect({"self.num_image_tokens": 576, "self.vision_size_aux": 192 + 384 + 768 + 1536})
@@ -64,7 +65,28 @@ def test_geometry_of_the_configuration():
         small_config(aux_stages=[2])
     with expect_fail(ConfigError, contains="has no stages to mine"):
         small_config(vision_aux_config=dict(model_type="siglip_vision_model"))
+    with expect_fail(ConfigError, contains="image_size_aux 65 is not a multiple of 2, the pixels"):
+        small_config(image_size_aux=65)
+    lite = dict(model_type="efficientnet_lite")
+    with expect_fail(ConfigError, contains="image_size_aux 65 is not a multiple of 2, the pixels"):
+        small_config(image_size_aux=65, vision_aux_config=lite)
     with expect_fail(ConfigError, contains="at least 2 with image_global"):
         small_config(image_global=True)
     with expect_fail(ConfigError, contains="the low-resolution tower reads 336 pixels"):
         VLMConfig(image_size=224)
+
+def test_parts_that_are_none_are_refused():
+    for part in ("text_config", "vision_config", "vision_aux_config"):
+        for value in ([1], "gemma", 3, True):
+            with expect_fail(ConfigError, contains="keys and values"):
+                small_config(**{part: value})
+        with expect_fail(ConfigError, contains="unknown model type 'nothing_such'"):
+            small_config(**{part: dict(model_type="nothing_such")})
+    with expect_fail(ConfigError, contains="did you mean 'gemma'?"):
+        small_config(text_config=dict(model_type="gema"))
+    for name in ("image_size", "image_size_aux", "image_grid"):
+        for value in (0, -1, 2.5, "32", float("nan"), True):
+            with expect_fail(ConfigError, contains=name):
+                small_config(**{name: value})
+    with expect_fail(ConfigError, contains="vision_config.patch_size must be"):
+        small_config(vision_config=dict(patch_size=0))

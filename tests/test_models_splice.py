@@ -5,14 +5,17 @@ from vlm_lit.padding import expand_image_tokens, pad_samples
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.core import IMAGE_TOKEN_INDEX
 from vlm_lit.debug.breakpoints import Breakpoint
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 from vlm_lit.models.splice import check_image_tokens
+from vlm_lit.models.splice import check_packing
 from vlm_lit.models.splice import expand_sentinels
 from vlm_lit.models.splice import merge_image_features
+from vlm_lit.models.splice import packing_leak
 from vlm_lit.models.splice import restart_positions
 
 def setup_module():
-    global splice
+    global small_model, splice
     torch.set_printoptions(precision=3, sci_mode=False)
     disable_progress_bar()
     def splice(ids, labels, mask, table, images):
@@ -28,6 +31,13 @@ def setup_module():
             rows.append(torch.cat(vectors))
             row_labels.append(torch.tensor(kept))
         return rows, row_labels
+    def small_model(kind, **changes):
+        "A language model of two layers with random weights."
+        torch.manual_seed(0)
+        sizes = dict(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+        sizes |= dict(num_attention_heads=4, num_key_value_heads=2, pad_token_id=0)
+        config = AutoConfig.for_model(kind, **{**sizes, **changes})
+        return AutoModelForCausalLM.from_config(config)
 
 def test_features_of_three_images():
     ids = torch.tensor([[2, 300, 300, 300, 5, 300, 300, 300], [2, 7, 300, 300, 300, 0, 0, 0]])
@@ -93,6 +103,14 @@ def test_without_beginnings_a_row_is_one_text():
         restart_positions(torch.tensor([[1, 1, 2, 2, 2]]))
     bp.expect_changed({"result[0].tolist()": ([0, 1, 0, 1, 2], [0, 1, 2, 3, 4])})
 
+def test_opt_does_not_keep_packed_samples_apart():
+    watch = ["float((after_before - after_other).abs().max()) > 0", "states.shape"]
+    with Breakpoint(packing_leak, at="return float", watch=watch) as bp:
+        check_packing(small_model("llama"))
+        with expect_fail(ConfigError, contains="see each other in a opt"):
+            check_packing(small_model("opt", ffn_dim=64, word_embed_proj_dim=32))
+    bp.expect_each({watch[0]: [False, True], watch[1]: [(3, 12, 32), (3, 12, 32)]})
+
 def test_images_take_their_own_places():
     ids = torch.tensor([[2, 300, 300, 300, 5, 300, 300, 300], [2, 7, 300, 300, 300, 0, 0, 0]])
     images = torch.tensor([[100.0, 101, 102], [200, 201, 202], [300, 301, 302]])[..., None]
@@ -102,6 +120,8 @@ def test_images_take_their_own_places():
     check_image_tokens(ids == 300, 3, 3)
     with expect_fail(DataError, contains="9 image placeholder(s) in input_ids for 2 image(s) of 3"):
         check_image_tokens(ids == 300, 2, 3)
+    with expect_fail(DataError, contains="9 image placeholder(s) in input_ids and no image; if a Tr"):
+        check_image_tokens(ids == 300, 0, 3)
 
 def test_masked_copy_compiles_without_a_break():
     def compiled_part(ids, text, features):
@@ -123,3 +143,29 @@ def test_positions_restart_with_each_sample():
     # a sample of one token, too
     positions = restart_positions(torch.tensor([[1, 2, 2, 0, 0], [1, 1, 1, 1, 1]]))
     test_eq(positions.tolist(), [[0, 0, 1, 0, 1], [0, 1, 2, 3, 4]])
+
+def test_packing_is_tried_on_every_family():
+    apart = {"llama": {}, "mistral": dict(sliding_window=4), "qwen2": {}, "gemma": dict(head_dim=8)}
+    apart |= {"gemma3_text": dict(head_dim=8), "mixtral": dict(num_local_experts=2), "phi": {}}
+    apart |= {"gpt_neox": {}, "olmo2": {}}
+    small = dict(n_layer=2, n_head=4)
+    mamba = dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8)
+    linear = dict(linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8)
+    linear |= dict(linear_value_head_dim=8, num_experts=2, num_experts_per_tok=1, head_dim=8)
+    linear |= dict(moe_intermediate_size=16, shared_expert_intermediate_size=16)
+    mixed = dict(layer_types=["linear_attention", "full_attention"])
+    leaking = {"bloom": small, "falcon": {}, "mamba": {}, "bert": {}, "falcon_h1": mamba}
+    leaking |= {"lfm2": dict(layer_types=["conv", "full_attention"]), "qwen3_next": linear | mixed}
+    for kinds, is_apart in [(apart, True), (leaking, False)]:
+        for kind, changes in kinds.items():
+            for dtype in (torch.float32, torch.bfloat16):
+                leak = packing_leak(small_model(kind, **changes).to(dtype))
+                assert (leak < 2e-4) == is_apart, (kind, dtype, leak)
+    model = small_model("llama").train()
+    check_packing(model)
+    assert model.training and all(p.grad is None for p in model.parameters())
+    with Breakpoint(packing_leak, at="was_training =") as bp: check_packing(model)
+    test_eq(bp.hits, [])  # not tried twice
+    model.config._attn_implementation = "flash_attention_2"
+    with expect_fail(ConfigError, contains="need attention 'sdpa' or 'eager'"):
+        check_packing(model)

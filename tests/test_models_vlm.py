@@ -490,7 +490,7 @@ def test_padding_changes_nothing():
 def test_disagreeing_batches_are_refused_and_sentinels_expanded():
     torch.manual_seed(0)
     model, batch = VLM(small_config()).eval(), plain(small_batch())
-    with expect_fail(DataError, contains="16 image placeholder(s) in input_ids for 0 image(s)"):
+    with expect_fail(DataError, contains="16 image placeholder(s) in input_ids and no image"):
         model(**{**batch, "pixel_values": None, "pixel_values_aux": None})
     with expect_fail(DataError, contains="16 image placeholder(s) in input_ids for 2 image(s)"):
         model(**batch | {k: batch[k].repeat(2, 1, 1, 1) for k in ("pixel_values", "pixel_values_aux")})
@@ -534,6 +534,32 @@ def test_bytes_give_the_logits_of_floats():
         model(
             **text, pixel_values=floats["image"][None, None], pixel_values_aux=floats["image_aux"][None]
         )
+
+def test_a_batch_without_a_supervised_token_has_a_loss_of_0():
+    model, batch = VLM(small_config()).train(), small_batch()
+    batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+    if "supervised_positions" in batch:
+        batch["supervised_positions"] = torch.zeros(0).long()
+    for n_items in (None, 0, 1, torch.tensor(0), torch.tensor(7)):
+        loss = model(**batch, num_items_in_batch=n_items).loss
+        test_eq(loss.item(), 0.0)
+        loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+def test_supervised_positions_need_the_padding_on_the_right():
+    model = VLM(small_config()).eval()
+    samples = [torch.tensor([2, 9, 8, 7, 1]), torch.tensor([2, 5, 1])]
+    samples = [
+        {"input_ids": ids, "labels": ids.masked_fill(torch.arange(len(ids)) == 0, IGNORE_INDEX)}
+        for ids in samples
+    ]
+    right, left = (pad_samples(samples, 0, side) for side in ("right", "left"))
+    with torch.no_grad():
+        plain = model(**right).loss
+        test_close(model(**supervised(right)).loss, plain, eps=1e-5)
+        test_close(model(**left).loss, plain, eps=1e-5)  # the mask is used
+        with expect_fail(ConfigError, contains="need padding on the right"):
+            model(**supervised(left))
 
 def test_packed_samples_do_not_see_each_other():
     for family in FAMILIES:
@@ -704,7 +730,7 @@ def test_generation_is_transformers_own():
         model.generate(**batch, generation_config=GenerationConfig(prompt_lookup_num_tokens=2))
     with expect_fail(DataError, contains="prompts are padded on the right"):
         model.generate(**question_batch("right"))
-    with expect_fail(DataError, contains="16 image placeholder(s) in input_ids for 0 image(s)"):
+    with expect_fail(DataError, contains="16 image placeholder(s) in input_ids and no image"):
         new_ids(model, {"input_ids": batch["input_ids"][:1]})
     with expect_fail(DataError, contains="16 image placeholder(s) in input_ids for 2 image(s)"):
         new_ids(model, dict(input_ids=row[:, :-5], pixel_values_aux=torch.zeros(2, 3, 64, 64).byte()))

@@ -1,5 +1,5 @@
 "Derived from nbs/16_arguments.ipynb by `make tests`; edit the notebook, not this file."
-import os
+import math, os
 from dataclasses import dataclass, field
 from typing import Literal
 import torch
@@ -40,6 +40,11 @@ def test_global_batch_size_sets_accumulation():
     assert VLMTrainingArguments(folder, per_device_train_batch_size=3).units_per_step == 3
 
 def test_wrong_arguments_are_refused():
+    parts_with_rate = ("projector", "vision_tower", "language_model")
+    sized = ("per_device_train_batch_size", "per_device_eval_batch_size", "max_packed_length")
+    sized += ("gradient_accumulation_steps", "global_batch_size", "save_total_limit")
+    measured = ("learning_rate", "projector_lr", "weight_decay", "max_grad_norm", "hflip_prob")
+    measured += ("adam_beta1", "adam_epsilon", "spike_factor", "num_train_epochs")
     for wrong, part in [
         (dict(global_batch_size=100, per_device_train_batch_size=16), "not a multiple"),
         (dict(batching="x"), "batching must be one of"),
@@ -47,7 +52,14 @@ def test_wrong_arguments_are_refused():
         (dict(trainable_modules=[]), "nothing would train"),
         (dict(spike_factor=1), "spike"),
         (dict(remove_unused_columns=True), "drop the images"),
-        (dict(samples_per_image=0), "at least 1"),
+        (dict(samples_per_image=0), "samples_per_image must be at least 1"),
+        *((dict([(f"{part}_lr", -1.0)]), f"{part}_lr must be at least 0") for part in parts_with_rate),
+        *((dict([(name, 0)]), f"{name} must be at least 1, got 0") for name in sized),
+        *((dict([(name, math.nan)]), f"{name} must be a finite number") for name in measured),
+        *((dict([(name, math.inf)]), f"{name} must be a finite number") for name in measured),
+        (dict(learning_rate=-1e-3), "learning_rate must be at least 0, got -0.001"),
+        (dict(weight_decay=-0.1), "weight_decay must be at least 0"),
+        (dict(num_train_epochs=-1), "num_train_epochs must be at least 0"),
         (dict(average_tokens_across_devices=False), "supervised token"),
     ]:
         with pytest.raises(ConfigError, match=part):

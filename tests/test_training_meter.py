@@ -2,6 +2,7 @@
 import json, time, torch
 from pathlib import Path
 from transformers import TrainerCallback
+from vlm_lit.core import ConfigError
 from vlm_lit.files import write_rows
 import tempfile
 from types import SimpleNamespace

@@ -249,6 +249,21 @@ def test_wrong_models_and_wrong_files():
         }
     )
 
+def test_values_of_a_model_section_have_a_kind():
+    refused(
+        {
+            "model: {image_size: big}": "model.image_size: expected integer, got 'big'",
+            "model: {image_size: 1.5}": "model.image_size: expected integer, got 1.5",
+            "model: {image_grid: true}": "model.image_grid: expected integer, got True",
+            "model: {image_global: 1}": "model.image_global: expected boolean, got 1",
+            "model: {template: [gemma]}": "model.template: expected string, got ['gemma']",
+            "model: {vision_tower: 3}": "model.vision_tower: expected string or mapping, got 3",
+            "model: {aux_stages: 1}": "model.aux_stages: expected list, got 1",
+            "model: {image_mean: 0.5}": "model.image_mean: expected list, got 0.5",
+            "model: {projector: 3}": "model.projector: expected string, got 3",
+        }
+    )
+
 def test_wrong_files_and_flags():
     written("training: {seed: 1}", "half.yaml")
     for paths, flags, start in [

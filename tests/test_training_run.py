@@ -14,7 +14,7 @@ from vlm_lit.evaluation.scoring import evaluate
 from vlm_lit.evaluation.scoring import fixed_sample
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.models.vlm import VLM, match_embedding_scale
-from vlm_lit.files import read_json, write_json
+from vlm_lit.files import read_json, write_error, write_file, write_json
 from vlm_lit.weights.model_card import read_run
 from vlm_lit.weights.saving import save_model
 from vlm_lit.weights.interchange import save_projector
@@ -28,7 +28,7 @@ from vlm_lit.training.callbacks import StopOnSignal
 from vlm_lit.training.meter import read_metrics
 from vlm_lit.training.doctor import check_samples, environment_info, format_check, known_answers
 from vlm_lit.training.recipe import Recipe, load_recipe, recipe_differences, save_recipe
-from vlm_lit.training.trainer import VLMTrainer, reinit_modules, write_error
+from vlm_lit.training.trainer import VLMTrainer, read_trainer_state, reinit_modules
 from vlm_lit.data.dataset import LazySupervisedDataset
 import os, re
 import io, tempfile, textwrap
@@ -38,13 +38,14 @@ from transformers import PreTrainedTokenizerFast
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.training import run as module
 from vlm_lit.images import sample_image
+from vlm_lit.files import write_checksums
 from vlm_lit.weights.pretrained import open_model
 from vlm_lit.training.run import open_run
 from vlm_lit.training.run import prepare_run
 from vlm_lit.training.run import train
 
 def setup_module():
-    global place, quiet, small_recipe, small_tokenizer, write_data
+    global KINDS, damaged, outcome, place, quiet, small_recipe, small_tokenizer, write_data
     torch.set_num_threads(1)
     def small_tokenizer():
         "A byte-level tokenizer with Gemma's control tokens."
@@ -137,6 +138,41 @@ def setup_module():
         return path
     quiet = Console(file=open(os.devnull, "w"), force_jupyter=False, force_terminal=False)
     place = write_data(Path(tempfile.mkdtemp()) / "data")
+    def damaged(path, kind, rng):
+        "The bytes of a file after damage of some kind; None: it does not apply to this file."
+        data = bytearray(path.read_bytes())
+        if kind == "emptied": return b""
+        if kind == "cut": return bytes(data[: rng.randrange(1, len(data))])
+        if kind == "flipped":
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            return bytes(data)
+        other = rng.choice([[], {}, None, 3, -1, 2.5, "x", True, [1], {"a": 1}])
+        if path.suffix in (".pt", ".pth"):
+            out = io.BytesIO()
+            torch.save(other, out)
+            return out.getvalue()
+        if path.suffix not in (".json", ".jsonl", ".yaml"): return None
+        lines = path.read_text().splitlines()
+        if path.suffix == ".jsonl":
+            return "\n".join([json.dumps(other), *lines[1:], ""]).encode()
+        if kind == "another type" or path.suffix == ".yaml":
+            return json.dumps(other).encode()
+        value = node = json.loads(path.read_text())  # "nested"
+        while True:
+            keys = list(node) if isinstance(node, dict) else range(len(node))
+            key = rng.choice(list(keys))
+            if not (isinstance(node[key], dict | list) and node[key]) or rng.random() < 0.3:
+                break
+            node = node[key]
+        node[key] = other
+        return json.dumps(value).encode()
+    KINDS = ("emptied", "cut", "flipped", "another type", "nested")
+    def outcome(run):
+        "None if it works; an error of one line; anything else passes through."
+        try: run()
+        except (ConfigError, DataError) as e:
+            assert "\n" not in str(e), e
+            return str(e)
 
 def test_stop_where_a_stage_names_the_run_before():
     folder = write_data(Path(tempfile.mkdtemp()) / "data")
@@ -202,6 +238,120 @@ def test_a_stage_goes_on_from_a_run_with_an_adapter():
     assert (folder / "two/checkpoint-3/adapter_model.safetensors").is_file()
     card = (folder / "two/model/README.md").read_text()
     assert "### Stage 1: one" in card and "### Stage 2: two" in card and "| lora r | 4 |" in card
+
+def test_a_damaged_run_is_one_line_or_resumes_as_it_was():
+    from hypothesis import HealthCheck, given, settings, strategies as st
+    from vlm_lit.weights.model_card import read_run
+
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+    recipe = load_recipe(small_recipe(folder, lora={"r": 2}, training={"max_steps": 4}))
+    whole = train(recipe, folder / "run", console=quiet)["loss"]
+    shutil.rmtree(folder / "run/checkpoint-4")
+    files = [
+        p
+        for p in sorted((folder / "run").rglob("*"))
+        if p.suffix in (".json", ".jsonl", ".yaml", ".pt", ".pth", ".safetensors")
+    ]
+    weights = (".pt", ".pth", ".safetensors")
+
+    @settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.sampled_from(files), st.sampled_from(KINDS), st.randoms(use_true_random=False))
+    def one_line(file, kind, rng):
+        place = Path(tempfile.mkdtemp()) / "run"
+        shutil.copytree(folder / "run", place)
+        path, changed = place / file.relative_to(folder / "run"), damaged(file, kind, rng)
+        if changed is None or changed == file.read_bytes(): return
+        path.write_bytes(changed)
+        part = path.parent if path.parent != place else place / "checkpoint-2"
+        if path.suffix != ".pt" and path.suffix != ".pth":
+            error = outcome(lambda: open_model(part))
+        if path.suffix == ".safetensors": assert error, (path, kind)
+        outcome(lambda: read_run(place))
+        (place / "result.json").unlink()
+        found = []
+        error = outcome(lambda: found.append(train(recipe, place, resume=True, console=quiet)))
+        if part.name != "model" and path.suffix in weights:
+            assert error, (path, kind)
+        if found and path.suffix != ".json":
+            assert found[0]["loss"] == whole, (path, kind)
+        shutil.rmtree(place.parent)
+
+    one_line()
+
+def test_moments_of_another_model_are_refused_and_no_crash():
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+    recipe = load_recipe(small_recipe(folder, training={"max_steps": 4}))
+    train(recipe, folder / "run", console=quiet)
+    shutil.rmtree(folder / "run/checkpoint-4")
+    (folder / "run/result.json").unlink()
+    path = folder / "run/checkpoint-2/optimizer.pt"
+    usual = torch.load(path, weights_only=True)
+
+    def refuses(change, words, name="optimizer.pt"):
+        "Resume with other contents of a file, with and without checksums."
+        own = path.with_name(name)
+        before, state = own.read_bytes(), torch.load(own, weights_only=True)
+        torch.save(change(state) or state, own)
+        for text in ("is damaged", words):
+            with pytest.raises(ConfigError, match=f"cannot resume from .*{text}.*remove that folder"):
+                train(recipe, folder / "run", resume=True, console=quiet)
+            path.with_name("checksums.json").unlink(missing_ok=True)
+        own.write_bytes(before)
+        write_checksums(path.parent)
+
+    def moments(name, value):
+        return lambda state: state["state"][0].update({name: value})
+
+    refuses(moments("exp_avg", torch.zeros(3)), "exp_avg of weight 0 has another shape")
+    refuses(moments("exp_avg_sq", None), "exp_avg_sq of weight 0 has another shape")
+    refuses(lambda state: state["state"].clear(), "holds no moments")
+    refuses(lambda state: state["param_groups"][0].update(lr="x"), "lr cannot be 'x'")
+    refuses(lambda state: state["param_groups"].pop(), "other groups of parameters")
+    refuses(lambda state: [1], "holds no state of an optimizer")
+    refuses(lambda state: {"a": 1}, "cannot resume", "scheduler.pt")
+    refuses(lambda state: None if state.pop("python") else None, "python", "rng_state.pth")
+    state = path.with_name("trainer_state.json")
+    text = state.read_text()
+    for key, value in [("global_step", 3), ("max_steps", "x"), ("log_history", [1]), ("new", 1)]:
+        state.write_text(json.dumps({**json.loads(text), key: value}))
+        with pytest.raises(ConfigError, match=f"trainer_state.json.*{key}.*remove that folder"):
+            train(recipe, folder / "run", resume=True, console=quiet)
+    state.write_text(text)
+    assert train(recipe, folder / "run", resume=True, console=quiet)["steps"] == 4
+
+def test_validation_records_and_names_are_checked_on_resuming():
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+    held_out = [{"path": str(folder / "val.json"), "image_folder": str(folder / "images")}]
+    path = small_recipe(folder, training={"max_steps": 2})
+    flags = ["--data.eval", json.dumps(held_out)]
+    recipe = load_recipe(path, overrides=flags)
+    train(recipe, folder / "run", console=quiet)
+    assert list(json.loads((folder / "run/data.json").read_text())) == ["train", "eval/val"]
+    (folder / "run/result.json").unlink()
+    (folder / "val.json").write_text(json.dumps(json.loads((folder / "val.json").read_text())[:3]))
+    with pytest.raises(ConfigError, match="data source 'eval/val' has changed: it had 4 records"):
+        train(recipe, folder / "run", resume=True, console=quiet)
+    source = {"path": str(folder / "train.json"), "image_folder": str(folder / "images"), "name": "a"}
+    twice = load_recipe(path, overrides=["--data.train", json.dumps([source, source])])
+    with pytest.raises(ConfigError, match="two sources are named 'a'"):
+        train(twice, folder / "other", console=quiet)
+    assert not (folder / "other").exists()
+
+def test_a_disk_that_is_full_during_the_steps_names_the_last_state():
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+    recipe = load_recipe(small_recipe(folder, training={"max_steps": 4}))
+
+    class Full(module.MetricsFile):
+        def on_log(self, args, state, control, **kwargs):
+            if state.global_step == 4: raise OSError(28, "No space left on device")
+            super().on_log(args, state, control, **kwargs)
+
+    usual, module.MetricsFile = module.MetricsFile, Full
+    try:
+        with pytest.raises(ConfigError, match="No space left on device; its last checkpoint is .*-2;"):
+            module.train(recipe, folder / "run", console=quiet)
+    finally: module.MetricsFile = usual
+    assert train(recipe, folder / "run", resume=True, console=quiet)["steps"] == 4
 
 def test_stopped_run_resumes_to_the_bit():
     folder = write_data(Path(tempfile.mkdtemp()) / "data")

@@ -6,7 +6,7 @@ from torch import nn
 from vlm_lit.core import ConfigError
 from vlm_lit.files import write_file
 from vlm_lit.models.vlm import VLM
-from vlm_lit.weights.language_models import raise_misfit, read_state
+from vlm_lit.weights.language_models import LOAD_ERRORS, raise_misfit, read_state, reading
 import sys, torch, warnings
 import peft
 from fastcore.test import expect_fail, test_close, test_eq

@@ -3,14 +3,16 @@ import copy, importlib.util, io, re, shutil, struct
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 from vlm_lit.core import ConfigError, progress_console
-from vlm_lit.files import cache_folder, digest, new_folder, sha256
-from vlm_lit.files import write_file
+from vlm_lit.files import CHECKSUMS, cache_folder, check_checksum, digest, new_folder
+from vlm_lit.files import read_json, sha256
+from vlm_lit.files import writable_folder, write_checksums, write_file
 from vlm_lit.models.config import sub_config
 from vlm_lit.weights.presets import is_scratch
 import hashlib

@@ -19,7 +19,7 @@ from vlm_lit.text.labels import check_tokenizer, generation_prompt
 from vlm_lit.text.templates import conv_templates
 from vlm_lit.weights.build import combined_model
 from vlm_lit.weights.language_models import print_status, quiet, raise_misfit, reading
-from vlm_lit.weights.language_models import mismatched_names
+from vlm_lit.weights.language_models import check_finite, mismatched_names
 import json
 import re
 import subprocess

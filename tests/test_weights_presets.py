@@ -1,4 +1,5 @@
 "Derived from nbs/10_presets.ipynb by `make tests`; edit the notebook, not this file."
+import math
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
@@ -88,6 +89,15 @@ def test_presets_are_files():
             ({"image_grid": True}, "image_grid cannot be True"),
             ({"language_model": {"hub": "x"}}, "language_model: a source is a name"),
             ({"image_aspect_ratio": "wide"}, "must be 'square' or 'pad'"),
+            ({"image_sise": 3}, "did you mean 'image_size'?"),
+            ({"image_size": 0}, "image_size must be at least 1, got 0"),
+            ({"image_grid": -1}, "image_grid must be at least 1, got -1"),
+            ({"aux_stages": ["1"]}, "aux_stages must be whole numbers"),
+            ({"image_mean": [0.5, float("nan"), 0.5]}, "image_mean must be three finite numbers"),
+            ({"image_mean": [0.5]}, "image_mean must be three finite numbers"),
+            ({"image_std": [0.5, 0, 0.5]}, "image_std must be three finite numbers"),
+            ({"language_model": {"config": [1]}}, "language_model: config cannot be [1]"),
+            ({"tokenizer": {"package": 3, "file": "a", "install": "b"}}, "package cannot be 3"),
         ]:
             write_json(path, {**known, **change})
             with expect_fail(ConfigError, contains=words): load_preset(path)

@@ -5,11 +5,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from vlm_lit.core import ConfigError
-from vlm_lit.files import apply_umask, read_json
-from vlm_lit.files import write_json, write_text
+from vlm_lit.files import CHECKSUMS, apply_umask, check_checksum, read_json, to_disk
+from vlm_lit.files import write_checksums, write_json, write_text
 from vlm_lit.models.vlm import VLM
 from vlm_lit.models.config import VLMConfig
-from vlm_lit.weights.language_models import mismatched_names, quiet, read_state, reading, raise_misfit, used_generation_config, weights_of
+from vlm_lit.weights.language_models import check_finite, mismatched_names, quiet, read_state, reading, raise_misfit, used_generation_config, weights_of
 from vlm_lit.weights.model_card import model_card
 from vlm_lit.weights.interchange import save_projector, shards
 import os, sys
@@ -84,8 +84,8 @@ def test_model_comes_back_from_disk_bit_for_bit():
             again = load_model(folder)
             with quiet(): plain = AutoModelForCausalLM.from_pretrained(folder)
             names = sorted(p.name for p in Path(folder).iterdir())
-            test_eq(names[:2], ["README.md", "config.json"])
-            test_eq(names[2:], ["generation_config.json", "model.safetensors"])
+            test_eq(names[:3], ["README.md", "checksums.json", "config.json"])
+            test_eq(names[3:], ["generation_config.json", "model.safetensors"])
             assert load_file(Path(folder) / "model.safetensors").keys() == weights_of(model).keys()
             assert "/tmp" not in (Path(folder) / "config.json").read_text()
         assert same(again, model)
@@ -144,6 +144,48 @@ def test_half_a_model_is_refused():
         for text, words in [("{", "cannot read"), ('{"a": 1}', "is not the configuration of a model")]:
             (Path(folder) / "config.json").write_text(text)
             with expect_fail(ConfigError, contains=words): load_model(folder)
+
+def test_a_flipped_bit_and_values_that_are_not_finite_are_refused():
+    model = tiny()
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, folder)
+        path, weights = Path(folder) / "model.safetensors", weights_of(model)
+        data = bytearray(path.read_bytes())
+        data[-5] ^= 1  # of the last weight's mantissa
+        path.write_bytes(data)
+        with expect_fail(ConfigError, contains="model.safetensors' is damaged"):
+            load_model(folder)
+        with expect_fail(ConfigError, contains="model.safetensors' is damaged"):
+            read_state(path)
+        (Path(folder) / CHECKSUMS).unlink()
+        assert not same(load_model(folder), model)  # another project's folder has no checksums
+        name = "image_encoder.mm_projector.0.bias"
+        for value in (float("nan"), float("inf")):
+            bad = {**weights, name: torch.full_like(weights[name], value)}
+            save_file(bad, path, metadata={"format": "pt"})
+            for read in (lambda: load_model(folder), lambda: load_weights(model, path)):
+                with expect_fail(ConfigError, contains=f"are not finite: 1 ({name})"):
+                    read()
+        save_model(model, folder)
+        with quiet():
+            tiny(1).save_pretrained(folder)  # transformers' own brings no checksums
+        assert same(load_model(folder), tiny(1)) and not (Path(folder) / CHECKSUMS).exists()
+
+def test_a_damaged_configuration_is_one_line():
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(tiny(), folder)
+        path = Path(folder) / "config.json"
+        config = read_json(path)
+        damaged = [[], None, 3, {}, {"model_type": "vlm_lit"}]
+        for key in ("text_config", "vision_config", "vision_aux_config", "image_size", "aux_stages"):
+            damaged += [{**config, key: value} for value in ("x", -1, 2.5, [1], {"model_type": "x"})]
+        for key in ("hidden_size", "num_attention_heads", "vocab_size", "model_type"):
+            for value in (None, "x", -1, 0, 2.5, [], {}):
+                damaged.append({**config, "text_config": {**config["text_config"], key: value}})
+        for value in damaged:
+            write_json(path, value)
+            try: load_model(folder)
+            except ConfigError as e: assert "\n" not in str(e), value
 
 def test_a_folder_of_transformers_trainer_is_read_without_its_pickles():
     class Bomb:

@@ -150,8 +150,7 @@ def audit_data(
         lines = audit_lines(report, examples)
         typer.echo(json.dumps(report, indent=1) if as_json else "\n".join(lines))
         if html is not None:
-            html.write_text(audit_page(report, f"Audit of {data.name}"), encoding="utf-8")
-            typer.echo(f"the page is in {html}", err=as_json)
+            write_page(html, audit_page(report, f"Audit of {data.name}"), err=as_json)
     if not report["ok"]: raise typer.Exit(1)
 
 # %% ../nbs/21_cli.ipynb #c022

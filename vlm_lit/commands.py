@@ -160,12 +160,13 @@ def check_out(
 def write_page(
     path: Path,  # Checked by `check_out`
     page: str,  # HTML
+    err: bool = False,  # Whether standard output is for something else
 ) -> None:
     "Write a page whole or not at all, and say where it is."
     from vlm_lit.files import write_text
 
     write_text(path, page)
-    typer.echo(f"the page is in {path}")
+    typer.echo(f"the page is in {path}", err=err)
 
 def example_record(
     folder: Path,  # Gets the image
@@ -364,8 +365,7 @@ def report_found(
     "Print a result, and perhaps write it as a page."
     typer.echo(printable(text, "\n"))
     if html is None: return
-    html.write_text(page, encoding="utf-8")
-    typer.echo(f"the page is in {html}")
+    write_page(html, page)
 
 EXPORTS = ("hf", "llava-hf", "gguf", "mgm", "llava")
 
@@ -386,6 +386,7 @@ def export_folder(
     from vlm_lit.weights.llava_hf import export_llava_hf
     from vlm_lit.weights.towers import cast
     from vlm_lit.weights.model_card import model_card, read_run
+    from vlm_lit.files import write_text
     from vlm_lit.weights.saving import export_model
     from vlm_lit.weights.remote_code import write_code
     from vlm_lit.weights.pretrained import _load, find_model
@@ -409,7 +410,7 @@ def export_folder(
         runs = read_run(run) if (run / "result.json").is_file() else ()
         opens_with = {"hf": "transformers"}.get(to, to)
         card = model_card(found, runs, opens_with=opens_with, name=name)
-        (out / "README.md").write_text(card, encoding="utf-8")
+        write_text(out / "README.md", card)
     return out
 
 def check_push(

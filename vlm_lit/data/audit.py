@@ -18,6 +18,7 @@ from ..core import Segment
 from ..text.labels import check_tokenizer
 from .records import Records
 from .records import one_thread
+from .collator import name_dead_worker
 from .samplers import GlobalBatchSampler, mixture_draws, padding_ratio
 from .findings import AuditSettings, ERRORS, Finding, Tally, WARNINGS, inspect_chunk
 from .findings import severity
@@ -53,9 +54,10 @@ def count_all(
     hidden = not console.is_terminal
     with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
         task = bar.add_task("audit", total=len(chunks.records), bad=0)
-        for part in loader:
-            tally.add(part, chunks.settings.n_examples)
-            bar.update(task, completed=tally.n_records, bad=sum(tally.counts.values()))
+        with name_dead_worker("--workers"):
+            for part in loader:
+                tally.add(part, chunks.settings.n_examples)
+                bar.update(task, completed=tally.n_records, bad=sum(tally.counts.values()))
     return tally
 
 def duplicates(

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['pack_sequences', 'concatenate_samples', 'check_sample', 'BatchInfo', 'batch_info', 'blank_sample',
-           'DataCollatorForSupervisedDataset']
+           'DataCollatorForSupervisedDataset', 'name_dead_worker']
 
 # %% ../../nbs/08_batches.ipynb #c002
-import bisect
+import bisect, re
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 import numpy as np, torch
 from numpy.typing import ArrayLike
@@ -134,6 +135,11 @@ class DataCollatorForSupervisedDataset:
                 f"{needs} counts a sentinel as all its image tokens; give num_image_tokens, from "
                 "`count_image_tokens` or the model's config"
             )
+        if self.supervised_only and self.padding_side != "right":
+            raise ConfigError(
+                "supervised_only is for training, where padding is on the right; leave it out with "
+                f"padding_side {self.padding_side!r}"
+            )
         if (self.num_image_tokens is None) != (self.image_token_id is None):
             raise ConfigError("num_image_tokens and image_token_id are given together, or neither")
 
@@ -178,3 +184,20 @@ class DataCollatorForSupervisedDataset:
         if self.supervised_only:
             batch["supervised_positions"] = supervised_positions(batch["labels"])
         return {**batch, "info": batch_info(shown)} if "index" in shown[0] else batch
+
+# %% ../../nbs/08_batches.ipynb #c691810
+@contextmanager
+def name_dead_worker(
+    setting: str,  # That holds the number of workers, for the message
+):
+    "Turn the error for a loader worker that died into a `ConfigError` of one line."
+    try: yield
+    except RuntimeError as e:
+        text = f"{e.__cause__} {e}"  # the signal, if it is known, may be in either
+        found = re.search(r"DataLoader worker \(pid.*?(signal: [\w ]+|exited)", text)
+        if not found: raise
+        how = found[1].replace("signal: ", "was killed by signal ").replace("exited", "has ended")
+        raise ConfigError(
+            f"a loader worker {how}, most often for lack of memory; lower {setting}, or take "
+            "smaller images or batches"
+        ) from e

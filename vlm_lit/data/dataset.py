@@ -6,7 +6,7 @@
 __all__ = ['TooLong', 'truncate_to_complete_turns', 'LazySupervisedDataset']
 
 # %% ../../nbs/07a_dataset.ipynb #c002
-import json, os
+import json, os, warnings
 from collections.abc import Sequence
 from pathlib import Path
 import numpy as np, torch
@@ -72,6 +72,8 @@ class BadSamples:
         # (seen, bad) of each worker
         self.counts = torch.zeros(1024, 2, dtype=torch.int64).share_memory_()
         self.is_bad = torch.zeros(n, dtype=torch.bool).share_memory_()  # a record counts once
+        self.is_noted = self.is_bad.clone().share_memory_()  # and is written down once
+        self.earlier = _noted_before(self.path)  # by the run that this one goes on with
 
     @property
     def totals(self) -> tuple[int, int]:  # Samples seen, samples skipped
@@ -88,9 +90,8 @@ class BadSamples:
         own = self.counts[(worker.id + 1) % len(self.counts) if worker else 0]
         own += torch.tensor([seen, len(bad)])
         new = [row for row in bad if not self.is_bad[row["index"]]]
-        for row in new:
-            self.is_bad[row["index"]] = True
-            append_line(self.path, row)
+        for row in new: self.is_bad[row["index"]] = True
+        self.note(new)
         n_seen, n_bad = min(self.totals[0], len(self.is_bad)), int(self.is_bad.sum())
         if new and n_bad > self.allowed * max(n_seen, self.at_least):
             raise DataError(
@@ -98,6 +99,30 @@ class BadSamples:
                 f"{self.allowed} that may be skipped; see {self.path.name}. "
                 f"The last: {bad[-1]['reason']}"
             )
+
+    def note(
+        self,
+        rows: Sequence[dict],  # As `bad` of `count`
+    ) -> None:
+        "Write down samples that are not there yet."
+        for row in rows:
+            is_known = self.is_noted[row["index"]] or _noted(row) in self.earlier
+            self.is_noted[row["index"]] = True
+            if not is_known: append_line(self.path, row)
+
+def _noted(row):
+    "What tells the lines of a file apart."
+    return tuple(str(row.get(key)) for key in ("index", "id", "reason"))
+
+def _noted_before(path: Path) -> set[tuple]:
+    "The samples in a file; lines that are none are passed over."
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    found = set()
+    for line in text.splitlines():
+        try: row = json.loads(line)
+        except (ValueError, RecursionError): continue
+        if isinstance(row, dict): found.add(_noted(row))
+    return found
 
 def append_line(
     path: Path,  # Of a JSONL file
@@ -321,7 +346,9 @@ class LazySupervisedDataset(Dataset):
             texts = {} if self.items is not None else dict(zip(indices, self.texts(indices)))
         except DataError: texts = {}  # the bad one is found below
         sample = lambda i: self.with_names(i, self.__getitem__(i, texts.get(i)))
-        if self.bad is None: return [sample(i) for i in indices]
+        if self.bad is None:
+            found = (self.unless_too_long(sample, i) for i in indices)
+            return [own for own in found if own is not None]
         kept, bad = [], []
         for i in indices:
             try: kept.append(sample(i))
@@ -329,9 +356,21 @@ class LazySupervisedDataset(Dataset):
                 if isinstance(e, TooLong) and self.overlength == "error": raise
                 bad.append({"index": int(i), "id": self.name(i), "reason": str(e), "kind": e.kind})
         is_wanted = lambda row: row["kind"] == "over_length" and self.overlength == "skip"
-        for row in filter(is_wanted, bad): append_line(self.bad.path, row)
+        self.bad.note(list(filter(is_wanted, bad)))
         self.bad.count(len(indices), [row for row in bad if not is_wanted(row)])
         return kept
+
+    def unless_too_long(
+        self,
+        sample,  # Called with an index
+        i: int,  # Index of a record
+    ) -> dict | None:  # None: left out
+        "A sample; with `overlength` 'skip' a record that is too long is named and left out."
+        try: return sample(i)
+        except TooLong as e:
+            if self.overlength != "skip": raise
+            warnings.warn(f"left out: {e}", stacklevel=2)
+            return None
 
     def with_names(
         self,
@@ -394,15 +433,19 @@ class LazySupervisedDataset(Dataset):
     def cache_in_memory(self) -> "LazySupervisedDataset":
         "Make every sample now and keep it, equal images once; for data that fits into memory."
         images, indices = {}, list(range(len(self)))
-        items: list = self.texts(indices) if not self.bad else bisect_failures(indices, self.texts)
+        may_skip = self.bad is not None or self.overlength == "skip"
+        items: list = bisect_failures(indices, self.texts) if may_skip else self.texts(indices)
         for i, item in enumerate(items):
-            if isinstance(item, DataError): continue
+            if isinstance(item, DataError):
+                if self.bad is None and not isinstance(item, TooLong):
+                    raise item
+                continue
             n_images = int((item["input_ids"] == IMAGE_TOKEN_INDEX).sum())
             names = tuple(image_names(self.records[i])[:n_images])
             if not names: continue
             try:
                 if names not in images:
-                    sample = self[i]
+                    sample = self.__getitem__(i, item)
                     images[names] = {k: sample[k] for k in ("image", "image_aux") if k in sample}
                 item.update(images[names])
             except DataError as e:

@@ -69,6 +69,9 @@ def mixture_draws(
 
 def _check_mixture(sizes, weight, repeat, max_samples):
     "Refuse what gives no order."
+    for value in (*weight, *repeat, *max_samples):
+        if value is not None and not np.isfinite(value):
+            raise ConfigError(f"weights, repeats and max_samples must be finite, got {value}")
     if not len(sizes) or not sum(sizes):
         raise ConfigError("no records to draw batches from")
     if any(w is not None for w in weight):
@@ -142,6 +145,8 @@ class GlobalBatchSampler(Sampler):
         max_length: int | None = None,  # For packed: length of a sequence
         samples_per_image: int = 4,  # For by_image
         names: Sequence | None = None,  # How messages call a record; None: its number
+        epochs: int = 1,  # Of the run; all have as many steps as the one with most units needs
+        max_steps: int | None = None,  # Steps of the run, where they and not epochs end it
     ):
         if size < 1 or size % shares:
             raise ConfigError(
@@ -159,13 +164,27 @@ class GlobalBatchSampler(Sampler):
         self.keys, self.samples_per_image = keys, samples_per_image
         if batching == "packed": self._check_lengths(names)
         self.epoch, self._made = 0, {}
-        n = len(self._units(0)[1])
-        self.steps = n // size if drop_last else -(-n // size)
-        if not self.steps:
-            raise ConfigError(
-                f"{n} samples are fewer than one step's {size}, and drop_last drops "
-                "them; lower the batch size, or leave drop_last out"
-            )
+        self.steps = self._steps_needed(epochs, max_steps)
+
+    def _steps_needed(self, epochs, max_steps):
+        "Steps of an epoch that suit all epochs of the run."
+        steps, epoch = self._steps_of(0), 1
+        while self.batching in ("packed", "by_image"):  # elsewhere all epochs are alike
+            if epoch >= (epochs if max_steps is None else -(-max_steps // steps)):
+                break
+            steps = (min if self.drop_last else max)(steps, self._steps_of(epoch))
+            epoch += 1
+        return steps
+
+    def _steps_of(self, epoch):
+        "Whole steps of an epoch's units. Raises `ConfigError` if `drop_last` leaves none."
+        n = len(self._units(epoch)[1])
+        steps = n // self.size if self.drop_last else -(-n // self.size)
+        if steps: return steps
+        raise ConfigError(
+            f"{n} samples are fewer than one step's {self.size}, and drop_last drops "
+            "them; lower the batch size, or leave drop_last out"
+        )
 
     def _check_lengths(self, names):
         "Refuse a record that fits no sequence."
@@ -198,6 +217,11 @@ class GlobalBatchSampler(Sampler):
         "The units of a step, whoever computes them."
         epoch, n = divmod(step, self.steps)
         records, ends = self._units(epoch)
+        if len(ends) > self.steps * self.size and not self.drop_last:
+            raise ConfigError(
+                f"epoch {epoch} has {len(ends)} units, more than {self.steps} steps of "
+                f"{self.size} hold; give the sampler the run's epochs or max_steps"
+            )
         numbers = np.arange(n * self.size, (n + 1) * self.size) % len(ends)
         return [records[ends[k - 1] if k else 0 : ends[k]].tolist() for k in numbers]
 

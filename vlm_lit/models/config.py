@@ -7,9 +7,10 @@ __all__ = ['CLIP_LARGE', 'VLMConfig', 'stages_in_use', 'sub_config']
 
 # %% ../../nbs/09_config.ipynb #c002
 import copy
-from transformers import AutoConfig, PreTrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from ..core import ConfigError
+from ..core import ConfigError, nearest
 from .towers import VIT_MODEL_TYPES, CONV_MODEL_TYPES
 
 # %% ../../nbs/09_config.ipynb #c005
@@ -87,6 +88,7 @@ class VLMConfig(PreTrainedConfig):
     def check(self) -> None:
         "Raise `ConfigError` for parts that do not fit together."
         tower = self.vision_config
+        self._check_sizes()
         if self.image_size % self.patch_size:
             raise ConfigError(
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
@@ -101,11 +103,29 @@ class VLMConfig(PreTrainedConfig):
                 "image_grid must be at least 1, and at least 2 with image_global; got "
                 f"{self.image_grid}"
             )
-        if self.vision_aux_config and self.grid_aux % (self.grid * self.image_grid):
+        if not self.vision_aux_config: return
+        cell = self.vision_aux_config.patch_size * 2 ** self.aux_stages[0]
+        if self.image_size_aux % cell:  # towers differ in what they do with the rest
+            raise ConfigError(
+                f"image_size_aux {self.image_size_aux} is not a multiple of {cell}, the pixels "
+                "that a high-resolution feature covers along a side"
+            )
+        if self.grid_aux % (self.grid * self.image_grid):
             raise ConfigError(
                 f"{self.grid_aux} high-resolution features a side cannot be shared by "
                 f"{self.grid * self.image_grid} queries a side"
             )
+
+    def _check_sizes(self):
+        "Refuse sizes that are none."
+        towers = {"vision_config": self.vision_config, "vision_aux_config": self.vision_aux_config}
+        sizes = {k: getattr(self, k) for k in ("image_size", "image_size_aux", "image_grid")}
+        for name, tower in towers.items():
+            if tower is not None:
+                sizes[f"{name}.patch_size"] = tower.patch_size
+        for name, size in sizes.items():
+            if type(size) is not int or size < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {size!r}")
 
     @property
     def vocab_size(self) -> int:
@@ -164,9 +184,18 @@ def sub_config(
     config,  # A configuration or its dict
     model_type: str,  # If the dict has none
 ) -> PreTrainedConfig:
-    "A part's configuration."
-    # it may belong to a model
-    if not isinstance(config, dict) and config is not None:
-        return copy.deepcopy(config)
+    "A part's configuration. Raises `ConfigError` for what is none, or of an unknown model type."
+    if isinstance(config, PreTrainedConfig):
+        return copy.deepcopy(config)  # it may belong to a model
+    if not isinstance(config, dict | None):
+        raise ConfigError(f"a part's configuration is keys and values, got {config!r}")
     config = dict(config or {})
-    return AutoConfig.for_model(config.pop("model_type", None) or model_type, **config)
+    kind = config.pop("model_type", None) or model_type
+    if kind not in CONFIG_MAPPING:
+        near = nearest(kind, CONFIG_MAPPING)
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise ConfigError(f"unknown model type {kind!r}{hint}")
+    try: return AutoConfig.for_model(kind, **config)
+    except (TypeError, ValueError, ArithmeticError, StrictDataclassError) as e:
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise ConfigError(f"no configuration of a {kind}: {reason[:200]}") from e

@@ -89,8 +89,12 @@ def patch_features(
     "One feature per patch, in reading order; CLIP's class token is left out."
     kind = tower.config.model_type
     if kind in CONV_MODEL_TYPES:
-        stage = tower_depth(tower.config, select_layer) - 1
-        return stage_maps(tower, pixel_values)[stage].flatten(2).transpose(1, 2)
+        stage, maps = tower_depth(tower.config, select_layer) - 1, stage_maps(tower, pixel_values)
+        if stage < len(maps): return maps[stage].flatten(2).transpose(1, 2)
+        raise ConfigError(
+            f"select_layer {select_layer} asks for stage {stage + 1} of a {kind} tower that was "
+            f"cut after {len(maps)}; build it with the same select_layer"
+        )
     features = tower(pixel_values.to(tower.dtype)).last_hidden_state
     return features[:, 1:] if kind == "clip_vision_model" else features
 

@@ -146,7 +146,7 @@ class _Images:
     def blank_image(
         self,
     ) -> dict[str, torch.Tensor]:  # `pixel_values` and, with a second tower, `pixel_values_aux`
-        "One blank image: zeros, which is the mean color."
+        "One image of the color `image_mean`, which prepared is zeros."
         cfg = self.config
         side, side_aux = cfg.image_size, cfg.image_size_aux
         crops = cfg.image_grid**2 + int(cfg.image_global)
@@ -246,7 +246,8 @@ class _Images:
         embeds = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         if not has_images and not needs_blank:
             if input_ids is not None and not is_checked:
-                check_image_tokens(self.get_placeholder_mask(input_ids), 0, 1)
+                own = self.config.num_image_tokens
+                check_image_tokens(self.get_placeholder_mask(input_ids), 0, own)
             return embeds, None
         is_image = self.get_placeholder_mask(input_ids, inputs_embeds)
         features = self.encode_images(pixel_values, pixel_values_aux)
@@ -420,6 +421,7 @@ class VLM(_Images, _Prompts, PreTrainedModel, GenerationMixin):
         index = Path(save_directory) / "model.safetensors.index.json"
         before = index.stat().st_mtime_ns if index.is_file() else None
         super().save_pretrained(save_directory, *args, **kwargs)
+        index.with_name("checksums.json").unlink(missing_ok=True)  # of the earlier weights
         has_shards = index.is_file() and index.stat().st_mtime_ns != before
         stale = index.with_name("model.safetensors") if has_shards else index
         stale.unlink(missing_ok=True)
@@ -519,6 +521,7 @@ class VLM(_Images, _Prompts, PreTrainedModel, GenerationMixin):
             pixel_values = kwargs.pop("pixel_values", pixel_values)
             pixel_values_aux = kwargs.pop("pixel_values_aux", pixel_values_aux)
         is_checked = supervised_positions is not None
+        if is_checked: self._check_side(attention_mask)
         has_images = pixel_values is not None or pixel_values_aux is not None
         is_prompt = kwargs.get("past_key_values") is None or has_images
         if input_ids is not None and is_prompt and not is_checked:
@@ -535,6 +538,16 @@ class VLM(_Images, _Prompts, PreTrainedModel, GenerationMixin):
             labels = self._own_labels(labels, input_ids, sample_ids)
         inputs = dict(inputs_embeds=embeds, attention_mask=attention_mask, **kwargs)
         return {k: v for k, v in inputs.items() if v is not None}, labels, features
+
+    def _check_side(self, attention_mask):
+        "With `supervised_positions` no mask is used, which needs the padding on the right."
+        if attention_mask is None or attention_mask.device.type != "cpu":
+            return  # no synchronizing
+        if not torch.compiler.is_compiling() and not attention_mask[:, 0].all():
+            raise ConfigError(
+                "supervised_positions need padding on the right, this batch has it on the left; "
+                "leave them out, or set padding_side='right'"
+            )
 
     def _expand(self, input_ids, attention_mask, labels, sample_ids):
         "Sentinels of MGM-style code become placeholders; other ids stay as they are."
@@ -584,7 +597,9 @@ class VLM(_Images, _Prompts, PreTrainedModel, GenerationMixin):
             logits = out.logits.flatten(0, 1)[places]
         targets = labels.flatten()[places + 1]
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        loss = losses.sum() / (max(len(targets), 1) if n_items is None else n_items)
+        if n_items is None: n_items = len(targets)
+        # without a supervised token the loss is 0
+        loss = losses.sum() / (max(n_items, 1) if isinstance(n_items, int) else n_items.clamp(1))
         out.loss, out.token_losses = loss, losses.detach()
 
 AutoConfig.register("vlm_lit", VLMConfig, exist_ok=True)

@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'VLMTrainingArguments']
 
 # %% ../../nbs/16_arguments.ipynb #c002
-import os
+import math, os
 from dataclasses import dataclass, field
 from typing import Literal
 import torch
@@ -30,6 +30,17 @@ def _arg(default, text, **kwargs):
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text}, **kwargs)
     return field(default=default, metadata={"help": text}, **kwargs)
+
+_SIZES = ("batch_size", "gradient_accumulation_steps", "max_packed_length", "save_total_limit")
+_SIZES += ("samples_per_image",)
+_RATES = (
+    "learning_rate",
+    "_lr",
+    "weight_decay",
+    "max_grad_norm",
+    "num_train_epochs",
+    "warmup_steps",
+)
 
 @dataclass
 class VLMTrainingArguments(TrainingArguments):
@@ -88,12 +99,24 @@ class VLMTrainingArguments(TrainingArguments):
     bf16: bool | None = _arg(None, "bfloat16 arithmetic; null: on a GPU that has it.")
 
     def __post_init__(self):
+        self._check_numbers()
         self._check_choices()
         self._choose_device()
         super().__post_init__()
         if getattr(self, "_n_gpu", 1) > 1:
             self._n_gpu = 1  # DataParallel splits images wrongly
         if self.global_batch_size is not None: self._set_accumulation()
+
+    def _check_numbers(self):
+        "Refuse numbers that are none, negative rates, and sizes below 1."
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            if not math.isfinite(value):
+                raise ConfigError(f"{name} must be a finite number, got {value}")
+            least = 1 if name.endswith(_SIZES) else 0 if name.endswith(_RATES) else value
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
 
     def _check_choices(self):
         "Refuse values that cannot work."
@@ -104,8 +127,6 @@ class VLMTrainingArguments(TrainingArguments):
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
         if not 0 <= self.hflip_prob <= 1:
             raise ConfigError(f"hflip_prob must be a share from 0 to 1, got {self.hflip_prob}")
-        if self.samples_per_image < 1:
-            raise ConfigError(f"samples_per_image must be at least 1, got {self.samples_per_image}")
         if self.spike_factor is not None and self.spike_factor <= 1:
             raise ConfigError(f"spike_factor must be above 1, got {self.spike_factor}")
         if not self.trainable_modules:
@@ -135,7 +156,7 @@ class VLMTrainingArguments(TrainingArguments):
     def _set_accumulation(self):
         "Micro-batches per step from the global batch size."
         per_step = self.per_device_train_batch_size * self.world_size
-        if self.global_batch_size < 1 or self.global_batch_size % per_step:
+        if self.global_batch_size % per_step:
             raise ConfigError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of "
                 f"per_device_train_batch_size {self.per_device_train_batch_size} times "

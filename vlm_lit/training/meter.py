@@ -9,6 +9,7 @@ __all__ = ['Meter', 'peak_memory_gib', 'read_metrics', 'MetricsFile']
 import json, time, torch
 from pathlib import Path
 from transformers import TrainerCallback
+from ..core import ConfigError
 from ..files import write_rows
 
 # %% ../../nbs/15b_meter.ipynb #c006
@@ -138,11 +139,16 @@ def peak_memory_gib() -> float:
 def read_metrics(
     path: str | Path,  # metrics.jsonl
 ) -> list[dict]:
-    "All whole lines; a crash may have cut the last one."
+    "All whole lines; a crash may have cut the last one. Raises `ConfigError` for other damage."
     rows, path = [], Path(path)
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try: rows.append(json.loads(line))
-        except json.JSONDecodeError: break
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for n, line in enumerate(lines, 1):
+        try: row = json.loads(line)
+        except (ValueError, RecursionError): row = None
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
+        elif n < len(lines) or line.endswith(b"\n"):
+            raise ConfigError(f"{str(path)!r}, line {n}: no line of a log; remove it, or the file")
     return rows
 
 class MetricsFile(TrainerCallback):

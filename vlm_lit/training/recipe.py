@@ -298,11 +298,26 @@ def section_of(
     found = [name for name, kind in kinds.items() if key in {f.name for f in fields(kind)}]
     return found[0] if found else "training"
 
+def _check_model_values(model: dict, origins: dict) -> None:
+    "Refuse values that are not of a preset's kind."
+    from vlm_lit.weights.presets import PRESET_FIELDS, is_field_value
+
+    for key, value in model.items():
+        if value is None or key not in PRESET_FIELDS or is_field_value(key, value):
+            continue
+        kinds = PRESET_FIELDS[key]
+        names = [kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,))]
+        wanted = " or ".join(_KINDS[name] for name in names if name in _KINDS)
+        _refuse(("model", key), f"model.{key}: expected {wanted}, got {_short(value)}", origins)
+
+_KINDS = {"str": "string", "int": "integer", "bool": "boolean", "dict": "mapping", "list": "list"}
+
 def _check_model(model: dict, origins: dict) -> None:
     "Refuse unknown keys and presets, and a section that names no model or two."
     known = _model_keys()
     schema = create_model("Model", __config__=_STRICT, **known)
     _validate(schema, model, origins, ("model",), list(known))
+    _check_model_values(model, origins)
     preset, start = model.get("preset"), model.get("from")
     if (preset is None) == (start is None):
         what = "names neither preset nor from" if preset is None else "names both preset and from"

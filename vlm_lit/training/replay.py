@@ -20,6 +20,7 @@ from ..debug.snapshots import check_expression
 from ..debug.label_view import LabelStrip
 from ..debug.values import visible
 from ..data.dataset import LazySupervisedDataset
+from ..files import write_text
 from ..text.encode import encode_records
 from ..data.collator import DataCollatorForSupervisedDataset
 from ..padding import flat_images
@@ -247,7 +248,7 @@ class Replay:
     def to_html(self, path: str | Path | None = None) -> str:
         "The whole as a page, written to `path` if there is one."
         page = _page(f"Step {self.step} of {self.run}", self._repr_html_())
-        if path is not None: Path(path).write_text(page, encoding="utf-8")
+        if path is not None: write_text(path, page)
         return page
 
 # %% ../../nbs/20_replay.ipynb #c012
@@ -385,7 +386,7 @@ def _found_in(run: Path, step: int) -> tuple[Replay, set[int], int]:
     note = next((row for row in bad if row["step"] == step), {})
     began, recipe = (run / "recipe.yaml").stat().st_mtime, load_recipe(run / "recipe.yaml")
     paths = [Path(source.path) for source in recipe.data.train]
-    changed = [path.name for path in paths if path.stat().st_mtime > began]
+    changed = [path.name for path in paths if path.exists() and path.stat().st_mtime > began]
     start = max([s for s in saved if s < step], default=0)
     names, reason = note.get("records", []), note.get("reason")
     found = Replay(run.name, step, start, names, [], _logged_loss(rows, step), reason, changed)

@@ -21,7 +21,7 @@ from ..evaluation.scoring import evaluate
 from ..evaluation.scoring import fixed_sample
 from ..processor import VLMProcessor
 from ..models.vlm import VLM, match_embedding_scale
-from ..files import read_json, write_json
+from ..files import read_json, write_error, write_file, write_json
 from ..weights.model_card import read_run
 from ..weights.saving import save_model
 from ..weights.interchange import save_projector
@@ -35,7 +35,7 @@ from .callbacks import StopOnSignal
 from .meter import read_metrics
 from .doctor import check_samples, environment_info, format_check, known_answers
 from .recipe import Recipe, load_recipe, recipe_differences, save_recipe
-from .trainer import VLMTrainer, reinit_modules, write_error
+from .trainer import VLMTrainer, read_trainer_state, reinit_modules
 from ..data.dataset import LazySupervisedDataset
 
 # %% ../../nbs/19_run.ipynb #c005
@@ -79,10 +79,14 @@ def build_sources(
     )
 
 def _source_names(sources) -> list[str]:
-    "A name for each source, none twice."
+    "A name for each source. Raises `ConfigError` for one that is given twice."
+    given = Counter(source.name for source in sources if source.name)
+    if twice := [name for name, times in given.items() if times > 1]:
+        raise ConfigError(f"data: two sources are named {twice[0]!r}; give each a name of its own")
     names = [source.name or Path(source.path).stem for source in sources]
     seen = Counter(names)
-    return [name if seen[name] == 1 else f"{name}-{k}" for k, name in enumerate(names)]
+    found = [name if seen[name] == 1 else f"{name}-{k}" for k, name in enumerate(names)]
+    return found if len(set(found)) == len(found) else [f"{n}-{k}" for k, n in enumerate(names)]
 
 @dataclass
 class Prepared:
@@ -269,12 +273,12 @@ def _train(recipe, folder, resume, console, progress):
     try:
         prepared = _ready(complete, folder, console if is_main else None)
         if is_main:
-            _check_records(prepared.train, folder / "data.json", resume)
+            _check_records(prepared, folder / "data.json", resume)
     except BaseException:
         if is_main and fresh and not resume:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    _steps(prepared, folder, resume, console)
+    _told_where_it_stopped(_steps, prepared, folder, resume, console)
     progress["step"] = prepared.trainer.state.global_step
     try: return _finish(prepared, folder) if is_main else {}
     except Exception as error:
@@ -283,6 +287,19 @@ def _train(recipe, folder, resume, console, progress):
         raise ConfigError(
             f"all steps are taken, but the model cannot be written to {folder}: "
             f"{reason}; make room, then go on with --resume"
+        ) from error
+
+def _told_where_it_stopped(steps, prepared, folder, resume, console):
+    "Take the steps; a full disk is one line with the last good state."
+    try: steps(prepared, folder, resume, console)
+    except Exception as error:
+        reason = None if isinstance(error, ConfigError) else write_error(error)
+        if reason is None: raise
+        last = get_last_checkpoint(str(folder))
+        state = f"its last checkpoint is {last}" if last else "it has no checkpoint yet"
+        raise ConfigError(
+            f"the run in {folder} cannot write: {reason}; {state}; make room, then go on with "
+            "--resume"
         ) from error
 
 def _ready(recipe, folder, console):
@@ -295,17 +312,21 @@ def _ready(recipe, folder, console):
     if console is not None: _told(prepared, console)
     return prepared
 
-def _check_records(mixture, path, resume):
+def _check_records(prepared, path, resume):
     "Note how many records each source has, and a checksum of some; refuse others on resuming."
-    found = {name: _checksum(own.records) for name, own in zip(mixture.names, mixture.datasets)}
-    before = read_json(path) if resume and path.is_file() else {}
+    found = {}
+    for prefix, mixture in (("", prepared.train), ("eval/", prepared.eval)):
+        if mixture is None: continue
+        for name, own in zip(mixture.names, mixture.datasets):
+            found[prefix + name] = _checksum(own.records)
+    before = read_json(path, dict) if resume and path.is_file() else {}
     for name, now in found.items():
         if before.get(name, now) != now:
             raise ConfigError(
                 f"data source {name!r} has changed: it had {before[name]}, now {now}; "
                 "put its records back, or choose another --name"
             )
-    if not before: write_json(path, found)
+    if before != found: write_json(path, {**before, **found})
 
 def _checksum(records, n=64):
     "Number of records, and a checksum of some, spread over all."
@@ -340,7 +361,7 @@ def _steps(prepared, folder, resume, console):
 
 def _is_done(checkpoint):
     "Whether a checkpoint is the last one of its run."
-    state = read_json(Path(checkpoint) / "trainer_state.json")
+    state = read_trainer_state(checkpoint)
     return state["global_step"] >= state["max_steps"]
 
 def _answers(prepared) -> dict[str, float]:
@@ -392,9 +413,13 @@ def _finish(prepared, folder) -> dict:
     shutil.rmtree(folder / "model", ignore_errors=True)
     part.rename(folder / "model")
     if plots := _plots():
-        plots.plot_curves(rows).savefig(folder / "curves.png", dpi=120)
+        _write_figure(plots.plot_curves(rows), folder / "curves.png")
     write_json(folder / "result.json", result)
     return result
+
+def _write_figure(figure, path):
+    "A figure as PNG."
+    write_file(path, lambda part: figure.savefig(part, dpi=120, format="png"))
 
 def _plots():
     "The module that draws; None where matplotlib is not installed."
@@ -431,7 +456,7 @@ def _validate(prepared, folder) -> dict:
     rows = sum(answered, [])
     if plots := _plots():
         figure = plots.plot_samples(answered[0], prepared.eval.datasets[0])
-        figure.savefig(folder / "samples.png", dpi=120)
+        _write_figure(figure, folder / "samples.png")
     kinds = sorted({row["type"] for row in rows if "type" in row})
     by_type = {kind: _exact([row for row in rows if row.get("type") == kind]) for kind in kinds}
     return {"loss": loss, "n": len(rows), "exact": _exact(rows), "exact_by_type": by_type}

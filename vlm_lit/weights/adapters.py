@@ -13,7 +13,7 @@ from torch import nn
 from ..core import ConfigError
 from ..files import write_file
 from ..models.vlm import VLM
-from .language_models import raise_misfit, read_state
+from .language_models import LOAD_ERRORS, raise_misfit, read_state, reading
 
 # %% ../../nbs/11_adapters.ipynb #c007
 _LORA = {"r": 16, "alpha": 32, "dropout": 0.05, "target_modules": None, "bias": "none"}
@@ -78,8 +78,9 @@ def _inject(model, config):
     if has_lora(model):
         raise ConfigError("lora: the model has adapters already; merge them (`merge_lora`)")
     try: _peft().inject_adapter_in_model(config, model.language_model)
-    except (TypeError, ValueError) as e:
-        raise ConfigError(f"lora: {str(e).splitlines()[0]}") from e
+    except LOAD_ERRORS as e:
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ConfigError(f"lora: {reason}") from e
     for name, p in model.language_model.named_parameters():
         p.requires_grad_(".lora_" in name)
         if p.requires_grad: p.data = p.data.float()
@@ -125,7 +126,9 @@ def load_lora(
             "adapter_model.safetensors is missing"
         )
     if not has_lora(model):
-        _inject(model, _peft().LoraConfig.from_pretrained(str(folder), inference_mode=False))
+        with reading(f"the adapter in {str(folder)!r} cannot be read"):
+            config = _peft().LoraConfig.from_pretrained(str(folder), inference_mode=False)
+        _inject(model, config)
     state = {n.removeprefix("base_model.model."): tensor for n, tensor in read_state(path).items()}
     check_tensors(path, state, _lora_state(model), whole=True)
     _peft().set_peft_model_state_dict(model.language_model, state)

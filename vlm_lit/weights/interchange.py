@@ -201,7 +201,7 @@ def shards(
         if not index.is_file():
             if whole.is_file(): return [whole]
             continue
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        names = _shard_names(index)
         paths = [folder / name for name in names]
         gone = [p.name for p in paths if not p.is_file() or p.parent != folder]
         if whole.is_file() and whole not in paths:
@@ -218,6 +218,13 @@ def shards(
         f"no weights in {str(folder)!r}: neither model.safetensors nor pytorch_model.bin, nor an "
         "index of shards"
     )
+
+def _shard_names(index: Path) -> list[str]:
+    "The files that an index of shards names. Raises `ConfigError` for one that is none."
+    found = read_json(index, dict).get("weight_map", {})
+    if isinstance(found, dict) and all(isinstance(name, str) for name in found.values()):
+        return sorted(set(found.values()))
+    raise ConfigError(f"{str(index)!r} is no index of shards: weight_map must give file names")
 
 def mgm_name(
     name: str,  # Of a tensor in a checkpoint of LLaVA or MGM

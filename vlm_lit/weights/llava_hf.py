@@ -28,7 +28,7 @@ from ..text.labels import check_tokenizer, generation_prompt
 from ..text.templates import conv_templates
 from .build import combined_model
 from .language_models import print_status, quiet, raise_misfit, reading
-from .language_models import mismatched_names
+from .language_models import check_finite, mismatched_names
 
 # %% ../../nbs/10f_llava_hf.ipynb #c007
 @torch.no_grad()
@@ -337,6 +337,7 @@ def load_llava_hf(
     unexpected = {n for n in info["unexpected_keys"] if not n.endswith("rotary_emb.inv_freq")}
     missing = set(info["missing_keys"])
     raise_misfit(f"{str(folder)!r}", missing, unexpected, mismatched_names(info))
+    check_finite(dict(theirs.named_parameters()), f"{str(folder)!r}")
     return _from_llava(theirs, config)
 
 def _from_llava(theirs: LlavaForConditionalGeneration, config: VLMConfig) -> VLM:

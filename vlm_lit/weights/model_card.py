@@ -46,7 +46,7 @@ def read_run(
     runs, folder, seen = [], Path(folder), set()
     while folder is not None and folder.resolve() not in seen:
         seen.add(folder.resolve())
-        scores = {path.stem: read_json(path) for path in sorted(folder.glob("eval*.json"))}
+        scores = {path.stem: read_json(path, dict) for path in sorted(folder.glob("eval*.json"))}
         runs.append(
             {
                 "name": folder.resolve().name,
@@ -70,7 +70,7 @@ def _read_recipe(path: Path) -> dict:
 
 def _read_optional(path: Path) -> dict:
     "A JSON file; empty where there is none."
-    return read_json(path) if path.is_file() else {}
+    return read_json(path, dict) if path.is_file() else {}
 
 def _earlier_run(recipe: dict) -> Path | None:
     "The folder of the run that a recipe's model is from, if it is still there."

@@ -60,6 +60,9 @@ def resolve_model(
     "The model and processor of a recipe. Raises `ConfigError` for what is missing or does not fit."
     changes = _checked_section(section)
     preset, base, projector = (changes.pop(k, None) for k in ("preset", "from", "projector"))
+    for key, value in {"preset": preset, "from": base, "projector": projector}.items():
+        if not isinstance(value, str | Path | None):
+            raise ConfigError(f"model: {key} must be a name or a path, got {value!r}")
     if base is None:
         model, processor = _from_preset(preset, changes, seed, dtype)
     else: model, processor = _from_folder(base, changes, dtype)
@@ -119,9 +122,13 @@ def read_base(
     path = Path(folder) / "base.json"
     if not path.is_file():
         raise ConfigError(f"no checkpoint in {str(folder)!r}: base.json is missing")
-    base = read_json(path)
-    if not isinstance(base, dict) or base.keys() != {"model", "seed", "lora"}:
+    base = read_json(path, dict)
+    kinds = {"model": dict, "seed": int, "lora": dict | None}
+    if base.keys() != kinds.keys():
         raise ConfigError(f"{str(path)!r} must hold model, seed and lora")
+    for key, kind in kinds.items():
+        if not isinstance(base[key], kind):
+            raise ConfigError(f"{str(path)!r}: {key} cannot be {base[key]!r}")
     return base
 
 def save_trainable(
@@ -216,11 +223,8 @@ def _load_checkpoint(folder):
     if section.get("from"):  # named as seen from where the run was started
         places = [Path(section["from"]), *(up / section["from"] for up in folder.resolve().parents)]
         section["from"] = next((str(p) for p in places if p.is_dir()), section["from"])
-    try: model, processor = resolve_model(section, base["seed"])
-    except ConfigError as e:
-        raise ConfigError(
-            f"checkpoint {str(folder)!r} cannot be opened without its base: {e}"
-        ) from e
+    with reading(f"checkpoint {str(folder)!r} cannot be opened without its base"):
+        model, processor = resolve_model(section, base["seed"])
     if base["lora"]: add_lora(model, base["lora"])
     load_trainable(model, folder)
     if base["lora"]: merge_lora(model)

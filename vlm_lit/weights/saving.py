@@ -12,11 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from ..core import ConfigError
-from ..files import apply_umask, read_json
-from ..files import write_json, write_text
+from ..files import CHECKSUMS, apply_umask, check_checksum, read_json, to_disk
+from ..files import write_checksums, write_json, write_text
 from ..models.vlm import VLM
 from ..models.config import VLMConfig
 from vlm_lit.weights.language_models import (
+    check_finite,
     mismatched_names,
     quiet,
     read_state,
@@ -30,6 +31,7 @@ from .interchange import save_projector, shards
 
 # %% ../../nbs/10e_saving.ipynb #c007
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+_LAST = (_WEIGHTS[1], CHECKSUMS)  # without the index, shards are not taken for a model
 
 def save_model(
     model: VLM,  # Its configuration comes along
@@ -49,11 +51,12 @@ def save_model(
                 model.save_pretrained(part, max_shard_size=max_shard_size)
         finally: model.generation_config = own
         write_text(part / "README.md", model_card(model, runs))
+        write_checksums(part)
         apply_umask(part)
-        for old in [path for pattern in _WEIGHTS for path in folder.glob(pattern)]:
+        to_disk(part)
+        for old in [path for name in (CHECKSUMS, *_WEIGHTS) for path in folder.glob(name)]:
             old.unlink()
-        # the index last: without it, shards are not taken for a model
-        for path in sorted(part.iterdir(), key=lambda path: path.name == _WEIGHTS[1]):
+        for path in sorted(part.iterdir(), key=lambda path: (path.name in _LAST, path.name)):
             path.replace(folder / path.name)
 
 def _valid_generation_config(config):
@@ -106,8 +109,8 @@ def load_model(
     folder = Path(folder).expanduser()
     if not (folder / "config.json").is_file():
         raise ConfigError(f"no model in {str(folder)!r}: config.json is missing")
-    found = read_json(folder / "config.json")
-    if not isinstance(found, dict) or found.get("model_type") != VLMConfig.model_type:
+    found = read_json(folder / "config.json", dict)
+    if found.get("model_type") != VLMConfig.model_type:
         raise ConfigError(
             f"{str(folder / 'config.json')!r} is not the configuration of a model of this project"
         )
@@ -130,6 +133,8 @@ def load_model(
         model, info = VLM.from_pretrained(folder, **settings, **checked)
     missing, unexpected = set(info["missing_keys"]), set(info["unexpected_keys"])
     raise_misfit(f"{str(folder)!r}", missing, unexpected, mismatched_names(info))
+    check_finite(dict(model.named_parameters()), f"{str(folder)!r}")
+    for path in weights: check_checksum(path)
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name in types and tensor.dtype != types[name]:
             tensor.data = tensor.data.to(types[name])

@@ -162,7 +162,7 @@ TOWER_CLASSES = {
     "efficientnet_lite": EfficientNetLiteModel,
 }
 # what `build_vision_tower` may cut off
-BEHIND = r"(encoder\.layers\.\d+|post_layernorm|layernorm|head)\."
+BEHIND = r"(encoder\.(layers|stages)\.\d+|post_layernorm|layernorm|head)\."
 
 def source_file(
     name: str,  # A folder or a hub name
@@ -186,7 +186,10 @@ def open_clip_file(
     `ConvNextModel` would compute something else."""
     config = source_file(name, "open_clip_config.json")
     if config is None: return None
-    kind = read_json(config).get("model_cfg", {}).get("vision_cfg", {}).get("timm_model_name", "")
+    kind = read_json(config, dict)
+    for key in ("model_cfg", "vision_cfg"):
+        kind = kind.get(key) if isinstance(kind, dict) else None
+    kind = str((kind if isinstance(kind, dict) else {}).get("timm_model_name", ""))
     # LAION's ViTs have transformers' files next to open_clip's
     if not kind.startswith("convnext"): return None
     if kind.startswith("convnext_xxlarge"):
@@ -217,11 +220,12 @@ def load_tower(
     file = path if path.is_file() else open_clip_file(str(source))
     if file is None:
         return tower_from_transformers(str(source), select_layer, dtype)
-    return tower_from_file(file, dtype)
+    return tower_from_file(file, dtype, select_layer)
 
 def tower_from_file(
     path: Path,  # Weights of an open_clip ConvNeXt or of an EfficientNet-Lite0
     dtype: torch.dtype,  # Of its weights
+    select_layer: int = -1,  # As in `build_vision_tower`
 ) -> nn.Module:
     "A tower in a foreign format."
     state = read_state(path)
@@ -230,7 +234,7 @@ def tower_from_file(
         state, rest = efficientnet_lite_state(state)
     else: config, state, rest = convnext_from_open_clip(state)
     print_status(f"tower {path.name}: {len(state)} tensors taken, left out {format_names(rest)}")
-    return load_tower_state(config, state, dtype=dtype, what=f"tower {path.name}")
+    return load_tower_state(config, state, select_layer, dtype, f"tower {path.name}", BEHIND)
 
 def tower_from_transformers(
     name: str,  # A folder or a hub name
