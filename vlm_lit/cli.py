@@ -18,7 +18,6 @@ from .commands import CHAT_HELP, check_out, example_record, export_folder, image
 from .commands import check_push, push_folder
 from vlm_lit.commands import (
     load_preparation,
-    load_text_settings,
     printable,
     report_found,
     run_folder,
@@ -109,6 +108,40 @@ def walk(
             write_page(html, walk_html(dataset, index))
         typer.echo("\n".join(walk_lines(dataset, index)))
 
+# %% ../nbs/21_cli.ipynb #c485656
+def images_to_open(decode_images: bool, no_images: bool, fix: Path | None) -> str:
+    "Which images an audit opens; all of them for a file of records that pass."
+    if decode_images and no_images:
+        raise ConfigError("--decode-images opens every image, --no-images none; give one of them")
+    if fix is not None:
+        from vlm_lit.data.repair import check_new
+
+        check_new(fix)
+    if no_images: return "none"
+    return "all" if decode_images or fix is not None else "sample"
+
+def report_audit(data, processor, settings, workers, against, fix, html, as_json) -> dict:
+    "Run an audit, print its report and write what was asked for."
+    from vlm_lit.data.audit import run_audit
+    from vlm_lit.data.image_findings import thumbnail_jpeg
+    from vlm_lit.reports import audit_lines, audit_page
+
+    run = run_audit(data, processor, settings, workers if workers > 1 else 0, None, against)
+    report, lines = run.report, audit_lines(run.report, settings.n_examples)
+    typer.echo(json.dumps(report, indent=1) if as_json else "\n".join(lines))
+    if html is not None:
+        thumbnail = lambda name: thumbnail_jpeg(run.dataset, name)
+        page = audit_page(report, f"Audit of {data.name}", thumbnail)
+        html.write_text(page, encoding="utf-8")
+        typer.echo(f"the page is in {html}", err=as_json)
+    if fix is not None:
+        from vlm_lit.data.repair import left_out_path, write_passing
+
+        written, left = write_passing(run, fix)
+        says = f"{written:,} records that pass are in {fix}; {left:,} left out: "
+        typer.echo(f"{says}{left_out_path(fix)}", err=as_json)
+    return report
+
 # %% ../nbs/21_cli.ipynb #c016
 @app.command("audit")
 def audit_data(
@@ -119,7 +152,13 @@ def audit_data(
     tokenizer: _Tokenizer = None,
     control_tokens: _Control = "refuse",
     image_tags: Annotated[str, Option(help="Several tags in a turn: keep, or mgm.")] = "keep",
+    aspect: Annotated[str | None, Option(help="square (crop the center) or pad.")] = None,
     decode_images: Annotated[bool, Option("--decode-images", help="Open every image.")] = False,
+    no_images: Annotated[bool, Option("--no-images", help="Do not look for images.")] = False,
+    against: Annotated[
+        Path | None, Option(help="Validation records: find what they share.")
+    ] = None,
+    fix: Annotated[Path | None, Option(help="A new .jsonl for the records that pass.")] = None,
     max_length: Annotated[int | None, Option(min=1, help="Longer records are errors.")] = None,
     batch_size: Annotated[int, Option(min=1, help="Records per batch, for padding.")] = 16,
     examples: Annotated[int, Option(min=0, help="Most examples of each finding.")] = 5,
@@ -127,31 +166,23 @@ def audit_data(
     html: _Html = None,
     as_json: _Json = False,
 ):
-    "Check every record and report what is wrong with the data: exit code 1 if anything is."
+    "Check every record and a sample of images: exit code 1 if there is an error."
     with user_errors():
-        from vlm_lit.data.audit import audit
-        from vlm_lit.data.findings import AuditSettings
-        from vlm_lit.reports import audit_lines, audit_page
-
         check_out(html)
-        words, template, num_tokens = load_text_settings(preset, tokenizer, template)
+        images = images_to_open(decode_images, no_images, fix)
+        processor = load_preparation(preset, tokenizer, template, aspect, control_tokens)
+        from vlm_lit.data.findings import AuditSettings
+
         settings = AuditSettings(
-            template,
-            control_tokens,
-            image_tags,
-            image_folder,
-            decode_images,
-            max_length,
-            num_tokens,
-            batch_size,
-            examples,
+            image_tags=image_tags,
+            image_folder=image_folder,
+            images=images,
+            max_length=max_length,
+            batch_size=batch_size,
+            n_examples=examples,
+            keep_failures=fix is not None,
         )
-        report = audit(data, words, settings, workers if workers > 1 else 0)
-        lines = audit_lines(report, examples)
-        typer.echo(json.dumps(report, indent=1) if as_json else "\n".join(lines))
-        if html is not None:
-            html.write_text(audit_page(report, f"Audit of {data.name}"), encoding="utf-8")
-            typer.echo(f"the page is in {html}", err=as_json)
+        report = report_audit(data, processor, settings, workers, against, fix, html, as_json)
     if not report["ok"]: raise typer.Exit(1)
 
 # %% ../nbs/21_cli.ipynb #c022
@@ -191,6 +222,33 @@ def train(
         found = load_recipe(*files, overrides=overrides)
         if print_config: typer.echo(format_recipe(found))
         else: train_run(found, folder, resume)
+
+# %% ../nbs/21_cli.ipynb #c461990
+@app.command(context_settings={"ignore_unknown_options": True})
+def plan(
+    context: typer.Context,
+    recipe: Annotated[list[str] | None, Argument(help="Recipe files; later ones win.")] = None,
+    runs: Annotated[Path, Option(help="Folder that will hold the run.")] = Path("runs"),
+    no_measure: Annotated[bool, Option("--no-measure", help="Take no step.")] = False,
+    preset: Annotated[str | None, Option(help="Without a recipe: preset or model folder.")] = None,
+    data: Annotated[Path | None, Option(help="Without a recipe: records to train on.")] = None,
+    image_folder: _Images = None,
+    as_json: _Json = False,
+):
+    "Say what a recipe would do: skipped records, steps, memory, disk, hours."
+    with user_errors():
+        options = [o for p in context.command.params for o in p.opts if o.startswith("--")]
+        files, overrides = split_words(recipe or [], options)
+        if files and (preset or data or image_folder):
+            raise ConfigError("--preset, --data and --image-folder are for a plan without a recipe")
+        if not files:
+            overrides = short_recipe(preset, data, image_folder) + overrides
+        from vlm_lit.training.plan import make_plan, plan_lines
+        from vlm_lit.training.recipe import load_recipe
+
+        found = make_plan(load_recipe(*files, overrides=overrides), runs, 0 if no_measure else 4)
+        typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(plan_lines(found)))
+    if found["problems"]: raise typer.Exit(1)
 
 # %% ../nbs/21_cli.ipynb #c034
 @app.command()
@@ -309,14 +367,17 @@ def export(
 # %% ../nbs/21_cli.ipynb #c044
 @app.command()
 def doctor():
-    "Test the masks of known conversations; print what belongs in a bug report."
+    "Test the mask of a known conversation; print what belongs in a bug report."
     with user_errors():
         from vlm_lit.training.doctor import environment_info, known_answers
 
         for key, value in environment_info().items():
             typer.echo(f"{key:<16}{printable(value)}")
         problems = known_answers()
-        typer.echo("\n".join(problems) or "known answers: all masks are right")
+        typer.echo(
+            "\n".join(problems)
+            or "known answers: the bundled tokenizer and template give the right mask"
+        )
     if problems: raise typer.Exit(1)
 
 @app.command("replay")
