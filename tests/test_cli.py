@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 from vlm_lit import __version__
 from vlm_lit.commands import CHAT_HELP, check_out, example_record, export_folder, image_files, load
 from vlm_lit.commands import check_push, push_folder
-from vlm_lit.commands import load_preparation, load_text_settings, printable, report_found, run_folder, print_status
+from vlm_lit.commands import load_preparation, printable, report_found, run_folder, print_status
 from vlm_lit.commands import short_recipe, split_words, talk, train_run, user_errors, write_page
 from vlm_lit.core import ConfigError, progress_console
 import re, shlex, subprocess, textwrap
@@ -231,6 +231,32 @@ def test_audit_has_three_exit_codes():
 
     assert count("") - count("--preset tiny --tokenizer gemma") == 576 - 16
 
+def test_audit_opens_compares_and_writes_what_passes():
+    out = run("audit @train.json --image-folder @. --preset @runs/mine --workers 0")
+    assert out.exit_code == 0 and "images were opened" in out.output, out.output
+    out = run("audit @train.json --preset @runs/mine --workers 0 --no-images")
+    assert "images were not looked for" in out.output
+    broken = [{"id": 1, "image": "images/broken.png", "conversations": good}]
+    write("broken.json", [*broken, {"id": 2, "conversations": turns("q", "a")}])
+    line = "audit @broken.json --image-folder @. --preset @runs/mine --workers 0"
+    for path in place.glob("clean*"): path.unlink()
+    out = run(f"{line} --fix @clean.jsonl --html @audit.html --against @train.json")
+    assert out.exit_code == 1 and "1 records that pass are in" in out.output, out.output
+    assert [json.loads(own)["id"] for own in (place / "clean.jsonl").open()] == [2]
+    assert "image_unreadable" in (place / "clean.left-out.jsonl").read_text()
+    assert "</html>" in (place / "audit.html").read_text()
+    refuses(f"{line} --fix @clean.jsonl", "is there already")
+    refuses(f"{line} --fix @clean.json", "are written as .jsonl")
+    refuses(f"{line} --no-images --decode-images", "give one of them")
+    refuses(f"{line} --against @gone.json", "no data file")
+    write(
+        "odd.json", "[{\"id\": NaN, \"conversations\": 3}, {\"id\": \"\\ud83d\", \"conversations\": 3}]"
+    )
+    out = run("audit @odd.json --preset @runs/mine --workers 0 --json --html @odd.html")
+    if out.exit_code == 1:  # read; a file that is refused as a whole has exit code 2
+        assert json.loads(out.stdout, parse_constant=lambda name: 1 / 0)["records"] == 2
+        out.stdout.encode("utf-8")
+
 def test_train_answers_every_mistake_in_a_recipe():
     write(
         "slip.yaml",
@@ -248,6 +274,19 @@ def test_train_answers_every_mistake_in_a_recipe():
     refuses("train @good.yaml --data x.json", "are for training without a recipe")
     refuses("train", "give a recipe file, or --preset and --data")
     refuses("train --resume --name none --runs @runs", "no run 'none' in")
+
+def test_plan_says_what_train_would_do():
+    line = TRAIN.replace("train ", "plan ", 1)
+    out = run(f"{line} --no-measure")
+    assert out.exit_code == 0 and "are used" in out.output and "measured" not in out.output, out.output
+    found = json.loads(run(f"{line} --json").stdout)
+    assert found["measured"]["steps_measured"] == 3 and found["hours"] is not None
+    write("lost.json", [{"id": 1, "image": "gone.png", "conversations": good}] * 4)
+    out = run(f"{line} --no-measure --data @lost.json --image-folder @.")
+    assert out.exit_code in (1, 2) and "Traceback" not in out.output, out.output
+    refuses("plan @gone.yaml", "no such recipe")
+    refuses("plan", "give a recipe file, or --preset and --data")
+    refuses(f"{line} --training.learning_ratee 1", "did you mean 'learning_rate'")
 
 def test_train_refuses_before_step_1():
     def says(flags, message): refuses(f"{TRAIN} --name bad {flags}", message)
@@ -470,7 +509,12 @@ def test_doctor_prints_facts_and_fails_on_a_wrong_mask():
         with patch.dict(sys.modules, {"vlm_lit.training.doctor": fake}):
             out = run("doctor")
         assert out.exit_code == code and "python" in out.stdout, out.output
-        assert out.stdout.splitlines()[-1] == (problems or ["known answers: all masks are right"])[0]
+        assert (
+            out.stdout.splitlines()[-1]
+            == (problems or ["known answers: the bundled tokenizer and template give the right mask"])[
+                0
+            ]
+        )
 
 def test_replay_and_losses_print_and_write_a_page():
     assert run(f"{TRAIN} --name again --training.max_steps 2 --training.save_steps 1").exit_code == 0

@@ -10,7 +10,7 @@ from rich.progress import Progress
 from vlm_lit.core import DataError, progress_console
 from vlm_lit.files import cache_folder, digest, file_stamp, new_folder, writable_folder
 from vlm_lit.text.messages import image_names, read_record
-from vlm_lit.images import decode_image, open_image
+from vlm_lit.images import decode_image, safe_path
 from vlm_lit.data.record_files import scan_records
 import multiprocessing, os, tempfile
 import pyarrow as pa, pyarrow.parquet as pq
@@ -88,7 +88,7 @@ def test_an_image_in_a_table_is_named_by_its_place():
     turns = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
     table = Table.from_list([{"image": png.getvalue(), "conversations": turns}])
     watch = ["name", "(row, k)", "len(images)", "decode_image(io.BytesIO(images[k]), name)"]
-    with Breakpoint(Records.open_image, at="if k >= len(images)", watch=watch) as bp:
+    with Breakpoint(Records.image_file, at="if k >= len(images)", watch=watch) as bp:
         Records(table).open_image("embedded:0/0")
     bp.expect({"(row, k)": (0, 0), "len(images)": 1}, name="embedded:0/0")
 

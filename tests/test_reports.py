@@ -1,15 +1,16 @@
 "Derived from nbs/15_reports.ipynb by `make tests`; edit the notebook, not this file."
-import base64, html, io
+import base64, html
+from collections.abc import Callable
 from vlm_lit.text.messages import image_names
-import sys, tempfile
+import io, json, sys, tempfile
 from pathlib import Path
 from fastcore.test import test_eq
 from vlm_lit.images import sample_image
 from vlm_lit.data.audit import audit
 from vlm_lit.data.findings import AuditSettings
 from vlm_lit.debug.breakpoints import Breakpoint
-from vlm_lit.text.tokenizer import load_tokenizer
 from small_parts import seed_dataset
+from vlm_lit.reports import _example_item
 from vlm_lit.reports import audit_lines
 from vlm_lit.reports import audit_page
 from vlm_lit.reports import pick_samples
@@ -18,7 +19,7 @@ from vlm_lit.reports import plot_samples
 from vlm_lit.reports import running_mean
 
 def setup_module():
-    global answers, asked, audited, doubtful, ds, folder, height, k, made_up, report, right, shape, sheet, show, width
+    global answers, asked, audited, doubtful, ds, folder, height, k, made_up, processor, report, right, shape, sheet, show, width
     def show(figure):
         "A figure as a notebook displays it."
         from IPython import display
@@ -53,16 +54,16 @@ def setup_module():
                 "scores": {"exact": float(shape == "wide")},
             }
         )
-    audited = Path(tempfile.mkdtemp())
+    audited, processor = Path(tempfile.mkdtemp()), ds.processor
     sample_image(64, 48).save(audited / "a.png")
     def asked(n, question, answer="a box", **more):
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
         return {"id": n, **more, "conversations": turns}
     doubtful = [asked("<script>alert(1)</script>", "x<eos>"), asked(19, "<image>\nq", image="gone.png")]
     answers = ["a box, " * (k % 5 + 1) for k in range(18)]
-    right = [asked(k, "<image>\nWhat is it?", a, image="a.png") for k, a in enumerate(answers)]
+    right = [asked(k, f"<image>\nWhat is it, {k}?", a, image="a.png") for k, a in enumerate(answers)]
     doubtful = [*right, *doubtful]
-    report = audit(doubtful, load_tokenizer("gemma"), AuditSettings(image_folder=audited, batch_size=4))
+    report = audit(doubtful, processor, AuditSettings(image_folder=audited, batch_size=4))
 
 def test_the_running_mean_starts_with_fewer_values():
     with Breakpoint(running_mean, at="return [sum", watch="windows width") as bp:
@@ -70,17 +71,17 @@ def test_the_running_mean_starts_with_fewer_values():
     bp.expect(windows=[[1.0], [1.0, 3.0], [3.0, 5.0]]).expect_return(result=[1.0, 2.0, 4.0])
 
 def test_text_of_the_data_is_escaped_on_the_page():
-    with Breakpoint(audit_page, at='examples += f"<li>', watch=["e['id']", "where"]) as bp:
+    with Breakpoint(_example_item, at="name, picture =", watch=["example['id']", "where"]) as bp:
         audit_page(report)
     where = "<code>&lt;script&gt;alert(1)&lt;/script&gt;</code> (number 18, turn 0)"
-    bp.expect({"e['id']": "<script>alert(1)</script>", "where": where}, hits=2)
+    bp.expect({"example['id']": "<script>alert(1)</script>", "where": where}, hits=2)
 
 def test_text_that_is_not_escaped_is_run():
-    change = {"safe": lambda escape: str}  # the function that escapes becomes one that does not
-    findings = {kind: report["findings"][kind] for kind in ["control_tokens"]}
-    with Breakpoint(audit_page, at='rows = ""', watch="title", set=change) as bp:
-        audit_page({**report, "findings": findings, "settings": {}}, title="A & B")
-    bp.expect_changed({"result.count('<script>')": (0, 1), "'<title>A & B<' in result": (False, True)})
+    change = {"where": lambda where: html.unescape(where)}  # as if it had not been escaped
+    examples = report["findings"]["control_tokens"]["examples"]
+    with Breakpoint(_example_item, at="name, picture =", watch="turn", set=change) as bp:
+        _example_item(examples[0], None)
+    bp.expect_changed({"result.count('<script>')": (0, 1)})
 
 def test_sheets_show_any_rows():
     def titles(rows, **kwargs):
@@ -127,12 +128,69 @@ def test_audit_page_escapes_what_the_data_says():
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "<title>&lt;Audit&gt;</title>" in page
-    assert "NOT OK" in page and "image_missing" in page and "data:image/png;base64," in page
-    assert page.count("<tr") == page.count("</tr>") == 1 + 2 + 1 + 7 + len(report["settings"])
+    assert "NOT OK" in page and "image_missing" in page and "<img" not in page
+    for tag in ("tr", "td", "th", "li", "section", "div", "table", "svg"):
+        assert page.count(f"<{tag}>") + page.count(f"<{tag} ") == page.count(f"</{tag}>"), tag
+    assert "http" not in page  # nothing is loaded
     lines = audit_lines(report)
     assert lines[0] == report["verdict"]
     assert any("control_tokens" in line for line in lines)
     assert any("turn 0" in line for line in lines)
     assert not any("\x1b" in line for line in audit_lines({**report, "verdict": "\x1b[31m"}))
-    right = audit(doubtful[:3], load_tokenizer("gemma"), AuditSettings(image_folder=audited))
-    assert "No findings." in audit_page(right)
+    right = audit(doubtful[:3], processor, AuditSettings(image_folder=audited))
+    assert "No findings." in audit_page(right) and "no findings" in audit_lines(right)
+
+def test_any_text_of_the_data_stays_text():
+    from html.parser import HTMLParser
+
+    class Names(HTMLParser):
+        "Tags and attributes of a page."
+
+        def __init__(self, page):
+            super().__init__()
+            self.found = set()
+            self.feed(page)
+
+        def handle_starttag(self, tag, attrs):
+            self.found |= {(tag, name) for name, _ in attrs} | {tag}
+
+    jpeg = lambda name: b"\xff\xd8" if name == "a.png" else None
+    expected = Names(audit_page(report, "t", jpeg)).found
+    evil = [
+        "</style><script>x</script>",
+        "\"><img src=x onerror=y>",
+        "' onload='x",
+        "\ud83d",
+        "\x1b[2J",
+    ]
+    evil += ["<!--", "]]>", "\u202e", "&lt;", "javascript:x", float("nan"), 10**400]
+    for text in evil:
+        item = {"index": 3, "id": text, "turn": 0, "what": str(text), "image": str(text)}
+        found = {
+            "tags": {"severity": "error", "means": "m", "count": 1, "share": 1, "examples": [item]}
+        }
+        sources = {str(text): {"records": 1}, "b": {"records": 1}}
+        changed = {**report, "findings": found, "verdict": str(text), "sources": sources}
+        changed["scripts"] = {str(text): 1}
+        page = audit_page(changed, str(text), lambda name: b"\xff\xd8")
+        page.encode("utf-8")
+        assert Names(page).found <= expected | {"img", ("img", "alt"), ("img", "src")}, text
+        assert all(line.isprintable() for line in audit_lines(changed))
+        "\n".join(audit_lines(changed)).encode("utf-8")
+
+def test_images_stand_beside_their_findings_and_bars_are_linear():
+    sample_image(900, 100).save(audited / "wide.png")
+    (audited / "web.png").write_bytes(b"<html>")
+    shown = [asked(k, "<image>\nq", image=f"{name}.png") for k, name in enumerate(("wide", "web"))]
+    settings = AuditSettings(image_folder=audited, n_examples=2)
+    found = audit(shown, processor, settings)
+    opened = []
+    page = audit_page(found, thumbnail=lambda name: opened.append(name) or b"\xff\xd8")
+    test_eq(sorted(opened), ["web.png", "wide.png"])
+    assert page.count('<img alt="image wide.png" src="data:image/jpeg;base64,/9g="') == 1
+    assert "<img" not in audit_page(found, thumbnail=lambda name: None)
+    for s in found["segments"].values():
+        assert f'style="width:{100 * s["share"]:.2f}%"' in page
+    assert "scheme:dark" in page and "width=device-width" in page
+    empty = audit([], processor)
+    assert "No findings." in audit_page(empty) and audit_lines(empty)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TURNS', 'safe_path', 'turn_upright', 'on_white', 'decode_image', 'open_image', 'read_image', 'sample_image',
-           'expand2square', 'shortest_size', 'resize_shortest', 'center_crop', 'resize_and_crop', 'resize_to_square',
-           'to_bytes', 'normalize', 'interpolate_image', 'grid_crops', 'count_image_tokens', 'prepare_image',
-           'finish_images']
+           'expand2square', 'shortest_size', 'resize_shortest', 'center_crop', 'resize_and_crop', 'check_proportions',
+           'resize_to_square', 'to_bytes', 'normalize', 'interpolate_image', 'grid_crops', 'count_image_tokens',
+           'prepare_image', 'finish_images']
 
 # %% ../nbs/06_images.ipynb #c002
 import warnings
@@ -246,6 +246,21 @@ def resize_and_crop(
     whole = tall.resize((size, height), Image.Resampling.BICUBIC)
     return whole.crop((0, top, size, top + size)) if height > size else whole
 
+def check_proportions(
+    image: Image.Image,  # Any size
+    size: int,  # Pixels of the square
+    aspect: str = "square",  # As in `resize_to_square`
+) -> None:
+    "Raise `DataError` if the image is too long and thin to be squared."
+    short, long = sorted(image.size)
+    largest = long * long if aspect == "pad" else size * size * long / short
+    if Image.MAX_IMAGE_PIXELS and largest > Image.MAX_IMAGE_PIXELS:
+        raise DataError(
+            f"image of {image.width} x {image.height} pixels is too long and thin to be squared; "
+            "crop it",
+            kind="image_oversized",
+        )
+
 def resize_to_square(
     image: Image.Image,  # RGB
     size: int,  # Pixels
@@ -255,14 +270,7 @@ def resize_to_square(
     "CLIP's geometry: a square of the given size."
     if aspect not in ("square", "pad"):
         raise ConfigError(f"aspect must be 'square' or 'pad', got {aspect!r}")
-    short, long = sorted(image.size)
-    largest = long * long if aspect == "pad" else size * size * long / short
-    if Image.MAX_IMAGE_PIXELS and largest > Image.MAX_IMAGE_PIXELS:
-        raise DataError(
-            f"image of {image.width} x {image.height} pixels is too long and thin to be squared; "
-            "crop it",
-            kind="image_oversized",
-        )
+    check_proportions(image, size, aspect)
     if aspect == "pad":
         image = expand2square(image, tuple(int(255 * m) for m in mean))
     return resize_and_crop(image, size)

@@ -17,7 +17,7 @@ from rich.progress import Progress
 from ..core import DataError, progress_console
 from ..files import cache_folder, digest, file_stamp, new_folder, writable_folder
 from ..text.messages import image_names, read_record
-from ..images import decode_image, open_image
+from ..images import decode_image, safe_path
 from .record_files import scan_records
 
 # %% ../../nbs/07_records.ipynb #c006
@@ -423,16 +423,24 @@ class Records(Sequence):
         "Whether an image stands inside the table."
         return self.table is not None and not self.in_form and name.startswith("embedded:")
 
+    def image_file(
+        self,
+        name: str,  # From `image_names`
+        image_folder: str | Path | None = None,  # Of images that are files
+    ) -> Path | io.BytesIO:
+        "Where an image is: its file, or its bytes in the table. Raises `DataError`."
+        if not self.is_embedded(name): return safe_path(name, image_folder)
+        place = re.fullmatch(r"embedded:(\d+)/(\d+)", name)
+        row, k = map(int, place.groups()) if place else (len(self), 0)
+        images = _row_images(self.table[row].to_pylist()[0]) if row < len(self) else []
+        if k >= len(images):
+            raise DataError(f"no image {name!r} in the table", kind="image_missing")
+        return io.BytesIO(images[k])
+
     def open_image(
         self,
         name: str,  # From `image_names`
         image_folder: str | Path | None = None,  # Of images that are files
     ) -> Image.Image:  # RGB, decoded completely
         "Read an image, from its file or from the table. Raises `DataError`."
-        if not self.is_embedded(name): return open_image(name, image_folder)
-        place = re.fullmatch(r"embedded:(\d+)/(\d+)", name)
-        row, k = map(int, place.groups()) if place else (len(self), 0)
-        images = _row_images(self.table[row].to_pylist()[0]) if row < len(self) else []
-        if k >= len(images):
-            raise DataError(f"no image {name!r} in the table", kind="image_missing")
-        return decode_image(io.BytesIO(images[k]), name)
+        return decode_image(self.image_file(name, image_folder), name)
