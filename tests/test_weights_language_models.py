@@ -1,6 +1,6 @@
 "Derived from nbs/10a_language_models.ipynb by `make tests`; edit the notebook, not this file."
 import copy, importlib.util, io, re, shutil, struct
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 import torch
 from safetensors import SafetensorError
@@ -11,6 +11,7 @@ from transformers.utils import logging
 from vlm_lit.core import ConfigError, progress_console
 from vlm_lit.files import cache_folder, digest, new_folder, sha256
 from vlm_lit.files import write_file
+from vlm_lit.hub import hub_lookup
 from vlm_lit.models.config import sub_config
 from vlm_lit.weights.presets import is_scratch
 import hashlib

@@ -11,25 +11,36 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 import typer
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 from typer.core import TyperGroup
 from . import __version__
 from .commands import CHAT_HELP, check_out, example_record, export_folder, image_files, load
-from .commands import check_push, push_folder
+from .commands import check_push, data_folder, echo, push_folder, set_flags, RECIPE_FLAGS
 from vlm_lit.commands import (
     load_preparation,
     load_text_settings,
-    printable,
     report_found,
     run_folder,
     print_status,
 )
-from .commands import short_recipe, split_words, talk, train_run, user_errors, write_page
-from .core import ConfigError, progress_console
+from .commands import short_recipe, split_words, talk, train_run, user_errors
+from .commands import write_answers, write_page
+from .core import ConfigError, DataError, printable, progress_console
 
 # %% ../nbs/21_cli.ipynb #c005
 class _Commands(TyperGroup):
     "The commands; a mistake in an option is one line, as every other mistake."
+
+    def resolve_command(self, context, words):
+        name, command, rest = super().resolve_command(context, words)
+        if command is not None: set_flags(command.params)
+        return name, command, rest
+
+    def parse_args(self, context, words):
+        if "" in words:  # of a path it would be the current folder
+            where = f" after {words[words.index('') - 1]!r}" if words.index("") else ""
+            raise BadParameter(f"an empty word{where}; is a variable of the shell empty?")
+        return super().parse_args(context, words)
 
     def main(self, *args, standalone_mode=True, **settings):
         if not standalone_mode:
@@ -43,7 +54,7 @@ class _Commands(TyperGroup):
             code, text = e.exit_code, e.format_message().strip().rstrip(".")
             where = e.ctx.command_path if getattr(e, "ctx", None) else "vlm-lit"
             if text.startswith("Usage:"):
-                typer.echo(text, err=True)  # nothing was asked for
+                echo(text, err=True)  # nothing was asked for
             else:
                 print_status(f"error: {text[:1].lower()}{text[1:]}; see {where} -h")
         sys.exit(code or 0)
@@ -57,11 +68,13 @@ app = typer.Typer(
 )
 _Model = Annotated[str, Argument(help="A run or its name, a checkpoint, any model folder.")]
 _Data = Annotated[Path, Argument(help="LLaVA records: .json, .jsonl, .parquet, a table folder.")]
-_Images = Annotated[Path | None, Option(help="Image names in the data are relative to it.")]
+_Images = Annotated[
+    Path | None, Option(help="Image names are relative to it. Default: the data's own.")
+]
 _Control = Annotated[str | None, Option(help="Control tokens in text: refuse, escape or allow.")]
 _Preset = Annotated[str | None, Option(help="Prepare data as for this preset or model folder.")]
 _Template = Annotated[str | None, Option(help="Conversation template. Default: the preset's.")]
-_Tokenizer = Annotated[str | None, Option(help="'gemma', a folder or a hub name.")]
+_Tokenizer = Annotated[str | None, Option(help="'gemma', a preset, run, folder or hub name.")]
 _Batch = Annotated[int, Option(min=1, help="Questions per batch.")]
 _Tokens = Annotated[int, Option(min=1, help="Most tokens of an answer.")]
 _Json = Annotated[bool, Option("--json", help="Print JSON.")]
@@ -107,7 +120,7 @@ def walk(
             raise ConfigError(f"--index {index}: the data has {len(dataset)} record(s), from 0 on")
         if html is not None:  # of a refused record, too: with the stops up to there
             write_page(html, walk_html(dataset, index))
-        typer.echo("\n".join(walk_lines(dataset, index)))
+        echo("\n".join(walk_lines(dataset, index)))
 
 # %% ../nbs/21_cli.ipynb #c016
 @app.command("audit")
@@ -119,6 +132,7 @@ def audit_data(
     tokenizer: _Tokenizer = None,
     control_tokens: _Control = "refuse",
     image_tags: Annotated[str, Option(help="Several tags in a turn: keep, or mgm.")] = "keep",
+    no_images: Annotated[bool, Option("--no-images", help="Do not look for images.")] = False,
     decode_images: Annotated[bool, Option("--decode-images", help="Open every image.")] = False,
     max_length: Annotated[int | None, Option(min=1, help="Longer records are errors.")] = None,
     batch_size: Annotated[int, Option(min=1, help="Records per batch, for padding.")] = 16,
@@ -134,6 +148,9 @@ def audit_data(
         from vlm_lit.reports import audit_lines, audit_page
 
         check_out(html)
+        if no_images and (decode_images or image_folder):
+            raise ConfigError("--no-images goes with neither --decode-images nor --image-folder")
+        if not no_images: image_folder = image_folder or data_folder(data)
         words, template, num_tokens = load_text_settings(preset, tokenizer, template)
         settings = AuditSettings(
             template,
@@ -148,10 +165,10 @@ def audit_data(
         )
         report = audit(data, words, settings, workers if workers > 1 else 0)
         lines = audit_lines(report, examples)
-        typer.echo(json.dumps(report, indent=1) if as_json else "\n".join(lines))
+        echo(json.dumps(report, indent=1) if as_json else "\n".join(lines))
         if html is not None:
             html.write_text(audit_page(report, f"Audit of {data.name}"), encoding="utf-8")
-            typer.echo(f"the page is in {html}", err=as_json)
+            echo(f"the page is in {html}", err=as_json)
     if not report["ok"]: raise typer.Exit(1)
 
 # %% ../nbs/21_cli.ipynb #c022
@@ -171,7 +188,7 @@ def train(
     val: Annotated[Path | None, Option(help="Without a recipe: records to validate on.")] = None,
 ):
     "Train by a recipe, or a preset on a data file. --section.key VALUE changes any setting."
-    with user_errors():
+    with user_errors(RECIPE_FLAGS):
         options = [o for p in context.command.params for o in p.opts if o.startswith("--")]
         files, overrides = split_words(recipe or [], options)
         if not files and resume and name and data is None:
@@ -189,7 +206,7 @@ def train(
         from vlm_lit.training.recipe import format_recipe, load_recipe
 
         found = load_recipe(*files, overrides=overrides)
-        if print_config: typer.echo(format_recipe(found))
+        if print_config: echo(format_recipe(found))
         else: train_run(found, folder, resume)
 
 # %% ../nbs/21_cli.ipynb #c034
@@ -212,18 +229,12 @@ def generate(
         from vlm_lit.evaluation.generation import answer_batch
 
         links = [p.resolve() if p.is_symlink() else p for p in files]  # named by the user
+        strict = len(files) == 1
         answers = answer_batch(
-            *load(model, control_tokens), question, links, batch_size, max_new_tokens
+            *load(model, control_tokens), question, links, batch_size, max_new_tokens, strict
         )
-        if out is None:
-            for path, answer in zip(files, answers):
-                typer.echo(printable(answer if len(files) == 1 else f"{path}\t{answer}", "\t"))
-            return
-        with open(out, "x", encoding="utf-8") as file:
-            for n, (path, answer) in enumerate(zip(files, answers)):
-                row = {"id": n, "image": str(path), "question": question, "answer": answer}
-                print(json.dumps(row), file=file, flush=True)
-        typer.echo(f"{len(files)} answers are in {out}")
+        failed = write_answers(files, answers, question, out)
+    if failed: raise typer.Exit(1)
 
 @app.command()
 def chat(
@@ -253,6 +264,7 @@ def evaluate_model(
     out: Annotated[Path | None, Option(help="A .jsonl file for the predictions.")] = None,
     train: Annotated[Path | None, Option(help="Training records, for baselines.")] = None,
     sample: Annotated[int | None, Option(min=1, help="Only that many, always the same.")] = None,
+    control_tokens: _Control = None,
     blank_images: Annotated[bool, Option("--blank-images", help="Black images.")] = False,
     batch_size: _Batch = 32,
     max_new_tokens: _Tokens = 32,
@@ -263,13 +275,14 @@ def evaluate_model(
         from vlm_lit.data.records import Records
         from vlm_lit.evaluation.scoring import evaluate
         from vlm_lit.evaluation.scoring import fixed_sample, format_table
-        from vlm_lit.evaluation.metrics import load_metric
+        from vlm_lit.evaluation.metrics import load_metrics
 
         check_out(out, new=True)
-        metrics = [load_metric(m.strip()) for m in metric.split(",")]
+        metrics = [name.strip() for name in metric.split(",")]
+        load_metrics(metrics)  # a mistake is found before the model is opened
         records = Records(data)
         result = evaluate(
-            *load(model),
+            *load(model, control_tokens),
             records,
             image_folder=image_folder,
             metrics=metrics,
@@ -281,30 +294,32 @@ def evaluate_model(
             indices=fixed_sample(len(records), sample) if sample else None,
         )
         del result["predictions"]
-        typer.echo(json.dumps(result, indent=1) if as_json else format_table(result))
+        echo(json.dumps(result, indent=1) if as_json else format_table(result))
 
 # %% ../nbs/21_cli.ipynb #c040
 @app.command()
 def export(
     model: _Model,
     to: Annotated[str, Option(help="hf, llava-hf, gguf, mgm or llava.")] = "hf",
-    out: Annotated[Path | None, Option(help="Folder to write. Default: in the run.")] = None,
+    out: Annotated[
+        Path | None, Option(help="Default: in the run, or beside a model folder.")
+    ] = None,
     dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16.")] = None,
     push: Annotated[str | None, Option(help="Upload it to the hub as this OWNER/NAME.")] = None,
     private: Annotated[bool, Option("--private", help="A new repository is private.")] = False,
 ):
-    "Write a model for others: transformers, or MGM and LLaVA."
+    "Write a model for others: transformers, llama.cpp, LLaVA or MGM."
     with user_errors():
         if private and push is None:
             raise ConfigError("--private is for --push OWNER/NAME")
         if push is not None: check_push(push)
         folder = export_folder(model, to, out, dtype, push)
         for path in sorted(folder.iterdir()):
-            typer.echo(f"{path.stat().st_size:>12,}  {path}")
+            echo(f"{path.stat().st_size:>12,}  {path}")
         if to in ("mgm", "llava"):
-            typer.echo("projector only: language model and towers are taken by their names there")
+            echo("projector only: language model and towers are taken by their names there")
         if push is not None:
-            typer.echo(f"uploaded to {push_folder(folder, push, private)}")
+            echo(f"uploaded to {push_folder(folder, push, private)}")
 
 # %% ../nbs/21_cli.ipynb #c044
 @app.command()
@@ -314,9 +329,9 @@ def doctor():
         from vlm_lit.training.doctor import environment_info, known_answers
 
         for key, value in environment_info().items():
-            typer.echo(f"{key:<16}{printable(value)}")
+            echo(f"{key:<16}{printable(value)}")
         problems = known_answers()
-        typer.echo("\n".join(problems) or "known answers: all masks are right")
+        echo("\n".join(problems) or "known answers: all masks are right")
     if problems: raise typer.Exit(1)
 
 @app.command("replay")
@@ -341,6 +356,7 @@ def losses(
     data: _Data,
     image_folder: _Images = None,
     worst: Annotated[int, Option(min=1, help="How many records.")] = 20,
+    control_tokens: _Control = None,
     html: _Html = None,
 ):
     "List the records with the highest loss, each token's loss under its label."
@@ -348,7 +364,9 @@ def losses(
         check_out(html)
         from vlm_lit.training.replay import losses_page, worst_records
 
-        found = worst_records(*load(model), data, worst, image_folder)
+        found = worst_records(*load(model, control_tokens), data, worst, image_folder)
+        if not found:
+            raise DataError(f"no record of {data.name} has an answer to take the loss of")
         report_found("\n\n".join(map(str, found)), losses_page(found), html)
 
 def main():
