@@ -1,10 +1,11 @@
 "Derived from nbs/20a_commands.ipynb by `make tests`; edit the notebook, not this file."
 import gc, json, os, re, shlex, signal, sys, warnings
-from contextlib import contextmanager
-from itertools import islice
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from itertools import chain, islice
 from pathlib import Path
 import typer
-from vlm_lit.core import ConfigError, DataError, nearest
+from vlm_lit.core import ConfigError, DataError, nearest, printable
 import textwrap
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from vlm_lit.commands import export_folder
 from vlm_lit.commands import image_files
 from vlm_lit.commands import load_preparation
 from vlm_lit.commands import load_text_settings
+from vlm_lit.commands import name_flags
 from vlm_lit.commands import push_folder
 from vlm_lit.commands import run_folder
 from vlm_lit.commands import short_recipe
@@ -32,6 +34,15 @@ from vlm_lit.commands import user_errors
 def setup_module():
 
     sys.path[:0] = ["../tests", "tests"]
+
+def test_messages_name_options_and_leave_data_alone():
+    names = ("control_tokens", "image_folder", "aspect")
+    flags = {name: "--" + name.replace("_", "-") for name in names}
+    text = "record 'image_folder': aspect must be square; pass control_tokens='escape'"
+    with Breakpoint(name_flags, at="return _NAMED.sub", watch="text", set={"flags": {}}) as bp:
+        name_flags(text, flags)
+    want = "record 'image_folder': --aspect must be square; pass --control-tokens escape"
+    bp.expect_changed(result=(want, text))
 
 def test_stop_where_image_tokens_follow_from_the_patch_size():
     coarser = {"vision": lambda vision: {**vision, "patch_size": 16}}
@@ -56,7 +67,7 @@ def test_words_are_files_overrides_or_mistakes():
 
 def test_errors_are_one_line_and_bugs_keep_their_traceback():
     said = []
-    with patch("typer.echo", lambda text, err: said.append(text)):
+    with patch("typer.echo", lambda text, **kw: said.append(text)):
         for error, code in [
             (ConfigError("a\nb\x1b[2J"), 2),
             (OSError(28, "No space left", "x"), 2),
@@ -66,6 +77,27 @@ def test_errors_are_one_line_and_bugs_keep_their_traceback():
             assert found.value.exit_code == code
         with pytest.raises(ZeroDivisionError), user_errors(): 1 / 0
     assert said == ["error: a b\\x1b[2J", "error: No space left: x", "interrupted"]
+
+def test_what_is_quoted_or_part_of_a_path_is_data():
+    from hypothesis import given, settings, strategies as st
+
+    flags = {"image_folder": "--image-folder", "control_tokens": "--control-tokens"}
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.text(max_size=12))
+    def kept(text):
+        "An id, a path and a key of a recipe stay as they are, whatever stands around the name."
+        for data in (f"image_folder {text}", f"{text} control_tokens='escape'"):
+            line = f"record {data!r}: no image {data + '.png'!r}"
+            assert name_flags(line, flags) == line
+
+    kept()
+    for line in ("data.control_tokens: 7", "x/image_folder/y", "a image_folder.png", "--image-folder"):
+        assert name_flags(line, flags) == line
+    said = name_flags(
+        "image_folder must be a folder. Give `image_folder`, or control_tokens='allow'.", flags
+    )
+    assert said == ("--image-folder must be a folder. Give --image-folder, or --control-tokens allow.")
 
 def test_image_tokens_of_presets_without_their_weights():
     for name, count in [(None, 576), ("tiny", 16), ("smol", 16), ("mgm-2b", 576), ("llava-7b", 576)]:
@@ -112,7 +144,7 @@ def test_interrupted_runs_exit_as_the_signal_asks():
         said = []
         with (
             patch.dict(sys.modules, {"vlm_lit.training.run": SimpleNamespace(train=train)}),
-            patch("typer.echo", lambda text, err=False: said.append(text)),
+            patch("typer.echo", lambda text, **kw: said.append(text)),
             pytest.raises(typer.Exit) as found,
         ):
             train_run(None, Path(folder))

@@ -1,5 +1,5 @@
 "Derived from nbs/00_core.ipynb by `make tests`; edit the notebook, not this file."
-import difflib, numbers, sys
+import difflib, numbers, sys, unicodedata
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import Any
@@ -14,6 +14,7 @@ from vlm_lit.core import IMAGE_TOKEN_INDEX
 from vlm_lit.core import describe
 from vlm_lit.core import nearest
 from vlm_lit.core import peek
+from vlm_lit.core import printable
 from vlm_lit.core import progress_console
 
 def test_ignored_label_leaves_the_loss():
@@ -66,6 +67,19 @@ def test_nearest_finds_the_misspelled_name():
     assert nearest("smoll", ["tiny", "smol"]) == "smol"
     assert nearest("xyz", ["tiny"]) is None
     assert nearest("x", []) is None
+
+def test_printable_spells_out_what_a_terminal_obeys():
+    import unicodedata
+
+    obeyed = {chr(i) for i in range(0x110000) if unicodedata.category(chr(i)) in ("Cc", "Cf", "Cs")}
+    obeyed |= {"\u2028", "\u2029"}
+    obeyed -= set("\u200c\u200d")
+    assert len(obeyed) > 2200 and {"\x1b", "\x07", "\x9b", "\u202e", "\u2066", "\ud800"} < obeyed
+    for c in obeyed:
+        assert printable(f"a{c}b").isascii() and printable(f"a{c}b", keep=c) == f"a{c}b"
+    kept = "a b\u3000\u00a0é猫 \u0645\u06cc\u200c\u062e 👩\u200d🔬"
+    test_eq(printable(kept), kept)
+    test_eq(printable("\x1b[2J\u202e\n\t", keep="\n"), "\\x1b[2J\\u202e\n\\t")
 
 def test_peek_shows_shape_dtype_and_six_values():
     test_eq(

@@ -5,9 +5,11 @@ from vlm_lit.core import DataError
 import io
 from fastcore.test import expect_fail
 from hypothesis import given, settings, strategies as st
+from PIL import Image
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.data.record_files import BLOCK
 from vlm_lit.data.record_files import JsonList
+from vlm_lit.data.record_files import file_kind
 from vlm_lit.data.record_files import scan_records
 
 def test_only_the_record_that_is_parsed_is_held():
@@ -33,6 +35,41 @@ def test_a_missing_comma_is_refused_with_its_line():
         except DataError as error: print(str(error).replace("; ", ";\n"))
     bp.expect(why="expected ',' or ']' after a record")
     bp.expect_return({"str(result)[:16]": "bad.json, line 3"})
+
+def test_files_of_other_kinds_are_named():
+    import gzip, io, tarfile, zipfile
+
+    def packed(make):
+        out = io.BytesIO()
+        make(out)
+        return out.getvalue()
+
+    def tar(out):
+        with tarfile.open(fileobj=out, mode="w") as file:
+            file.addfile(tarfile.TarInfo("a"))
+
+    def zipped(out):
+        with zipfile.ZipFile(out, "w") as file: file.writestr("a", "b")
+
+    def image(kind):
+        return packed(lambda out: Image.new("RGB", (8, 8)).save(out, kind))
+
+    for name, data, what in [
+        ("a.tar", packed(tar), "a tar archive"),
+        ("a.zip", packed(zipped), "a zip archive"),
+        ("a.json.gz", gzip.compress(b"[]"), "compressed with gzip"),
+        *[(f"a.{kind}", image(kind), "an image") for kind in ("PNG", "JPEG", "GIF", "WEBP", "TIFF")],
+        ("a.json", b"PAR1" + bytes(9), "a Parquet table; name it .parquet"),
+        ("a.json", "[]".encode("utf-16"), "text in UTF-16"),
+        ("a.json", b"%PDF-1.7", "a PDF"),
+        ("a.csv", b"question,answer\n", "a table in text form"),
+        ("a.safetensors", b"\x10" + bytes(7) + b'{"__metadata__":{}}', "weights of a model"),
+    ]:
+        with expect_fail(DataError, contains=f"{name} is {what}"):
+            list(scan_records(io.BytesIO(data), name))
+    for name, text in [("a.csv", b"[]"), ("a", b" \n{}"), ("a", b"\xef\xbb\xbf[{}]"), ("a", b"")]:
+        assert file_kind(text, name) is None
+        list(scan_records(io.BytesIO(text), name))
 
 def test_no_record_is_lost_or_changed_in_any_layout():
     def one_level(inner):

@@ -9,6 +9,7 @@ from PIL import Image
 from rich.progress import Progress
 from vlm_lit.core import DataError, progress_console
 from vlm_lit.files import cache_folder, digest, file_stamp, new_folder, writable_folder
+from vlm_lit.hub import hub_lookup
 from vlm_lit.text.messages import image_names, read_record
 from vlm_lit.images import decode_image, safe_path
 from vlm_lit.data.record_files import scan_records

@@ -1,11 +1,13 @@
 "Derived from nbs/12_generation.ipynb by `make tests`; edit the notebook, not this file."
+import copy, warnings
 from pathlib import Path
 from queue import Queue
 from threading import Thread
 from transformers import PreTrainedTokenizerFast
 from transformers.generation import BaseStreamer
-from vlm_lit.core import DataError
-from vlm_lit.text.encode import truncate_at_eos, pad_id, stop_ids
+from vlm_lit.core import IMAGE_TOKEN, DataError
+from vlm_lit.text.encode import bisect_failures, truncate_at_eos, pad_id, stop_ids
+from vlm_lit.text.sentinels import num_tokens_with_images
 from vlm_lit.processor import VLMProcessor, as_list, insert_image_tokens
 from vlm_lit.data.collator import DataCollatorForSupervisedDataset
 from vlm_lit.models.vlm import VLM
@@ -24,6 +26,7 @@ from vlm_lit.data.dataset import LazySupervisedDataset
 from small_parts import three_tokenizers
 from vlm_lit.evaluation.generation import Chat
 from vlm_lit.evaluation.generation import answer_batch
+from vlm_lit.evaluation.generation import check_prompt
 from vlm_lit.evaluation.generation import generate_ids
 
 def setup_module():
@@ -282,6 +285,69 @@ def test_chat_remembers():
     test_eq(chat.turns, before)
     chat.clear()
     test_eq((chat.turns, chat("what is it?", photo)), ([], first))
+
+def test_an_unreadable_image_takes_the_place_of_its_answer():
+    folder = Path(tempfile.mkdtemp())
+    photo.save(folder / "a.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    paths = [folder / name for name in ("a.png", "broken.png", "gone.png", "a.png")]
+    for batch_size in (1, 2, 4):
+        lenient = dict(batch_size=batch_size, max_new_tokens=3, strict=False)
+        found = list(answer_batch(model, processor, "what is it?", paths, **lenient))
+        test_eq([type(answer) for answer in found], [str, DataError, DataError, str])
+        test_eq(found[0], found[3])
+        for answer, path in zip(found[1:3], paths[1:3]):
+            assert f"record '{path}': " in str(answer)
+    with expect_fail(DataError, contains="spells the control token"):
+        list(answer_batch(model, processor, "x<eos>", paths, strict=False))
+    only_broken = answer_batch(model, processor, "what is it?", paths[1:3], strict=False)
+    test_eq([type(answer) for answer in only_broken], [DataError] * 2)
+
+def test_a_prompt_that_fills_the_model_is_refused():
+    from unittest.mock import patch
+
+    length = check_prompt(model, processor.samples(["what is it?"], [photo])[0])
+    test_eq(length, processor("what is it?", photo)["input_ids"].shape[1])
+    for most, is_refused, is_warned in [(length, True, False), (length + 1, False, True)]:
+        with patch.object(model.config.text_config, "max_position_embeddings", most):
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                try:
+                    refused = not list(answer_batch(model, processor, "what is it?", [photo], 1, 2))
+                except DataError as e:
+                    refused = f"{length} tokens with its images" in str(e)
+                try: refused &= not Chat(model, processor, 2)("what is it?", photo)
+                except DataError as e: assert "positions; shorten it" in str(e)
+            test_eq(refused, is_refused)
+            test_eq(any("more than the model's" in str(w.message) for w in seen), is_warned)
+
+def test_a_chat_goes_on_after_any_answer():
+    class Says(Chat):
+        "A chat whose model gives certain answers; keeps the samples."
+
+        def __init__(self, *answers, **settings):
+            super().__init__(model, VLMProcessor.for_model(model.config, tok, **settings))
+            self.answers, self.samples = iter(answers), []
+
+        def _generate(self, sample, streamer=None):
+            self.samples.append(sample)
+            ids = tok(next(self.answers), add_special_tokens=False, split_special_tokens=True).input_ids
+            if streamer: streamer.queue.put(ids)
+            return ids
+
+    for said in ("", "see <image> there", "<eos>", "a<end_of_turn>", "🐋", " "):
+        for ask in (Chat.__call__, lambda *own: "".join(Chat.stream(*own))):
+            chat = Says(said, "a box", "fine")
+            answers = [ask(chat, "one?", photo), ask(chat, "<image> two?", other), ask(chat, "three?")]
+            assert answers[1:] == ["a box", "fine"], answers
+            n_images = [int((s["input_ids"] < 0).sum()) for s in chat.samples]
+            test_eq(n_images, [1, 2, 2])
+            prompt = tok.decode([i for i in chat.samples[2]["input_ids"].tolist() if i >= 0])
+            test_eq("one?" in prompt, bool(said.strip()))
+            assert "two?" in prompt and answers[0] in prompt
+            with expect_fail(DataError, contains="spells the control token '<eos>'"):
+                ask(chat, "x<eos>")
+            test_eq(len(chat.images), 2)
 
 def test_streamed_answers_are_the_answers():
     from vlm_lit.evaluation import generation

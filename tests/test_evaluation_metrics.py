@@ -1,6 +1,7 @@
 "Derived from nbs/12b_metrics.ipynb by `make tests`; edit the notebook, not this file."
 import importlib.util, math, re, unicodedata
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from vlm_lit.core import ConfigError
 import tempfile
@@ -11,6 +12,7 @@ from vlm_lit.evaluation.metrics import anls
 from vlm_lit.evaluation.metrics import contains
 from vlm_lit.evaluation.metrics import exact
 from vlm_lit.evaluation.metrics import load_metric
+from vlm_lit.evaluation.metrics import load_metrics
 from vlm_lit.evaluation.metrics import majority_baseline
 from vlm_lit.evaluation.metrics import question_only_baseline
 from vlm_lit.evaluation.metrics import score_answers
@@ -82,3 +84,49 @@ def test_metrics_of_single_answers():
 def test_baselines_of_a_few_questions():
     test_eq(majority_baseline(TRAIN, ASKED), ["3"] * 3)  # "3" and "no" twice each
     test_eq(question_only_baseline(TRAIN, ASKED), ["3", "no", "3"])  # a tie, a new question
+
+def test_metrics_of_one_name_are_kept_apart():
+    from functools import partial
+
+    for name in "ab":
+        (folder / f"{name}.py").write_text(f"def score(p, a, r): return {ord(name)}\n")
+    both = load_metrics([f"{folder}/a.py:score", f"{folder}/b.py:score", "exact"])
+    test_eq(list(both), [f"{folder}/a.py:score", f"{folder}/b.py:score", "exact"])
+    test_eq([score_answers(m, "x", "x", {"id": 1}) for m in both.values()], [97.0, 98.0, 1.0])
+    test_eq(list(load_metrics([f"{folder}/a.py:score"])), ["score"])
+
+    class Scorer:
+        def __call__(self, prediction, answer, record): return record["gone"]
+
+    half = partial(partial(exact), record=None)
+    for metric, name in [
+        (Scorer(), "Scorer"),
+        (half, "exact"),
+        (lambda p, a, r: r["gone"], "<lambda>"),
+    ]:
+        test_eq(list(load_metrics([metric])), [name])
+    with expect_fail(ConfigError, contains="metric 'Scorer', record 7: no score (KeyError"):
+        score_answers(Scorer(), "a", "b", {"id": 7})
+    for twice in (["exact", "exact"], ["exact", half], [f"{folder}/a.py:score"] * 2, [Scorer()] * 2):
+        with expect_fail(ConfigError, contains="is given twice"):
+            load_metrics(twice)
+
+def test_spellings_of_an_answer_are_one_answer():
+    from hypothesis import given, settings, strategies as st
+
+    spellings = {"yes": ["yes", "Yes.", " YES", "yes ."], "no": ["no", "No.", "NO "], "a b": ["A  b"]}
+    answers = st.sampled_from([(key, text) for key, own in spellings.items() for text in own])
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(st.tuples(st.sampled_from(["q?", "Q?", "w"]), answers), min_size=1))
+    def counted(data):
+        train = [(question, text) for question, (_, text) in data]
+        for make in (majority_baseline, question_only_baseline):
+            [found] = make(train, ["q?"])
+            own = [key for question, (key, _) in data if make is majority_baseline or question != "w"]
+            own = own or [key for _, (key, _) in data]
+            best = max(map(own.count, own))
+            assert sum(exact(found, key) for key in own) == best
+            assert found in [text.strip() for _, text in train]
+
+    counted()

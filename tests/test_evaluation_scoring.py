@@ -5,15 +5,15 @@ from pathlib import Path
 import torch
 from rich.progress import track
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from vlm_lit.core import ConfigError, DataError, progress_console
+from vlm_lit.core import ConfigError, DataError, printable, progress_console
 from vlm_lit.files import write_rows
 from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.text.encode import bisect_failures
 from vlm_lit.data.records import Records
 from vlm_lit.text.messages import image_names
 from vlm_lit.processor import VLMProcessor
-from vlm_lit.evaluation.generation import generate_ids
-from vlm_lit.evaluation.metrics import score_answers, load_metric, majority_baseline
+from vlm_lit.evaluation.generation import check_prompt, generate_ids
+from vlm_lit.evaluation.metrics import load_metrics, majority_baseline, score_answers
 from vlm_lit.evaluation.metrics import question_only_baseline
 from vlm_lit.evaluation.metrics import anls, contains, exact
 import json

@@ -10,7 +10,8 @@ from vlm_lit.models.mining import PatchInfoMining
 from vlm_lit.models.towers import CONV_MODEL_TYPES, tower_depth
 from vlm_lit.models.image_encoder import make_projector
 from vlm_lit.weights.presets import NO_TOKENIZER, PARTS, combined_config, is_scratch, load_preset
-from vlm_lit.weights.presets import make_model, preset_config, preset_settings, scratch_text_config
+from vlm_lit.weights.presets import make_model, preset_config, preset_names, preset_settings
+from vlm_lit.weights.presets import scratch_text_config
 from vlm_lit.weights.presets import seeded
 from vlm_lit.weights.language_models import load_language_model, model_folder
 from vlm_lit.weights.towers import load_tower

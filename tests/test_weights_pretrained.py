@@ -2,7 +2,7 @@
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from vlm_lit.core import ConfigError
+from vlm_lit.core import ConfigError, nearest
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.models.vlm import VLM
 from vlm_lit.files import read_json, write_file, write_json

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['IGNORE_INDEX', 'IMAGE_TOKEN_INDEX', 'IMAGE_TOKEN', 'IM_START_TOKEN', 'IM_END_TOKEN', 'Segment', 'ConfigError',
-           'DataError', 'nearest', 'first_values', 'describe', 'peek', 'progress_console']
+           'DataError', 'nearest', 'printable', 'first_values', 'describe', 'peek', 'progress_console']
 
 # %% ../nbs/00_core.ipynb #c002
-import difflib, numbers, sys
+import difflib, numbers, sys, unicodedata
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import Any
@@ -79,6 +79,21 @@ def nearest(
     "The known name that a misspelled one most likely stands for."
     found = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     return found[0] if found else None
+
+# %% ../nbs/00_core.ipynb #c252792
+def printable(
+    text,  # Of a data file, a file name or a library
+    keep: str = "",  # Control characters that may stay, such as a newline
+) -> str:
+    "Text in which what a terminal would obey is spelled out."
+
+    def spelled(c):
+        is_text = c.isprintable() or c in keep or c in "\u200c\u200d"
+        if is_text or unicodedata.category(c) == "Zs": return c
+        return c.encode("unicode_escape", "backslashreplace").decode()
+
+    text = str(text)
+    return text if text.isprintable() else "".join(map(spelled, text))
 
 # %% ../nbs/00_core.ipynb #c021
 def first_values(

@@ -46,7 +46,7 @@ def safe_path(
     if not is_file:
         raise DataError(
             f"no image {str(name)!r} in the image folder {str(folder)!r}; names are relative to "
-            "image_folder (a command's --image-folder)",
+            "image_folder",
             kind="image_missing",
         )
     return path

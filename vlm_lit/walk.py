@@ -503,7 +503,8 @@ def walk_html(
     page = files("vlm_lit").joinpath("assets/walk.html").read_text(encoding="utf-8")
     script = re.search(r"<script>(.*)</script>", page, re.S)[1]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    about = f"template {dataset.template}, {len(screens)} stops in one run of dataset[{i}]"
+    n_stops = sum(box not in ("tokenizer", "refused") for box, *_ in screens)
+    about = f"template {dataset.template}, {n_stops} stops in one run of dataset[{i}]"
     filling = dict(title=_text(f"Record {dataset.name(i)!r}"), about=_text(about), route=route)
     filling |= dict(stops=stops, script_hash=f"sha256-{digest}")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: filling[match[1]], page)

@@ -16,6 +16,7 @@ from PIL import Image
 from rich.progress import Progress
 from ..core import DataError, progress_console
 from ..files import cache_folder, digest, file_stamp, new_folder, writable_folder
+from ..hub import hub_lookup
 from ..text.messages import image_names, read_record
 from ..images import decode_image, safe_path
 from .record_files import scan_records
@@ -220,13 +221,14 @@ def _hub_table(
     "A data set of the hub, its split `train`. Raises `DataError`."
     from datasets import load_dataset
 
-    try: return load_dataset(name, split="train")
-    except Exception as e:  # of many libraries: no network, no such name, no such split
-        why = str(e).splitlines()[0][:80] if str(e) else type(e).__name__
-        raise DataError(
-            f"no data file {name!r}, and the hub gives no data set of that name "
-            f"({why}); is it a path, and is it right?"
-        ) from e
+    with hub_lookup() as unreachable:
+        try: return load_dataset(name, split="train")
+        except Exception as e:  # of many libraries: no network, no such name, no such split
+            why = unreachable or (str(e).splitlines()[0][:80] if str(e) else type(e).__name__)
+            raise DataError(
+                f"no data file {name!r}, and the hub gives no data set of that name "
+                f"({why}); is it a path, and is it right?"
+            ) from e
 
 def _copy_parquet(
     path: Path,  # A file, or a folder of files

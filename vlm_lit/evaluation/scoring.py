@@ -12,15 +12,15 @@ from pathlib import Path
 import torch
 from rich.progress import track
 from ..core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX
-from ..core import ConfigError, DataError, progress_console
+from ..core import ConfigError, DataError, printable, progress_console
 from ..files import write_rows
 from ..data.dataset import LazySupervisedDataset
 from ..text.encode import bisect_failures
 from ..data.records import Records
 from ..text.messages import image_names
 from ..processor import VLMProcessor
-from .generation import generate_ids
-from .metrics import score_answers, load_metric, majority_baseline
+from .generation import check_prompt, generate_ids
+from .metrics import load_metrics, majority_baseline, score_answers
 from .metrics import question_only_baseline
 
 # %% ../../nbs/13_evaluation.ipynb #c011
@@ -104,6 +104,9 @@ def _batch_prompts(dataset: LazySupervisedDataset, indices: list[int]) -> tuple[
                 sample = dataset.with_names(i, dataset.__getitem__(i, text))
                 kept = ("image", "image_aux", "image_keys")
                 images[key] = {k: sample[k] for k in kept if k in sample}
+            empty = [turn for turn, _, answer in turns if not answer.strip()]
+            if empty:
+                raise DataError("an empty answer cannot be scored; give one", turn=empty[0] + 1)
             own = _prompts({**text, **images[key]})
             if len(own) < len(turns):
                 kept = f"{len(own)} of {len(turns)} answers are left after truncation"
@@ -116,6 +119,9 @@ def _batch_prompts(dataset: LazySupervisedDataset, indices: list[int]) -> tuple[
 def _answer_batch(model, dataset, rows: list[dict], max_new_tokens: int) -> dict[int, DataError]:
     "Give the rows of a batch their `prediction`; returns errors by record."
     prompts, failed = _batch_prompts(dataset, list(dict.fromkeys(row["index"] for row in rows)))
+    for (i, _), prompt in prompts.items():
+        try: check_prompt(model, prompt)
+        except DataError as e: failed.setdefault(i, e)
     rows = [row for row in rows if row["index"] not in failed]
     if not rows: return failed
     own = [prompts[row["index"], row["turn"]] for row in rows]
@@ -198,7 +204,7 @@ def evaluate(
 ) -> dict:  # `n`, `n_by_type`, `metrics`, `baselines`, `skipped`, `predictions`
     "Scores of a model on all questions of a data set, and of the baselines that need no model."
     metrics = [metrics] if isinstance(metrics, str) else metrics
-    scorers = {f.__name__: f for f in map(load_metric, metrics)}
+    scorers = load_metrics(metrics)
     if out is not None and not Path(out).absolute().parent.is_dir():
         raise ConfigError(f"no folder for {str(out)!r}; make it first")
     if not isinstance(data, LazySupervisedDataset):
@@ -262,5 +268,4 @@ def format_table(
     ]
     if skipped := result["skipped"]:
         text.append(f"{len(skipped)} records skipped, the first: {skipped[0]['reason']}")
-    safe = lambda line: "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in line)
-    return "\n".join(map(safe, text))
+    return "\n".join(map(printable, text))

@@ -8,12 +8,14 @@ __all__ = ['IMAGE_TOKENS', 'load_tokenizer', 'special_tokens', 'control_tokens',
 
 # %% ../../nbs/02_tokenizer.ipynb #c002
 import lzma, re
+from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from ..core import ConfigError
+from ..hub import hub_lookup
 
 if TYPE_CHECKING: from transformers import PreTrainedModel  # takes seconds
 
@@ -44,13 +46,16 @@ def load_tokenizer(
         raise ConfigError(f"tokenizer {str(name)!r}: no such folder")
     folder = Path(name).expanduser()
     source = folder if folder.is_dir() else str(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except Exception as e:  # tokenizers raises plain Exception for a broken file
-        raise ConfigError(
-            f"tokenizer {str(name)!r} cannot be loaded: give 'gemma' (bundled), a folder with "
-            f"tokenizer.json, or a hub name that this machine can reach ({str(e).splitlines()[0]})"
-        ) from e
+    reaching = nullcontext() if folder.is_dir() else hub_lookup()
+    with reaching as unreachable:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except Exception as e:  # tokenizers raises plain Exception for a broken file
+            why = unreachable or (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise ConfigError(
+                f"tokenizer {str(name)!r} cannot be loaded: give 'gemma' (bundled), a folder with "
+                f"tokenizer.json, or a hub name that this machine can reach or has kept ({why})"
+            ) from e
     if not tokenizer.is_fast:
         raise ConfigError(
             f"tokenizer {str(name)!r} is a slow one; labels need character offsets, which only "

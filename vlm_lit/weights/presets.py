@@ -148,8 +148,8 @@ def channel_statistics(
 
 # %% ../../nbs/10_presets.ipynb #c015
 NO_TOKENIZER = (
-    "a language model from scratch brings no tokenizer; give `tokenizer`: a folder, a hub name, or "
-    "'gemma' (256,000 entries); in a recipe under model, for the command train --model.tokenizer"
+    "a language model from scratch brings no tokenizer; give `tokenizer`: a folder, "
+    "another preset, a hub name, or 'gemma' (256,000 entries)"
 )
 
 def preset_settings(

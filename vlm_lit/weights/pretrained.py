@@ -9,7 +9,7 @@ __all__ = ['resolve_model', 'write_base', 'read_base', 'save_trainable', 'load_t
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from ..core import ConfigError
+from ..core import ConfigError, nearest
 from ..processor import VLMProcessor
 from ..models.vlm import VLM
 from ..files import read_json, write_file, write_json
@@ -158,6 +158,15 @@ def load_trainable(
     for name, tensor in state.items(): want[name].copy_(tensor)
 
 # %% ../../nbs/12a_pretrained.ipynb #c013
+def _of_peft(folder) -> str:
+    "What to do with an adapter that peft has saved."
+    config = read_json(folder / "adapter_config.json")
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    return (
+        f"{str(folder)!r} is an adapter of peft, of the base model {base!r}; merge it first: "
+        "PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(new)"
+    )
+
 def find_model(
     # A run, its name in runs/, a checkpoint, an export, a `save_pretrained` folder
     name: str | Path,
@@ -169,10 +178,17 @@ def find_model(
             f"{str(name)!r} is a preset, a model that is not trained: train it, and give the run"
         )
     if folder is None:
-        raise ConfigError(f"no model {str(name)!r}: give a run, a checkpoint or a model folder")
+        runs = [path.name for path in Path("runs").glob("*/")]
+        near = nearest(str(name), [*runs, *preset_names()])
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise ConfigError(
+            f"no model {str(name)!r}: give a run, a checkpoint or a model folder{hint}"
+        )
     if (folder / "model" / "config.json").is_file(): return folder / "model"
     if (folder / "base.json").is_file() or (folder / "config.json").is_file():
         return folder
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(_of_peft(folder))
     if not (folder / "recipe.yaml").is_file():
         raise ConfigError(f"no model in {str(folder)!r}: config.json is missing")
     steps = [int(p.name[11:]) for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()]
