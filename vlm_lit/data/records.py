@@ -427,12 +427,15 @@ class Records(Sequence):
         self,
         name: str,  # From `image_names`
         image_folder: str | Path | None = None,  # Of images that are files
+        least: int | None = None,  # As in `decode_image`
+        follow_links: bool = False,  # As in `safe_path`
     ) -> Image.Image:  # RGB, decoded completely
         "Read an image, from its file or from the table. Raises `DataError`."
-        if not self.is_embedded(name): return open_image(name, image_folder)
+        if not self.is_embedded(name):
+            return open_image(name, image_folder, least=least, follow_links=follow_links)
         place = re.fullmatch(r"embedded:(\d+)/(\d+)", name)
         row, k = map(int, place.groups()) if place else (len(self), 0)
         images = _row_images(self.table[row].to_pylist()[0]) if row < len(self) else []
         if k >= len(images):
             raise DataError(f"no image {name!r} in the table", kind="image_missing")
-        return decode_image(io.BytesIO(images[k]), name)
+        return decode_image(io.BytesIO(images[k]), name, least=least)
