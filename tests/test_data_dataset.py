@@ -16,9 +16,10 @@ import tempfile
 import signal, subprocess, sys, threading, time
 from fastcore.test import test_eq, test_close, expect_fail
 from hypothesis import given, settings, strategies as st
+import pyarrow as pa, pyarrow.parquet as pq
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.core import peek
-from vlm_lit.images import sample_image
+from vlm_lit.images import read_image, sample_image
 from vlm_lit.debug.label_view import LabelStrip
 from vlm_lit.text.tokenizer import load_tokenizer
 from vlm_lit.data.dataset import BadSamples
@@ -342,6 +343,37 @@ def test_item_of_the_seed():
     answer = [1175, 3741, 9488, 45189, 2656, 107, 108, 1]
     test_eq(item["input_ids"].tolist(), ids + answer)
     test_eq(item["labels"].tolist(), [-100] * 17 + answer)
+
+def test_each_path_makes_the_same_square():
+    sample_image(500, 375).save(folder / "large.jpg", quality=90)
+    kept = (folder / "large.jpg").read_bytes()
+    names, turns = [{**seed, "image": "large.jpg"}], seed["conversations"]
+    inside = [{"id": "in", "image": {"bytes": kept, "path": None}, "conversations": turns}]
+    pq.write_table(pa.Table.from_pylist(inside), folder / "inside.parquet")
+    squares = []
+    for settings_ in ({}, {"resize": "torch"}, {"resize": "torch", "jpeg_draft": True}):
+        own = VLMProcessor(tok, image_size=28, image_size_aux=56, **settings_)
+        want = own.image_processor.square(
+            read_image(folder / "large.jpg", least=own.image_processor.least)
+        )
+        data = LazySupervisedDataset(names, own, folder, uint8=True)
+        table = LazySupervisedDataset(folder / "inside.parquet", own, folder, uint8=True)
+        called = own("what?", "large.jpg", image_folder=folder, as_bytes=True)
+        found = [data[0]["image_aux"], data.__getitems__([0])[0]["image_aux"], table[0]["image_aux"]]
+        found += [data.cache_in_memory()[0]["image_aux"], called["pixel_values_aux"][0]]
+        for own_pixels in found: test_eq(own_pixels, want)
+        squares.append(want)
+    assert not torch.equal(squares[0], squares[1]) and not torch.equal(squares[1], squares[2])
+
+def test_links_out_of_the_folder_need_an_argument():
+    home, elsewhere = (Path(tempfile.mkdtemp()) for _ in range(2))
+    sample_image(40, 30).save(elsewhere / "b.png")
+    (home / "coco").symlink_to(elsewhere)
+    own, linked = VLMProcessor(tok, image_size=28, image_size_aux=56), {**seed, "image": "coco/b.png"}
+    with expect_fail(DataError, contains="record 'seed': image path 'coco/b.png' is a link"):
+        LazySupervisedDataset([linked], own, home)[0]
+    item = LazySupervisedDataset([linked], own, home, follow_links=True)[0]
+    test_eq(tuple(item["image"].shape), (3, 28, 28))
 
 def test_text_only_and_several_images():
     own = VLMProcessor(tok, image_size=32, image_size_aux=64)

@@ -91,6 +91,16 @@ def test_every_check_of_a_record_becomes_a_finding():
         ["image_missing", "image_escapes", "tags", "control_tokens"],
     )
 
+def test_a_link_out_of_the_folder_is_a_finding_unless_it_is_allowed():
+    home, elsewhere = (Path(tempfile.mkdtemp()) for _ in range(2))
+    (elsewhere / "a.jpg").write_bytes((folder / "good.jpg").read_bytes())
+    (home / "far").symlink_to(elsewhere)
+    linked, pattern = Records([{**DIRTY[0], "image": "far/a.jpg"}]), control_pattern(tok, "gemma")
+    for decode in (False, True):
+        for follow, kinds in ((False, ["image_escapes"]), (True, [])):
+            own = AuditSettings(image_folder=home, decode_images=decode, follow_links=follow)
+            test_eq([f.kind for f in inspect_record(linked, 0, own, pattern)[1]], kinds)
+
 def test_chunk_counts_tokens_by_segment_and_expands_images():
     settings = AuditSettings(image_folder=folder, max_length=1000)
     clean = inspect_chunk(Records(DIRTY[:1]), 0, 1, tok, settings)

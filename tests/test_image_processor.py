@@ -5,13 +5,14 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from vlm_lit.core import ConfigError
-from vlm_lit.images import grid_crops, resize_to_square, normalize, read_image, count_image_tokens, to_bytes
+from vlm_lit.images import count_image_tokens, grid_crops, normalize, read_image
+from vlm_lit.resize import RESIZERS, square_bytes
 import json, tempfile
 from pathlib import Path
 from fastcore.test import test_eq, test_close, expect_fail
 from vlm_lit.core import peek
 from vlm_lit.debug.breakpoints import Breakpoint
-from vlm_lit.images import prepare_image, sample_image
+from vlm_lit.images import prepare_image, sample_image, to_bytes
 from vlm_lit.image_processor import VLMImageProcessor
 
 def test_large_and_small_image_of_one_call():
@@ -37,14 +38,14 @@ def test_every_setting_is_in_one_file():
     kept = json.loads((folder / "preprocessor_config.json").read_text())
     print([p.name for p in folder.iterdir()])
     print(*(f"{key}: {str(value)[:40]}" for key, value in sorted(kept.items())), sep="\n")
-    test_eq(len(kept), 10)  # and the name of the class
+    test_eq(len(kept), 12)  # and the name of the class
     test_eq(VLMImageProcessor.from_pretrained(folder).to_dict(), own.to_dict())
 
 def test_image_processor_is_the_image_path():
     photo, other = sample_image(500, 375), sample_image(40, 90)
     for settings in (
         {},
-        {"aspect": "pad", "image_size": 42, "image_size_aux": 96},
+        {"aspect": "pad", "image_size": 42, "image_size_aux": 96, "jpeg_draft": True},
         {
             "image_size": 42,
             "image_size_aux": 96,
@@ -62,6 +63,7 @@ def test_image_processor_is_the_image_path():
             **{
                 names.get(k, k): v
                 for k, v in {"image_size": 336, "image_size_aux": 768, **settings}.items()
+                if k != "jpeg_draft"  # of files
             },
         )
         assert torch.equal(out["pixel_values"][1], want["image"])
@@ -76,10 +78,34 @@ def test_image_processor_is_the_image_path():
     found = [VLMImageProcessor(**s).num_image_tokens for s in several]
     test_eq(found, [576, None, 16, 16])
 
+def test_kernel_and_draft_are_settings_of_every_form():
+    photo, folder = sample_image(500, 375), Path(tempfile.mkdtemp())
+    photo.save(folder / "photo.jpg")
+    saved, opened = folder / "photo.jpg", read_image(folder / "photo.jpg")
+    for resize in ("pillow", "torch"):
+        own = VLMImageProcessor(28, 56, resize=resize)
+        want = square_bytes(opened, 56, resize=resize)
+        pixels = to_bytes(opened)
+        for form in (saved, str(saved), opened, pixels, pixels.permute(1, 2, 0).numpy()):
+            test_eq(own(form, as_bytes=True)["pixel_values_aux"][0], want)
+    assert not torch.equal(want, square_bytes(opened, 56))
+    draft = VLMImageProcessor(28, 56, resize="torch", jpeg_draft=True)
+    small = read_image(saved, least=56)
+    test_eq(small.size, (125, 94))
+    test_eq(draft(saved, as_bytes=True)["pixel_values_aux"][0], square_bytes(small, 56, resize="torch"))
+    # an opened image keeps its size
+    test_eq(draft(opened, as_bytes=True)["pixel_values_aux"][0], want)
+
 def test_image_settings_come_back_from_a_folder():
     folder = Path(tempfile.mkdtemp())
     own = VLMImageProcessor(
-        image_size=28, image_size_aux=56, aspect="pad", image_mean=[0.5] * 3, num_image_tokens=7
+        image_size=28,
+        image_size_aux=56,
+        aspect="pad",
+        image_mean=[0.5] * 3,
+        num_image_tokens=7,
+        resize="torch",
+        jpeg_draft=True,
     )
     own.save_pretrained(folder)
     kept = json.loads((folder / "preprocessor_config.json").read_text())
@@ -87,8 +113,15 @@ def test_image_settings_come_back_from_a_folder():
     again = VLMImageProcessor.from_pretrained(folder)
     test_eq(again.to_dict(), own.to_dict())
     test_eq((again.aspect, again.image_mean, again.num_image_tokens), ("pad", [0.5] * 3, 7))
+    test_eq((again.resize, again.jpeg_draft, again.least), ("torch", True, 56))
+    del kept["resize"], kept["jpeg_draft"]  # a folder of an earlier version
+    (folder / "preprocessor_config.json").write_text(json.dumps(kept))
+    again = VLMImageProcessor.from_pretrained(folder)
+    test_eq((again.resize, again.jpeg_draft, again.least), ("pillow", False, None))
     for wrong, message in [
         ({"aspect": "round"}, "aspect must be one of"),
+        ({"resize": "opencv"}, "resize must be 'pillow' or 'torch'"),
+        ({"jpeg_draft": "yes"}, "jpeg_draft must be true or false"),
         ({"image_size": 0}, "image sizes must be at least 1"),
         ({"image_size": 28, "image_global": True}, "image_global needs an image_grid"),
     ]:

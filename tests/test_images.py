@@ -1,13 +1,16 @@
 "Derived from nbs/06_images.ipynb by `make tests`; edit the notebook, not this file."
-import warnings
+import io
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageDraw, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFile
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from vlm_lit.core import ConfigError, DataError
 from vlm_lit.text.messages import check_path
+from vlm_lit.image_files import FORMATS, decode_file, decoding, depth_of, jpeg_ends_early
+from vlm_lit.image_files import n_frames, open_file, refused_format, to_8_bits
 import io, json, tempfile
+from contextlib import nullcontext
 from unittest.mock import patch
 import matplotlib.pyplot as plt
 import skimage.data
@@ -16,12 +19,14 @@ from fastcore.test import test_eq, test_close, expect_fail
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.core import peek
+from vlm_lit.images import _read_pil
 from vlm_lit.images import center_crop
 from vlm_lit.images import count_image_tokens
 from vlm_lit.images import decode_image
 from vlm_lit.images import expand2square
 from vlm_lit.images import finish_images
 from vlm_lit.images import grid_crops
+from vlm_lit.images import image_warnings
 from vlm_lit.images import interpolate_image
 from vlm_lit.images import normalize
 from vlm_lit.images import on_white
@@ -55,11 +60,23 @@ def test_an_existing_file_outside_the_folder_is_refused():
     folder = Path(tempfile.mkdtemp())
     (folder / "images").mkdir()
     sample_image(31, 17).save(folder / "secret.png")
-    watch = "name is_file path.is_relative_to(root)"
-    with Breakpoint(safe_path, at="if not path.is_relative_to(root)", watch=watch) as bp:
+    watch = "name is_file is_outside"
+    with Breakpoint(safe_path, at="if is_outside", watch=watch) as bp:
         with expect_fail(DataError, contains="leaves the image folder"):
             open_image("../secret.png", folder / "images")
-    bp.expect({"path.is_relative_to(root)": False}, is_file=True)
+    bp.expect(is_file=True, is_outside=True)
+
+def test_a_link_out_of_the_folder_needs_the_owners_word():
+    folder = Path(tempfile.mkdtemp())
+    for name in ("images", "coco"): (folder / name).mkdir()
+    sample_image(31, 17).save(folder / "coco/a.png")
+    (folder / "images/coco").symlink_to(folder / "coco")
+    watch = "name is_outside is_led_out follow_links"
+    with Breakpoint(safe_path, at="if is_led_out", watch=watch) as bp:
+        with expect_fail(DataError, contains="leads out of the image folder"):
+            open_image("coco/a.png", folder / "images")
+        open_image("coco/a.png", folder / "images", follow_links=True)
+    bp.expect_each(is_outside=[False] * 2, is_led_out=[True] * 2, follow_links=[False, True])
 
 def test_without_the_exif_orientation_the_edges_change_places():
     phone = Path(tempfile.mkdtemp(), "phone.jpg")
@@ -236,22 +253,17 @@ def test_interpolating_bytes_first_rounds():
     print("drawn", drawn, " photograph", photograph)
     test_eq([drawn, photograph], [(0.116, 0.0075), (0.982, 0.0075)])
 
-def test_draft_mode_changes_pixels():
-    file = io.BytesIO()
-    noise = np.random.default_rng(0).integers(0, 256, (1600, 1600, 3), dtype=np.uint8)
-    Image.fromarray(noise).resize((1600, 1600)).save(file, "JPEG", quality=90)
-    whole, drafted = Image.open(file).convert("RGB"), Image.open(io.BytesIO(file.getvalue()))
-    drafted.draft("RGB", (768, 768))
-    test_eq(drafted.size, (800, 800))
-    first, second = [np.asarray(resize_to_square(image, 768)).astype(int) for image in (drafted, whole)]
-    off = np.abs(first - second)
-    print("largest difference in bytes:", off.max())
-    assert off.max() > 8
+def test_an_animation_is_read_and_told():
+    file, frames = io.BytesIO(), [Image.new("RGB", (8, 6), color) for color in ("red", "blue")]
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    with Breakpoint(image_warnings, at="return found", watch="depth frames format found") as bp:
+        image_warnings(file, "two.gif")
+    bp.expect({"found[0][0]": "image_animated"}, depth=8, frames=2, format="GIF")
 
 def test_an_opened_file_is_turned_upright_too():
     phone = Path(tempfile.mkdtemp(), "phone.jpg")
     phone.write_bytes(saved_turned(sample_image().transpose(Image.Transpose.ROTATE_90), 6))
-    with Breakpoint(read_image, at="image = turn_upright(image)", watch="image.size") as bp:
+    with Breakpoint(_read_pil, at="image = turn_upright(", watch="image.size") as bp:
         by_file = read_image(Image.open(phone))
     test_eq(to_bytes(by_file), to_bytes(read_image(phone)))
     bp.expect({"image.size": (375, 500)}).expect_after({"image.size": (500, 375)})
@@ -259,8 +271,12 @@ def test_an_opened_file_is_turned_upright_too():
 def test_odd_names_deep_pixels_and_thin_pictures_are_refused():
     with tempfile.TemporaryDirectory() as folder:
         Image.fromarray(np.array([[0, 300, 65535]], dtype=np.uint16)).save(Path(folder) / "deep.png")
+        Image.new("F", (3, 2)).save(Path(folder) / "deep.tif")
+        with Image.open(Path(folder) / "deep.png") as opened:
+            for image in (open_image("deep.png", folder), read_image(opened)):
+                test_eq([image.getpixel((k, 0))[0] for k in range(3)], [0, 1, 255])
         with expect_fail(DataError, contains="more than 8 bits a channel"):
-            open_image("deep.png", folder)
+            open_image("deep.tif", folder)
         for name in ("a\0.png", "x" * 5000):
             with expect_fail(DataError, contains="cannot be used"):
                 open_image(name, folder)
@@ -320,6 +336,48 @@ def test_every_mode_becomes_rgb():
             sample_image(8, 6).convert(mode).save(Path(folder) / name)
             test_eq(open_image(name, folder).mode, "RGB")
 
+def test_links_are_followed_inside_the_folder_and_outside_with_a_word():
+    folder = Path(tempfile.mkdtemp())
+    for name in ("images/real", "coco"): (folder / name).mkdir(parents=True)
+    root = folder / "images"
+    for name in ("images/real/a.png", "coco/b.png"):
+        sample_image(31, 17).save(folder / name)
+    (root / "near").symlink_to(root / "real")
+    (root / "near.png").symlink_to("real/a.png")
+    (root / "far").symlink_to(folder / "coco")
+    (root / "far.png").symlink_to("../coco/b.png")
+    (root / "dangling.png").symlink_to(folder / "gone.png")
+    (root / "loop.png").symlink_to(root / "loop.png")
+    (folder / "alias").symlink_to(root)
+    read, link, gone = None, "leads out of the image folder", "no image"
+    leaves = "leaves the image folder"
+    table = [  # name, without and with `follow_links`
+        ("real/a.png", read, read),
+        ("near/a.png", read, read),
+        ("near.png", read, read),
+        ("./near.png", read, read),
+        (str(root / "near.png"), read, read),
+        ("far/b.png", link, read),
+        ("far.png", link, read),
+        (str(root / "far.png"), link, read),
+        ("dangling.png", link, gone),
+        ("far/gone.png", link, gone),
+        ("near/gone.png", gone, gone),
+        ("../coco/b.png", leaves, leaves),
+        ("far/../coco/b.png", leaves, leaves),
+        ("real/../near.png", leaves, leaves),
+        (str(folder / "coco/b.png"), leaves, leaves),
+    ]
+    for name, *expected in table:
+        for home in (root, folder / "alias"):
+            if home != root and name.startswith(str(root / "far")):
+                continue  # of another name
+            for follow, message in zip((False, True), expected):
+                wanted = expect_fail(DataError, contains=message) if message else nullcontext()
+                with wanted: read_image(name, home, follow_links=follow)
+    with expect_fail(DataError): open_image("loop.png", root)
+    read_image(root / "far.png")  # a program's own path
+
 def test_orientation_notes_are_obeyed():
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(10):  # 0 and 9 mean nothing
@@ -330,6 +388,16 @@ def test_orientation_notes_are_obeyed():
             test_eq(np.asarray(open_image("x.jpg", folder)), np.asarray(want))
             test_eq(np.asarray(open_image("x.jpg", folder, upright=False)), np.asarray(stored))
             test_eq(open_image("x.jpg", folder).size, (24, 40) if turn in (5, 6, 7, 8) else (40, 24))
+        for turn in range(1, 9):  # an image that was read is not turned again
+            for suffix in ("jpg", "png", "tif", "webp"):
+                path, note = Path(folder, f"x.{suffix}"), Image.Exif()
+                note[ExifTags.Base.Orientation] = turn
+                sample_image(40, 24).save(path, exif=note)
+                for upright in (True, False):
+                    once = open_image(path.name, folder, upright)
+                    assert upright or suffix == "tif" or once.size == (40, 24)  # Pillow turns TIFF
+                    test_eq(np.asarray(read_image(once)), np.asarray(once))
+                test_eq(np.asarray(read_image(Image.open(path))), np.asarray(read_image(path)))
 
 def test_transparent_parts_are_white():
     letters = Image.new("RGBA", (60, 40), (0, 0, 0, 0))
@@ -359,6 +427,8 @@ def test_square_cuts_and_pad_keeps():
     test_eq(expand2square(sample_image(3, 8), (1, 2, 3)).getpixel((0, 0)), (1, 2, 3))
     with expect_fail(ConfigError, contains="aspect must be"):
         resize_to_square(photo, 336, "stretch")
+    with expect_fail(DataError, contains="image of 0 x 5 pixels is empty"):
+        resize_to_square(Image.new("RGB", (0, 5)), 336)
     # a thin picture is a bomb too: 1 x 50,000 would become 768 x 38,400,000
     for aspect in ("square", "pad"):
         with expect_fail(DataError, contains="too long and thin"):
@@ -420,6 +490,35 @@ def test_shapes_of_the_seed():
     test_eq([out[k].dtype for k in ("image_aux", "image")], [torch.float32] * 2)
     hd = prepare_image(sample_image(), 1536, image_grid=2, image_global=True)
     test_eq([tuple(hd[k].shape) for k in ("image_aux", "image")], [(3, 1536, 1536), (5, 3, 336, 336)])
+
+def test_what_is_lost_is_told_for_each_kind_of_file():
+    def told(image, format, **options):
+        "Kinds of warnings of an image file."
+        file = io.BytesIO()
+        image.save(file, format, **options)
+        kinds = [kind for kind, _ in image_warnings(file, "x")]
+        with tempfile.TemporaryDirectory() as folder:  # by path the same
+            Path(folder, "x").write_bytes(file.getvalue())
+            test_eq([kind for kind, _ in image_warnings(Path(folder, "x"))], kinds)
+        return kinds
+
+    cat, more = Image.fromarray(skimage.data.chelsea()), [Image.new("RGB", (451, 300), "red")]
+    deep = Image.fromarray(np.arange(6, dtype=np.uint16).reshape(2, 3))
+    for format in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"):
+        test_eq(told(cat, format), [])
+    for format in ("PNG", "TIFF", "PPM"):
+        test_eq(told(deep, format), ["image_16bit"])
+    for format in ("GIF", "WEBP", "PNG", "TIFF"):
+        test_eq(told(cat, format, save_all=True, append_images=more), ["image_animated"])
+    test_eq(told(cat, "MPO", save_all=True, append_images=more), [])
+    colors = b"P6 1 1 65535 " + bytes(6)
+    test_eq(image_warnings(io.BytesIO(colors))[0][0], "image_16bit")
+    file = io.BytesIO()
+    cat.save(file, "JPEG")
+    short = file.getvalue()[: len(file.getvalue()) // 2] + b"\xff\xd9"
+    test_eq([kind for kind, _ in image_warnings(io.BytesIO(short))], ["image_cut_short"])
+    for bad in (b"", b"text", file.getvalue()[:30]):
+        with expect_fail(DataError): image_warnings(io.BytesIO(bad), "x")
 
 def test_one_color_survives_every_resize():
     gray = prepare_image(Image.new("RGB", (90, 50), (128, 128, 128)))
@@ -493,8 +592,12 @@ def test_images_come_in_any_form():
     with expect_fail(DataError, contains="got float32 (3, 4, 4)"):
         read_image(torch.zeros(3, 4, 4))
     with expect_fail(DataError, contains="got bytes"): read_image(b"png")
+    script = io.BytesIO()
+    image_in.save(script, "EPS")
+    with expect_fail(DataError, contains="is in the format EPS"):  # opened elsewhere, not yet read
+        read_image(Image.open(script))
     with expect_fail(DataError, contains="more than 8 bits"):
-        read_image(Image.new("I;16", (2, 2)))
+        read_image(Image.new("F", (2, 2)))
 
 def test_crops_of_two_sizes_begin_at_other_places():
     cat = Image.new("RGB", (451, 300))

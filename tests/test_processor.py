@@ -247,6 +247,24 @@ def test_paths_in_messages_need_a_folder():
     with expect_fail(DataError, contains="hold 1 image(s), and 'image' names 2"):
         read_conversation(ask(), [photo, other])
 
+def test_links_out_of_a_folder_need_the_callers_word():
+    home, elsewhere = (Path(tempfile.mkdtemp()) for _ in range(2))
+    photo.save(elsewhere / "a.png")
+    (home / "far").symlink_to(elsewhere)
+    own = VLMProcessor(tok, image_size=28, image_size_aux=56)
+    parts = [{"type": "image", "path": "far/a.png"}, {"type": "text", "text": "what?"}]
+    asked, where = [{"role": "user", "content": parts}], dict(image_folder=home)
+    wanted = dict(tokenize=True, add_generation_prompt=True, return_dict=True)
+    for call in (
+        lambda **more: own(asked, **where, **more),
+        lambda **more: own("what?", "far/a.png", **where, **more),
+        lambda **more: own(text="<image>what?", images="far/a.png", **where, **more),
+        lambda **more: own.apply_chat_template(asked, **wanted, **where, **more),
+    ):
+        with expect_fail(DataError, contains="leads out of the image folder"):
+            call()
+        test_eq(tuple(call(follow_links=True)["pixel_values"].shape), (1, 3, 28, 28))
+
 def test_processor_pads_and_keeps_equal_images_once():
     questions, images = ["what is it?", "which one is blue?", "hello"], [photo, [photo, other], None]
     inputs = processor(questions, images)
@@ -437,7 +455,7 @@ def test_processor_names_what_disagrees():
     half = io.BytesIO()
     photo.save(half, "PNG")
     broken = Image.open(io.BytesIO(half.getvalue()[:200]))
-    with expect_fail(DataError, contains="record 1: the image cannot be read"):
+    with expect_fail(DataError, contains="record 1: image 'in memory' cannot be read"):
         processor(["a", "b"], [photo, broken])
     with expect_fail(ConfigError, contains="control_tokens must be one of"):
         VLMProcessor(llama, template="v1", control_tokens="ignore")

@@ -220,6 +220,21 @@ def test_a_run_leaves_a_model_that_opens():
     modes = {path.stat().st_mode & 0o777 for path in (folder / "run").rglob("*") if path.is_file()}
     assert modes == {(folder / "train.json").stat().st_mode & 0o777}
 
+def test_image_settings_of_a_recipe_reach_images_and_the_next_stage():
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+    given = ["--data.resize", "torch", "--data.jpeg_draft", "true", "--data.follow_links", "true"]
+    first = load_recipe(small_recipe(folder, training={"max_steps": 1}), overrides=given)
+    train(first, folder / "one", console=quiet)
+    start = {"model": {"from": str(folder / "one")}}
+    own = module.prepare_run(
+        load_recipe(small_recipe(folder, **start), overrides=given[-2:]), folder / "two"
+    )
+    for processor in (open_model(folder / "one")[1], own.processor):
+        images = processor.image_processor
+        assert (images.resize, images.jpeg_draft) == ("torch", True)
+    assert [data.follow_links for data in own.train.datasets] == [True]
+    assert own.train.datasets[0].processor is own.processor
+
 def test_a_stage_goes_on_from_a_run_with_an_adapter():
     folder = write_data(Path(tempfile.mkdtemp()) / "data")
     train(load_recipe(small_recipe(folder, training={"max_steps": 2})), folder / "one", console=quiet)

@@ -58,6 +58,7 @@ app = typer.Typer(
 _Model = Annotated[str, Argument(help="A run or its name, a checkpoint, any model folder.")]
 _Data = Annotated[Path, Argument(help="LLaVA records: .json, .jsonl, .parquet, a table folder.")]
 _Images = Annotated[Path | None, Option(help="Image names in the data are relative to it.")]
+_Links = Annotated[bool, Option("--follow-links", help="Links may lead out of --image-folder.")]
 _Control = Annotated[str | None, Option(help="Control tokens in text: refuse, escape or allow.")]
 _Preset = Annotated[str | None, Option(help="Prepare data as for this preset or model folder.")]
 _Template = Annotated[str | None, Option(help="Conversation template. Default: the preset's.")]
@@ -91,6 +92,8 @@ def walk(
     tokenizer: _Tokenizer = None,
     control_tokens: _Control = "refuse",
     aspect: Annotated[str | None, Option(help="square (crop the center) or pad.")] = None,
+    resize: Annotated[str | None, Option(help="Kernel for images: pillow or torch.")] = None,
+    follow_links: _Links = False,
     html: _Html = None,
 ):
     "Stop at every step of the data path and show the values."
@@ -101,8 +104,9 @@ def walk(
         check_out(html)
         if data is None:
             data, image_folder = [example_record(Path(folder))], Path(folder)
-        processor = load_preparation(preset, tokenizer, template, aspect, control_tokens)
-        dataset = LazySupervisedDataset(data, processor, image_folder)
+        settings = aspect, control_tokens, resize
+        processor = load_preparation(preset, tokenizer, template, *settings)
+        dataset = LazySupervisedDataset(data, processor, image_folder, follow_links=follow_links)
         if not 0 <= index < len(dataset):
             raise ConfigError(f"--index {index}: the data has {len(dataset)} record(s), from 0 on")
         if html is not None:  # of a refused record, too: with the stops up to there
@@ -124,6 +128,7 @@ def audit_data(
     batch_size: Annotated[int, Option(min=1, help="Records per batch, for padding.")] = 16,
     examples: Annotated[int, Option(min=0, help="Most examples of each finding.")] = 5,
     workers: Annotated[int, Option(min=0, help="Processes.")] = min(os.cpu_count() or 1, 8),
+    follow_links: _Links = False,
     html: _Html = None,
     as_json: _Json = False,
 ):
@@ -145,6 +150,7 @@ def audit_data(
             num_tokens,
             batch_size,
             examples,
+            follow_links,
         )
         report = audit(data, words, settings, workers if workers > 1 else 0)
         lines = audit_lines(report, examples)
@@ -168,6 +174,7 @@ def train(
     data: Annotated[Path | None, Option(help="Without a recipe: records to train on.")] = None,
     image_folder: _Images = None,
     val: Annotated[Path | None, Option(help="Without a recipe: records to validate on.")] = None,
+    follow_links: _Links = False,
 ):
     "Train by a recipe, or a preset on a data file. --section.key VALUE changes any setting."
     with user_errors():
@@ -184,6 +191,7 @@ def train(
             )
         if not files:
             overrides = short_recipe(preset, data, image_folder, val) + overrides
+        if follow_links: overrides += ["--data.follow_links", "true"]
         folder = run_folder(files or [data], name, runs, resume)
         from vlm_lit.training.recipe import format_recipe, load_recipe
 
@@ -253,6 +261,7 @@ def evaluate_model(
     train: Annotated[Path | None, Option(help="Training records, for baselines.")] = None,
     sample: Annotated[int | None, Option(min=1, help="Only that many, always the same.")] = None,
     blank_images: Annotated[bool, Option("--blank-images", help="Black images.")] = False,
+    follow_links: _Links = False,
     batch_size: _Batch = 32,
     max_new_tokens: _Tokens = 32,
     as_json: _Json = False,
@@ -276,6 +285,7 @@ def evaluate_model(
             max_new_tokens=max_new_tokens,
             train_data=train,
             blank_images=blank_images,
+            follow_links=follow_links,
             out=out,
             indices=fixed_sample(len(records), sample) if sample else None,
         )
@@ -340,6 +350,7 @@ def losses(
     data: _Data,
     image_folder: _Images = None,
     worst: Annotated[int, Option(min=1, help="How many records.")] = 20,
+    follow_links: _Links = False,
     html: _Html = None,
 ):
     "List the records with the highest loss, each token's loss under its label."
@@ -347,7 +358,8 @@ def losses(
         check_out(html)
         from vlm_lit.training.replay import losses_page, worst_records
 
-        found = worst_records(*load(model), data, worst, image_folder)
+        more = dict(follow_links=follow_links)
+        found = worst_records(*load(model), data, worst, image_folder, **more)
         report_found("\n\n".join(map(str, found)), losses_page(found), html)
 
 def main():

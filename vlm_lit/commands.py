@@ -78,13 +78,15 @@ def load_preparation(
     template: str | None = None,  # Likewise
     aspect: str | None = None,  # Likewise
     control_tokens: str = "refuse",  # As in `VLMProcessor`
+    resize: str | None = None,  # Another kernel than the model's, as in `VLMImageProcessor`
 ):  # `VLMProcessor`
     "How data is prepared for a preset or a model folder; no weights are loaded."
     from vlm_lit.processor import VLMProcessor
     from vlm_lit.text.tokenizer import load_tokenizer
 
     if preset is None:
-        words, images = load_tokenizer(tokenizer or "gemma"), {"aspect": aspect or "square"}
+        words = load_tokenizer(tokenizer or "gemma")
+        images = {"aspect": aspect or "square", "resize": resize or "pillow"}
         return VLMProcessor(words, None, template or "gemma", control_tokens, **images)
     from vlm_lit.models.config import VLMConfig
     from vlm_lit.weights.build import load_preset_tokenizer
@@ -102,16 +104,19 @@ def load_preparation(
             config, own = VLMConfig.from_pretrained(folder), VLMProcessor.from_pretrained(folder)
         words = own.tokenizer if tokenizer is None else load_tokenizer(tokenizer)
         aspect = aspect or own.image_processor.aspect
+        resize = resize or own.image_processor.resize
+        images = {"jpeg_draft": own.image_processor.jpeg_draft}
         template = template or own.template
     else:
-        own = load_preset(preset)
+        own, images = load_preset(preset), {}
         given = {name: own[name] for name in SETTINGS if own[name] is not None}
         vision = _tower_config(own["vision_tower"], own["image_size"])
         config = VLMConfig(None, vision, **{**given, "aux_stages": None})
         words = load_preset_tokenizer(own, tokenizer)
         aspect = aspect or own["image_aspect_ratio"]
         template = template or own["template"]
-    return VLMProcessor.for_model(config, words, template, control_tokens, aspect=aspect)
+    images |= {"aspect": aspect, "resize": resize or "pillow"}
+    return VLMProcessor.for_model(config, words, template, control_tokens, **images)
 
 def load_text_settings(
     preset: str | None = None,  # As in `load_preparation`

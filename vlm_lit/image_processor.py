@@ -12,14 +12,8 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from .core import ConfigError
-from vlm_lit.images import (
-    grid_crops,
-    resize_to_square,
-    normalize,
-    read_image,
-    count_image_tokens,
-    to_bytes,
-)
+from .images import count_image_tokens, grid_crops, normalize, read_image
+from .resize import RESIZERS, square_bytes
 
 # %% ../nbs/06a_image_processor.ipynb #c005
 class VLMImageProcessor(BaseImageProcessor):
@@ -39,11 +33,17 @@ class VLMImageProcessor(BaseImageProcessor):
         # Of one image; None: one per 14 x 14 pixels of every crop
         num_image_tokens: int | None = None,
         has_aux: bool = True,  # Whether the model reads the large image as well
+        resize: str = "pillow",  # Kernel: "pillow" (MGM's bytes) or "torch" (quicker)
+        jpeg_draft: bool = False,  # Decode JPEGs that are much too large at a part of their size
         **kwargs,  # For transformers
     ):
         super().__init__(**kwargs)
         if aspect not in ("square", "pad"):
             raise ConfigError(f"aspect must be one of 'square', 'pad', got {aspect!r}")
+        if resize not in RESIZERS:
+            raise ConfigError(f"resize must be 'pillow' or 'torch', got {resize!r}")
+        if not isinstance(jpeg_draft, bool):
+            raise ConfigError(f"jpeg_draft must be true or false, got {jpeg_draft!r}")
         if image_size < 1 or image_size_aux < 1:
             raise ConfigError(
                 f"image sizes must be at least 1, got {image_size} and {image_size_aux}"
@@ -56,13 +56,19 @@ class VLMImageProcessor(BaseImageProcessor):
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.image_grid, self.image_global = image_grid, image_global
         self.num_image_tokens, self.has_aux = num_image_tokens, has_aux
+        self.resize, self.jpeg_draft = resize, jpeg_draft
+
+    @property
+    def least(self) -> int | None:  # Pixels; None: images are decoded at their full size
+        "How large a JPEG must at least be decoded, as `read_image` takes it."
+        return self.image_size_aux if self.jpeg_draft else None
 
     def square(
         self,
         image: Image.Image,  # RGB, any size
     ) -> torch.Tensor:  # uint8, (3, image_size_aux, image_size_aux)
         "The large square, as bytes."
-        return to_bytes(resize_to_square(image, self.image_size_aux, self.aspect, self.image_mean))
+        return square_bytes(image, self.image_size_aux, self.aspect, self.image_mean, self.resize)
 
     def normalize_square(
         self,
@@ -103,7 +109,7 @@ class VLMImageProcessor(BaseImageProcessor):
                 f"no argument {sorted(kwargs)[0]!r}; settings are the processor's own"
             )
         if not isinstance(images, (list, tuple)): images = [images]
-        pixels = torch.stack([self.square(read_image(image)) for image in images])
+        pixels = torch.stack([self.square(read_image(i, least=self.least)) for i in images])
         out = {"pixel_values_aux": pixels} if as_bytes else self.finish(pixels)
         if return_tensors == "np":
             out = {key: tensor.numpy() for key, tensor in out.items()}

@@ -192,6 +192,7 @@ CALL_OPTIONS = dict(
     add_special_tokens=True,  # with `text`: whether the tokenizer's BOS goes first
     return_mm_token_type_ids=False,  # add 1 at placeholders, 0 elsewhere
     allow_urls=False,  # whether http(s) addresses of images in messages may be fetched
+    follow_links=False,  # whether links in `image_folder` may lead out of it
     as_bytes=False,  # images as uint8 in `pixel_values_aux`, for the model to finish
 )
 
@@ -392,6 +393,7 @@ class VLMProcessor(ProcessorMixin):
         images=None,  # As in `__call__`
         labels: bool | None = None,  # As in `__call__`
         image_folder: str | Path | None = None,  # As in `__call__`
+        follow_links: bool = False,  # As in `CALL_OPTIONS`
     ) -> list[dict]:  # For each conversation what a dataset gives for a record, images as bytes
         "Samples for the collator; an image that is given twice is opened once."
         talks = _split_conversations(conversations)
@@ -409,16 +411,17 @@ class VLMProcessor(ProcessorMixin):
                 e.message += "; a rendered prompt goes in as text="
             raise
         for sample, (record, own) in zip(samples, read):
-            sample |= self._open(own, record["id"], opened, image_folder)
+            sample |= self._open(own, record["id"], opened, image_folder, follow_links)
         return samples
 
-    def _open(self, images, name, opened, folder=None):
+    def _open(self, images, name, opened, folder=None, follow_links=False):
         "What a sample holds of its images; those in `opened` are not opened again."
         keys = [str(image) if isinstance(image, (str, Path)) else id(image) for image in images]
         for key, image in zip(keys, images):
             if key in opened: continue
             try:
-                opened[key] = self.image_processor.square(read_image(image, folder))
+                found = read_image(image, folder, self.image_processor.least, follow_links)
+                opened[key] = self.image_processor.square(found)
             except DataError as e: raise e.at(name)
         if not images: return {}
         return {"image_aux": [opened[key] for key in keys], "image_keys": keys}
@@ -429,6 +432,7 @@ class VLMProcessor(ProcessorMixin):
         images=None,  # For several prompts a list of lists, or all images in the order of the tags
         add_special_tokens: bool = True,  # Whether the tokenizer's BOS goes first
         image_folder: str | Path | None = None,  # Where paths in `images` start
+        follow_links: bool = False,  # As in `CALL_OPTIONS`
     ) -> list[dict]:  # As from `samples`
         "Samples of rendered prompts; control tokens in them are control tokens."
         texts, samples = [text] if isinstance(text, str) else list(text), []
@@ -436,7 +440,8 @@ class VLMProcessor(ProcessorMixin):
         for n, (own_text, own) in enumerate(zip(texts, distribute_images(texts, images))):
             check_image_count([{"from": "human", "value": own_text}], len(own), n)
             ids = raw_prompt_ids(own_text, self.tokenizer, add_special_tokens)
-            samples.append({"input_ids": ids, **self._open(own, n, opened, image_folder)})
+            pixels = self._open(own, n, opened, image_folder, follow_links)
+            samples.append({"input_ids": ids, **pixels})
         return samples
 
     def expand(
@@ -472,11 +477,11 @@ class VLMProcessor(ProcessorMixin):
             conversations, text = text, None  # questions, not rendered prompts: no tag in any
         if text is not None and labels:
             raise ConfigError("a rendered prompt has no labels; give the conversation itself")
+        where = image_folder, options["follow_links"]
         if text is None:
-            samples = self.samples(conversations, images, labels, image_folder)
+            samples = self.samples(conversations, images, labels, *where)
         else:
-            adds_bos = options["add_special_tokens"]
-            samples = self.raw_samples(text, images, adds_bos, image_folder)
+            samples = self.raw_samples(text, images, options["add_special_tokens"], *where)
         return self._inputs(samples, options)
 
     def _inputs(self, samples, options):
@@ -548,8 +553,9 @@ class VLMProcessor(ProcessorMixin):
         if images is None:
             images = [[i for i in own if i is not None] for _, own in read]
         else: images = _split_images(images, len(talks))
-        samples = self.raw_samples(texts, images, True, image_folder)
-        return self._inputs(samples, _call_options(options))
+        options = _call_options(options)
+        samples = self.raw_samples(texts, images, True, image_folder, options["follow_links"])
+        return self._inputs(samples, options)
 
     def _takes_parts(self):
         "Whether the chat template writes messages in parts; one of texts only gets them joined."

@@ -149,6 +149,7 @@ class LazySupervisedDataset(Dataset):
         overlength: str = "error",  # "error" (stop), "skip" or "truncate" (keep complete turns)
         skip_bad: float = 0,  # Share of bad samples that a DataLoader may skip; 0: none
         bad_samples: str | Path | None = None,  # Where skipped samples are written down
+        follow_links: bool = False,  # Links in `image_folder` may lead out of it
     ):
         if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
             raise ConfigError(f"max_length must be at least 1, got {max_length!r}")
@@ -162,6 +163,7 @@ class LazySupervisedDataset(Dataset):
             )
         self.processor, self.image_tags = processor, image_tags
         self.blank_images, self.uint8 = blank_images, uint8
+        self.follow_links = follow_links
         self.max_length, self.overlength = max_length, overlength
         if max_length is not None: self.need_image_tokens("max_length")
         self.records = Records(data)
@@ -234,8 +236,10 @@ class LazySupervisedDataset(Dataset):
         self,
         name: str,  # Of an image, from `image_names`
     ) -> Image.Image:  # RGB
-        "An image as it is in its file, or in the table. Raises `DataError`."
-        return self.records.open_image(name, self.image_folder)
+        """An image of a file, or of the table; with `jpeg_draft` perhaps smaller. Raises
+        `DataError`."""
+        least = self.processor.image_processor.least
+        return self.records.open_image(name, self.image_folder, least, self.follow_links)
 
     def pixels(
         self,

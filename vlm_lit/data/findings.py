@@ -64,6 +64,7 @@ class AuditSettings:
     num_image_tokens: int = count_image_tokens()  # that stand for one image
     batch_size: int = 16  # for the padding
     n_examples: int = 5  # most examples of each finding
+    follow_links: bool = False  # links may lead out of the image folder, as in training
 
 # %% ../../nbs/13a_findings.ipynb #c009
 @dataclass(frozen=True)
@@ -96,8 +97,10 @@ def check_image(
     settings: AuditSettings,
 ) -> None:
     "Raise `DataError` if the image is not there or, with `decode_images`, cannot be read."
-    if settings.decode_images: records.open_image(name, settings.image_folder)
-    elif not records.is_embedded(name): safe_path(name, settings.image_folder)
+    folder, follow = settings.image_folder, settings.follow_links
+    if settings.decode_images:
+        records.open_image(name, folder, follow_links=follow)
+    elif not records.is_embedded(name): safe_path(name, folder, follow)
 
 def inspect_record(
     records: Records,

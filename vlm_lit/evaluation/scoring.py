@@ -201,6 +201,7 @@ def evaluate(
     strict: bool = True,  # Whether a record that cannot be used raises; else `skipped` lists it
     out: str | Path | None = None,  # A JSONL file for the predictions
     show: bool = True,  # Whether to show a progress bar, where there is a terminal
+    follow_links: bool = False,  # Links may lead out of `image_folder`, unless `data` is a dataset
 ) -> dict:  # `n`, `n_by_type`, `metrics`, `baselines`, `skipped`, `predictions`
     "Scores of a model on all questions of a data set, and of the baselines that need no model."
     metrics = [metrics] if isinstance(metrics, str) else metrics
@@ -208,11 +209,12 @@ def evaluate(
     if out is not None and not Path(out).absolute().parent.is_dir():
         raise ConfigError(f"no folder for {str(out)!r}; make it first")
     if not isinstance(data, LazySupervisedDataset):
-        data = LazySupervisedDataset(
-            data, processor, image_folder, blank_images=blank_images, uint8=True
+        more = dict(blank_images=blank_images, follow_links=follow_links)
+        data = LazySupervisedDataset(data, processor, image_folder, uint8=True, **more)
+    elif image_folder is not None or blank_images or follow_links:
+        raise ConfigError(
+            "image_folder, follow_links and blank_images belong to the dataset; give them to it"
         )
-    elif image_folder is not None or blank_images:
-        raise ConfigError("image_folder and blank_images belong to the dataset; give them to it")
     skipped = []
     train = None if train_data is None else _training_pairs(train_data, strict, skipped)
     rows, left_out = predict(model, data, batch_size, max_new_tokens, indices, strict, show)

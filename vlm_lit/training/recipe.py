@@ -140,6 +140,9 @@ class DataRecipe:
     control_tokens: Literal["refuse", "escape", "allow"] = "refuse"
     image_tags: Literal["keep", "mgm"] = "keep"
     blank_images: bool = False  # Black images: what a model answers blindly
+    resize: Literal["pillow", "torch"] | None = None  # Kernel for images; None: the model's own
+    jpeg_draft: bool | None = None  # Decode much too large JPEGs smaller; None: the model's own
+    follow_links: bool = False  # Links in an image folder may lead out of it
     bad_samples: BadSamples = field(default_factory=BadSamples)
     train: Annotated[list[SourceRecipe], Field(min_length=1), AfterValidator(_all_or_none)]
     eval: list[SourceRecipe] = field(default_factory=list)

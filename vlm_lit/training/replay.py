@@ -134,13 +134,15 @@ def worst_records(
     n: int = 20,  # How many to return
     image_folder: str | Path | None = None,  # For files
     batch_size: int = 8,  # Records per forward pass
+    follow_links: bool = False,  # Links may lead out of `image_folder`
 ) -> list[RecordLoss]:  # The highest mean loss per supervised token first
     "The records that a model predicts worst."
     if n < 1 or batch_size < 1:
         raise ConfigError("n and batch_size must be at least 1")
     dataset = data
     if not isinstance(data, LazySupervisedDataset):
-        dataset = LazySupervisedDataset(data, processor, image_folder, uint8=True)
+        more = dict(uint8=True, follow_links=follow_links)
+        dataset = LazySupervisedDataset(data, processor, image_folder, **more)
     pad = pad_id(dataset.tokenizer)
     settings = dict(supervised_only=True)
     collate = DataCollatorForSupervisedDataset.for_model(model.config, pad, **settings)

@@ -54,6 +54,7 @@ def build_sources(
         overlength=data.overlength,
         image_tags=data.image_tags,
         blank_images=data.blank_images,
+        follow_links=data.follow_links,
         uint8=True,
     )
     if folder is not None and (data.bad_samples.max_fraction or data.overlength == "skip"):
@@ -125,6 +126,9 @@ def prepare_run(
         section["template"] = recipe.data.template
     model, processor = resolve_model(section, args.seed)
     processor.control_tokens = recipe.data.control_tokens
+    for name in ("resize", "jpeg_draft"):
+        own = getattr(recipe.data, name)
+        if own is not None: setattr(processor.image_processor, name, own)
     lora = None if recipe.lora is None else asdict(recipe.lora)
     if lora is not None:
         with seeded(args.seed): add_lora(model, lora)

@@ -102,6 +102,8 @@ def _from_folder(name, changes, dtype):
         control_tokens=old.control_tokens,
         aspect=own("image_aspect_ratio", old.image_processor.aspect),
         chat_template=own("chat_template"),
+        resize=old.image_processor.resize,
+        jpeg_draft=old.image_processor.jpeg_draft,
     )
     return model, processor
 
