@@ -79,7 +79,8 @@ class Watch(threading.Thread):
     def run(self):
         while not self.done:
             for child in multiprocessing.active_children():
-                try: fields = Path(f"/proc/{child.pid}/schedstat").read_text().split()
+                try:
+                    fields = Path(f"/proc/{child.pid}/schedstat").read_text().split()
                 except OSError: continue
                 self.seen[child.pid] = int(fields[0]) / 1e9, int(fields[1]) / 1e9
             time.sleep(0.02)

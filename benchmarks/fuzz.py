@@ -1,4 +1,4 @@
-"""Invented conversations through the text path, held against an oracle that shares none of its code.
+"""Invented conversations through the text path, held against an oracle of other code.
 
     python benchmarks/fuzz.py --n 1000000 --workers 2 --seed 0   -> benchmarks/results/fuzz.json
     python benchmarks/fuzz.py --n 2000 --quick                   nothing written
@@ -52,7 +52,10 @@ def named_frames(name):
     "What MGM's `get_prompt` writes, as (system, user, model): functions of texts to parts."
     conv = conv_templates[name]
     style, sep, end = conv.sep_style.name, conv.sep, conv.sep2 or conv.sep
-    opening = {"MPT": "<|im_start|>system\n", "LLAMA_3": "<|start_header_id|>system<|end_header_id|>"}
+    opening = {
+        "MPT": "<|im_start|>system\n",
+        "LLAMA_3": "<|start_header_id|>system<|end_header_id|>",
+    }
     opening["LLAMA_3"] += "\n\n"
     human, gpt = conv.roles
 
@@ -63,10 +66,21 @@ def named_frames(name):
 
     def user(text, n, own_system):
         if style == "PLAIN": return [(text, "user")]
-        if not text: return [({"SINGLE": f"{human}:", "TWO": f"{human}:", "LLAMA_2": "",
-            "GEMMA": "<start_of_turn>user\n"}.get(style, human), "frame")]
+        if not text:
+            return [
+                (
+                    {
+                        "SINGLE": f"{human}:",
+                        "TWO": f"{human}:",
+                        "LLAMA_2": "",
+                        "GEMMA": "<start_of_turn>user\n",
+                    }.get(style, human),
+                    "frame",
+                )
+            ]
         if style in ("SINGLE", "TWO"): frame = f"{human}: ", sep
-        elif style == "GEMMA": frame = "<start_of_turn>user\n", "<end_of_turn>\n"
+        elif style == "GEMMA":
+            frame = "<start_of_turn>user\n", "<end_of_turn>\n"
         elif style == "LLAMA_2":
             inner = conv.system if own_system is None else own_system
             inner = f"<<SYS>>\n{inner}\n<</SYS>>\n\n" if inner and n == 0 else ""
@@ -83,7 +97,9 @@ def named_frames(name):
 
     return system, user, model
 
-def chat_frames(user_text, header, space, stop, after, strip, default_system=None, system_text=None):
+def chat_frames(
+    user_text, header, space, stop, after, strip, default_system=None, system_text=None
+):
     "A chat template in Python."
 
     def system(text):
@@ -101,15 +117,31 @@ HF = {  # (tokenizer, Jinja, the same in Python, whether it takes a system turn)
         "{{ bos_token }}{% for m in messages %}{{ '<start_of_turn>' + ('model' if m.role == "
         "'assistant' else m.role) + '\n' + m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}",
-        chat_frames("<start_of_turn>user\n{}<end_of_turn>\n", "<start_of_turn>model\n", "",
-            "<end_of_turn>", "\n", str.strip, None, "<start_of_turn>system\n{}<end_of_turn>\n"),
+        chat_frames(
+            "<start_of_turn>user\n{}<end_of_turn>\n",
+            "<start_of_turn>model\n",
+            "",
+            "<end_of_turn>",
+            "\n",
+            str.strip,
+            None,
+            "<start_of_turn>system\n{}<end_of_turn>\n",
+        ),
     ),
     "qwen": (
         "chatml_no_bos",
         "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-        chat_frames(CHATML.format("user", "{}"), "<|im_start|>assistant\n", "", "<|im_end|>", "\n",
-            str, None, CHATML.format("system", "{}")),
+        chat_frames(
+            CHATML.format("user", "{}"),
+            "<|im_start|>assistant\n",
+            "",
+            "<|im_end|>",
+            "\n",
+            str,
+            None,
+            CHATML.format("system", "{}"),
+        ),
     ),
     "smollm": (
         "chatml_no_bos",
@@ -117,8 +149,16 @@ HF = {  # (tokenizer, Jinja, the same in Python, whether it takes a system turn)
         "{% endif %}{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + "
         "'<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-        chat_frames(CHATML.format("user", "{}"), "<|im_start|>assistant\n", "", "<|im_end|>", "\n",
-            str, "Be kind.", CHATML.format("system", "{}")),
+        chat_frames(
+            CHATML.format("user", "{}"),
+            "<|im_start|>assistant\n",
+            "",
+            "<|im_end|>",
+            "\n",
+            str,
+            "Be kind.",
+            CHATML.format("system", "{}"),
+        ),
     ),
     "llama3": (
         "llama3_bos",
@@ -126,9 +166,16 @@ HF = {  # (tokenizer, Jinja, the same in Python, whether it takes a system turn)
         "'<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}"
         "{% if add_generation_prompt %}"
         "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}",
-        chat_frames("<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
-            "<|start_header_id|>assistant<|end_header_id|>\n\n", "", "<|eot_id|>", "", str.strip,
-            None, "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>"),
+        chat_frames(
+            "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+            "",
+            "<|eot_id|>",
+            "",
+            str.strip,
+            None,
+            "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
+        ),
     ),
     "inst_space": (  # Llama 2's way: a space that generation is not given
         "gemma",
@@ -141,7 +188,8 @@ HF = {  # (tokenizer, Jinja, the same in Python, whether it takes a system turn)
 
 def markers(template, conv):
     "What a message must not spell, besides the tokenizer's control tokens."
-    if template == "hf": return ["[INST]", "[/INST]"] if conv == "inst_space" else []
+    if template == "hf":
+        return ["[INST]", "[/INST]"] if conv == "inst_space" else []
     style, own = conv_templates[conv].sep_style.name, conv_templates[conv]
     found = {
         "LLAMA_2": ["[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>"],
@@ -163,7 +211,8 @@ def oracle_parts(turns, frames, has_image):
         if n % 2 == 0:
             for text, kind in user(turn["value"], n, own):
                 texts = text.split(TAG) if kind == "user" and has_image else [text]
-                for k, piece in enumerate(texts): parts += [(TAG, "image")] * (k > 0) + [(piece, kind)]
+                for k, piece in enumerate(texts):
+                    parts += [(TAG, "image")] * (k > 0) + [(piece, kind)]
             continue
         parts += model_parts(turn["value"], model)
     return [part for part in parts if part[0]]
@@ -198,7 +247,8 @@ class Reader:
         self.is_bytes = "ByteLevel" in repr(self.backend.pre_tokenizer)
         self.is_lossy = name in ("fused_bpe", "unigram", "words")
 
-    def encode(self, text): return self.backend.encode(text, add_special_tokens=False)
+    def encode(self, text):
+        return self.backend.encode(text, add_special_tokens=False)
 
     def spell(self, ids):
         "The text of ids; None if some are unknown."
@@ -340,12 +390,15 @@ class Batch:
             # moving a tag can join what stood around it
             forged = [bool(self.pattern.search(t["value"])) for t in self.tagged(turns, own)]
             in_system = turns[0]["from"] == "system" and forged[0]
-            if any(forged) and (self.policy == "refuse" or in_system): self.refuses(k, source, own)
+            if any(forged) and (self.policy == "refuse" or in_system):
+                self.refuses(k, source, own)
             else: taken.append((k, turns, source, own, any(forged)))
-        try: out = self.encode([row[2] for row in taken], [row[3] for row in taken])
+        try:
+            out = self.encode([row[2] for row in taken], [row[3] for row in taken])
         except DataError as e:
             return self.law("control", False, -1, f"harmless, and refused: {e}")
-        for row, ids, labels in zip(taken, *out): self.judge(*row, ids.tolist(), labels.tolist())
+        for row, ids, labels in zip(taken, *out):
+            self.judge(*row, ids.tolist(), labels.tolist())
 
     def encode(self, sources, pictured):
         out = preprocess(sources, self.tokenizer, self.conv, pictured, self.policy)
@@ -354,7 +407,8 @@ class Batch:
     def refuses(self, k, source, own):
         "A message that spells a control token is refused."
         try: self.encode([source], [own])
-        except DataError as e: return self.law("control", e.kind == "control_tokens", k, str(e))
+        except DataError as e:
+            return self.law("control", e.kind == "control_tokens", k, str(e))
         self.law("control", False, k, f"a control token passed in {source}")
 
     def tagged(self, turns, own):
@@ -380,9 +434,11 @@ class Batch:
         self.law("labels", pairs and IMAGE not in supervised, k, "a label is not its id")
         answers = "".join(text for text, kind in parts if kind in ("answer", "stop"))
         text = reader.spell(supervised)
-        if text is not None: self.law("read_back", reader.same(text, answers), k, f"{text!r}")
+        if text is not None:
+            self.law("read_back", reader.same(text, answers), k, f"{text!r}")
         whole, text = "".join(t for t, _ in parts), reader.spell(ids[len(reader.bos) :])
-        if text is not None: self.law("round_trip", reader.same(text, whole), k, f"{text!r}")
+        if text is not None:
+            self.law("round_trip", reader.same(text, whole), k, f"{text!r}")
         expected = None if forged else oracle_ids(parts, reader)
         if expected is not None:
             self.counts["judged"] += 1
@@ -467,7 +523,8 @@ def fuzz(n, workers, seed, seconds=None):
                 running.append(pool.submit(work, group, seed, BATCH))
             if not running: break
             own = running.pop(0).result()
-            for line in own[0]: print("VIOLATION", line.replace("--seed S", f"--seed {seed}"), flush=True)
+            for line in own[0]:
+                print("VIOLATION", line.replace("--seed S", f"--seed {seed}"), flush=True)
             found += own[0]
             counts += own[1]
             pairs += own[2]

@@ -4,14 +4,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 import typer
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 from typer.core import TyperGroup
 from vlm_lit import __version__
 from vlm_lit.commands import CHAT_HELP, check_out, example_record, export_folder, image_files, load
-from vlm_lit.commands import check_push, push_folder
-from vlm_lit.commands import load_preparation, printable, report_found, run_folder, print_status
-from vlm_lit.commands import short_recipe, split_words, talk, train_run, user_errors, write_page
-from vlm_lit.core import ConfigError, progress_console
+from vlm_lit.commands import check_push, echo, load_preparation, print_status, push_folder
+from vlm_lit.commands import RECIPE_FLAGS, report_found, run_folder, set_flags
+from vlm_lit.commands import short_recipe, split_words, talk, train_run, user_errors
+from vlm_lit.commands import write_answers, write_page
+from vlm_lit.core import ConfigError, DataError, printable, progress_console
 import re, shlex, subprocess, textwrap
 from tempfile import mkdtemp
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
+from vlm_lit.commands import NO_ANSWER
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.images import sample_image
@@ -154,7 +156,7 @@ def test_walk_refuses_what_cannot_work():
     refuses("walk @train.json --tokenizer ./gone", "no such folder")
     refuses("walk @train.json --aspect wide", "aspect must be")
     refuses("walk @train.json --image-folder @gone", "no image folder")
-    refuses("walk @train.json --control-tokens maybe", "control_tokens must be")
+    refuses("walk @train.json --control-tokens maybe", "--control-tokens must be")
     refuses("walk @train.json --preset smoll", "unknown preset 'smoll'; did you mean 'smol'?")
     refuses("walk @train.json --preset @runs/half", "is not finished; resume with: vlm-lit train")
     refuses("walk @train.json --preset tiny", "tokenizer")
@@ -346,6 +348,24 @@ def test_generate_answers_per_image():
     (place / "link.png").symlink_to(place / "images/photo.png")
     assert run("generate @runs/mine @link.png -q hi --max-new-tokens 4").stdout == one
 
+def test_generate_goes_on_after_a_broken_image():
+    (place / "mixed").mkdir()
+    for name in "ac": sample_image(20, 20).save(place / f"mixed/{name}.png")
+    (place / "mixed/b.png").write_bytes(b"no image")
+    out = run("generate @runs/mine @mixed -q hi --max-new-tokens 2 --batch-size 2")
+    assert out.exit_code == 1 and out.stdout.count("\n") == 2, out.output
+    assert "mixed/b.png': image 'b.png' cannot be read" in out.stderr
+    assert out.stderr.endswith("1 of 3 images could not be read\n")
+    out = run("generate @runs/mine @mixed -q hi --max-new-tokens 2 --out @mixed.jsonl")
+    rows = [json.loads(row) for row in (place / "mixed.jsonl").read_text().splitlines()]
+    assert out.exit_code == 1 and [(r["id"], Path(r["image"]).name) for r in rows] == [
+        (0, "a.png"),
+        (2, "c.png"),
+    ]
+    refuses("generate @runs/mine @mixed/b.png -q hi --out @none.jsonl", "cannot be read")
+    refuses("generate @runs/mine @mixed -q '<eos>' --out @none.jsonl", "pass --control-tokens escape")
+    assert not (place / "none.jsonl").exists()
+
 def test_generate_and_chat_refuse_in_one_line():
     image = "@images/photo.png"
     refuses("generate nothing @images/photo.png -q hi", "no model 'nothing'")
@@ -379,7 +399,9 @@ def test_chat_streams_and_survives_mistakes():
         "\n".join(lines).replace("@", f"{place}/"),
     )
     assert out.exit_code == 0 and out.stdout.count("\n") >= 2, out.output
-    assert [s.split(":")[0] for s in out.stderr.splitlines()] == ["error"] * 3 + [CHAT_HELP], out.stderr
+    said = [row for row in out.stderr.splitlines() if row != NO_ANSWER]
+    assert [row.split(":")[0] for row in said] == ["error"] * 3 + [CHAT_HELP], out.stderr
+    assert "--control-tokens escape" in said[2]
     one = run("generate @runs/mine @images/photo.png -q 'What is it?' --max-new-tokens 4").stdout
     assert out.stdout.startswith(one.rstrip("\n"))
 
@@ -414,6 +436,23 @@ def test_export_of_any_model_folder():
     refuses("export @runs/mine --private", "--private is for --push OWNER/NAME")
     refuses("export @runs/mine --push a/b/c --out @never", "--push: Repo id must be")
     refuses("export nothing", "no model 'nothing'")
+
+def test_export_without_out_writes_beside_and_keeps_the_card():
+    out = run("export @runs/mine --out @one")
+    assert out.exit_code == 0, out.output
+    before = sorted(path.name for path in (place / "one").iterdir())
+    out = run("export @one")
+    assert out.exit_code == 0 and str(place / "one-hf/README.md") in out.stdout, out.output
+    assert sorted(path.name for path in (place / "one").iterdir()) == before
+    first, second = [(place / name / "README.md").read_text() for name in ("one", "one-hf")]
+    assert (
+        "exact answers" in first
+        and first[first.index("## Results") :] == second[second.index("## Results") :]
+    )
+    refuses("export @one", "is there already; choose another --out")
+    write("lora/adapter_config.json", {"base_model_name_or_path": "me/base"})
+    refuses("export @lora", "an adapter of peft, of the base model 'me/base'; merge it first")
+    assert "llama.cpp" in run("export --help").stdout
 
 def test_llava_of_transformers_serves_every_command():
     tokenizer = small_tokenizer()
@@ -500,6 +539,112 @@ def test_a_mistake_in_an_option_is_one_line():
         ("generate model", "error: missing argument 'images'; see vlm-lit generate -h"),
     ]:
         refuses(words, message)
+
+def test_a_preset_or_a_run_is_a_tokenizer_by_name():
+    plain = run("walk @train.json --index 3 --tokenizer @tokenizer").stdout
+    for name in ("@runs/mine", "@runs/mine/model"):
+        assert run(f"walk @train.json --index 3 --tokenizer {name}").stdout == plain
+    refuses("walk @train.json --tokenizer tiny", "from scratch brings no tokenizer")
+    refuses("audit @train.json --tokenizer tiny", "give --tokenizer: a folder")
+    refuses("train --preset tiny --data @train.json --runs @runs", "give --model.tokenizer: a folder")
+    refuses("train --preset tiny --model.tokenizer tiny --data @train.json --runs @runs", "brings no")
+
+def test_image_folder_left_out_is_the_folder_of_the_data():
+    alone = write("alone/data.json", [{**train_records[0], "image": "photo.png"}])
+    for line in (
+        "walk @alone/data.json --preset @runs/mine",
+        "audit @alone/data.json --preset @runs/mine --workers 0",
+        "losses @runs/mine @alone/data.json",
+        "eval @runs/mine --data @alone/data.json --max-new-tokens 1",
+        f"{TRAIN} --data @alone/data.json --name alone --training.max_steps 1",
+    ):
+        line = line.replace("--image-folder @. ", "")
+        (alone.parent / "photo.png").unlink(missing_ok=True)
+        out = run(line)
+        assert out.exit_code in (1, 2) and "no image 'photo.png'" in out.output, (line, out.output)
+        sample_image().save(alone.parent / "photo.png")
+        assert run(line).exit_code == 0, line
+        (alone.parent / "photo.png").unlink()
+        out = run(f"{line} --image-folder @images" + " --name alone2" * line.startswith("train"))
+        assert out.exit_code == 0, (line, out.output)
+    assert run("audit @alone/data.json --preset @runs/mine --workers 0 --no-images").exit_code == 0
+
+def test_an_empty_word_is_refused():
+    for line in ("walk ''", "walk --preset ''", "generate @runs/mine '' -q hi", "train --data ''"):
+        refuses(line, "an empty word after")
+    refuses("''", "an empty word; is a variable of the shell empty?")
+
+def test_nothing_that_a_terminal_obeys_is_printed():
+    odd = "\x1b[2J\x07\x9b\u202e\u2066\r\n"
+    file = f"odd{odd}.png".replace("\n", "\u2028")
+    (place / "images" / file).write_bytes((place / "images/photo.png").read_bytes())
+    texts = turns(f"<image>\nwhat{odd}is it?", f"a{odd}box")
+    write("odd.json", [{"id": odd, "image": f"images/{file}", "type": odd, "conversations": texts}])
+    wrong = [{"id": odd, "image": f"{file}", "conversations": turns("<image>\nq", f"a{odd}<eos>")}]
+    write("odd_wrong.json", wrong)
+    write("odd_type.json", [{"id": odd, "type": odd, "conversations": turns(f"q{odd}", f"a{odd}")}])
+    (place / "images/photo.png").rename(place / "kept.png")
+    folder = place / "names"
+    folder.mkdir()
+    (folder / file).write_bytes((place / "kept.png").read_bytes())
+    (folder / f"broken{file}").write_bytes(b"no image")
+    (place / "kept.png").rename(place / "images/photo.png")
+    for line in [
+        "walk @odd.json --preset @runs/mine",
+        "audit @odd.json --preset @runs/mine --workers 0",
+        "audit @odd_wrong.json --preset @runs/mine --workers 0",
+        "walk @odd_wrong.json --preset @runs/mine",
+        "generate @runs/mine @names -q hi --max-new-tokens 2",
+        f"generate @runs/mine {shlex.quote(f'@names/{file}')} -q hi --max-new-tokens 2",
+        f"generate @runs/mine {shlex.quote(f'@gone/{file}')} -q hi",
+        "eval @runs/mine --data @odd.json --max-new-tokens 2",
+        "eval @runs/mine --data @odd_type.json --max-new-tokens 2 --json",
+        "eval @runs/mine --data @odd_wrong.json --max-new-tokens 2",
+        "losses @runs/mine @odd.json",
+        f"losses @runs/mine {shlex.quote(f'@gone/{file}')}",
+        f"{TRAIN} --data @odd_wrong.json --name odd",
+        f"export {shlex.quote(f'@gone/{file}')}",
+        f"replay {shlex.quote(f'@gone/{file}')} --step 1",
+        f"{shlex.quote(file)}",
+        f"walk --{shlex.quote(file)}",
+    ]:
+        out = run(line)
+        obeyed = {c for c in out.output if not c.isprintable() and c not in "\n\t"}
+        assert not obeyed and out.output, (line, obeyed, out.output)
+        assert out.exception is None or isinstance(out.exception, SystemExit), (line, out.exception)
+    out = run(f"chat @runs/mine {shlex.quote(f'@gone/{file}')}", f"hi{odd}\n/image {file}\n")
+    assert not {c for c in out.output if not c.isprintable()} - {"\n"}, out.output
+
+def test_no_message_of_the_package_names_an_argument_that_is_an_option():
+    import ast
+    import vlm_lit
+    from vlm_lit import commands
+
+    def messages():
+        "The texts of all `ConfigError` and `DataError` of the package, without their values."
+        for path in Path(vlm_lit.__file__).parent.rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if not isinstance(node, ast.Call) or not node.args: continue
+                if getattr(node.func, "id", "") not in ("ConfigError", "DataError"):
+                    continue
+                parts = getattr(node.args[0], "values", [node.args[0]])
+                texts = [p.value if isinstance(p, ast.Constant) else "7" for p in parts]
+                if texts != ["7"]: yield "".join(texts)
+
+    found, changed = list(messages()), 0
+    for command in typer.main.get_command(app).commands.values():
+        commands.set_flags(command.params)
+        flags = commands._FLAGS.get()
+        names = "|".join(name for name in flags if "_" in name) or "(?!)"
+        for text in found:
+            said = commands.name_flags(text, flags)
+            unquoted = re.sub(commands._QUOTED, "", said)
+            assert not re.search(rf"(?<![\w./-])({names})(?![\w/]|[.-]\w)", unquoted), said
+            assert commands.name_flags(said, flags) == said  # once is enough
+            changed += said != text
+    print(f"{len(found)} messages, {changed} changed for some command")
+    assert len(found) > 250 and changed > 50
+    commands.set_flags([])
 
 def test_doctor_prints_facts_and_fails_on_a_wrong_mask():
     out = run("doctor")

@@ -22,7 +22,6 @@ from vlm_lit.commands import check_push
 from vlm_lit.commands import export_folder
 from vlm_lit.commands import image_files
 from vlm_lit.commands import load_preparation
-from vlm_lit.commands import load_text_settings
 from vlm_lit.commands import name_flags
 from vlm_lit.commands import push_folder
 from vlm_lit.commands import run_folder
@@ -104,7 +103,6 @@ def test_image_tokens_of_presets_without_their_weights():
         images = load_preparation(name, "gemma", "gemma").image_processor
         print(f"{name}: {images.num_image_tokens} tokens per image, {images.image_size} pixels")
         assert images.num_image_tokens == count
-        assert load_text_settings(name, "gemma", "gemma")[1:] == ("gemma", count)
     for wrong in ({"aspect": "wide"}, {"control_tokens": "maybe"}):
         for name in (None, "llava-7b"):
             message = f"{list(wrong)[0]} must be one of"

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image
-from vlm_lit import images
 from vlm_lit.core import DataError
 from vlm_lit.data.dataset import LazySupervisedDataset
 from vlm_lit.data.findings import Finding, attempt
-from vlm_lit.images import TURNS, check_proportions
+from vlm_lit.images import TURNS, check_square, image_warnings
 import sys, tempfile
 from fastcore.test import test_eq
 from PIL import ImageDraw, ImageFilter
@@ -76,7 +75,7 @@ def test_stop_at_an_image_that_cannot_be_squared():
     Image.new("RGB", (80_000, 1), "red").save(folder / "line.png")
     thin = {"id": 1, "image": "line.png", "conversations": talk("<image>\nWhat is it?")}
     found = []
-    with Breakpoint(look_at, at="check_proportions", watch="image.size settings.image_size_aux") as bp:
+    with Breakpoint(look_at, at="check_square", watch="image.size settings.image_size_aux") as bp:
         attempt(found, 0, 1, look_at, dataset_of([thin]), "line.png")
     bp.expect({"image.size": (80_000, 1), "settings.image_size_aux": 768}, hits=1)
     assert found[0].kind == "image_oversized" and "too long and thin" in found[0].what
@@ -130,13 +129,9 @@ def test_turned_images_and_warnings_of_the_file():
     sample_image(60, 40).save(folder / "held.jpg", exif=exif)
     held = look_at(dataset_of([]), "held.jpg")
     test_eq((held.width, held.height, held.is_turned), (40, 60, True))
-    before = getattr(images, "image_warnings", None)
-    images.image_warnings = lambda file: [("image_animated", "2 frames")]
-    try: found = found_in(ODD[:1])
-    finally:
-        if before is None: del images.image_warnings
-        else: images.image_warnings = before
-    test_eq(found, {"photo": ["image_animated"]})
+    frames = [sample_image(64, 48), sample_image(64, 48).rotate(180)]
+    frames[0].save(folder / "two.gif", save_all=True, append_images=frames[1:])
+    test_eq([kind for kind, _ in look_at(dataset_of([]), "two.gif").warnings], ["image_animated"])
     assert {kind for r in found_in(ODD).values() for kind in r} <= WARNINGS.keys()
 
 def test_what_is_not_opened_is_looked_for():

@@ -1,5 +1,5 @@
 "Derived from nbs/15_reports.ipynb by `make tests`; edit the notebook, not this file."
-import base64, html
+import base64, html, textwrap
 from collections.abc import Callable
 from vlm_lit.text.messages import image_names
 import io, json, sys, tempfile
@@ -85,9 +85,10 @@ def test_text_that_is_not_escaped_is_run():
 
 def test_sheets_show_any_rows():
     def titles(rows, **kwargs):
-        return [ax.get_title() for ax in plot_samples(rows, ds, **kwargs).axes if ax.get_title()]
+        found = [ax.get_title("left") for ax in plot_samples(rows, ds, **kwargs).axes]
+        return [title for title in found if title]
 
-    two = ["What is its shape?\nwide\nexpected: tall", "What is its shape?\nwide"]
+    two = ["Q: What is its shape?\ngiven: wide\nexpected: tall", "Q: What is its shape?\nright: wide"]
     test_eq(titles(sheet, n=2), two)
     bare = [{k: v for k, v in row.items() if k != "scores"} for row in sheet]
     test_eq(titles(bare), titles(sheet))  # `predict` alone gives no scores
@@ -98,8 +99,12 @@ def test_sheets_show_any_rows():
         "scores": {"exact": 0.0, "contains": 1.0},
     }
     # text only, another metric
-    test_eq([len(titles([odd], metric=metric)[0].split("\n")) for metric in (None, "contains")], [3, 2])
-    assert max(len(line) for line in titles([odd])[0].split("\n")) == 42
+    test_eq([len(titles([odd], metric=metric)[0].split("\n")) for metric in (None, "contains")], [5, 4])
+    long = titles([{**odd, "question": "why? " * 99, "prediction": "so " * 99}])[0].split("\n")
+    test_eq([line.split(":")[0] for line in long if ":" in line], ["Q", "given", "expected"])
+    assert (
+        len(long) == 7 and max(map(len, long)) <= 38 and sum(line.endswith("…") for line in long) == 2
+    )
     test_eq(titles([{**sheet[0], "image": ["0.png", "1.png"]}]), titles(sheet[:1]))
     test_eq(titles([]), [])
 

@@ -11,25 +11,30 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
 import typer
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 from typer.core import TyperGroup
 from . import __version__
 from .commands import CHAT_HELP, check_out, example_record, export_folder, image_files, load
-from .commands import check_push, push_folder
-from vlm_lit.commands import (
-    load_preparation,
-    load_text_settings,
-    printable,
-    report_found,
-    run_folder,
-    print_status,
-)
-from .commands import short_recipe, split_words, talk, train_run, user_errors, write_page
-from .core import ConfigError, progress_console
+from .commands import check_push, echo, load_preparation, print_status, push_folder
+from .commands import RECIPE_FLAGS, report_found, run_folder, set_flags
+from .commands import short_recipe, split_words, talk, train_run, user_errors
+from .commands import write_answers, write_page
+from .core import ConfigError, DataError, printable, progress_console
 
 # %% ../nbs/21_cli.ipynb #c005
 class _Commands(TyperGroup):
     "The commands; a mistake in an option is one line, as every other mistake."
+
+    def resolve_command(self, context, words):
+        name, command, rest = super().resolve_command(context, words)
+        if command is not None: set_flags(command.params)
+        return name, command, rest
+
+    def parse_args(self, context, words):
+        if "" in words:  # of a path it would be the current folder
+            where = f" after {words[words.index('') - 1]!r}" if words.index("") else ""
+            raise BadParameter(f"an empty word{where}; is a variable of the shell empty?")
+        return super().parse_args(context, words)
 
     def main(self, *args, standalone_mode=True, **settings):
         if not standalone_mode:
@@ -43,7 +48,7 @@ class _Commands(TyperGroup):
             code, text = e.exit_code, e.format_message().strip().rstrip(".")
             where = e.ctx.command_path if getattr(e, "ctx", None) else "vlm-lit"
             if text.startswith("Usage:"):
-                typer.echo(text, err=True)  # nothing was asked for
+                echo(text, err=True)  # nothing was asked for
             else:
                 print_status(f"error: {text[:1].lower()}{text[1:]}; see {where} -h")
         sys.exit(code or 0)
@@ -57,12 +62,14 @@ app = typer.Typer(
 )
 _Model = Annotated[str, Argument(help="A run or its name, a checkpoint, any model folder.")]
 _Data = Annotated[Path, Argument(help="LLaVA records: .json, .jsonl, .parquet, a table folder.")]
-_Images = Annotated[Path | None, Option(help="Image names in the data are relative to it.")]
+_Images = Annotated[
+    Path | None, Option(help="Image names are relative to it. Default: the data's own.")
+]
 _Links = Annotated[bool, Option("--follow-links", help="Links may lead out of --image-folder.")]
 _Control = Annotated[str | None, Option(help="Control tokens in text: refuse, escape or allow.")]
 _Preset = Annotated[str | None, Option(help="Prepare data as for this preset or model folder.")]
 _Template = Annotated[str | None, Option(help="Conversation template. Default: the preset's.")]
-_Tokenizer = Annotated[str | None, Option(help="'gemma', a folder or a hub name.")]
+_Tokenizer = Annotated[str | None, Option(help="'gemma', a preset, run, folder or hub name.")]
 _Batch = Annotated[int, Option(min=1, help="Questions per batch.")]
 _Tokens = Annotated[int, Option(min=1, help="Most tokens of an answer.")]
 _Json = Annotated[bool, Option("--json", help="Print JSON.")]
@@ -111,7 +118,40 @@ def walk(
             raise ConfigError(f"--index {index}: the data has {len(dataset)} record(s), from 0 on")
         if html is not None:  # of a refused record, too: with the stops up to there
             write_page(html, walk_html(dataset, index))
-        typer.echo("\n".join(walk_lines(dataset, index)))
+        echo("\n".join(walk_lines(dataset, index)))
+
+# %% ../nbs/21_cli.ipynb #c485656
+def images_to_open(decode_images: bool, no_images: bool, fix: Path | None) -> str:
+    "Which images an audit opens; all of them for a file of records that pass."
+    if decode_images and no_images:
+        raise ConfigError("--decode-images opens every image, --no-images none; give one of them")
+    if fix is not None:
+        from vlm_lit.data.repair import check_new
+
+        check_new(fix)
+    if no_images: return "none"
+    return "all" if decode_images or fix is not None else "sample"
+
+def report_audit(data, processor, settings, workers, against, fix, html, as_json) -> dict:
+    "Run an audit, print its report and write what was asked for."
+    from vlm_lit.data.audit import run_audit
+    from vlm_lit.data.image_findings import thumbnail_jpeg
+    from vlm_lit.reports import audit_lines, audit_page
+
+    run = run_audit(data, processor, settings, workers if workers > 1 else 0, None, against)
+    report, lines = run.report, audit_lines(run.report, settings.n_examples)
+    echo(json.dumps(report, indent=1) if as_json else "\n".join(lines))
+    if html is not None:
+        thumbnail = lambda name: thumbnail_jpeg(run.dataset, name)
+        page = audit_page(report, f"Audit of {data.name}", thumbnail)
+        write_page(html, page, err=as_json)
+    if fix is not None:
+        from vlm_lit.data.repair import left_out_path, write_passing
+
+        written, left = write_passing(run, fix)
+        says = f"{written:,} records that pass are in {fix}; {left:,} left out: "
+        echo(f"{says}{left_out_path(fix)}", err=as_json)
+    return report
 
 # %% ../nbs/21_cli.ipynb #c016
 @app.command("audit")
@@ -123,7 +163,13 @@ def audit_data(
     tokenizer: _Tokenizer = None,
     control_tokens: _Control = "refuse",
     image_tags: Annotated[str, Option(help="Several tags in a turn: keep, or mgm.")] = "keep",
+    aspect: Annotated[str | None, Option(help="square (crop the center) or pad.")] = None,
     decode_images: Annotated[bool, Option("--decode-images", help="Open every image.")] = False,
+    no_images: Annotated[bool, Option("--no-images", help="Do not look for images.")] = False,
+    against: Annotated[
+        Path | None, Option(help="Validation records: find what they share.")
+    ] = None,
+    fix: Annotated[Path | None, Option(help="A new .jsonl for the records that pass.")] = None,
     max_length: Annotated[int | None, Option(min=1, help="Longer records are errors.")] = None,
     batch_size: Annotated[int, Option(min=1, help="Records per batch, for padding.")] = 16,
     examples: Annotated[int, Option(min=0, help="Most examples of each finding.")] = 5,
@@ -132,31 +178,26 @@ def audit_data(
     html: _Html = None,
     as_json: _Json = False,
 ):
-    "Check every record and report what is wrong with the data: exit code 1 if anything is."
+    "Check every record and a sample of images: exit code 1 if there is an error."
     with user_errors():
-        from vlm_lit.data.audit import audit
-        from vlm_lit.data.findings import AuditSettings
-        from vlm_lit.reports import audit_lines, audit_page
-
         check_out(html)
-        words, template, num_tokens = load_text_settings(preset, tokenizer, template)
+        images = images_to_open(decode_images, no_images, fix)
+        if no_images and image_folder:
+            raise ConfigError("--no-images does not go with --image-folder")
+        processor = load_preparation(preset, tokenizer, template, aspect, control_tokens)
+        from vlm_lit.data.findings import AuditSettings
+
         settings = AuditSettings(
-            template,
-            control_tokens,
-            image_tags,
-            image_folder,
-            decode_images,
-            max_length,
-            num_tokens,
-            batch_size,
-            examples,
-            follow_links,
+            image_tags=image_tags,
+            image_folder=image_folder,
+            images=images,
+            max_length=max_length,
+            batch_size=batch_size,
+            n_examples=examples,
+            keep_failures=fix is not None,
+            follow_links=follow_links,
         )
-        report = audit(data, words, settings, workers if workers > 1 else 0)
-        lines = audit_lines(report, examples)
-        typer.echo(json.dumps(report, indent=1) if as_json else "\n".join(lines))
-        if html is not None:
-            write_page(html, audit_page(report, f"Audit of {data.name}"), err=as_json)
+        report = report_audit(data, processor, settings, workers, against, fix, html, as_json)
     if not report["ok"]: raise typer.Exit(1)
 
 # %% ../nbs/21_cli.ipynb #c022
@@ -177,7 +218,7 @@ def train(
     follow_links: _Links = False,
 ):
     "Train by a recipe, or a preset on a data file. --section.key VALUE changes any setting."
-    with user_errors():
+    with user_errors(RECIPE_FLAGS):
         options = [o for p in context.command.params for o in p.opts if o.startswith("--")]
         files, overrides = split_words(recipe or [], options)
         if not files and resume and name and data is None:
@@ -196,8 +237,35 @@ def train(
         from vlm_lit.training.recipe import format_recipe, load_recipe
 
         found = load_recipe(*files, overrides=overrides)
-        if print_config: typer.echo(format_recipe(found))
+        if print_config: echo(format_recipe(found))
         else: train_run(found, folder, resume)
+
+# %% ../nbs/21_cli.ipynb #c461990
+@app.command(context_settings={"ignore_unknown_options": True})
+def plan(
+    context: typer.Context,
+    recipe: Annotated[list[str] | None, Argument(help="Recipe files; later ones win.")] = None,
+    runs: Annotated[Path, Option(help="Folder that will hold the run.")] = Path("runs"),
+    no_measure: Annotated[bool, Option("--no-measure", help="Take no step.")] = False,
+    preset: Annotated[str | None, Option(help="Without a recipe: preset or model folder.")] = None,
+    data: Annotated[Path | None, Option(help="Without a recipe: records to train on.")] = None,
+    image_folder: _Images = None,
+    as_json: _Json = False,
+):
+    "Say what a recipe would do: skipped records, steps, memory, disk, hours."
+    with user_errors():
+        options = [o for p in context.command.params for o in p.opts if o.startswith("--")]
+        files, overrides = split_words(recipe or [], options)
+        if files and (preset or data or image_folder):
+            raise ConfigError("--preset, --data and --image-folder are for a plan without a recipe")
+        if not files:
+            overrides = short_recipe(preset, data, image_folder) + overrides
+        from vlm_lit.training.plan import make_plan, plan_lines
+        from vlm_lit.training.recipe import load_recipe
+
+        found = make_plan(load_recipe(*files, overrides=overrides), runs, 0 if no_measure else 4)
+        echo(json.dumps(found, indent=1) if as_json else "\n".join(plan_lines(found)))
+    if found["problems"]: raise typer.Exit(1)
 
 # %% ../nbs/21_cli.ipynb #c034
 @app.command()
@@ -219,18 +287,12 @@ def generate(
         from vlm_lit.evaluation.generation import answer_batch
 
         links = [p.resolve() if p.is_symlink() else p for p in files]  # named by the user
+        strict = len(files) == 1
         answers = answer_batch(
-            *load(model, control_tokens), question, links, batch_size, max_new_tokens
+            *load(model, control_tokens), question, links, batch_size, max_new_tokens, strict
         )
-        if out is None:
-            for path, answer in zip(files, answers):
-                typer.echo(printable(answer if len(files) == 1 else f"{path}\t{answer}", "\t"))
-            return
-        with open(out, "x", encoding="utf-8") as file:
-            for n, (path, answer) in enumerate(zip(files, answers)):
-                row = {"id": n, "image": str(path), "question": question, "answer": answer}
-                print(json.dumps(row), file=file, flush=True)
-        typer.echo(f"{len(files)} answers are in {out}")
+        failed = write_answers(files, answers, question, out)
+    if failed: raise typer.Exit(1)
 
 @app.command()
 def chat(
@@ -260,6 +322,7 @@ def evaluate_model(
     out: Annotated[Path | None, Option(help="A .jsonl file for the predictions.")] = None,
     train: Annotated[Path | None, Option(help="Training records, for baselines.")] = None,
     sample: Annotated[int | None, Option(min=1, help="Only that many, always the same.")] = None,
+    control_tokens: _Control = None,
     blank_images: Annotated[bool, Option("--blank-images", help="Black images.")] = False,
     follow_links: _Links = False,
     batch_size: _Batch = 32,
@@ -271,13 +334,14 @@ def evaluate_model(
         from vlm_lit.data.records import Records
         from vlm_lit.evaluation.scoring import evaluate
         from vlm_lit.evaluation.scoring import fixed_sample, format_table
-        from vlm_lit.evaluation.metrics import load_metric
+        from vlm_lit.evaluation.metrics import load_metrics
 
         check_out(out, new=True)
-        metrics = [load_metric(m.strip()) for m in metric.split(",")]
+        metrics = [name.strip() for name in metric.split(",")]
+        load_metrics(metrics)  # a mistake is found before the model is opened
         records = Records(data)
         result = evaluate(
-            *load(model),
+            *load(model, control_tokens),
             records,
             image_folder=image_folder,
             metrics=metrics,
@@ -290,42 +354,44 @@ def evaluate_model(
             indices=fixed_sample(len(records), sample) if sample else None,
         )
         del result["predictions"]
-        typer.echo(json.dumps(result, indent=1) if as_json else format_table(result))
+        echo(json.dumps(result, indent=1) if as_json else format_table(result))
 
 # %% ../nbs/21_cli.ipynb #c040
 @app.command()
 def export(
     model: _Model,
     to: Annotated[str, Option(help="hf, llava-hf, gguf, mgm or llava.")] = "hf",
-    out: Annotated[Path | None, Option(help="Folder to write. Default: in the run.")] = None,
+    out: Annotated[
+        Path | None, Option(help="Default: in the run, or beside a model folder.")
+    ] = None,
     dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16.")] = None,
     push: Annotated[str | None, Option(help="Upload it to the hub as this OWNER/NAME.")] = None,
     private: Annotated[bool, Option("--private", help="A new repository is private.")] = False,
 ):
-    "Write a model for others: transformers, or MGM and LLaVA."
+    "Write a model for others: transformers, llama.cpp, LLaVA or MGM."
     with user_errors():
         if private and push is None:
             raise ConfigError("--private is for --push OWNER/NAME")
         if push is not None: check_push(push)
         folder = export_folder(model, to, out, dtype, push)
         for path in sorted(folder.iterdir()):
-            typer.echo(f"{path.stat().st_size:>12,}  {path}")
+            echo(f"{path.stat().st_size:>12,}  {path}")
         if to in ("mgm", "llava"):
-            typer.echo("projector only: language model and towers are taken by their names there")
+            echo("projector only: language model and towers are taken by their names there")
         if push is not None:
-            typer.echo(f"uploaded to {push_folder(folder, push, private)}")
+            echo(f"uploaded to {push_folder(folder, push, private)}")
 
 # %% ../nbs/21_cli.ipynb #c044
 @app.command()
 def doctor():
-    "Test the masks of known conversations; print what belongs in a bug report."
+    "Test the mask of a known conversation; print what belongs in a bug report."
     with user_errors():
         from vlm_lit.training.doctor import environment_info, known_answers
 
         for key, value in environment_info().items():
-            typer.echo(f"{key:<16}{printable(value)}")
-        problems = known_answers()
-        typer.echo("\n".join(problems) or "known answers: all masks are right")
+            echo(f"{key:<16}{printable(value)}")
+        problems = "\n".join(known_answers())
+        echo(problems or "known answers: the bundled tokenizer and template give the right mask")
     if problems: raise typer.Exit(1)
 
 @app.command("replay")
@@ -350,6 +416,7 @@ def losses(
     data: _Data,
     image_folder: _Images = None,
     worst: Annotated[int, Option(min=1, help="How many records.")] = 20,
+    control_tokens: _Control = None,
     follow_links: _Links = False,
     html: _Html = None,
 ):
@@ -359,7 +426,9 @@ def losses(
         from vlm_lit.training.replay import losses_page, worst_records
 
         more = dict(follow_links=follow_links)
-        found = worst_records(*load(model), data, worst, image_folder, **more)
+        found = worst_records(*load(model, control_tokens), data, worst, image_folder, **more)
+        if not found:
+            raise DataError(f"no record of {data.name} has an answer to take the loss of")
         report_found("\n\n".join(map(str, found)), losses_page(found), html)
 
 def main():

@@ -4,43 +4,62 @@
 
 # %% auto #0
 __all__ = ['TURNS', 'safe_path', 'turn_upright', 'on_white', 'decode_image', 'open_image', 'read_image', 'sample_image',
-           'expand2square', 'shortest_size', 'resize_shortest', 'center_crop', 'resize_and_crop', 'check_proportions',
+           'expand2square', 'shortest_size', 'resize_shortest', 'center_crop', 'resize_and_crop', 'check_square',
            'resize_to_square', 'to_bytes', 'normalize', 'interpolate_image', 'grid_crops', 'count_image_tokens',
-           'prepare_image', 'finish_images']
+           'prepare_image', 'finish_images', 'image_warnings']
 
 # %% ../nbs/06_images.ipynb #c002
-import warnings
+import io
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageDraw, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageDraw, ImageFile
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from .core import ConfigError, DataError
 from .text.messages import check_path
+from .image_files import FORMATS, decode_file, decoding, depth_of, jpeg_ends_early
+from .image_files import n_frames, open_file, refused_format, to_8_bits
 
 # %% ../nbs/06_images.ipynb #c006
+def _locate(name: str, folder: Path) -> tuple[Path, bool, bool]:
+    "The file behind an image path, whether its name leaves the folder, and whether a link does."
+    root, given = folder.absolute(), Path(str(name))
+    path = (root / given).resolve()
+    is_inside = path.is_relative_to(root.resolve())
+    is_named = not given.is_absolute() or given.is_relative_to(root)
+    is_outside = ".." in given.parts or not (is_named or is_inside)
+    return path, is_outside, not is_inside
+
 def safe_path(
     name: str,  # The record's path, relative to the folder
     folder: str | Path | None,  # `image_folder`
+    follow_links: bool = False,  # Also links that lead out of the folder
 ) -> Path:
-    "The path of an image, which must lie inside `folder`. Raises `DataError` otherwise."
+    """The file of an image. Its name must stay inside `folder`; links may lead to other places in
+    it. Raises `DataError` otherwise."""
     if folder is None:
         raise DataError(
             f"image {str(name)!r} is a file, and no image_folder says where it is",
             kind="image_missing",
         )
     try:
-        root = Path(folder).resolve()
-        path = (root / str(name)).resolve()
+        path, is_outside, is_led_out = _locate(name, Path(folder))
         is_file = path.is_file()
     except (OSError, ValueError, RuntimeError) as e:
         raise DataError(
             f"image path {str(name)!r} cannot be used ({e})", kind="image_unreadable"
         ) from e
-    if not path.is_relative_to(root):
+    if is_outside:
         raise DataError(
-            f"image path {str(name)!r} leaves the image folder; paths must be relative and stay "
-            "inside",
+            f"image path {str(name)!r} leaves the image folder; paths must be relative, stay "
+            "inside and have no '..'",
+            kind="image_escapes",
+        )
+    if is_led_out and not follow_links:
+        raise DataError(
+            f"image path {str(name)!r} is a link, or lies behind a link, that leads out of the "
+            "image folder; if you put it there, allow it with --follow-links "
+            "(follow_links=True, in a recipe data.follow_links)",
             kind="image_escapes",
         )
     if not is_file:
@@ -78,86 +97,72 @@ def on_white(
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
+def _plain(image: Image.Image) -> Image.Image:  # RGB
+    "On white, and without what a file says besides pixels: nobody may turn it a second time."
+    image = (on_white(image) if image.has_transparency_data else image).convert("RGB")
+    image.info = {}
+    return image
+
 def decode_image(
     file,  # A path, or an open file
     name: str,  # The record's name for it, for messages
-    upright: bool = True,  # Turn as EXIF says; False: as Pillow opens it, which is MGM's way
+    # Turn as EXIF says; False: as Pillow opens it (it turns TIFF itself), which is MGM's way
+    upright: bool = True,
+    least: int | None = None,  # With a number, a large JPEG may come smaller, as in `draft_jpeg`
 ) -> Image.Image:  # RGB, decoded completely
-    "Read an image. Raises `DataError` if it is broken or too large."
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # no note, then
-            # a note that is broken is no note
-            notes = "Corrupt EXIF data|Tag data larger|Truncated File Read"
-            warnings.filterwarnings("ignore", notes)
-            with Image.open(file) as image:
-                if image.mode[0] in "IF":
-                    raise DataError(
-                        f"image {str(name)!r} has more than 8 bits a channel (mode "
-                        f"{image.mode}), which would be cut off; convert it first",
-                        kind="image_unreadable",
-                    )
-                image.load()
-                if upright: image = turn_upright(image)
-                return (on_white(image) if image.has_transparency_data else image).convert("RGB")
-    except DataError: raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
-        raise DataError(
-            f"image {str(name)!r} has more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller",
-            kind="image_oversized",
-        ) from e
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as e:
-        raise DataError(
-            f"image {str(name)!r} cannot be read ({e.__class__.__name__}); is the file "
-            "complete, and an image?",
-            kind="image_unreadable",
-        ) from e
+    "Read an image. Raises `DataError` if it is broken, too large or of a refused format."
+    image = decode_file(file, name, least)
+    with decoding(name):
+        if upright: image = turn_upright(image)
+        return _plain(image)
 
 def open_image(
     name: str,  # The record's path, relative to the folder
     folder: str | Path | None,  # `image_folder`
     upright: bool = True,  # As in `decode_image`
+    least: int | None = None,  # As in `decode_image`
+    follow_links: bool = False,  # As in `safe_path`
 ) -> Image.Image:  # RGB, decoded completely
     """Read an image file. Raises `DataError` if it is missing, outside the folder, broken or too
     large."""
-    return decode_image(safe_path(name, folder), name, upright)
+    return decode_image(safe_path(name, folder, follow_links), name, upright, least)
+
+def _read_pil(image: Image.Image) -> Image.Image:
+    "A PIL image as RGB; perhaps a file that is opened and not yet read."
+    if isinstance(image, ImageFile.ImageFile) and image.format not in (*FORMATS, "MPO", None):
+        raise refused_format(image.format, image.filename or "in memory")
+    with decoding("in memory"):
+        image.load()
+        image = turn_upright(to_8_bits(image))
+        return _plain(image)
 
 def read_image(
     # PIL image, path, uint8 tensor (3, height, width) or uint8 array (height, width, 3)
     image,
     folder: str | Path | None = None,  # Paths stay inside it; None: a path is taken as it is
+    least: int | None = None,  # For paths, as in `decode_image`
+    follow_links: bool = False,  # For paths inside `folder`, as in `safe_path`
 ) -> Image.Image:  # RGB
     "An image of any form. Raises `DataError` for what is none."
     if isinstance(image, (str, Path)):
         path = Path(check_path(str(image), None))
-        if folder is None: return open_image(path.name, path.parent)
-        return open_image(str(path), folder)
+        if folder is None:  # the program's own path
+            return open_image(path.name, path.parent, least=least, follow_links=True)
+        return open_image(str(path), folder, least=least, follow_links=follow_links)
     is_bytes = torch.is_tensor(image) and image.dtype == torch.uint8
     if is_bytes and image.dim() == 3 and len(image) == 3:
         return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape[2:] == (3,):
         return Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        found = type(image).__name__
-        if hasattr(image, "dtype"):
-            found = f"{str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}"
-        raise DataError(
-            "an image must be a PIL image, a path, a uint8 tensor (3, height, width) or a uint8 "
-            f"array (height, width, 3); got {found}",
-            kind="image_unreadable",
-        )
-    if image.mode[0] in "IF":
-        raise DataError(
-            f"the image has more than 8 bits a channel (mode {image.mode}), which would "
-            "be cut off; convert it first",
-            kind="image_unreadable",
-        )
-    try:  # a file that is opened and not yet read
-        image = turn_upright(image)
-        return (on_white(image) if image.has_transparency_data else image).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as e:
-        raise DataError(f"the image cannot be read: {e}", kind="image_unreadable") from e
+    if isinstance(image, Image.Image): return _read_pil(image)
+    found = type(image).__name__
+    if hasattr(image, "dtype"):
+        found = f"{str(image.dtype).removeprefix('torch.')} {tuple(image.shape)}"
+    raise DataError(
+        "an image must be a PIL image, a path, a uint8 tensor (3, height, width) or a uint8 "
+        f"array (height, width, 3); got {found}",
+        kind="image_unreadable",
+    )
 
 # %% ../nbs/06_images.ipynb #c008
 def sample_image(
@@ -246,13 +251,19 @@ def resize_and_crop(
     whole = tall.resize((size, height), Image.Resampling.BICUBIC)
     return whole.crop((0, top, size, top + size)) if height > size else whole
 
-def check_proportions(
-    image: Image.Image,  # Any size
+def check_square(
+    image: Image.Image,  # Any mode
     size: int,  # Pixels of the square
-    aspect: str = "square",  # As in `resize_to_square`
+    aspect: str,  # As in `resize_to_square`
 ) -> None:
-    "Raise `DataError` if the image is too long and thin to be squared."
+    "Raise `DataError` for an image so thin that its square would be a bomb."
+    if aspect not in ("square", "pad"):
+        raise ConfigError(f"aspect must be 'square' or 'pad', got {aspect!r}")
     short, long = sorted(image.size)
+    if not short:
+        raise DataError(
+            f"image of {image.width} x {image.height} pixels is empty", kind="image_unreadable"
+        )
     largest = long * long if aspect == "pad" else size * size * long / short
     if Image.MAX_IMAGE_PIXELS and largest > Image.MAX_IMAGE_PIXELS:
         raise DataError(
@@ -267,10 +278,8 @@ def resize_to_square(
     aspect: str = "square",  # "square": cut the middle out; "pad": bars in the mean color
     mean=OPENAI_CLIP_MEAN,  # Mean of each channel, 0 to 1
 ) -> Image.Image:  # size x size
-    "CLIP's geometry: a square of the given size."
-    if aspect not in ("square", "pad"):
-        raise ConfigError(f"aspect must be 'square' or 'pad', got {aspect!r}")
-    check_proportions(image, size, aspect)
+    "CLIP's geometry: a square of the given size, by Pillow's kernel."
+    check_square(image, size, aspect)
     if aspect == "pad":
         image = expand2square(image, tuple(int(255 * m) for m in mean))
     return resize_and_crop(image, size)
@@ -396,3 +405,26 @@ def finish_images(
         "pixel_values": grid_crops(done, image_size, image_grid, image_global).to(dtype),
         "pixel_values_aux": done.to(dtype),
     }
+
+# %% ../nbs/06_images.ipynb #c104
+def image_warnings(
+    file,  # A path, or a file that is open for reading bytes
+    name: str = "",  # How messages call it
+) -> list[tuple[str, str]]:  # Kind and words: `image_16bit`, `image_animated`, `image_cut_short`
+    "What is lost when an image is read. Raises `DataError` if its file cannot be opened."
+    with decoding(name):
+        if hasattr(file, "read"): file.seek(0)
+        data = file.read() if hasattr(file, "read") else Path(file).read_bytes()
+        with open_file(io.BytesIO(data), name) as image:
+            depth, frames, format = depth_of(image, data), n_frames(image), image.format
+        found = []
+        if depth > 8:
+            what = f"{depth} bits a channel, of which 8 are read; save it with 8 bits to decide how"
+            found.append(("image_16bit", what))
+        if frames > 1:
+            what = f"{frames} frames or pages ({format}), of which the first is read"
+            found.append(("image_animated", what))
+        if format in ("JPEG", "MPO") and jpeg_ends_early(data):
+            what = "the data ends early, and the rest is gray or coarse; get the complete file"
+            found.append(("image_cut_short", what))
+        return found

@@ -6,7 +6,7 @@
 __all__ = ['audit_lines', 'length_figure', 'audit_page']
 
 # %% ../nbs/15_reports.ipynb #c002
-import base64, html
+import base64, html, textwrap
 from collections.abc import Callable
 from .text.messages import image_names
 
@@ -67,10 +67,11 @@ def pick_samples(
     n_wrong = min(len(wrong), max(n // 2, n - len(good)))
     return spread(wrong, n_wrong) + spread(good, min(len(good), n - n_wrong))
 
-def _short(text: str, limit: int = 42) -> str:
-    "A line of a caption."
+def _caption(label: str, text: str, most: int = 3) -> str:
+    "A labeled text in a caption, wrapped to a few lines."
     text = "".join(c if c.isprintable() else " " for c in text)
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+    lines = textwrap.wrap(f"{label} {text}", 38, max_lines=most, placeholder=" …")
+    return "\n".join(lines)
 
 def plot_samples(
     rows: list[dict],  # Predictions of `evaluate`
@@ -90,16 +91,16 @@ def plot_samples(
     height = max(1, -(-len(chosen) // 4))
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 2.3 * height), layout="constrained")
+    figure = Figure(figsize=(10, 2.9 * height), layout="constrained")
     axes = figure.subplots(height, 4, squeeze=False).flatten()
     for ax in axes: ax.axis("off")
     for ax, row in zip(axes, chosen):
         if names := image_names(row): ax.imshow(dataset.open_image(names[0]))
         right = is_right(row)
-        lines = [row["question"], row["prediction"]]
-        if not right: lines.append(f"expected: {row['answer']}")
-        color = "#1b5e20" if right else "#b71c1c"
-        ax.set_title("\n".join(map(_short, lines)), fontsize=7.5, color=color, parse_math=False)
+        lines = [("Q:", row["question"]), ("right:" if right else "given:", row["prediction"])]
+        if not right: lines.append(("expected:", row["answer"]))
+        color, text = "#1b5e20" if right else "#b71c1c", "\n".join(_caption(*own) for own in lines)
+        ax.set_title(text, fontsize=7.5, color=color, loc="left", parse_math=False)
     return figure
 
 # %% ../nbs/15_reports.ipynb #c020

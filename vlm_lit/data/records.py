@@ -429,9 +429,11 @@ class Records(Sequence):
         self,
         name: str,  # From `image_names`
         image_folder: str | Path | None = None,  # Of images that are files
+        follow_links: bool = False,  # As in `safe_path`
     ) -> Path | io.BytesIO:
         "Where an image is: its file, or its bytes in the table. Raises `DataError`."
-        if not self.is_embedded(name): return safe_path(name, image_folder)
+        if not self.is_embedded(name):
+            return safe_path(name, image_folder, follow_links)
         place = re.fullmatch(r"embedded:(\d+)/(\d+)", name)
         row, k = map(int, place.groups()) if place else (len(self), 0)
         images = _row_images(self.table[row].to_pylist()[0]) if row < len(self) else []
@@ -443,6 +445,8 @@ class Records(Sequence):
         self,
         name: str,  # From `image_names`
         image_folder: str | Path | None = None,  # Of images that are files
+        least: int | None = None,  # As in `decode_image`
+        follow_links: bool = False,  # As in `safe_path`
     ) -> Image.Image:  # RGB, decoded completely
         "Read an image, from its file or from the table. Raises `DataError`."
-        return decode_image(self.image_file(name, image_folder), name)
+        return decode_image(self.image_file(name, image_folder, follow_links), name, least=least)
