@@ -272,7 +272,7 @@ def test_every_value_of_the_worked_example(seed):
 
 def test_console_script_explains_itself():
     script = Path(sys.executable).with_name("vlm-lit")
-    commands = "walk audit train generate chat eval export doctor replay losses".split()
+    commands = "walk audit train generate chat eval export doctor replay losses convert".split()
     for command in ([], *([name] for name in commands)):
         done = subprocess.run([script, *command, "--help"], capture_output=True, text=True)
         assert done.returncode == 0 and "Usage: vlm-lit" in done.stdout, done.stderr

@@ -19,6 +19,8 @@ from .commands import check_push, push_folder
 from vlm_lit.commands import (
     load_preparation,
     load_text_settings,
+    open_records,
+    print_conversion,
     printable,
     report_found,
     run_folder,
@@ -56,7 +58,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _Model = Annotated[str, Argument(help="A run or its name, a checkpoint, any model folder.")]
-_Data = Annotated[Path, Argument(help="LLaVA records: .json, .jsonl, .parquet, a table folder.")]
+_Data = Annotated[
+    Path, Argument(help="Records: .json, .csv, .parquet, .tar, a folder, a hub name.")
+]
+_Split = Annotated[str | None, Option(help="Which split, where the data has several.")]
+_Columns = Annotated[str | None, Option(help="Roles of columns: question=q,answer=a.")]
 _Images = Annotated[Path | None, Option(help="Image names in the data are relative to it.")]
 _Control = Annotated[str | None, Option(help="Control tokens in text: refuse, escape or allow.")]
 _Preset = Annotated[str | None, Option(help="Prepare data as for this preset or model folder.")]
@@ -86,6 +92,8 @@ def walk(
     data: Annotated[Path | None, Argument(help="LLaVA records. Default: an example.")] = None,
     index: Annotated[int, Option(help="Which record, counted from 0.")] = 0,
     image_folder: _Images = None,
+    split: _Split = None,
+    columns: _Columns = None,
     preset: _Preset = None,
     template: _Template = None,
     tokenizer: _Tokenizer = None,
@@ -99,10 +107,11 @@ def walk(
         from vlm_lit.walk import walk_html, walk_lines
 
         check_out(html)
-        if data is None:
-            data, image_folder = [example_record(Path(folder))], Path(folder)
+        records = None if data is None else open_records(data, split, columns)
+        if records is None:
+            records, image_folder = [example_record(Path(folder))], Path(folder)
         processor = load_preparation(preset, tokenizer, template, aspect, control_tokens)
-        dataset = LazySupervisedDataset(data, processor, image_folder)
+        dataset = LazySupervisedDataset(records, processor, image_folder)
         if not 0 <= index < len(dataset):
             raise ConfigError(f"--index {index}: the data has {len(dataset)} record(s), from 0 on")
         if html is not None:  # of a refused record, too: with the stops up to there
@@ -114,6 +123,8 @@ def walk(
 def audit_data(
     data: _Data,
     image_folder: _Images = None,
+    split: _Split = None,
+    columns: _Columns = None,
     preset: _Preset = None,
     template: _Template = None,
     tokenizer: _Tokenizer = None,
@@ -146,7 +157,8 @@ def audit_data(
             batch_size,
             examples,
         )
-        report = audit(data, words, settings, workers if workers > 1 else 0)
+        records = open_records(data, split, columns)
+        report = audit(records, words, settings, workers if workers > 1 else 0)
         lines = audit_lines(report, examples)
         typer.echo(json.dumps(report, indent=1) if as_json else "\n".join(lines))
         if html is not None:
@@ -169,6 +181,9 @@ def train(
     data: Annotated[Path | None, Option(help="Without a recipe: records to train on.")] = None,
     image_folder: _Images = None,
     val: Annotated[Path | None, Option(help="Without a recipe: records to validate on.")] = None,
+    split: _Split = None,
+    val_split: Annotated[str | None, Option(help="The split of --val.")] = None,
+    columns: _Columns = None,
 ):
     "Train by a recipe, or a preset on a data file. --section.key VALUE changes any setting."
     with user_errors():
@@ -178,13 +193,15 @@ def train(
             files = [runs / name / "recipe.yaml"]
             if not files[0].is_file():
                 raise ConfigError(f"no run {name!r} in {str(runs)!r} to resume")
-        if files and (preset or data or image_folder or val):
+        if files and (preset or data or image_folder or val or split or val_split or columns):
             raise ConfigError(
-                "--preset, --data, --image-folder and --val are for training without "
-                "a recipe; change its settings, as in --data.train.0.path new.json"
+                "--preset, --data, --image-folder, --val, --split, --val-split and --columns are "
+                "for training without a recipe; change its settings, as in --data.train.0.path "
+                "new.json"
             )
         if not files:
-            overrides = short_recipe(preset, data, image_folder, val) + overrides
+            own = short_recipe(preset, data, image_folder, val, split, val_split, columns)
+            overrides = own + overrides
         folder = run_folder(files or [data], name, runs, resume)
         from vlm_lit.training.recipe import format_recipe, load_recipe
 
@@ -249,6 +266,8 @@ def evaluate_model(
     model: _Model,
     data: Annotated[Path, Option(help="Records with questions and answers.")],
     image_folder: _Images = None,
+    split: _Split = None,
+    columns: _Columns = None,
     metric: Annotated[str, Option(help="exact, contains, anls, FILE.py:NAME; or a,b")] = "exact",
     out: Annotated[Path | None, Option(help="A .jsonl file for the predictions.")] = None,
     train: Annotated[Path | None, Option(help="Training records, for baselines.")] = None,
@@ -260,14 +279,13 @@ def evaluate_model(
 ):
     "Score a model on every question of a data set, by type, with baselines."
     with user_errors():
-        from vlm_lit.data.records import Records
         from vlm_lit.evaluation.scoring import evaluate
         from vlm_lit.evaluation.scoring import fixed_sample, format_table
         from vlm_lit.evaluation.metrics import load_metric
 
         check_out(out, new=True)
         metrics = [load_metric(m.strip()) for m in metric.split(",")]
-        records = Records(data)
+        records = open_records(data, split, columns)
         result = evaluate(
             *load(model),
             records,
@@ -340,6 +358,8 @@ def losses(
     model: _Model,
     data: _Data,
     image_folder: _Images = None,
+    split: _Split = None,
+    columns: _Columns = None,
     worst: Annotated[int, Option(min=1, help="How many records.")] = 20,
     html: _Html = None,
 ):
@@ -348,7 +368,8 @@ def losses(
         check_out(html)
         from vlm_lit.training.replay import losses_page, worst_records
 
-        found = worst_records(*load(model), data, worst, image_folder)
+        records = open_records(data, split, columns)
+        found = worst_records(*load(model), records, worst, image_folder)
         report_found("\n\n".join(map(str, found)), losses_page(found), html)
 
 def main():
@@ -356,3 +377,24 @@ def main():
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch: waiting threads sleep sooner
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app()
+
+# %% ../nbs/21_cli.ipynb #c747468
+@app.command("convert")
+def convert_data(
+    data: _Data,
+    out: Annotated[Path, Argument(help="A .jsonl file to write.")],
+    image_folder: Annotated[
+        Path | None, Option(help="Where images that stand inside the data are written.")
+    ] = None,
+    split: _Split = None,
+    columns: _Columns = None,
+    skip_bad: Annotated[bool, Option("--skip-bad", help="Leave bad records out.")] = False,
+    force: Annotated[bool, Option("--force", help="Replace a file that is there.")] = False,
+):
+    "Write records of any form as LLaVA's JSONL; images inside the data as files."
+    with user_errors():
+        from vlm_lit.data.convert import convert
+
+        found = convert(open_records(data, split, columns), out, image_folder, skip_bad, force)
+        is_written = print_conversion(found, out, skip_bad)
+    if not is_written: raise typer.Exit(1)
