@@ -2,7 +2,7 @@
 
     python benchmarks/fuzz.py --n 1000000 --workers 2 --seed 0   -> benchmarks/results/fuzz.json
     python benchmarks/fuzz.py --n 2000 --quick                   nothing written
-    python benchmarks/fuzz.py --batch 417 --seed 0               one batch again, with its violations
+    python benchmarks/fuzz.py --batch 417 --seed 0                one batch again, with violations
 
 Each batch has one template, one tokenizer and one policy for control tokens; all named templates
 and chat templates take their turns with all tokenizers that they fit. The oracle writes each turn

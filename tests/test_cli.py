@@ -8,7 +8,8 @@ from typer import Argument, BadParameter, Option
 from typer.core import TyperGroup
 from vlm_lit import __version__
 from vlm_lit.commands import CHAT_HELP, check_out, example_record, export_folder, image_files, load
-from vlm_lit.commands import check_push, echo, load_preparation, print_status, push_folder
+from vlm_lit.commands import check_push, echo, load_preparation, open_records, print_conversion
+from vlm_lit.commands import print_status, push_folder
 from vlm_lit.commands import RECIPE_FLAGS, report_found, run_folder, set_flags
 from vlm_lit.commands import short_recipe, split_words, talk, train_run, user_errors
 from vlm_lit.commands import write_answers, write_page
@@ -17,7 +18,7 @@ import re, shlex, subprocess, textwrap
 from tempfile import mkdtemp
 from types import SimpleNamespace
 from unittest.mock import patch
-import torch
+import pyarrow as pa, pyarrow.parquet as pq, torch, yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -30,6 +31,7 @@ from vlm_lit.weights.presets import make_model
 from vlm_lit.weights.saving import save_model
 from vlm_lit.cli import app
 from vlm_lit.cli import audit_data
+from vlm_lit.cli import convert_data
 from vlm_lit.cli import train
 
 def setup_module():
@@ -101,6 +103,7 @@ def setup_module():
     write("train.json", [*train_records, {"id": 3, "conversations": turns("Hello", "Hi")}])
     write("val.json", [{**r, "type": "object"} for r in train_records[:2]])
     write("my.py", "def length(prediction, answer, record): return len(prediction)")
+    write("rows.csv", "q,a,hint\nWhat?,a box,look left\nWho?,,\n")
     write("images/broken.png", "not an image")
     sample_image().save(place / "images/photo.png")
     sample_image(300, 300).save(place / "images/square.png")
@@ -188,6 +191,13 @@ def test_stop_in_the_command_train():
         {"recipe": ["--training.max_steps", "5"], "overrides[-2:]": ["--training.max_steps", "5"]}
     )
 
+def test_stop_after_a_conversion():
+    watch = ["found.n_records", "found.errors", "found.ignored"]
+    with Breakpoint(convert_data, at="is_written = print_conversion", watch=watch) as bp:
+        run("convert @rows.csv @stop.jsonl --columns question=q,answer=a --skip-bad --force")
+    error = "record 1: no column 'a'; there are: 'q'"
+    bp.expect({"found.n_records": 1, "found.errors": [error], "found.ignored": {"hint": 1}})
+
 def test_walk_writes_a_page_whole_or_says_why_not():
     out = run("walk @train.json --index 3 --preset @runs/mine --html @walk.html")
     assert out.exit_code == 0 and out.stdout.startswith("the page is in ") and "the mask" in out.stdout
@@ -258,6 +268,52 @@ def test_audit_opens_compares_and_writes_what_passes():
     if out.exit_code == 1:  # read; a file that is refused as a whole has exit code 2
         assert json.loads(out.stdout, parse_constant=lambda name: 1 / 0)["records"] == 2
         out.stdout.encode("utf-8")
+
+def test_convert_has_three_exit_codes_and_keeps_files():
+    out = run("convert @rows.csv @new.jsonl --columns question=q,answer=a")
+    assert out.exit_code == 1 and not (place / "new.jsonl").exists()
+    assert "record 1: no column 'a'" in out.stderr and "nothing is written: mend them" in out.stdout
+    flags = "--columns question=q,answer=a --skip-bad"
+    out = run(f"convert @rows.csv @new.jsonl {flags}")
+    assert out.exit_code == 0 and "left out: record 1: no column 'a'" in out.stderr
+    lines = ["rows.csv: question and answer", "1 records, 0 images"]
+    lines += ["1 records hold text in 'hint', which is not used", "1 records cannot be read"]
+    assert out.stdout.splitlines()[:4] == lines, out.stdout
+    refuses(f"convert @rows.csv @new.jsonl {flags}", "is there already")
+    assert run(f"convert @rows.csv @new.jsonl {flags} --force").exit_code == 0
+    refuses("convert @gone.csv @x.jsonl", "no data file")
+    refuses("convert @train.json @x.jsonl --split test", "train.json is one file, without splits")
+    refuses("convert @train.json @x.jsonl --columns qestion=q", "did you mean 'question'?")
+    refuses("convert @train.json @x.json", "ends in .jsonl")
+    write(
+        "esc.jsonl",
+        json.dumps({"id": "a\x1b[2J", "question": "q", "answer": "a", "\x1bx": "t"}) + "\n{}",
+    )
+    out = run("convert @esc.jsonl @esc2.jsonl --skip-bad")
+    assert "\x1b" not in out.stdout + out.stderr and "\\x1bx" in out.stdout
+
+def test_split_and_columns_reach_every_command_that_reads_data():
+    write("more/train.parquet", "")
+    write("more/test.parquet", "")
+    for name in ("train", "test"):
+        rows = [{"q": f"<image>\nWhat is {name}?", "a": "a box", "image": "images/photo.png"}]
+        pq.write_table(pa.Table.from_pylist(rows), place / f"more/{name}.parquet")
+    named = "--columns question=q,answer=a --image-folder @."
+    commands = ["audit @more --workers 0", "walk @more", "losses @runs/mine @more"]
+    commands += ["eval @runs/mine --data @more"]
+    for command in commands:
+        refuses(
+            f"{command} {named}", "more holds several splits; give one of them as split: test, train"
+        )
+        out = run(f"{command} {named} --split test")
+        assert out.exit_code == 0, (command, out.output, out.exception)
+    splits = "--split train --val-split test --print-config"
+    out = run(f"train --preset tiny --data @more --val @more {named} {splits}")
+    found = yaml.safe_load(out.stdout)["data"]
+    columns = {"question": "q", "answer": "a"}
+    assert [own[0]["split"] for own in (found["train"], found["eval"])] == ["train", "test"]
+    assert found["train"][0]["columns"] == found["eval"][0]["columns"] == columns
+    refuses("train @more/x.yaml --split test", "--split")
 
 def test_train_answers_every_mistake_in_a_recipe():
     write(

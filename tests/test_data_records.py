@@ -1,30 +1,38 @@
 "Derived from nbs/07_records.ipynb by `make tests`; edit the notebook, not this file."
-import io, json, os, re, shutil
-from collections.abc import Callable, Iterator, Sequence
+import atexit, io, json, os, re, shutil, sys, tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 import numpy as np, torch
 from PIL import Image
 from rich.progress import Progress
-from vlm_lit.core import DataError, progress_console
+from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import Dataset as TorchDataset
+from vlm_lit.core import ConfigError, DataError, progress_console
 from vlm_lit.files import cache_folder, digest, file_stamp, new_folder, writable_folder
 from vlm_lit.hub import hub_lookup
-from vlm_lit.text.messages import image_names, read_record
+from vlm_lit.text.messages import REFUSED_KEYS, RECORD_KEYS, image_names, read_record
+from vlm_lit.text.record_forms import CONTENT_KEYS, check_columns, find_form, name_columns
+from vlm_lit.text.record_forms import to_conversation
 from vlm_lit.images import decode_image, safe_path
-from vlm_lit.data.record_files import scan_records
-import multiprocessing, os, tempfile
+from vlm_lit.data.record_images import record_name, take_images
+from vlm_lit.data.sources import Source, choose_split, find_source, scan_source
+import base64, gzip, multiprocessing, os, pickle, tarfile, tempfile
 import pyarrow as pa, pyarrow.parquet as pq
-from datasets import Dataset as Table, disable_progress_bars
+from datasets import Dataset as Table, Image as ImageFeature, disable_progress_bars
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.debug.breakpoints import Breakpoint
-from vlm_lit.data.records import _build_store, _store
+from vlm_lit.data.records import _build_store, _store, _remove_by
 from vlm_lit.data.records import Records
+from vlm_lit.data.records import _View
 from vlm_lit.data.records import _store_row
 from vlm_lit.data.records import fingerprint
 
 def setup_module():
-    global large_file, mixed_records, write_all_kinds
+    global CHAT, RED, TURNS, URL, large_file, mixed_records, png_of, three_parts, write_all_kinds, write_forms
     disable_progress_bars()
     os.environ["VLM_LIT_CACHE"] = tempfile.mkdtemp()
     def mixed_records():
@@ -50,6 +58,58 @@ def setup_module():
             pq.write_table(pa.Table.from_pylist(half, schema), folder / f"parts/{n}.parquet")
         Table.from_list(rows).save_to_disk(folder / "saved")
         return sorted(p for p in folder.iterdir())
+    def png_of(color):
+        "A small image as a file's bytes."
+        Image.new("RGB", (8, 8), color).save(out := io.BytesIO(), "PNG")
+        return out.getvalue()
+    RED = {"bytes": png_of("red"), "path": None}
+    TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A box."}]
+    CHAT = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWhat?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A box."}]},
+    ]
+    URL = "data:image/png;base64," + base64.b64encode(png_of("red")).decode()
+    def write_forms(folder):
+        "A data set in each form, with one record and one red image; name -> form."
+        asked = {"question": "What?", "answer": "A box."}
+        texts = [{"user": "What?", "assistant": "A box.", "source": "s"}]
+        part = {"type": "image_url", "image_url": {"url": URL}}
+        linked = [{"role": "user", "content": [part, CHAT[0]["content"][1]]}, CHAT[1]]
+        (folder / "x.png").write_bytes(png_of("red"))
+        lines = {
+            "llava.json": json.dumps([{"image": "x.png", "conversations": TURNS}]),
+            "lines.jsonl": json.dumps({"images": ["x.png"], "messages": CHAT}),
+            "url.jsonl": json.dumps({"messages": linked}),
+            "rows.csv": "image,question,answer\nx.png,What?,A box.\n",
+            "rows.tsv": "image\tquestion\tanswer\nx.png\tWhat?\tA box.\n",
+        }
+        for name, text in lines.items(): (folder / name).write_text(text)
+        (folder / "packed.jsonl.gz").write_bytes(gzip.compress(lines["lines.jsonl"].encode()))
+        tables = {
+            "cauldron": {"images": [RED], "texts": texts},
+            "onevision": {"id": "a", "image": RED, "conversations": TURNS, "data_source": "d"},
+            "columns": {"image": RED, **asked},
+            "completion": {"images": [RED], "prompt": "What?", "completion": "A box."},
+        }
+        for name, row in tables.items():
+            pq.write_table(pa.Table.from_pylist([row]), folder / f"{name}.parquet")
+        with tarfile.open(folder / "shard.tar", "w") as tar:
+            for name, data in {"1.png": png_of("red"), "1.json": json.dumps(asked).encode()}.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+        (folder / "pictures").mkdir()
+        (folder / "pictures/x.png").write_bytes(png_of("red"))
+        row = json.dumps({"file_name": "x.png", **asked})
+        (folder / "pictures/metadata.jsonl").write_text(row)
+        asked = "question and answer"
+        forms = dict.fromkeys(
+            ["rows.csv", "rows.tsv", "columns.parquet", "shard.tar", "pictures"], asked
+        )
+        forms |= dict.fromkeys(["llava.json", "onevision.parquet"], "conversations")
+        forms |= dict.fromkeys(["lines.jsonl", "url.jsonl", "packed.jsonl.gz"], "messages")
+        forms["cauldron.parquet"] = "texts of user and assistant"
+        return forms | {"completion.parquet": "prompt and completion"}
     def large_file(n=9000):
         "A list of records that needs a store."
         path = Path(tempfile.mkdtemp()) / "large.json"
@@ -63,6 +123,18 @@ def setup_module():
 
         path.write_text(json.dumps([record(k) for k in range(n)], indent=1))
         return path
+    def three_parts():
+        "Two records each: a list, a table with images inside, and a file."
+        turns = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
+        own = [
+            {"id": f"list {k}", "image": Image.new("RGB", (8, 8), "red"), "conversations": turns}
+            for k in "01"
+        ]
+        rows = [{"id": f"table {k}", "image": RED, "conversations": turns} for k in "01"]
+        path = Path(tempfile.mkdtemp()) / "file.jsonl"
+        rest = [{"id": f"file {k}", "image": URL, "conversations": turns} for k in "01"]
+        path.write_text("\n".join(map(json.dumps, rest)))
+        return [own, Table.from_list(rows), Records(path)]
 
 def test_a_record_is_brought_into_one_form():
     raw = {"id": "a", "image": ["x.png"], "messages": [{"role": "user", "content": "<image>What?"}]}
@@ -88,10 +160,10 @@ def test_an_image_in_a_table_is_named_by_its_place():
     Image.new("RGB", (32, 24), "red").save(png := io.BytesIO(), "PNG")
     turns = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
     table = Table.from_list([{"image": png.getvalue(), "conversations": turns}])
-    watch = ["name", "(row, k)", "len(images)", "decode_image(io.BytesIO(images[k]), name)"]
-    with Breakpoint(Records.image_file, at="if k >= len(images)", watch=watch) as bp:
-        Records(table).open_image("embedded:0/0")
-    bp.expect({"(row, k)": (0, 0), "len(images)": 1}, name="embedded:0/0")
+    watch = ["name", "i", "k", "len(images)"]
+    with Breakpoint(Records.embedded, at="return images[k] if", watch=watch) as bp:
+        print(Records(table).open_image("embedded:0/0").size)
+    bp.expect({"len(images)": 1}, name="embedded:0/0", i=0, k=0)
 
 def test_records_are_the_same_from_every_kind_of_file():
     import vlm_lit.data.records as module
@@ -115,6 +187,24 @@ def test_records_are_the_same_from_every_kind_of_file():
     )
     test_eq(list(Records(Table.from_list([{**r, "image": image_names(r)} for r in wanted]))), wanted)
 
+def test_every_form_is_read_from_its_container():
+    import vlm_lit.data.records as module
+
+    folder, small = Path(tempfile.mkdtemp()), module.SMALL
+    for name, form in write_forms(folder).items():
+        for module.SMALL in (0, small):  # with a store and without one
+            records = Records(folder / name)
+            test_eq((len(records), records.n_images.tolist()), (1, [1]))
+            test_eq(records.form, f"{name}: {form}")
+            (record,) = records
+            assert "ignored" not in record, record
+            turns = [{k: turn[k] for k in ("from", "value")} for turn in record["conversations"]]
+            test_eq([turn["value"] for turn in turns], [turn["value"] for turn in TURNS])
+            place = records.path if records.path.is_dir() else records.path.parent
+            pixel = records.open_image(*image_names(record), place).getpixel((0, 0))
+            test_eq(pixel, (255, 0, 0))
+        print(records.form)
+
 def test_a_changed_file_is_never_read_from_an_old_store():
     path = large_file()
     records = Records(path)
@@ -133,6 +223,18 @@ def test_a_changed_file_is_never_read_from_an_old_store():
         test_eq(Records(path)[8998]["id"], "008998")  # half a store is written again
     path.unlink()
     with expect_fail(DataError, contains="no data file"): Records(path)
+
+def test_a_subset_of_several_data_sets():
+    joined = ConcatDataset(three_parts())
+    with Breakpoint(_View.__getitem__, at="return self.parts", watch="part row") as bp:
+        records = Records(Subset(joined, [3, -1]))
+        print([record["id"] for record in records], records.form)
+    bp.expect_each(part=[1, 2, 1], row=[1, 1, 1])
+    test_eq([record["id"] for record in records], ["table 1", "file 1"])
+    for k in range(2):
+        test_eq(records.open_image(f"embedded:{k}/0").getpixel((0, 0)), (255, 0, 0))
+    with expect_fail(DataError, contains="no image 'embedded:2/0'"):
+        records.open_image("embedded:2/0")
 
 def test_a_worker_gets_a_path_and_no_records():
     dumps = multiprocessing.reduction.ForkingPickler.dumps
@@ -155,14 +257,33 @@ def test_data_that_is_not_there_or_no_data():
         Records(place / "bad.parquet")
     (place / "splits").mkdir()
     (place / "splits/dataset_dict.json").write_text("{}")
-    with expect_fail(DataError, contains="splits holds several splits"):
+    for name in ("test", "train"):
+        Table.from_list([{"id": 1}]).save_to_disk(place / "splits" / name)
+    with expect_fail(
+        DataError, contains="splits holds several splits; give one of them as split: test"
+    ):
         Records(place / "splits")
+    test_eq(len(Records(place / "splits", "train")), 1)
     from datasets import DatasetDict
 
     table = Table.from_list([{"id": 1}])
-    with expect_fail(DataError, contains="several splits; give one of them: train, test"):
-        Records(DatasetDict(train=table, test=table))
+    both = DatasetDict(train=table, test=Table.from_list(mixed_records()[1:2]))
+    for own in (both, both.to_iterable_dataset() if hasattr(both, "to_iterable_dataset") else both):
+        with expect_fail(DataError, contains="several splits; give one of them as split: train, test"):
+            Records(own)
+    test_eq(Records(both, "test")[0]["id"], "b")
+    with expect_fail(DataError, contains="has no split 'tset'; did you mean 'test'?"):
+        Records(both, "tset")
+    with expect_fail(DataError, contains="data in memory has no splits"):
+        Records([], "train")
+    with expect_fail(ConfigError, contains="are given where a file is opened"):
+        Records(Records([]), "train")
+    for wrong in (3, None, {1, 2}, np.zeros(3), object()):
+        with expect_fail(ConfigError, contains="records cannot be read from a"):
+            Records(wrong)
     broken = Records([{"id": "x"}, 3, {"conversations": []}])
+    with expect_fail(DataError, contains="record 'x': no form fits the columns 'id'"):
+        broken[0]
     test_eq(([broken.name(i) for i in range(3)], broken.n_images.tolist()), (["x", 1, 2], [-1, -1, 0]))
     with expect_fail(DataError, contains="record 1: a record must be a JSON object"):
         broken[1]
@@ -170,30 +291,40 @@ def test_data_that_is_not_there_or_no_data():
 def test_a_name_without_a_file_is_looked_for_on_the_hub():
     import datasets
 
-    def hub(name, split):
-        return {"user/set": Table.from_list(mixed_records()[1:2])}[name]
+    SETS = {("user/set",): ["train"], ("user/set", "part"): ["train", "test"]}
 
-    usual, datasets.load_dataset = datasets.load_dataset, hub
+    def splits(*place): return SETS[place]
+
+    def hub(*place, split):
+        return Table.from_list([{**mixed_records()[1], "id": "/".join([*place, split])}])
+
+    usual = datasets.load_dataset, datasets.get_dataset_split_names
+    datasets.load_dataset, datasets.get_dataset_split_names = hub, splits
     try:
-        test_eq(Records("user/set")[0]["id"], "b")
+        test_eq(Records("user/set")[0]["id"], "user/set/train")
+        test_eq(Records("user/set:part", "test")[0]["id"], "user/set/part/test")
+        with expect_fail(DataError, contains="user/set:part holds several splits; give one of them"):
+            Records("user/set:part")
+        with expect_fail(DataError, contains="user/set has no split 'test'"):
+            Records("user/set", "test")
         with expect_fail(DataError, contains="no data file 'user/gone', and the hub gives no data set"):
             Records("user/gone")
-    finally: datasets.load_dataset = usual
+    finally: datasets.load_dataset, datasets.get_dataset_split_names = usual
 
 def test_a_changed_file_has_another_fingerprint():
     place = Path(tempfile.mkdtemp()) / "data.bin"
     place.write_bytes(bytes(1_000_000))
-    before, stamp = fingerprint(place), place.stat()
-    test_eq(fingerprint(place), before)
+    before, stamp = fingerprint([place]), place.stat()
+    test_eq(fingerprint([place]), before)
     for at in (0, 999_999):  # the first or the last byte, size and time as they were
         data = bytearray(1_000_000)
         data[at] = 1
         place.write_bytes(data)
         os.utime(place, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-        assert fingerprint(place) != before
+        assert fingerprint([place]) != before
     place.write_bytes(bytes(1_000_000))
     os.utime(place, ns=(0, 0))
-    assert fingerprint(place) != before  # only the time
+    assert fingerprint([place]) != before  # only the time
 
 def test_files_of_a_folder_may_have_other_columns():
     turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
@@ -212,22 +343,18 @@ def test_files_of_a_folder_may_have_other_columns():
 def test_messages_and_images_of_tables():
     from datasets import Features, Image as ImageFeature, List, Value
 
-    def png(color):
-        Image.new("RGB", (8, 8), color).save(out := io.BytesIO(), "PNG")
-        return out.getvalue()
-
     messages = [
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "q"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "a"}]},
     ]
     rows = [
-        {"id": n, "images": [{"bytes": png(c), "path": None}], "messages": messages}
+        {"id": n, "images": [{"bytes": png_of(c), "path": None}], "messages": messages}
         for n, c in enumerate(["red", "blue", "red"])
     ]
     place = Path(tempfile.mkdtemp()) / "images.parquet"
     pq.write_table(pa.Table.from_pylist(rows), place)
     turns = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
-    decoded = [{"image": png(c), "conversations": turns} for c in ("red", "blue", "red")]
+    decoded = [{"image": png_of(c), "conversations": turns} for c in ("red", "blue", "red")]
     decoded = Table.from_list(decoded).cast_column("image", ImageFeature())
     for source in (place, decoded):
         records = Records(source)
@@ -241,7 +368,7 @@ def test_messages_and_images_of_tables():
         test_eq(pixels, [(255, 0, 0), (0, 0, 255), (255, 0, 0)])
         test_eq(records.n_images.tolist(), [1, 1, 1])
     for name in ("embedded:0/1", "embedded:3/0", "embedded:x"):
-        with expect_fail(DataError, contains=f"no image '{name}' in the table"):
+        with expect_fail(DataError, contains=f"no image '{name}' in the data"):
             records.open_image(name)
     for name in ("embedded:0/0", "x.png"):  # a list has no images inside
         with expect_fail(DataError, contains=f"no image '{name}'"):
@@ -252,7 +379,9 @@ def test_messages_and_images_of_tables():
     test_eq(Records(place)[0], {"id": "aé", "conversations": talk})
     row = {"id": "a", "conversations": [{"from": "human", "value": b"\xff"}]}
     pq.write_table(pa.Table.from_pylist([row]), place)
-    with expect_fail(DataError, contains="record 0: bytes that are no text"):
+    with expect_fail(
+        DataError, contains="record 'a': column 'conversations': holds bytes that are no text"
+    ):
         Records(place)[0]
     test_eq(Records(place).n_images.tolist(), [-1])
 
@@ -270,3 +399,118 @@ def test_parts_of_messages_survive_the_store():
         found = list(Records(path))
         test_eq(found, [read_record(raw, n) for n, raw in enumerate(raws)])
     print(found[0]["conversations"][0])
+
+def test_switches_and_names_of_ignored_keys_survive_every_path():
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "loss": False}]
+    plain = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    raws = [
+        {"id": 0, "system": None, "conversations": turns, "hint": "look left", "note": None},
+        {"id": 1, "conversations": plain, "hint": None, "note": {"en": "small"}},
+        {"id": 2, "conversations": plain, "system": "Be brief.", "hint": ""},
+    ]
+    wanted = [read_record(raw) for raw in raws]
+    test_eq([record.get("ignored") for record in wanted], [["hint"], ["note"], None])
+    assert wanted[0]["conversations"][1]["train"] is False
+    place = Path(tempfile.mkdtemp())
+    (place / "x.jsonl").write_text("\n".join(map(json.dumps, raws)))
+    pq.write_table(pa.Table.from_pylist(raws), place / "x.parquet")
+    Table.from_list(raws).save_to_disk(place / "saved")
+    import vlm_lit.data.records as module
+
+    small = module.SMALL
+    for module.SMALL in (0, small):
+        several = [place / "x.jsonl", place / "x.parquet", place / "saved", raws, Table.from_list(raws)]
+        several += [iter(raws), Table.from_list(raws).to_iterable_dataset()]
+        for source in several:
+            records = Records(source)
+            test_eq(list(records), wanted)
+            test_eq(list(Records(ConcatDataset([records]))), wanted)
+
+def test_streams_are_read_once_and_keep_images():
+    def rows(n, error=None):
+        for k in range(n):
+            yield {"id": k, "image": Image.new("RGB", (8, 8), "red"), "question": "q", "answer": "a"}
+        if error: raise error
+
+    records = Records(rows(3))
+    test_eq((len(records), records.form), (3, "a stream: question and answer"))
+    test_eq(records.open_image("embedded:2/0").getpixel((0, 0)), (255, 0, 0))
+    table = Table.from_list([{"image": RED, "q": "What?", "a": "A box."}])
+    stream = table.cast_column("image", ImageFeature()).to_iterable_dataset()
+    records = Records(stream, columns={"question": "q", "answer": "a"})
+    test_eq([turn["value"] for turn in records[0]["conversations"]], ["<image>\nWhat?", "A box."])
+    test_eq(records.embedded("embedded:0/0"), RED["bytes"])  # the file's bytes, not decoded and encoded
+    again = pickle.loads(pickle.dumps(records))  # as a spawned worker gets it
+    test_eq(again[0], records[0])
+    with expect_fail(
+        DataError, contains="the stream broke off after 2 records (ConnectionError: gone)"
+    ):
+        Records(rows(2, ConnectionError("gone")))
+    with expect_fail(DataError, contains="no records in the stream"):
+        Records(rows(0))
+    folder = Path(records.table.cache_files[0]["filename"]).parent
+    _remove_by(os.getpid() + 1, str(folder))  # a forked worker that ends
+    assert folder.is_dir()
+    _remove_by(os.getpid(), str(folder))
+    assert not folder.exists()
+
+def test_splits_and_columns_have_stores_of_their_own():
+    place = Path(tempfile.mkdtemp())
+    for split in ("train", "test"):
+        row = {"question": f"{split}?", "q": f"other {split}?", "answer": "a"}
+        pq.write_table(pa.Table.from_pylist([row]), place / f"{split}-00000-of-00001.parquet")
+    choices = [("train", None), ("test", None), ("train", {"question": "q"})]
+    opened = [Records(place, *choice) for choice in choices]
+    for again in range(2):
+        found = [(own[0]["conversations"][0]["value"], own[0].get("ignored")) for own in opened]
+        test_eq(found, [("train?", ["q"]), ("test?", ["q"]), ("other train?", ["question"])])
+        with Breakpoint(_build_store, at="with new_folder") as bp:
+            opened = [Records(place, *choice) for choice in choices]
+        test_eq(len(bp.hits), 0)
+    test_eq(opened[1].form, f"{place.name}, split test: question and answer")
+    pq.write_table(
+        pa.Table.from_pylist([{"img": "x.png", "images": ["y.png"]}]), place / "more.parquet"
+    )
+    mapped = Records(place / "more.parquet", columns={"image": "img", "text": "img"})
+    test_eq(mapped.n_images.tolist(), [-1])  # 'image' and 'images' are both given
+    plain = Table.from_list([{"question": "q", "answer": "one", "other": "two"}])
+    for columns, wanted in ((None, "one"), ({"answer": "other"}, "two"), ({"answer": "gone"}, None)):
+        records = Records(plain, columns=columns)
+        test_eq(records.n_images.tolist(), [-1 if wanted is None else 0])  # kept for each of them
+        if wanted: test_eq(records[0]["conversations"][1]["value"], wanted)
+
+def test_a_damaged_table_gives_data_errors_and_nothing_else():
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    rows = [{"id": f"row {k}", "conversations": turns, "hint": "h"} for k in range(20)]
+    place = Path(tempfile.mkdtemp()) / "x.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), place, compression="none", use_dictionary=False)
+    whole = place.read_bytes()
+    at = whole.index(b"row 7")
+    (place.parent / "utf8.parquet").write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
+    records = Records(place.parent / "utf8.parquet")
+    test_eq(records.n_images.tolist(), [0] * 7 + [-1] + [0] * 12)
+    test_eq(records[8]["id"], "row 8")
+    with expect_fail(DataError, contains="record 7: column 'id': 'utf-8' codec can't decode"):
+        records[7]
+    far = pa.table(
+        {"id": pa.array([1, 2**55], pa.timestamp("ms")), "question": ["q"] * 2, "answer": ["a"] * 2}
+    )
+    pq.write_table(far, place)
+    with expect_fail(DataError, contains="record 1: column 'id': "):
+        Records(place)[1]
+    rng, n_read = np.random.default_rng(0), 0
+    rows = [{**row, "hint": "text " * 40} for row in rows]
+    pq.write_table(pa.Table.from_pylist(rows), place, compression="none", use_dictionary=False)
+    whole = place.read_bytes()
+    for k in range(60):
+        data = bytearray(whole)
+        data[rng.integers(len(data))] = rng.integers(256)
+        (place.parent / f"{k}.parquet").write_bytes(data)
+        try: records = Records(place.parent / f"{k}.parquet")
+        except DataError: continue
+        n_read += 1
+        for i in range(len(records)):
+            try: records[i]
+            except DataError: pass
+        assert len(records.n_images) == len(records)
+    assert 10 < n_read

@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from vlm_lit import __version__
 from vlm_lit.core import ConfigError, nearest
 from vlm_lit.files import write_text
+from vlm_lit.text.record_forms import check_columns
 import os, subprocess, sys, tempfile, warnings
 from contextlib import chdir
 import pytest

@@ -30,6 +30,7 @@ from vlm_lit.training.doctor import check_samples, environment_info, format_chec
 from vlm_lit.training.recipe import Recipe, load_recipe, recipe_differences, save_recipe
 from vlm_lit.training.trainer import VLMTrainer, read_trainer_state, reinit_modules
 from vlm_lit.data.dataset import LazySupervisedDataset
+from vlm_lit.data.records import Records
 import os, re
 import io, tempfile, textwrap
 import pytest

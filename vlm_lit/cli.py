@@ -15,7 +15,8 @@ from typer import Argument, BadParameter, Option
 from typer.core import TyperGroup
 from . import __version__
 from .commands import CHAT_HELP, check_out, example_record, export_folder, image_files, load
-from .commands import check_push, echo, load_preparation, print_status, push_folder
+from .commands import check_push, echo, load_preparation, open_records, print_conversion
+from .commands import print_status, push_folder
 from .commands import RECIPE_FLAGS, report_found, run_folder, set_flags
 from .commands import short_recipe, split_words, talk, train_run, user_errors
 from .commands import write_answers, write_page
@@ -61,7 +62,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _Model = Annotated[str, Argument(help="A run or its name, a checkpoint, any model folder.")]
-_Data = Annotated[Path, Argument(help="LLaVA records: .json, .jsonl, .parquet, a table folder.")]
+_Data = Annotated[
+    Path, Argument(help="Records: .json, .csv, .parquet, .tar, a folder, a hub name.")
+]
+_Split = Annotated[str | None, Option(help="Which split, where the data has several.")]
+_Columns = Annotated[str | None, Option(help="Roles of columns: question=q,answer=a.")]
 _Images = Annotated[
     Path | None, Option(help="Image names are relative to it. Default: the data's own.")
 ]
@@ -94,6 +99,8 @@ def walk(
     data: Annotated[Path | None, Argument(help="LLaVA records. Default: an example.")] = None,
     index: Annotated[int, Option(help="Which record, counted from 0.")] = 0,
     image_folder: _Images = None,
+    split: _Split = None,
+    columns: _Columns = None,
     preset: _Preset = None,
     template: _Template = None,
     tokenizer: _Tokenizer = None,
@@ -109,11 +116,13 @@ def walk(
         from vlm_lit.walk import walk_html, walk_lines
 
         check_out(html)
-        if data is None:
-            data, image_folder = [example_record(Path(folder))], Path(folder)
+        records = None if data is None else open_records(data, split, columns)
+        if records is None:
+            records, image_folder = [example_record(Path(folder))], Path(folder)
         settings = aspect, control_tokens, resize
         processor = load_preparation(preset, tokenizer, template, *settings)
-        dataset = LazySupervisedDataset(data, processor, image_folder, follow_links=follow_links)
+        more = dict(follow_links=follow_links)
+        dataset = LazySupervisedDataset(records, processor, image_folder, **more)
         if not 0 <= index < len(dataset):
             raise ConfigError(f"--index {index}: the data has {len(dataset)} record(s), from 0 on")
         if html is not None:  # of a refused record, too: with the stops up to there
@@ -132,7 +141,7 @@ def images_to_open(decode_images: bool, no_images: bool, fix: Path | None) -> st
     if no_images: return "none"
     return "all" if decode_images or fix is not None else "sample"
 
-def report_audit(data, processor, settings, workers, against, fix, html, as_json) -> dict:
+def report_audit(data, processor, settings, workers, against, fix, html, as_json, name) -> dict:
     "Run an audit, print its report and write what was asked for."
     from vlm_lit.data.audit import run_audit
     from vlm_lit.data.image_findings import thumbnail_jpeg
@@ -143,7 +152,7 @@ def report_audit(data, processor, settings, workers, against, fix, html, as_json
     echo(json.dumps(report, indent=1) if as_json else "\n".join(lines))
     if html is not None:
         thumbnail = lambda name: thumbnail_jpeg(run.dataset, name)
-        page = audit_page(report, f"Audit of {data.name}", thumbnail)
+        page = audit_page(report, f"Audit of {name}", thumbnail)
         write_page(html, page, err=as_json)
     if fix is not None:
         from vlm_lit.data.repair import left_out_path, write_passing
@@ -158,6 +167,8 @@ def report_audit(data, processor, settings, workers, against, fix, html, as_json
 def audit_data(
     data: _Data,
     image_folder: _Images = None,
+    split: _Split = None,
+    columns: _Columns = None,
     preset: _Preset = None,
     template: _Template = None,
     tokenizer: _Tokenizer = None,
@@ -197,7 +208,9 @@ def audit_data(
             keep_failures=fix is not None,
             follow_links=follow_links,
         )
-        report = report_audit(data, processor, settings, workers, against, fix, html, as_json)
+        records = open_records(data, split, columns)
+        outputs = against, fix, html, as_json, data.name
+        report = report_audit(records, processor, settings, workers, *outputs)
     if not report["ok"]: raise typer.Exit(1)
 
 # %% ../nbs/21_cli.ipynb #c022
@@ -216,6 +229,9 @@ def train(
     image_folder: _Images = None,
     val: Annotated[Path | None, Option(help="Without a recipe: records to validate on.")] = None,
     follow_links: _Links = False,
+    split: _Split = None,
+    val_split: Annotated[str | None, Option(help="The split of --val.")] = None,
+    columns: _Columns = None,
 ):
     "Train by a recipe, or a preset on a data file. --section.key VALUE changes any setting."
     with user_errors(RECIPE_FLAGS):
@@ -225,13 +241,15 @@ def train(
             files = [runs / name / "recipe.yaml"]
             if not files[0].is_file():
                 raise ConfigError(f"no run {name!r} in {str(runs)!r} to resume")
-        if files and (preset or data or image_folder or val):
+        if files and (preset or data or image_folder or val or split or val_split or columns):
             raise ConfigError(
-                "--preset, --data, --image-folder and --val are for training without "
-                "a recipe; change its settings, as in --data.train.0.path new.json"
+                "--preset, --data, --image-folder, --val, --split, --val-split and --columns are "
+                "for training without a recipe; change its settings, as in --data.train.0.path "
+                "new.json"
             )
         if not files:
-            overrides = short_recipe(preset, data, image_folder, val) + overrides
+            own = short_recipe(preset, data, image_folder, val, split, val_split, columns)
+            overrides = own + overrides
         if follow_links: overrides += ["--data.follow_links", "true"]
         folder = run_folder(files or [data], name, runs, resume)
         from vlm_lit.training.recipe import format_recipe, load_recipe
@@ -318,6 +336,8 @@ def evaluate_model(
     model: _Model,
     data: Annotated[Path, Option(help="Records with questions and answers.")],
     image_folder: _Images = None,
+    split: _Split = None,
+    columns: _Columns = None,
     metric: Annotated[str, Option(help="exact, contains, anls, FILE.py:NAME; or a,b")] = "exact",
     out: Annotated[Path | None, Option(help="A .jsonl file for the predictions.")] = None,
     train: Annotated[Path | None, Option(help="Training records, for baselines.")] = None,
@@ -331,7 +351,6 @@ def evaluate_model(
 ):
     "Score a model on every question of a data set, by type, with baselines."
     with user_errors():
-        from vlm_lit.data.records import Records
         from vlm_lit.evaluation.scoring import evaluate
         from vlm_lit.evaluation.scoring import fixed_sample, format_table
         from vlm_lit.evaluation.metrics import load_metrics
@@ -339,7 +358,7 @@ def evaluate_model(
         check_out(out, new=True)
         metrics = [name.strip() for name in metric.split(",")]
         load_metrics(metrics)  # a mistake is found before the model is opened
-        records = Records(data)
+        records = open_records(data, split, columns)
         result = evaluate(
             *load(model, control_tokens),
             records,
@@ -415,6 +434,8 @@ def losses(
     model: _Model,
     data: _Data,
     image_folder: _Images = None,
+    split: _Split = None,
+    columns: _Columns = None,
     worst: Annotated[int, Option(min=1, help="How many records.")] = 20,
     control_tokens: _Control = None,
     follow_links: _Links = False,
@@ -425,8 +446,8 @@ def losses(
         check_out(html)
         from vlm_lit.training.replay import losses_page, worst_records
 
-        more = dict(follow_links=follow_links)
-        found = worst_records(*load(model, control_tokens), data, worst, image_folder, **more)
+        records, more = open_records(data, split, columns), dict(follow_links=follow_links)
+        found = worst_records(*load(model, control_tokens), records, worst, image_folder, **more)
         if not found:
             raise DataError(f"no record of {data.name} has an answer to take the loss of")
         report_found("\n\n".join(map(str, found)), losses_page(found), html)
@@ -436,3 +457,24 @@ def main():
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # before torch: waiting threads sleep sooner
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app()
+
+# %% ../nbs/21_cli.ipynb #c747468
+@app.command("convert")
+def convert_data(
+    data: _Data,
+    out: Annotated[Path, Argument(help="A .jsonl file to write.")],
+    image_folder: Annotated[
+        Path | None, Option(help="Where images that stand inside the data are written.")
+    ] = None,
+    split: _Split = None,
+    columns: _Columns = None,
+    skip_bad: Annotated[bool, Option("--skip-bad", help="Leave bad records out.")] = False,
+    force: Annotated[bool, Option("--force", help="Replace a file that is there.")] = False,
+):
+    "Write records of any form as LLaVA's JSONL; images inside the data as files."
+    with user_errors():
+        from vlm_lit.data.convert import convert
+
+        found = convert(open_records(data, split, columns), out, image_folder, skip_bad, force)
+        is_written = print_conversion(found, out, skip_bad)
+    if not is_written: raise typer.Exit(1)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECIPE_FLAGS', 'NO_ANSWER', 'CHAT_HELP', 'EXPORTS', 'set_flags', 'name_flags', 'echo', 'print_status', 'user_errors',
-           'names_folder', 'find_tokenizer', 'load_preparation', 'data_folder', 'image_files', 'check_out',
-           'write_page', 'example_record', 'split_words', 'short_recipe', 'run_folder', 'result_lines', 'train_run',
-           'load', 'talk', 'write_answers', 'report_found', 'export_folder', 'check_push', 'push_folder']
+           'names_folder', 'find_tokenizer', 'load_preparation', 'open_records', 'print_conversion', 'image_files',
+           'check_out', 'write_page', 'example_record', 'split_words', 'short_recipe', 'run_folder', 'result_lines',
+           'train_run', 'load', 'talk', 'write_answers', 'report_found', 'export_folder', 'check_push', 'push_folder']
 
 # %% ../nbs/20a_commands.ipynb #c002
 import gc, json, os, re, shlex, signal, sys, warnings
@@ -180,12 +180,30 @@ def load_preparation(
 # %% ../nbs/20a_commands.ipynb #c011
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
-def data_folder(
-    data: Path,  # A file of records, a folder of tables, or a hub name
-) -> Path:
-    "The folder that image names are relative to, unless a command is given another."
-    if data.is_dir(): return data
-    return data.parent if data.exists() else Path()
+def open_records(
+    data: Path,  # Files, or a name on the hub
+    split: str | None = None,  # Which one, where there are several
+    columns: str | None = None,  # As in `parse_columns`
+):  # `Records`
+    "The records that a command reads."
+    from vlm_lit.data.records import Records
+    from vlm_lit.text.record_forms import parse_columns
+
+    return Records(data, split, parse_columns(columns))
+
+def print_conversion(
+    found,  # `Conversion`
+    out: Path,  # The file that was to be written
+    skip_bad: bool,  # Whether bad records may be left out
+) -> bool:  # Whether it was written
+    "Print what was converted; bad records and what is not used on standard error."
+    for line in found.errors:
+        print_status(f"{'left out: ' if skip_bad else ''}{line}")
+    for line in found.lines(): echo(line)
+    is_written = bool(found.n_records and (skip_bad or not found.errors))
+    advice = "mend them, or leave them out with --skip-bad" if found.n_records else "none is left"
+    echo(f"they are in {out}" if is_written else f"nothing is written: {advice}")
+    return is_written
 
 def image_files(
     paths: list,  # Files, or folders of them
@@ -269,13 +287,21 @@ def short_recipe(
     data: Path | None,  # Records
     image_folder: Path | None = None,
     val: Path | None = None,  # Records to validate on
+    split: str | None = None,  # Of the records to train on
+    val_split: str | None = None,  # Of those to validate on
+    columns: str | None = None,  # Of both, as in `parse_columns`
 ) -> list[str]:  # `--section`, value, ...
     "The recipe of a preset and a data file, as overrides of an empty one."
     if preset is None or data is None:
         raise ConfigError("give a recipe file, or --preset and --data (with --image-folder, --val)")
 
-    def source(path):
-        return {"path": str(path), "image_folder": image_folder and str(image_folder)}
+    from vlm_lit.text.record_forms import parse_columns
+
+    named = parse_columns(columns)
+
+    def source(path, split):
+        own = {"path": str(path), "image_folder": image_folder and str(image_folder)}
+        return own | {"split": split, "columns": named}
 
     training = {
         "learning_rate": 1e-3,
@@ -300,8 +326,8 @@ def short_recipe(
             "max_length": 1024,
             "overlength": "skip",
             "eval_samples": 64,
-            "train": [source(data)],
-            "eval": [source(val)] if val else [],
+            "train": [source(data, split)],
+            "eval": [source(val, val_split)] if val else [],
         },
         "training": training,
     }

@@ -229,7 +229,7 @@ class LazySupervisedDataset(Dataset):
     ) -> str:
         "What tells an image from those of all data sets."
         if self.records.is_embedded(name):
-            return f"{self.records.table._fingerprint}/{name}"
+            return f"{self.records.key}/{name}"
         return f"{self.image_folder}/{name}"
 
     def open_image(

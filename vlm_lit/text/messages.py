@@ -318,12 +318,10 @@ def _system_turn(
     return [{"from": "system", "value": text}, *turns]
 
 def _record_name(
-    raw: object,  # One record as its file has it
+    raw: dict,  # One record as its file has it
     n: int,  # Its place in the file
 ):  # Its `id`, or its place
-    "What messages call a record. Raises `DataError` for what is no record or no id."
-    if not isinstance(raw, dict):
-        raise DataError(f"a record must be a JSON object, got {type(raw).__name__}", n)
+    "What messages call a record. Raises `DataError` for what is no id."
     name = n if raw.get("id") is None else raw["id"]
     if not isinstance(name, (str, int, float)):
         raise DataError(f"'id' must be a text or a number, got {type(name).__name__}", n)
@@ -336,6 +334,8 @@ def read_record(
     n: int = 0,  # Its place in the file, counted from 0: its id when it has none
 ) -> dict:  # `id`, `conversations`, and `image`, `type`, `source`, `ignored` where there are some
     "A record of any form in LLaVA's form. Raises `DataError` with record and turn."
+    if not isinstance(raw, dict):
+        raise DataError(f"a record must be a JSON object, got {type(raw).__name__}", n)
     name = _record_name(raw, n)
     _check_refused(raw, REFUSED_KEYS, name)
     given = _one_of(raw, ("conversations", "messages"), name)

@@ -22,6 +22,7 @@ from pydantic.dataclasses import dataclass
 from .. import __version__
 from ..core import ConfigError, nearest
 from ..files import write_text
+from ..text.record_forms import check_columns
 
 # %% ../../nbs/16a_recipe.ipynb #c008
 class _Loader(yaml.SafeLoader):
@@ -106,6 +107,8 @@ class SourceRecipe:
 
     path: str  # JSON, JSONL, Parquet or a saved data set
     image_folder: str | None = None  # Where relative image names start
+    split: str | None = None  # Which one, where the data has several
+    columns: dict[str, str] | None = None  # Role -> column, as {question: q, answer: a}
     name: str | None = None  # In metrics; None: the file's name
     weight: Annotated[float, Field(ge=0)] | None = None  # Share of the draws; all sources or none
     repeat: Annotated[float, Field(gt=0)] | None = None  # Draws of each record per epoch; None: 1
@@ -113,6 +116,7 @@ class SourceRecipe:
     license: str | None = None  # Of the data, for the model card; a hub's identifier or any text
 
     def __post_init__(self):
+        check_columns(self.columns)
         if self.weight is not None and self.repeat is not None:
             raise ValueError(
                 "weight and repeat exclude each other: a weight is a share of all "

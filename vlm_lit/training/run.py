@@ -37,6 +37,7 @@ from .doctor import check_samples, environment_info, format_check, known_answers
 from .recipe import Recipe, load_recipe, recipe_differences, save_recipe
 from .trainer import VLMTrainer, read_trainer_state, reinit_modules
 from ..data.dataset import LazySupervisedDataset
+from ..data.records import Records
 
 # %% ../../nbs/19_run.ipynb #c005
 def build_sources(
@@ -65,7 +66,8 @@ def build_sources(
     found = []
     for source in sources:
         try:
-            own = LazySupervisedDataset(source.path, processor, source.image_folder, **settings)
+            records = Records(source.path, source.split, source.columns)
+            own = LazySupervisedDataset(records, processor, source.image_folder, **settings)
             found.append(own)
         except (ConfigError, DataError) as error:
             raise type(error)(f"data source {source.path}: {error}") from error
