@@ -1,69 +1,116 @@
-"""Time the image path, from a file to what the device needs, against the reference. One thread.
+"""Time the image path on real photographs, against the reference. One thread.
 
     python benchmarks/image_path.py            -> benchmarks/results/image_path.json
-    python benchmarks/image_path.py --quick    a few pictures, nothing written
+    python benchmarks/image_path.py --quick    few photographs, nothing written
 
 Reference: what MGM does: open, RGB, `CLIPImageProcessor` at 768 (transformers' Pillow version),
 clone, interpolate to 336.
-Ours: `open_image`, `resize_to_square`, `to_bytes`: the squared bytes; the device normalizes and
-interpolates (`finish_images`).
-Pictures are generated: 1/f noise with flat shapes and edges, JPEG of quality 90, in the sizes of
-LLaVA's pretraining data (CC3M with a shorter edge of 336, COCO), and larger ones.
+Ours: from a file to the squared bytes; the device normalizes and interpolates (`finish_images`).
+Three settings: `resize="pillow"`, `resize="torch"`, and torch with `jpeg_draft`.
+Photographs: those in scikit-image, scikit-learn and matplotlib, scaled to the sizes of LLaVA's
+pretraining data (CC3M with a shorter edge of 336, COCO), JPEG of quality 90. Larger ones are laid
+side by side from them, so that the pixels are a camera's. Every round times all paths on each
+file one after the other; the median of the rounds counts, in processor time.
+The whole way: the same JPEG files through `LazySupervisedDataset`, a DataLoader with workers and
+the collator to batches, images per second by the wall, against the reference in a DataLoader.
 """
 
-import argparse, json, os, platform, statistics, tempfile, time
+import argparse, importlib.util, json, os, platform, statistics, tempfile, time
 from importlib.metadata import version
 from pathlib import Path
-import numpy as np, torch
+import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from vlm_lit.images import finish_images, resize_to_square, open_image, to_bytes
+from vlm_lit.data.collator import DataCollatorForSupervisedDataset
+from vlm_lit.data.dataset import LazySupervisedDataset
+from vlm_lit.image_processor import VLMImageProcessor
+from vlm_lit.images import open_image
+from vlm_lit.processor import VLMProcessor
+from vlm_lit.text.encode import pad_id
+from vlm_lit.text.tokenizer import load_tokenizer
 
 RESULT = Path(__file__).resolve().parent / "results/image_path.json"
 SETS = {"typical": [(448, 336), (336, 448), (500, 336), (336, 500), (504, 336)]}
 SETS["typical"] += [(500, 375), (375, 500), (640, 427), (640, 480), (480, 640)]
 SETS["large"] = [(1024, 768), (768, 1024), (1600, 1200)]
+SETS["12 megapixels"] = [(4000, 3000), (3000, 4000)]
+OURS = {"pillow": {}, "torch": {"resize": "torch"}}
+OURS["torch_draft"] = {"resize": "torch", "jpeg_draft": True}
+PROCESSORS = {name: VLMImageProcessor(**settings) for name, settings in OURS.items()}
 CLIP = CLIPImageProcessorPil(size={"shortest_edge": 768}, crop_size={"height": 768, "width": 768})
+PHOTOGRAPHS = {
+    "skimage/data": "astronaut.png chelsea.png coffee.png motorcycle_left.png rocket.jpg",
+    "sklearn/datasets/images": "china.jpg flower.jpg",
+    "matplotlib/mpl-data/sample_data": "grace_hopper.jpg",
+}
 
-def picture(
-    width,  # Pixels
-    height,  # Pixels
-    rng,  # numpy's
-):
-    "A picture with the statistics of a photograph: noise at every scale, and things with edges."
-    out = torch.zeros(3, height, width)
-    for step in (2, 4, 8, 16, 32, 64, 128):
-        coarse = torch.from_numpy(
-            rng.normal(size=(1, 3, height // step + 2, width // step + 2)).astype(np.float32)
-        )
-        out += step**0.9 * F.interpolate(coarse, (height, width), mode="bicubic")[0]
-    image = Image.fromarray(
-        ((out - out.mean()) / out.std() * 48 + 118)
-        .clamp(0, 255)
-        .to(torch.uint8)
-        .permute(1, 2, 0)
-        .numpy()
-    )
-    draw = ImageDraw.Draw(image)
-    for _ in range(6):
-        x, y, w, h = (rng.random(4) * [width, height, width / 3, height / 3]).astype(int).tolist()
-        draw.rectangle([x, y, x + w, y + h], fill=tuple(rng.integers(0, 256, 3).tolist()))
-    return image
+def photographs():
+    "Real photographs of the packages that are installed, RGB."
+    found = []
+    for folder, names in PHOTOGRAPHS.items():
+        package, _, rest = folder.partition("/")
+        if (spec := importlib.util.find_spec(package)) is None: continue
+        paths = [Path(spec.origin).parent / rest / name for name in names.split()]
+        found += [Image.open(path).convert("RGB") for path in paths if path.is_file()]
+    return found
+
+def fitted(photo, width, height):
+    "The middle of a photograph, scaled to a size; from a larger one, so that it stays sharp."
+    scale = max(width / photo.width, height / photo.height)
+    size = [max(round(edge * scale), least) for edge, least in zip(photo.size, (width, height))]
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    resized = photo.resize(size, Image.Resampling.BICUBIC)
+    return resized.crop((left, top, left + width, top + height))
+
+def mosaic(photos, width, height):
+    "Photographs side by side at their own size."
+    out, n, y = Image.new("RGB", (width, height)), 0, 0
+    while y < height:
+        x = 0
+        while x < width:
+            photo = photos[n % len(photos)]
+            out.paste(photo, (x, y))
+            x, n = x + photo.width, n + 1
+        y += 300
+    return out
+
+def write_set(folder, name, photos, quick):
+    "JPEG files of a set."
+    folder.mkdir()
+    for n, (width, height) in enumerate(SETS[name]):
+        if name == "typical":
+            own = photos[:2] if quick else photos
+            images = [fitted(photo, width, height) for photo in own]
+        else: images = [mosaic(photos[n:] + photos[:n], width, height)]
+        for k, image in enumerate(images):
+            image.save(folder / f"{n}-{k}.jpg", quality=90)
 
 def reference(path):
-    "MGM's `_sample_item`, for one picture: `image` and `image_aux`."
+    "MGM's `_sample_item`, for one image: `image` and `image_aux`."
     image = CLIP.preprocess(Image.open(path).convert("RGB"), return_tensors="pt")["pixel_values"][0]
     small = F.interpolate(image[None], size=[336, 336], mode="bilinear", align_corners=False)
     return small[0], image.clone()
 
-def ours(path):
-    "The squared bytes."
-    return to_bytes(resize_to_square(open_image(path.name, path.parent), 768))
+def ours(path, name):
+    "The squared bytes, by one of the settings."
+    own = PROCESSORS[name]
+    return own.square(open_image(path.name, path.parent, least=own.least))
+
+def levels(path, name):
+    "Largest and mean difference from the reference's large square, in gray levels."
+    want = reference(path)[1]
+    off = (PROCESSORS[name].normalize_square(ours(path, name)) - want).abs()
+    off = off * torch.tensor(CLIP.image_std)[:, None, None] * 255
+    return float(off.max()), float(off.mean())
 
 def difference(path):
-    "How far the two are apart at most, after the device's part."
-    (image, image_aux), done = reference(path), finish_images(ours(path)[None])
+    "How far `pillow` is from the reference at most, after the device's part."
+    (image, image_aux), done = (
+        reference(path),
+        PROCESSORS["pillow"].finish(ours(path, "pillow")[None]),
+    )
     return max(
         float((done["pixel_values"][0] - image).abs().max()),
         float((done["pixel_values_aux"][0] - image_aux).abs().max()),
@@ -93,100 +140,158 @@ def reference_parts(path):
         "interpolate": interpolated,
     }
 
-def our_parts(path):
-    "Likewise."
-    opened, image = clock(open_image, path.name, path.parent)
-    resized, square = clock(resize_to_square, image, 768)
-    packed, _ = clock(to_bytes, square)
-    return {"decode": opened, "resize": resized, "to tensor": packed}
+def our_parts(path, name):
+    "Likewise; the square includes its way to a tensor."
+    own = PROCESSORS[name]
+    opened, image = clock(lambda: open_image(path.name, path.parent, least=own.least))
+    resized, _ = clock(own.square, image)
+    return {"decode": opened, "resize": resized}
 
-def measure_set(
-    folder,  # Of the JPEG files
-    repeats,  # How often each is timed; the median counts
-):
-    "Mean seconds a picture of both paths, with their parts, and how far their results differ."
+def one_round(paths):
+    "Seconds of each path on each file, one after the other, and of its parts."
+    rows = []
+    for path in paths:
+        row = {"reference": clock(reference, path)[0]}
+        row |= {name: clock(ours, path, name)[0] for name in OURS}
+        row["decode_only"] = clock(lambda: Image.open(path).convert("RGB"))[0]
+        row["parts"] = {"reference": reference_parts(path)}
+        row["parts"] |= {name: our_parts(path, name) for name in OURS}
+        rows.append(row)
+    return rows
+
+def measure_set(folder, repeats):
+    "Mean seconds per image of all paths, with their parts, and how far their results differ."
     paths = sorted(folder.glob("*.jpg"))
     far = max(difference(path) for path in paths)  # also warms the file cache
-    whole = {
-        "reference": reference,
-        "ours": ours,
-        "decode_only": lambda path: Image.open(path).convert("RGB"),
-    }
-    rounds = []
-    # whole passes in turns: both paths meet the same machine, neither the other's memory
-    for _ in range(repeats):
-        times = {name: [clock(f, path)[0] for path in paths] for name, f in whole.items()}
-        times["parts of reference"] = [reference_parts(path) for path in paths]
-        times["parts of ours"] = [our_parts(path) for path in paths]
-        rounds.append(times)
+    rounds = [one_round(paths) for _ in range(repeats)]
 
     def mean(pick):
-        middle = [statistics.median(pick(r, n) for r in rounds) for n in range(len(paths))]
+        middle = [statistics.median(pick(r[n]) for r in rounds) for n in range(len(paths))]
         return statistics.fmean(middle)
 
-    seconds = {name: mean(lambda r, n: r[name][n]) for name in whole}
+    names = ("reference", *OURS, "decode_only")
+    seconds = {name: mean(lambda row: row[name]) for name in names}
     parts = {
-        side: {
-            name: mean(lambda r, n: r[f"parts of {side}"][n][name])
-            for name in rounds[0][f"parts of {side}"][0]
-        }
-        for side in ("reference", "ours")
+        side: {key: mean(lambda row: row["parts"][side][key]) for key in own}
+        for side, own in rounds[0][0]["parts"].items()
     }
+    found = {name: [levels(path, name) for path in paths] for name in OURS}
     return {
-        **{f"{name}_seconds": value for name, value in seconds.items()},
-        "ratio": seconds["reference"] / seconds["ours"],
+        "seconds": seconds,
+        "ratios": {name: seconds["reference"] / seconds[name] for name in OURS},
+        "ratio": seconds["reference"] / seconds["pillow"],
         "decode_only_ratio": seconds["reference"] / seconds["decode_only"],
         "largest_difference": far,
+        "gray_levels": {
+            name: {"largest": round(max(a for a, _ in own)), "mean": max(b for _, b in own)}
+            for name, own in found.items()
+        },
         "n": len(paths),
         "repeats": repeats,
         "stages": parts,
     }
 
-def measure(
-    quick=False,  # One picture a size and few repeats
-):
-    """Both paths over generated JPEG files, one thread: processor seconds a picture, ratio, parts,
-    machine, versions."""
+class Reference(Dataset):
+    "MGM's images of some files."
+
+    def __init__(self, paths): self.paths = paths
+
+    def __len__(self): return len(self.paths)
+
+    def __getitem__(self, n): return reference(self.paths[n])
+
+def one_thread(worker):
+    "For a DataLoader's worker."
+    torch.set_num_threads(1)
+
+def loaders(folder, paths, n_workers):
+    "DataLoaders of the reference and of ours, over the same files."
+    options = dict(batch_size=16, num_workers=n_workers, worker_init_fn=one_thread)
+    found = {"reference": DataLoader(Reference(paths), **options)}
+    turns = [
+        {"from": "human", "value": "<image>\nWhat is it?"},
+        {"from": "gpt", "value": "A photo."},
+    ]
+    records = [{"id": n, "image": p.name, "conversations": turns} for n, p in enumerate(paths)]
+    tokenizer = load_tokenizer("gemma")
+    collate = DataCollatorForSupervisedDataset(pad_id(tokenizer))
+    for name, settings in OURS.items():
+        own = VLMProcessor(tokenizer, **settings)
+        data = LazySupervisedDataset(records, own, folder, uint8=True)
+        found[name] = DataLoader(data, collate_fn=collate, **options)
+    return found
+
+def images_per_second(loader, n):
+    "By the wall, from the first batch that is asked for to the last that comes."
+    began = time.perf_counter()
+    for _ in loader: pass
+    return n / (time.perf_counter() - began)
+
+def measure_loaders(folder, repeats, n_workers, copies):
+    "Images per second by the wall of the whole way, in rounds."
+    paths = sorted(folder.glob("*.jpg")) * copies
+    made, rounds = loaders(folder, paths, n_workers), []
+    for _ in range(repeats):
+        rounds.append({name: images_per_second(own, len(paths)) for name, own in made.items()})
+    speed = {name: statistics.median(r[name] for r in rounds) for name in made}
+    ratios = {name: statistics.median(r[name] / r["reference"] for r in rounds) for name in OURS}
+    return {
+        "images_per_second": speed,
+        "ratios": ratios,
+        "n": len(paths),
+        "workers": n_workers,
+        "repeats": repeats,
+    }
+
+def measure(quick=False):
+    "All sets and the whole way, one thread per process: ratios, parts, machine, versions."
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    photos, out = photographs(), {}
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            rng, out = np.random.default_rng(0), {}
-            for name, sizes in SETS.items():
-                (Path(folder) / name).mkdir()
-                for n, (width, height) in enumerate(sizes * (1 if quick or name == "large" else 3)):
-                    picture(width, height, rng).save(Path(folder) / name / f"{n}.jpg", quality=90)
-                out[name] = {
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            for key, sizes in SETS.items():
+                write_set(folder / key, key, photos, quick)
+                repeats = 3 if quick else 7
+                out[key] = {
                     "sizes": [list(size) for size in sizes],
-                    **measure_set(Path(folder) / name, 3 if quick else 9),
+                    **measure_set(folder / key, repeats),
                 }
+            rounds, copies = (1, 1) if quick else (5, 1)
+            workers = min(os.cpu_count() or 1, 2)
+            out["loader"] = measure_loaders(folder / "typical", rounds, workers, copies)
     finally: torch.set_num_threads(threads)
     names = ("vlm_lit", "torch", "transformers", "pillow", "numpy")
     return {
         "command": "python benchmarks/image_path.py",
         **out,
+        "photographs": len(photos),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, 1 thread",
+        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "versions": {"python": platform.python_version(), **{n: version(n) for n in names}},
     }
 
 def table(result):
     "The result as lines of text."
-    head = f"{'set':10}{'reference':>12}{'ours':>12}{'decode only':>14}{'ratio':>8}{'n':>5}"
-    lines = [head]
-    for name in SETS:
-        if name not in result: continue
-        r = result[name]
-        lines.append(
-            f"{name:10}{r['reference_seconds'] * 1e3:9.1f} ms{r['ours_seconds'] * 1e3:9.1f} "
-            f"ms{r['decode_only_seconds'] * 1e3:11.1f} ms{r['ratio']:8.2f}{r['n']:5}"
-        )
-    return "\n".join(lines)
+    lines = [f"{'':15}{'reference':>12}" + "".join(f"{name:>24}" for name in OURS)]
+    for key in SETS:
+        own = result[key]
+        row = f"{key:15}{own['seconds']['reference'] * 1e3:9.1f} ms"
+        for name in OURS:
+            row += f"{own['seconds'][name] * 1e3:13.1f} ms{own['ratios'][name]:7.2f}x"
+        lines.append(row)
+    own = result["loader"]
+    row = f"{'loader':15}{own['images_per_second']['reference']:8.1f} /s "
+    for name in OURS:
+        row += f"{own['images_per_second'][name]:13.1f} /s{own['ratios'][name]:7.2f}x"
+    return "\n".join([*lines, row])
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a few pictures, nothing written")
+    parser.add_argument("--quick", action="store_true", help="few photographs, nothing written")
     args = parser.parse_args()
     result = measure(args.quick)
     print(table(result))

@@ -147,7 +147,7 @@ def test_any_exception_of_a_decoder_is_a_data_error():
                 decode_file(io.BytesIO(good), "x.png")
 
 def test_deep_files_follow_the_rule():
-    values = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
+    values = np.array([[0, 255, 32768, 65535]], dtype=np.uint16)
     want = [[0, 1, 128, 255]]
     deep = Image.fromarray(values)
     pgm = b"P5 4 1 65535 " + values.astype(">u2").tobytes()
@@ -160,7 +160,7 @@ def test_deep_files_follow_the_rule():
     white_is_zero = flipped(tiff, [(at, 0)])
     found = np.asarray(decode_file(io.BytesIO(white_is_zero), "x")).tolist()
     test_eq(found, [[255, 254, 127, 0]])
-    clear = saved(deep, "PNG", transparency=257)
+    clear = saved(deep, "PNG", transparency=255)
     test_eq(np.asarray(decode_file(io.BytesIO(clear), "x")).tolist(), [[0, 255, 128, 255]])
     for own in (Image.fromarray(np.zeros((2, 3), np.float32)), Image.new("I", (3, 2))):
         with expect_fail(DataError, contains="no rule says which value is white"):
