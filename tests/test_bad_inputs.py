@@ -209,7 +209,8 @@ TABLE = {
     ],
     "export": [
         *lines("export", MODELS, end=" --out new"),
-        *lines("export", MODELS[:8], end=" --out new --to mgm"),
+        *lines("export", MODELS[:12], end=" --out new --to mgm"),
+        *lines("export", MODELS[:12], end=" --out new --to gguf"),
         *lines("export model --out new --to", ["onnx", "''", "HF", "gguf", "llava-hf"]),
         *lines("export model --out new --dtype", ["int3", "''", "FLOAT32", "float64"]),
         *lines("export model --out new --push", ["a/b/c", "''", "me/mine", "../x", "-x/y"]),
