@@ -484,6 +484,13 @@ def test_counts_of_a_large_file_are_kept():
     small = LazySupervisedDataset(texts(2), VLMProcessor(tok, num_image_tokens=32), folder)
     test_eq(small.lengths.tolist(), first[0])  # a list is counted each time
     test_eq(wider[0], [*first[0][:2], first[0][2] + 32])
+    from vlm_lit.files import cache_folder
+
+    for damage in (lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"x" * 9):
+        for path in (cache_folder() / "tokens").glob("*.arrow"):
+            path.with_suffix(".new").write_bytes(damage(path.read_bytes()))
+            path.with_suffix(".new").replace(path)  # the old one may still be mapped
+        test_eq(lengths(), (first[0], True))  # damaged counts are made again
 
 def test_bytes_become_the_float_picture():
     a, b = limited([seed, two]), limited([seed, two], uint8=True)

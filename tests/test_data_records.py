@@ -221,6 +221,9 @@ def test_a_changed_file_is_never_read_from_an_old_store():
     for half in (b"half", store.read_bytes()[:-2000]):
         store.write_bytes(half)
         test_eq(Records(path)[8998]["id"], "008998")  # half a store is written again
+    for text in ("", "[]", "null", "3", '"x"', "{}", '{"n": null}', '{"n": [9000]}', "[" * 99999):
+        store.with_name("meta.json").write_text(text)
+        test_eq(Records(path)[8998]["id"], "008998")
     path.unlink()
     with expect_fail(DataError, contains="no data file"): Records(path)
 

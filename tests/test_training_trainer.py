@@ -50,6 +50,8 @@ from vlm_lit.weights.presets import make_model
 from vlm_lit.training.trainer import VLMTrainer
 from vlm_lit.training.trainer import _worker_context
 from vlm_lit.training.trainer import cast_for_training
+from vlm_lit.training.trainer import check_optimizer_state
+from vlm_lit.training.trainer import read_trainer_state
 from vlm_lit.training.trainer import reinit_modules
 from vlm_lit.training.trainer import set_trainable_modules
 
@@ -501,6 +503,41 @@ def test_a_model_that_mixes_packed_samples_is_refused_before_step_1():
     with pytest.raises(ConfigError, match="see each other in a opt"):
         VLMTrainer(make_model(mixing, 0), packed, dataset, processor=processor)
     VLMTrainer(new_model(), packed, dataset, processor=processor)
+
+def test_states_that_do_not_fit_are_refused():
+    _, trained = by_trainer(new_model(), arguments(max_steps=3))
+    checkpoint = Path(trained.args.output_dir) / "checkpoint-3"
+    path, groups = checkpoint / "optimizer.pt", trained.optimizer.param_groups
+    check_optimizer_state(path, groups)
+
+    def moments(name, value): return lambda state: state["state"][0].update({name: value})
+
+    for change, words in [
+        (moments("exp_avg", torch.zeros(3)), "exp_avg of weight 0 has another shape"),
+        (moments("exp_avg_sq", None), "exp_avg_sq of weight 0 has another shape"),
+        (lambda state: state["state"].clear(), "holds no moments"),
+        (lambda state: state["param_groups"][0].update(lr="x"), "lr cannot be 'x'"),
+        (lambda state: state["param_groups"].clear(), "other groups of parameters"),
+        (lambda state: state.pop("state"), "holds no state of an optimizer"),
+    ]:
+        state = torch.load(path, weights_only=True)
+        change(state)
+        torch.save(state, checkpoint / "other.pt")
+        with pytest.raises(ConfigError, match=words):
+            check_optimizer_state(checkpoint / "other.pt", groups)
+    state = checkpoint / "trainer_state.json"
+    text = state.read_text()
+    assert read_trainer_state(checkpoint)["global_step"] == 3
+    changes = [("global_step", 2), ("global_step", -1), ("max_steps", "x"), ("log_history", [1])]
+    changes += [("new", 1), ("epoch", None), ("stateful_callbacks", []), ("best_metric", "x")]
+    for key, value in changes:
+        state.write_text(json.dumps({**json.loads(text), key: value}))
+        with pytest.raises(ConfigError, match=f"trainer_state.json.*{key}.*remove that folder"):
+            read_trainer_state(checkpoint)
+    for broken in ("", "[]", text[:40]):
+        state.write_text(broken)
+        with pytest.raises(ConfigError, match="cannot resume from .*trainer_state.json"):
+            read_trainer_state(checkpoint)
 
 def test_a_worker_that_is_killed_is_one_line():
     from transformers import TrainerCallback

@@ -5,7 +5,7 @@ from safetensors.torch import save_file
 from vlm_lit.core import ConfigError, nearest
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.models.vlm import VLM
-from vlm_lit.files import read_json, write_file, write_json
+from vlm_lit.files import check_checksum, read_json, write_file, write_json
 from vlm_lit.weights.presets import PRESET_FIELDS
 from vlm_lit.weights.build import build_model
 from vlm_lit.weights.towers import cast

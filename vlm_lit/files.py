@@ -244,8 +244,9 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 def write_checksums(
     folder: Path,  # Complete but for this
 ) -> None:
-    "Note the SHA-256 of each file of weights or optimizer state in a folder."
-    paths = sorted(p for p in folder.iterdir() if p.suffix in _WEIGHTS and p.is_file())
+    "Note the SHA-256 of each file of weights or optimizer state, and what they belong to."
+    noted = (p for p in folder.iterdir() if p.suffix in _WEIGHTS or p.name == "base.json")
+    paths = sorted(path for path in noted if path.is_file())
     write_json(folder / CHECKSUMS, {path.name: sha256(path) for path in paths})
 
 def check_checksum(

@@ -224,6 +224,7 @@ def reading(
     except Exception as e:  # tokenizers raises `Exception` itself
         if not isinstance(e, LOAD_ERRORS) and type(e) is not Exception: raise
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        if isinstance(e, KeyError): reason = f"{reason} is missing"
         raise ConfigError(f"{what}: {reason}") from e
 
 # %% ../../nbs/10a_language_models.ipynb #c014

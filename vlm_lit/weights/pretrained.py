@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from ..core import ConfigError, nearest
 from ..processor import VLMProcessor
 from ..models.vlm import VLM
-from ..files import read_json, write_file, write_json
+from ..files import check_checksum, read_json, write_file, write_json
 from .presets import PRESET_FIELDS
 from .build import build_model
 from .towers import cast
@@ -131,6 +131,7 @@ def read_base(
     for key, kind in kinds.items():
         if not isinstance(base[key], kind):
             raise ConfigError(f"{str(path)!r}: {key} cannot be {base[key]!r}")
+    check_checksum(path)  # other sizes in it could take all memory
     return base
 
 def save_trainable(

@@ -101,6 +101,17 @@ def load_weights(
     # strict would ask for the second names of tied weights
     model.load_state_dict(tensors, strict=False)
 
+def _check_shapes(folder: Path) -> None:
+    "Refuse weights of other shapes than the configuration's before memory is taken for these."
+    with reading(f"{str(folder)!r} cannot be loaded"), torch.device("meta"):
+        want = VLM(VLMConfig.from_pretrained(folder)).state_dict()
+    wrong = []
+    for path in shards(folder):
+        with reading(f"cannot read weights from {path.name}"), safe_open(path, "pt") as file:
+            found = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys() if n in want}
+        wrong += [name for name, shape in found.items() if shape != tuple(want[name].shape)]
+    raise_misfit(f"{str(folder)!r}", (), (), wrong)
+
 def load_model(
     folder: str | Path,  # From `save_model`, or a copy of it from a hub
 ) -> VLM:  # In evaluation mode, each weight of the type it was saved in
@@ -126,6 +137,7 @@ def load_model(
             "when opened: save them as safetensors (`load_mgm` reads MGM's checkpoints)"
         )
     types = saved_types(folder)
+    _check_shapes(folder)
     one = next(iter(set(types.values()))) if len(set(types.values())) == 1 else torch.float32
     checked = dict(output_loading_info=True, ignore_mismatched_sizes=True)
     settings = dict(dtype=one, local_files_only=True, use_safetensors=True)
