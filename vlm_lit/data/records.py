@@ -414,7 +414,7 @@ class Records(Sequence):
         key = digest(self.fingerprint, STORE_VERSION)
         folder = cache_folder() / "records" / digest(path.absolute(), *choice) / key
         try: found = _open_store(folder)
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, LookupError, TypeError):
             shutil.rmtree(folder, ignore_errors=True)  # half of a store, from a full disk perhaps
             _build_store(source, self.columns, folder)
             found = _open_store(folder)
@@ -521,17 +521,26 @@ class Records(Sequence):
         "Count something in every row of the table, once: the counts are kept in the user's cache."
         choice = [self.columns] if self.columns else []
         name = digest(self.table._fingerprint, STORE_VERSION, *key, *choice)
+        path = writable_folder(cache_folder() / what) / f"{name}.arrow"
+        settings = dict(
+            with_indices=True,
+            batched=True,
+            batch_size=size,
+            new_fingerprint=name,
+            remove_columns=self.table.column_names,
+            cache_file_name=str(path),
+            desc=f"counting {what}",
+        )
+        was_kept = path.is_file()
         with _bars_in_terminals_only():
-            return self.table.map(
-                function,
-                with_indices=True,
-                batched=True,
-                batch_size=size,
-                new_fingerprint=name,
-                remove_columns=self.table.column_names,
-                cache_file_name=str(writable_folder(cache_folder() / what) / f"{name}.arrow"),
-                desc=f"counting {what}",
-            )
+            try: found = self.table.map(function, **settings)
+            except (OSError, ValueError, LookupError, TypeError):
+                if not was_kept: raise
+                found = ()
+            if was_kept and len(found) != len(self):  # the kept counts are damaged
+                path.unlink()
+                found = self.table.map(function, **settings)
+        return found
 
     def is_embedded(
         self,
