@@ -165,6 +165,11 @@ def test_near_places_finds_what_comparing_all_pairs_finds():
         test_eq(near_places(looks).tolist(), [own.index(True) for own in pairs])
 
     holds()
+    for kept in range(4):  # a bit differs in each of the other quarters
+        other = sum(1 << 16 * quarter + 5 for quarter in range(4) if quarter != kept)
+        test_eq(
+            near_places(np.array([0x0123456789ABCDEF, 0x0123456789ABCDEF ^ other], np.uint64))[1], 0
+        )
 
 def test_scripts_and_outliers_and_words():
     pairs = {
