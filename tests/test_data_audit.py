@@ -95,6 +95,17 @@ def test_stop_at_a_record_without_an_answer():
     answered = [Segment.ANSWER, Segment.STOP]
     bp.expect({f"own.counts[{int(s)}]": 0 for s in answered})
 
+def test_a_link_out_of_the_folder_is_an_error_unless_it_is_allowed():
+    home, elsewhere = (Path(tempfile.mkdtemp()) for _ in range(2))
+    sample_image(64, 48).save(elsewhere / "a.png")
+    (home / "far").symlink_to(elsewhere)
+    linked = [{"id": 1, "image": "far/a.png", "conversations": talk("<image>q")}]
+    for images in ("sample", "none"):
+        for follow, kinds in ((False, ["image_escapes"]), (True, [])):
+            own = AuditSettings(image_folder=home, images=images, follow_links=follow)
+            wanted = kinds if images == "sample" else []
+            test_eq([k for k in audit(linked, tok, own)["findings"] if k.startswith("image_")], wanted)
+
 def test_whatever_training_refuses_the_audit_finds():
     from hypothesis import given, settings, strategies as st
 

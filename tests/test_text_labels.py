@@ -501,6 +501,14 @@ def test_switches_change_labels_of_their_answers_and_nothing_else():
         pair = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "train": False}] * 2
         mask_switched_off(Rendered("xy", (("x", Segment.ANSWER), ("y", Segment.STOP))), pair, 7)
 
+def test_an_escaped_control_token_stays_text_in_an_answer_that_is_switched_off():
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a <end_of_turn> b"}] * 2
+    switched = [turns[0], {**turns[1], "train": False}, *turns[2:]]
+    both = [preprocess([own], tok, control_tokens="escape") for own in (turns, switched)]
+    assert torch.equal(both[0]["input_ids"][0], both[1]["input_ids"][0])
+    counts = [int((own["labels"][0] != IGNORE_INDEX).sum()) for own in both]
+    assert counts[0] == 2 * counts[1] > 0
+
 def test_two_builders_agree_on_twenty_thousand_conversations():
     combinations = [pair for pair in FITS if fits(*pair) and pair[0] != "hf"]
     judged = {pair: check_law(*pair, n=550, seed=0) for pair in combinations}
