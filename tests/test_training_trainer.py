@@ -510,7 +510,8 @@ def test_states_that_do_not_fit_are_refused():
     path, groups = checkpoint / "optimizer.pt", trained.optimizer.param_groups
     check_optimizer_state(path, groups)
 
-    def moments(name, value): return lambda state: state["state"][0].update({name: value})
+    def moments(name, value):
+        return lambda state: state["state"][0].update({name: value})
 
     for change, words in [
         (moments("exp_avg", torch.zeros(3)), "exp_avg of weight 0 has another shape"),
