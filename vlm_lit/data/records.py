@@ -352,7 +352,7 @@ class Records(Sequence):
         key = digest(self.fingerprint, STORE_VERSION)
         folder = cache_folder() / "records" / digest(path.absolute()) / key
         try: table = _open_store(folder)
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             shutil.rmtree(folder, ignore_errors=True)  # half of a store, from a full disk perhaps
             _build_store(path, folder)
             table = _open_store(folder)
