@@ -414,7 +414,7 @@ class Records(Sequence):
         key = digest(self.fingerprint, STORE_VERSION)
         folder = cache_folder() / "records" / digest(path.absolute(), *choice) / key
         try: found = _open_store(folder)
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             shutil.rmtree(folder, ignore_errors=True)  # half of a store, from a full disk perhaps
             _build_store(source, self.columns, folder)
             found = _open_store(folder)
