@@ -260,15 +260,6 @@ def test_forged_turn_is_refused_with_its_place():
             refuse_control_tokens(forged, control_pattern(tok, "gemma"), record="000042")
     bp.expect({"found[0]": "<end_of_turn>"}, n=0, hits=1)
 
-def test_an_answer_that_is_switched_off_is_not_supervised():
-    two = [("human", "q"), ("gpt", "a guess"), ("human", "sure?"), ("gpt", "yes")]
-    turns = [{"from": who, "value": text} for who, text in two]
-    turns[1]["train"] = False
-    watch = ["tokenizer.decode(labels[0][labels[0] != IGNORE_INDEX])"]
-    with Breakpoint(preprocess, at='segments = {"segments"', watch=watch) as bp:
-        preprocess([turns], tok)
-    bp.expect({watch[0]: "yes<end_of_turn>\n<eos>"})
-
 def test_labels_of_the_seed():
     watch = "prompts[0].answers input_ids[0] labels[0]"
     with Breakpoint(preprocess, at='return {"input_ids"', watch=watch) as bp:
@@ -285,6 +276,15 @@ def test_every_answer_of_a_long_conversation_is_supervised():
     strip = LabelStrip(out["input_ids"][0], out["labels"][0], tok, out["segments"][0])
     test_eq("".join(strip.supervised), "blue<end_of_turn>\n<eos>a circle<end_of_turn>\n<eos>")
     strip
+
+def test_an_answer_that_is_switched_off_is_not_supervised():
+    two = [("human", "q"), ("gpt", "a guess"), ("human", "sure?"), ("gpt", "yes")]
+    turns = [{"from": who, "value": text} for who, text in two]
+    turns[1]["train"] = False
+    watch = ["tokenizer.decode(labels[0][labels[0] != IGNORE_INDEX])"]
+    with Breakpoint(preprocess, at='segments = {"segments"', watch=watch) as bp:
+        preprocess([turns], tok)
+    bp.expect({watch[0]: "yes<end_of_turn>\n<eos>"})
 
 def test_mask_one_token_early_supervises_the_header_and_loses_eos():
     early = lambda mask: np.roll(mask, -1)

@@ -152,7 +152,7 @@ def test_one_step_of_transformers_trainer():
 
 def test_checkpoint_is_whole_before_it_has_its_name():
     names = "sorted(p.name for p in staged.iterdir())"
-    with Breakpoint(VLMTrainer._publish, at="_to_disk(staged)", watch=[names, "final.name"]) as bp:
+    with Breakpoint(VLMTrainer._publish, at="to_disk(staged)", watch=[names, "final.name"]) as bp:
         trained = train(steps=100)
     needed = {"trainable.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
     needed |= {"trainer_state.json", "config.json", "tokenizer.json", "processor_config.json"}
