@@ -187,8 +187,9 @@ def test_processor_takes_what_the_model_holds_and_cuts_at_stops():
     given = VLMProcessor(bare, template="hf", chat_template=qwen.chat_template)
     whole = VLMProcessor(qwen, template="hf")
     test_eq(given("a")["input_ids"].tolist(), whole("a")["input_ids"].tolist())
-    changed = VLMProcessor.for_model(config, bare, "hf", chat_template=qwen.chat_template + " ")
-    test_eq(changed.chat_template, qwen.chat_template + " ")
+    another = "{#- another -#}" + qwen.chat_template
+    changed = VLMProcessor.for_model(config, bare, "hf", chat_template=another)
+    test_eq(changed.chat_template, another)
     model = SimpleNamespace(generation_config=GenerationConfig())
     plain.set_generation_config(model)
     test_eq((model.generation_config.eos_token_id, model.generation_config.pad_token_id), ([1, 108], 0))
