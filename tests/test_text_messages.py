@@ -24,10 +24,10 @@ def test_a_turn_becomes_a_role_and_pairs():
     bp.expect_each(role=["user", "gpt"], parts=pairs)
 
 def test_a_weight_of_zero_is_kept_as_a_switch():
-    answers = [{"weight": 0}, {"train": True}, {}]
+    answers = [{"weight": 0}, {"train": True}, {"weight": None}]
     with Breakpoint(_is_trained, at="return all(given", watch="given") as bp:
         for answer in answers: _is_trained(answer, "gpt", record="a", n=1)
-    bp.expect_each(given=answers)
+    bp.expect_each(given=[{"weight": 0}, {"train": True}, {}])
     for hit, wanted in enumerate([False, True, True]):
         bp.expect_return(result=wanted, hit=hit)
 

@@ -15,6 +15,7 @@ from ..text.record_forms import CONTENT_KEYS
 # %% ../../nbs/06f_record_images.ipynb #c005
 IMAGE_KEYS = ("image", "images")  # of a record
 _PART_KEYS = (*IMAGE_KEYS, "image_url", "url", "path")  # of a part of a message
+_NO_TURN = frozenset((*_PART_KEYS, "type", "bytes"))  # keys that a turn of texts has none of
 _USED = frozenset((*RECORD_KEYS, *CONTENT_KEYS))
 _DATA_URL = re.compile(r"data:image/[\w.+-]+(;[\w=.-]+)*;base64,")
 
@@ -78,11 +79,32 @@ class _Taker:
             if own is not None
         }
 
+def _is_turn_of_texts(turn: object) -> bool:
+    "Whether a turn is a dict of texts, and no part of a message."
+    if type(turn) is not dict or not _NO_TURN.isdisjoint(turn): return False
+    for own in turn.values():
+        if type(own) is not str: return False
+    return True
+
+def _is_plain(row: dict) -> bool:
+    "Whether nothing can stand inside a record, as in most: texts, and images by their paths."
+    for key, value in row.items():
+        kind = type(value)
+        if kind is str:
+            if key in IMAGE_KEYS and value.startswith(("data:", "embedded:")):
+                return False
+        elif kind is list and key == "conversations":
+            for turn in value:
+                if not _is_turn_of_texts(turn): return False
+        elif kind is not int: return False
+    return True
+
 def take_images(
     row: dict,  # One record, under the keys of its form
     n: int = 0,  # Its place
 ) -> tuple[dict, list[bytes]]:  # The record with names of its images, and those that were inside
     "Take the images out of a record. Raises `DataError` naming the column."
+    if _is_plain(row): return row, []
     taker, plain = _Taker(n), {}
     for key, value in row.items():
         if value is None: continue

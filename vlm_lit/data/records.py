@@ -62,7 +62,8 @@ def _read_raw(
     if isinstance(raw, DataError):
         raise DataError(raw.message, raw.record, raw.turn, raw.kind)
     if not isinstance(raw, dict): return read_record(raw, n), []
-    row, images = take_images(name_columns(raw, columns, record_name(raw, n)), n)
+    if columns: raw = name_columns(raw, columns, record_name(raw, n))
+    row, images = take_images(raw, n)
     return read_record(to_conversation(row, record_name(row, n)), n), images
 
 def _store_row(
@@ -76,8 +77,8 @@ def _store_row(
         error = {"message": e.message, "record": e.record, "turn": e.turn, "kind": e.kind}
         return {"id": json.dumps(n), "error": json.dumps(error), "n_images": -1}
     names = image_names(record)
-    own = {"image": names, "n_images": len(names), "embedded": images}
-    return {**record, "id": json.dumps(record["id"]), **own}
+    own = {"id": json.dumps(record["id"]), "image": names, "n_images": len(names)}
+    return record | own | ({"embedded": images} if images else {})
 
 def _stored_record(
     row: dict,  # From the store

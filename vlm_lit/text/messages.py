@@ -13,11 +13,10 @@ from ..core import IMAGE_TOKEN, DataError
 # %% ../../nbs/03a_messages.ipynb #c005
 ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 # content that this path cannot train on, of a record or of a turn
-REFUSED_KEYS = (
-    *("audio", "audios", "video", "videos", "tools"),
-    *("reasoning", "reasoning_content", "thinking"),
+REFUSED_KEYS = frozenset(
+    "audio audios video videos tools reasoning reasoning_content thinking".split()
 )
-REFUSED_TURN_KEYS = (*REFUSED_KEYS, "tool_calls", "function_call", "refusal", "train_detail")
+REFUSED_TURN_KEYS = REFUSED_KEYS | {"tool_calls", "function_call", "refusal", "train_detail"}
 
 def check_path(
     path: object,  # What a record gives as an image
@@ -49,12 +48,13 @@ def _check_utf8(text: str, what: str, record, turn: int | None = None) -> str:
 
 def _check_refused(
     given: dict,  # A record or a turn, as it came
-    keys: tuple[str, ...],  # That cannot be kept
+    keys: frozenset[str],  # That cannot be kept
     record: object,  # The record's id, for messages
     turn: int | None = None,  # The turn, if it is one
 ) -> None:
     "Raise `DataError` if one of the keys holds something."
-    refused = [key for key in keys if given.get(key)]
+    if keys.isdisjoint(given): return
+    refused = [key for key, value in given.items() if key in keys and value]
     if refused:
         what = "record" if turn is None else "turn"
         message = (
@@ -110,6 +110,7 @@ def _read_turn(
 
 # %% ../../nbs/03a_messages.ipynb #c009
 SWITCHES = ("train", "training", "loss", "weight")  # of a turn: whether it is supervised
+_SWITCH_KEYS = frozenset(SWITCHES)
 
 def _is_trained(
     turn: dict,  # As it came
@@ -118,6 +119,7 @@ def _is_trained(
     n: int,  # Its place in the conversation
 ) -> bool:  # True where nothing is said
     "Whether a turn's switches let it be supervised. Raises `DataError` for what cannot be."
+    if _SWITCH_KEYS.isdisjoint(turn): return True
     given = {key: turn[key] for key in SWITCHES if turn.get(key) is not None}
     for key, value in given.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
@@ -143,7 +145,11 @@ HARMLESS_KEYS = frozenset(
     model_name name origin qid question_id question_type sha256 split subset tags task time
     timestamp uid url uuid version width""".split()
 )
-_TURN_KEYS = frozenset(("parts", *SWITCHES, *REFUSED_TURN_KEYS))
+_KNOWN_KEYS = frozenset(RECORD_KEYS) - {"ignored"}
+_TURN_KEYS = REFUSED_TURN_KEYS.union(SWITCHES, ["parts"])
+_LLAVA_KEYS, _CHAT_KEYS = (
+    _TURN_KEYS.union(own) for own in (("from", "value"), ("role", "content"))
+)
 _PART_KEYS = frozenset(("type", "text", "image", "image_url", "path", "url"))
 
 def holds_text(
@@ -173,16 +179,20 @@ def ignored_keys(
     turns: list[dict],  # Its turns as they came
 ) -> list[str]:  # Sorted
     "Names of the keys that hold text and are not used."
-    found = _unknown_keys(raw, RECORD_KEYS)
+    found = set() if _KNOWN_KEYS.issuperset(raw) else _unknown_keys(raw, RECORD_KEYS)
     earlier = raw.get("ignored")
-    if isinstance(earlier, list) and all(isinstance(name, str) for name in earlier):
+    if earlier is None: pass
+    elif isinstance(earlier, list) and all(isinstance(name, str) for name in earlier):
         found |= set(earlier)
     elif holds_text(earlier): found.add("ignored")
     for turn in turns:
-        used = ("from", "value") if "from" in turn else ("role", "content")
-        found |= _unknown_keys(turn, _TURN_KEYS.union(used), "turn.")
-        parts = turn[used[1]] if isinstance(turn[used[1]], list) else []
-        for part in parts: found |= _unknown_keys(part, _PART_KEYS, "part.")
+        is_llava = "from" in turn
+        known = _LLAVA_KEYS if is_llava else _CHAT_KEYS
+        if not known.issuperset(turn):
+            found |= _unknown_keys(turn, known, "turn.")
+        parts = turn["value" if is_llava else "content"]
+        for part in parts if isinstance(parts, list) else ():
+            found |= _unknown_keys(part, _PART_KEYS, "part.")
     return sorted(found)
 
 # %% ../../nbs/03a_messages.ipynb #c687826

@@ -18,6 +18,7 @@ CONTENT_KEYS = (
     *("conversations", "messages", "texts", "question", "answer", "prompt", "completion"),
     *("caption", "text"),
 )
+_OTHER_FORMS = frozenset(CONTENT_KEYS[1:])  # than a conversation
 COLUMN_ROLES = tuple(dict.fromkeys((*RECORD_KEYS[:-1], *CONTENT_KEYS)))  # that a column may have
 
 def _count_images(row: dict) -> int:
@@ -156,6 +157,9 @@ def to_conversation(
     record: object = None,  # Its id, for messages
 ) -> dict:  # With `conversations` or `messages`, for `read_record`
     "A record of any form with its conversation written out. Raises `DataError` if no form fits."
+    turns = row.get("conversations")
+    if turns and isinstance(turns, list) and _OTHER_FORMS.isdisjoint(row):
+        return row  # most records
     form = find_form(row)
     if form is None: raise _no_form(row, record)
     keys, make = FORMS[form]
