@@ -121,7 +121,7 @@ def test_the_first_form_is_taken_and_the_rest_named():
     with Breakpoint(to_conversation, at="keys, make = FORMS", watch="form") as bp:
         record = read_record(to_conversation(row))
     bp.expect(form="question and answer")
-    print(record)
+    for key, value in record.items(): print(f"{key}: {value}")
     test_eq(record["ignored"], ["caption"])
 
 def test_a_displaced_column_is_named():
@@ -137,7 +137,8 @@ def test_a_misspelled_column_would_lose_every_image():
     row = {"question": "What?", "answer": "A box.", "img": "x.png"}
     with Breakpoint(name_columns, at="if missing:", watch="missing", set={"missing": []}) as bp:
         name_columns({**row, "imgg": None}, {"image": "imgg"})
-    print(read_record(to_conversation(name_columns({**row, "imgg": None}, {"image": "imgg"}))))
+    named = name_columns({**row, "imgg": None}, {"image": "imgg"})
+    for key, value in read_record(to_conversation(named)).items(): print(f"{key}: {value}")
     with expect_fail(DataError, contains="no column 'imgg'; there are: 'question', 'answer', 'img'"):
         name_columns(row, {"image": "imgg"})
     bp.expect(missing=[])
