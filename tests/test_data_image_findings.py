@@ -94,12 +94,12 @@ def test_an_image_that_training_refuses_is_refused_here():
     Image.new("RGB", (3, 70_000), "red").save(folder / "tall.png")
     (folder / "web.jpg").write_bytes(b"<html>404</html>")
     (folder / "empty.jpg").write_bytes(b"")
-    Image.new("I;16", (9, 9)).save(folder / "deep.png")
+    Image.new("F", (9, 9)).save(folder / "deep.tif")
     names = ["good.jpg", "broken.jpg", "gone.jpg", "../x.jpg", "line.png", "tall.png", "web.jpg"]
     for aspect in ("square", "pad"):
         own = VLMProcessor(load_tokenizer("gemma"), aspect=aspect)
         dataset = LazySupervisedDataset([], own, folder)
-        for name in [*names, "empty.jpg", "deep.png", "photo.png", "icon.png"]:
+        for name in [*names, "empty.jpg", "deep.tif", "photo.png", "icon.png"]:
             said = []
             for read in (dataset.pixels, lambda name: look_at(dataset, name)):
                 try:

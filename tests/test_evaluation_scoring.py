@@ -273,7 +273,7 @@ def test_records_that_cannot_be_used_are_named():
         "no image 'gone.png'",
         "record 'open', turn 2: a question without an answer",
         "the text spells the control token",
-        "record 'empty': no 'conversations'",
+        "record 'empty': no form fits",
         "the type 'all' is taken",
     ]
     for n, message in enumerate(messages):

@@ -555,9 +555,9 @@ def test_supervised_positions_need_the_padding_on_the_right():
     ]
     right, left = (pad_samples(samples, 0, side) for side in ("right", "left"))
     with torch.no_grad():
-        plain = model(**right).loss
-        test_close(model(**supervised(right)).loss, plain, eps=1e-5)
-        test_close(model(**left).loss, plain, eps=1e-5)  # the mask is used
+        whole = model(**right).loss
+        test_close(model(**supervised(right)).loss, whole, eps=1e-5)
+        test_close(model(**left).loss, whole, eps=1e-5)  # the mask is used
         with expect_fail(ConfigError, contains="need padding on the right"):
             model(**supervised(left))
 

@@ -138,7 +138,8 @@ def test_a_misspelled_column_would_lose_every_image():
     with Breakpoint(name_columns, at="if missing:", watch="missing", set={"missing": []}) as bp:
         name_columns({**row, "imgg": None}, {"image": "imgg"})
     named = name_columns({**row, "imgg": None}, {"image": "imgg"})
-    for key, value in read_record(to_conversation(named)).items(): print(f"{key}: {value}")
+    for key, value in read_record(to_conversation(named)).items():
+        print(f"{key}: {value}")
     with expect_fail(DataError, contains="no column 'imgg'; there are: 'question', 'answer', 'img'"):
         name_columns(row, {"image": "imgg"})
     bp.expect(missing=[])

@@ -149,7 +149,6 @@ def _no_form(row: dict, record: object) -> DataError:
         f"no form fits the columns {columns}; the nearest, {form!r}, also needs {needed}: name the "
         f"column that holds it, as in columns {example}=NAME",
         record,
-        kind="roles",
     )
 
 def to_conversation(
