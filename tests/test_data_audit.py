@@ -282,7 +282,7 @@ def test_text_that_json_cannot_hold_is_written_out():
     text = json.dumps(report, allow_nan=False)
     text.encode("utf-8")
     shown = [e["id"] for f in report["findings"].values() for e in f["examples"]]
-    test_eq(shown, ["nan", "inf", "\\ud83d", "\x1b[31m", 10**30])
+    test_eq(shown, [0, 1, "\\ud83d", "\x1b[31m", 10**30])  # an id must be finite
     assert json.loads(text) == report
 
 def test_shares_add_up_and_most_positions_are_image():
