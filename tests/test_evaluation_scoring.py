@@ -313,8 +313,8 @@ def test_data_in_any_form_gives_the_same_result():
 def test_evaluations_that_cannot_be_are_refused():
     ds = LazySupervisedDataset(records[:2], processor, folder, uint8=True)
     for message, more in [
-        ("image_folder and blank_images belong to the dataset", dict(blank_images=True)),
-        ("image_folder and blank_images", dict(image_folder=folder)),
+        ("follow_links and blank_images belong to the dataset", dict(blank_images=True)),
+        ("image_folder, follow_links and blank_images", dict(image_folder=folder)),
         ("no folder for", dict(out=folder / "gone" / "x.jsonl")),
         ("unknown metric 'bleu'", dict(metrics="bleu")),
     ]:
