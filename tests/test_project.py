@@ -50,8 +50,10 @@ MAY_IMPORT = {  # room -> rooms that it may import; arrows run downward only
     "hub": "",
     "debug": "core",
     "text": "core hub debug",
-    "images": "core text",
-    "image_processor": "core images",
+    "image_files": "core",
+    "images": "core text image_files",
+    "resize": "core images",
+    "image_processor": "core images resize",
     "padding": "core",
     "processor": "core text images image_processor padding",
     "data": "core files hub debug text images padding processor",
@@ -273,7 +275,9 @@ def test_every_value_of_the_worked_example(seed):
 
 def test_console_script_explains_itself():
     script = Path(sys.executable).with_name("vlm-lit")
-    commands = "walk audit plan train generate chat eval export doctor replay losses".split()
+    commands = (
+        "walk audit plan train generate chat eval export doctor replay losses convert".split()
+    )
     for command in ([], *([name] for name in commands)):
         done = subprocess.run([script, *command, "--help"], capture_output=True, text=True)
         assert done.returncode == 0 and "Usage: vlm-lit" in done.stdout, done.stderr
