@@ -129,7 +129,7 @@ def walk(
             write_page(html, walk_html(dataset, index))
         echo("\n".join(walk_lines(dataset, index)))
 
-# %% ../nbs/21_cli.ipynb #c485656
+# %% ../nbs/21_cli.ipynb #c016
 def images_to_open(decode_images: bool, no_images: bool, fix: Path | None) -> str:
     "Which images an audit opens; all of them for a file of records that pass."
     if decode_images and no_images:
@@ -162,7 +162,7 @@ def report_audit(data, processor, settings, workers, against, fix, html, as_json
         echo(f"{says}{left_out_path(fix)}", err=as_json)
     return report
 
-# %% ../nbs/21_cli.ipynb #c016
+# %% ../nbs/21_cli.ipynb #c017
 @app.command("audit")
 def audit_data(
     data: _Data,
@@ -213,7 +213,7 @@ def audit_data(
         report = report_audit(records, processor, settings, workers, *outputs)
     if not report["ok"]: raise typer.Exit(1)
 
-# %% ../nbs/21_cli.ipynb #c022
+# %% ../nbs/21_cli.ipynb #c023
 @app.command(context_settings={"ignore_unknown_options": True})
 def train(
     context: typer.Context,
@@ -258,7 +258,7 @@ def train(
         if print_config: echo(format_recipe(found))
         else: train_run(found, folder, resume)
 
-# %% ../nbs/21_cli.ipynb #c461990
+# %% ../nbs/21_cli.ipynb #c035
 @app.command(context_settings={"ignore_unknown_options": True})
 def plan(
     context: typer.Context,
@@ -285,7 +285,7 @@ def plan(
         echo(json.dumps(found, indent=1) if as_json else "\n".join(plan_lines(found)))
     if found["problems"]: raise typer.Exit(1)
 
-# %% ../nbs/21_cli.ipynb #c034
+# %% ../nbs/21_cli.ipynb #c037
 @app.command()
 def generate(
     model: _Model,
@@ -330,7 +330,7 @@ def chat(
         if sys.stdin.isatty(): print_status(CHAT_HELP)
         talk(partner, opened, "> " if sys.stdin.isatty() else "")
 
-# %% ../nbs/21_cli.ipynb #c037
+# %% ../nbs/21_cli.ipynb #c040
 @app.command("eval")
 def evaluate_model(
     model: _Model,
@@ -375,7 +375,7 @@ def evaluate_model(
         del result["predictions"]
         echo(json.dumps(result, indent=1) if as_json else format_table(result))
 
-# %% ../nbs/21_cli.ipynb #c040
+# %% ../nbs/21_cli.ipynb #c043
 @app.command()
 def export(
     model: _Model,
@@ -400,7 +400,7 @@ def export(
         if push is not None:
             echo(f"uploaded to {push_folder(folder, push, private)}")
 
-# %% ../nbs/21_cli.ipynb #c044
+# %% ../nbs/21_cli.ipynb #c047
 @app.command()
 def doctor():
     "Test the mask of a known conversation; print what belongs in a bug report."
@@ -458,7 +458,7 @@ def main():
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     app()
 
-# %% ../nbs/21_cli.ipynb #c747468
+# %% ../nbs/21_cli.ipynb #c050
 @app.command("convert")
 def convert_data(
     data: _Data,

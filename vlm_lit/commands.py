@@ -90,7 +90,7 @@ def user_errors(
     print_status(name_flags(text, flags))
     raise typer.Exit(code)
 
-# %% ../nbs/20a_commands.ipynb #c008
+# %% ../nbs/20a_commands.ipynb #c010
 def names_folder(
     name: str,  # A preset, a run or a model folder
 ) -> bool:
@@ -177,7 +177,7 @@ def load_preparation(
     images |= {"aspect": aspect, "resize": resize or "pillow"}
     return VLMProcessor.for_model(config, words, template, control_tokens, **images)
 
-# %% ../nbs/20a_commands.ipynb #c011
+# %% ../nbs/20a_commands.ipynb #c013
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 def open_records(
@@ -259,7 +259,7 @@ def example_record(
         "conversations": [{"from": role, "value": text} for role, text in turns],
     }
 
-# %% ../nbs/20a_commands.ipynb #c013
+# %% ../nbs/20a_commands.ipynb #c015
 def split_words(
     words: list[str],  # What the parser has left
     known: list[str],  # The command's own options
@@ -333,7 +333,7 @@ def short_recipe(
     }
     return [word for key, value in sections.items() for word in (f"--{key}", json.dumps(value))]
 
-# %% ../nbs/20a_commands.ipynb #c017
+# %% ../nbs/20a_commands.ipynb #c019
 def run_folder(
     files: list[Path],  # Recipes, or without any the data
     name: str | None,  # Of the run
@@ -392,7 +392,7 @@ def train_run(
     echo("\n".join(result_lines(result)))
     echo(f"everything is in {folder}; try it: vlm-lit chat {place} image.png")
 
-# %% ../nbs/20a_commands.ipynb #c019
+# %% ../nbs/20a_commands.ipynb #c021
 NO_ANSWER = "the answer is empty; this question is left out of what follows"
 CHAT_HELP = "/image FILE shows an image, /clear starts over, /quit or Ctrl-D ends"
 

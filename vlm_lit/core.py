@@ -80,7 +80,7 @@ def nearest(
     found = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     return found[0] if found else None
 
-# %% ../nbs/00_core.ipynb #c252792
+# %% ../nbs/00_core.ipynb #c021
 def printable(
     text,  # Of a data file, a file name or a library
     keep: str = "",  # Control characters that may stay, such as a newline
@@ -95,7 +95,7 @@ def printable(
     text = str(text)
     return text if text.isprintable() else "".join(map(spelled, text))
 
-# %% ../nbs/00_core.ipynb #c021
+# %% ../nbs/00_core.ipynb #c024
 def first_values(
     values: Sequence,  # Flat, of numbers
     n: int = 6,  # How many to write
@@ -130,7 +130,7 @@ def peek(
     for row in rows:
         print("  ".join([*(cell.ljust(w) for cell, w in zip(row[:4], widths)), row[4]]).rstrip())
 
-# %% ../nbs/00_core.ipynb #c024
+# %% ../nbs/00_core.ipynb #c027
 def progress_console() -> Console:
     "Standard error; a terminal only if it is one, and not the output of a notebook."
     return Console(

@@ -16,7 +16,7 @@ from uuid import uuid4
 from safetensors import SafetensorError
 from .core import ConfigError, describe
 
-# %% ../nbs/01a_files.ipynb #c016
+# %% ../nbs/01a_files.ipynb #c006
 def digest(
     *parts,  # Bytes or text
 ) -> str:  # 32 hexadecimal digits
@@ -41,7 +41,7 @@ def file_stamp(
     stat = os.stat(path)
     return stat.st_size, stat.st_mtime_ns
 
-# %% ../nbs/01a_files.ipynb #c006
+# %% ../nbs/01a_files.ipynb #c009
 _PART = re.compile(r"\.([0-9a-f]{8})-(\d+)-[0-9a-f]{8}\.part$")
 _WEEK = 7 * 24 * 3600  # seconds
 
@@ -96,7 +96,7 @@ def _fsync(path: Path) -> None:
     try: os.fsync(place)
     finally: os.close(place)
 
-# %% ../nbs/01a_files.ipynb #c500726
+# %% ../nbs/01a_files.ipynb #c010
 class WriteError(ConfigError):
     "A file or folder that cannot be written. What was there before is kept."
 
@@ -151,7 +151,7 @@ def apply_umask(
     for file in [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]:
         if stat.S_IMODE(file.stat().st_mode) != mode: file.chmod(mode)
 
-# %% ../nbs/01a_files.ipynb #c391915
+# %% ../nbs/01a_files.ipynb #c011
 def write_text(
     path: str | Path,  # Where the file is to be
     text: str,
@@ -186,7 +186,7 @@ def read_json(
     own = names.get(kind, kind.__name__)
     raise ConfigError(f"{str(path)!r} must hold {own}, and holds {describe(found)[-1]}")
 
-# %% ../nbs/01a_files.ipynb #c013
+# %% ../nbs/01a_files.ipynb #c018
 def cache_folder() -> Path:
     "Where indexes and converted weights are kept: VLM_LIT_CACHE, or the platform's cache."
     if own := os.environ.get("VLM_LIT_CACHE"):
@@ -237,7 +237,7 @@ def new_folder(
         raise _not_writable(parent, e) from e
     finally: shutil.rmtree(part, ignore_errors=True)
 
-# %% ../nbs/01a_files.ipynb #c116145
+# %% ../nbs/01a_files.ipynb #c021
 CHECKSUMS = "checksums.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 

@@ -184,7 +184,7 @@ def sample_image(
     )
     return image
 
-# %% ../nbs/06_images.ipynb #c020
+# %% ../nbs/06_images.ipynb #c022
 def expand2square(
     image: Image.Image,  # RGB
     background_color: tuple[int, int, int],  # Of the bars, 0 to 255
@@ -284,7 +284,7 @@ def resize_to_square(
         image = expand2square(image, tuple(int(255 * m) for m in mean))
     return resize_and_crop(image, size)
 
-# %% ../nbs/06_images.ipynb #c033
+# %% ../nbs/06_images.ipynb #c035
 def to_bytes(
     image: Image.Image,  # RGB
 ) -> torch.Tensor:  # uint8, shape (3, height, width)
@@ -315,7 +315,7 @@ def interpolate_image(
     small = F.interpolate(flat, (image_size, image_size), mode="bilinear", align_corners=False)
     return small.reshape(*image_aux.shape[:-2], image_size, image_size)
 
-# %% ../nbs/06_images.ipynb #c043
+# %% ../nbs/06_images.ipynb #c045
 def grid_crops(
     image_aux: torch.Tensor,  # float, shape (..., 3, height, width)
     image_size: int = 336,  # Pixels of a crop
@@ -360,7 +360,7 @@ def count_image_tokens(
         )
     return (image_size // patch_size) ** 2 * (image_grid**2 + int(image_global))
 
-# %% ../nbs/06_images.ipynb #c050
+# %% ../nbs/06_images.ipynb #c052
 def prepare_image(
     image: Image.Image,  # RGB, any size
     image_size_aux: int = 768,  # Pixels of the large square
@@ -382,7 +382,7 @@ def prepare_image(
         "image_aux": image_aux,
     }
 
-# %% ../nbs/06_images.ipynb #c061
+# %% ../nbs/06_images.ipynb #c063
 def finish_images(
     pixel_values_aux: torch.Tensor,  # uint8, shape (n_images, 3, height, width), on any device
     image_size: int = 336,  # Pixels of the small square
@@ -406,7 +406,7 @@ def finish_images(
         "pixel_values_aux": done.to(dtype),
     }
 
-# %% ../nbs/06_images.ipynb #c104
+# %% ../nbs/06_images.ipynb #c072
 def image_warnings(
     file,  # A path, or a file that is open for reading bytes
     name: str = "",  # How messages call it

@@ -181,7 +181,7 @@ def audit_lines(
     )
     return [_printable(line) for line in lines]
 
-# %% ../nbs/15_reports.ipynb #c199765
+# %% ../nbs/15_reports.ipynb #c022
 _CSS = """
 :root{color-scheme:light dark;--fg:#222;--bg:#fff;--line:#ccc;--error:#b71c1c;--warning:#8a4500;
 --good:#e8f5e9;--bad:#ffebee;--bar:#2e7d32;--rest:#757575}
@@ -242,7 +242,7 @@ def _segment_table(segments: dict) -> str:
         rows.append([_safe(name), *counts, f'<div class="track">{bar}</div>'])
     return _table(["segment", "positions", "share", "", ""], rows)
 
-# %% ../nbs/15_reports.ipynb #c492040
+# %% ../nbs/15_reports.ipynb #c023
 def length_figure(
     histogram: dict,  # `edges` and `counts` of a report
 ) -> str:  # SVG

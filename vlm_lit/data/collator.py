@@ -185,7 +185,7 @@ class DataCollatorForSupervisedDataset:
             batch["supervised_positions"] = supervised_positions(batch["labels"])
         return {**batch, "info": batch_info(shown)} if "index" in shown[0] else batch
 
-# %% ../../nbs/08_batches.ipynb #c691810
+# %% ../../nbs/08_batches.ipynb #c035
 @contextmanager
 def name_dead_worker(
     setting: str,  # That holds the number of workers, for the message

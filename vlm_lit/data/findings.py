@@ -92,7 +92,7 @@ class AuditSettings:
     keep_failures: bool = False  # keep every error, not examples alone
     follow_links: bool = False  # links may lead out of the image folder, as in training
 
-# %% ../../nbs/13a_findings.ipynb #c865259
+# %% ../../nbs/13a_findings.ipynb #c009
 _WORDS = r"(?:image|img|picture|photo)s?(?:[ _-]?(?:\d+|here|placeholder|token|pad))?"
 _TAG = re.compile(rf"<[\s|/]{{0,3}}{_WORDS}[\s|/]{{0,3}}>", re.IGNORECASE)
 
@@ -111,7 +111,7 @@ def turn_warning(
         return None
     return {"gpt": "empty_answer", "human": "empty_turn"}.get(turn["from"])
 
-# %% ../../nbs/13a_findings.ipynb #c009
+# %% ../../nbs/13a_findings.ipynb #c012
 @dataclass(frozen=True)
 class Finding:
     "Something wrong with a record."

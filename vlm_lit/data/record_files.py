@@ -239,7 +239,7 @@ def scan_records(
     if first == b"[": yield from JsonList(file, name, block, max_record, line)
     else: yield from _scan_lines(file, name, max_record, line)
 
-# %% ../../nbs/06d_record_files.ipynb #c316789
+# %% ../../nbs/06d_record_files.ipynb #c014
 MAX_CELL = csv.field_size_limit()  # characters; a setting of the whole process, left as it is
 
 def _check_columns(columns: list[str], name: str) -> None:

@@ -301,7 +301,7 @@ def one_thread(worker):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
 
-# %% ../../nbs/07_records.ipynb #c492818
+# %% ../../nbs/07_records.ipynb #c015
 def _is_of_datasets(data: object, name: str) -> bool:
     "Whether data is of a class of `datasets`, which is not imported for it."
     module = sys.modules.get("datasets")

@@ -128,7 +128,7 @@ def fill_template(
         conv.append_message(roles[sentence["from"]], sentence["value"])
     return conv
 
-# %% ../../nbs/05_labels.ipynb #c013
+# %% ../../nbs/05_labels.ipynb #c015
 @lru_cache(maxsize=64)
 def template_markers(
     template: str,  # A name in `conv_templates`
@@ -268,7 +268,7 @@ def encode_by_policy(
         refuse_control_ids(encoded, tokenizer, records)
     return encoded
 
-# %% ../../nbs/05_labels.ipynb #c018
+# %% ../../nbs/05_labels.ipynb #c020
 SUPERVISED = (Segment.ANSWER, Segment.STOP)
 
 def mask_switched_off(
@@ -308,7 +308,7 @@ def mask_prompt(
     supervised = (segments == Segment.ANSWER) | (segments == Segment.STOP)
     return np.where(supervised, input_ids, IGNORE_INDEX)
 
-# %% ../../nbs/05_labels.ipynb #c020
+# %% ../../nbs/05_labels.ipynb #c022
 NEEDS_BOS = (SeparatorStyle.GEMMA, SeparatorStyle.LLAMA_2, SeparatorStyle.LLAMA_3)
 
 def check_tokenizer(
@@ -417,7 +417,7 @@ def preprocess(
     segments = {"segments": apart(encoded.segments)} if return_segments else {}
     return {"input_ids": input_ids, "labels": labels, **segments}
 
-# %% ../../nbs/05_labels.ipynb #c046
+# %% ../../nbs/05_labels.ipynb #c050
 def generation_ids(
     source: list[dict],  # Turns up to and with a user's turn
     tokenizer: PreTrainedTokenizerFast,

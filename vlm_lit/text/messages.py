@@ -132,7 +132,7 @@ def _is_trained(
         raise DataError(f"{' and '.join(map(repr, given))} disagree; keep one", record, n)
     return all(given.values())
 
-# %% ../../nbs/03a_messages.ipynb #c011
+# %% ../../nbs/03a_messages.ipynb #c015
 # of a record in any form that is read
 RECORD_KEYS = (
     *("id", "image", "images", "conversations", "messages", "system", "type", "source"),
@@ -195,7 +195,7 @@ def ignored_keys(
             found |= _unknown_keys(part, _PART_KEYS, "part.")
     return sorted(found)
 
-# %% ../../nbs/03a_messages.ipynb #c687826
+# %% ../../nbs/03a_messages.ipynb #c018
 def _one_of(
     raw: dict,  # A record as it was read
     names: tuple[str, str],  # Two keys with the same meaning

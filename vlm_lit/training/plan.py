@@ -21,7 +21,7 @@ from ..debug.values import visible
 from .recipe import Recipe
 from .run import Prepared, prepare_run, training_arguments
 
-# %% ../../nbs/19a_plan.ipynb #c954147
+# %% ../../nbs/19a_plan.ipynb #c005
 def measured_recipe(
     recipe: Recipe,
     steps: int,  # To be taken
@@ -35,7 +35,7 @@ def measured_recipe(
     data = replace(recipe.data, bad_samples=replace(recipe.data.bad_samples, max_fraction=1.0))
     return replace(recipe, data=data, training={**recipe.training, **changed})
 
-# %% ../../nbs/19a_plan.ipynb #c005
+# %% ../../nbs/19a_plan.ipynb #c006
 def count_data(
     mixture,  # `Mixture` of a prepared run
 ) -> tuple[np.ndarray, dict]:  # Length of each record, 0 if it is not used; JSON
@@ -100,7 +100,7 @@ def _row_lengths(units, lengths, is_packed) -> list[int]:
     else: rows = [int(lengths[i]) for unit in units for i in unit]
     return [row for row in rows if row]
 
-# %% ../../nbs/19a_plan.ipynb #c011
+# %% ../../nbs/19a_plan.ipynb #c013
 _STATES = {"adamw": 2, "adamw_torch": 2, "adamw_torch_fused": 2, "sgd": 0}  # tensors per weight
 
 def count_memory(
@@ -130,7 +130,7 @@ def count_memory(
         "disk_bytes": checkpoint * kept + sum(n * size for n, size, _ in weights),
     }
 
-# %% ../../nbs/19a_plan.ipynb #c014
+# %% ../../nbs/19a_plan.ipynb #c016
 class _StepClock(TrainerCallback):
     "Seconds of each step, with what a device still has to do."
 
@@ -218,7 +218,7 @@ def _problems(plan: dict, recipe: Recipe) -> list[str]:
     why = (plan["measured"] or {}).get("why")
     return [*found, f"a step cannot be taken: {why}"] if why else found
 
-# %% ../../nbs/19a_plan.ipynb #c015
+# %% ../../nbs/19a_plan.ipynb #c017
 def _size(count: float | None) -> str:
     "Bytes for people."
     if count is None: return "not known"

@@ -332,7 +332,7 @@ class _Checkpoints:
         if not (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}").is_dir():
             self._save_checkpoint(self.model, None)
 
-# %% ../../nbs/17_trainer.ipynb #c204439
+# %% ../../nbs/17_trainer.ipynb #c024
 @contextmanager
 def _resuming(checkpoint):
     "Damage of a checkpoint in one line that says how to go on."
@@ -400,7 +400,7 @@ def check_optimizer_state(
                     raise ConfigError(f"{path.name}: {key} of weight {number} has another shape")
     if not moments: raise ConfigError(f"{path.name} holds no moments")
 
-# %% ../../nbs/17_trainer.ipynb #c024
+# %% ../../nbs/17_trainer.ipynb #c026
 class _SetEpoch(TrainerCallback):
     "Set the sampler's epoch, which accelerate's wrappers do not when a run resumes within one."
 

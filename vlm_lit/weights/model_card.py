@@ -180,7 +180,7 @@ def _training(runs) -> list[str]:
         lines += _table(["setting", "value"], _setting_rows(run))
     return ["## Training", "", *lines] if lines else []
 
-# %% ../../nbs/10da_model_card.ipynb #c872443
+# %% ../../nbs/10da_model_card.ipynb #c018
 def read_card(
     folder: str | Path,  # Of a model
 ) -> dict[str, list[str]]:  # Heading -> lines below it
@@ -197,7 +197,7 @@ def read_card(
             found.setdefault(heading, []).append(line)
     return found
 
-# %% ../../nbs/10da_model_card.ipynb #c017
+# %% ../../nbs/10da_model_card.ipynb #c019
 def _results(run) -> list[str]:
     "Scores on validation records, and of evaluations."
     lines, found = [], (run.get("result") or {}).get("validation") or {}
@@ -237,7 +237,7 @@ def _limits(model, runs, has_results) -> list[str]:
     ]
     return ["## Limits", "", *(f"- {line}" for line in found), ""]
 
-# %% ../../nbs/10da_model_card.ipynb #c019
+# %% ../../nbs/10da_model_card.ipynb #c021
 _WITH_VLM_LIT = """\
 from vlm_lit import Chat, open_model
 
@@ -276,7 +276,7 @@ def _usage(opens_with, name) -> list[str]:
     blocks = ([f"With {way}:", "", "```python", code, "```", ""] for way, code in ways.items())
     return ["## Use", "", *(line for block in blocks for line in block)]
 
-# %% ../../nbs/10da_model_card.ipynb #c021
+# %% ../../nbs/10da_model_card.ipynb #c023
 def model_card(
     model: VLM,
     runs: list[dict] = (),  # From `read_run`; empty: nothing about its training
