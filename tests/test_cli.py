@@ -10,8 +10,8 @@ from vlm_lit import __version__
 from vlm_lit.commands import CHAT_HELP, check_out, example_record, export_folder, image_files, load
 from vlm_lit.commands import check_push, echo, load_preparation, open_records, print_conversion
 from vlm_lit.commands import print_status, push_folder
-from vlm_lit.commands import RECIPE_FLAGS, report_found, run_folder, set_flags
-from vlm_lit.commands import short_recipe, split_words, talk, train_run, user_errors
+from vlm_lit.commands import RECIPE_FLAGS, recipe_overrides, report_found, run_folder, set_flags
+from vlm_lit.commands import split_words, talk, train_run, user_errors
 from vlm_lit.commands import write_answers, write_page
 from vlm_lit.core import ConfigError, DataError, printable, progress_console
 import re, shlex, subprocess, textwrap
@@ -314,6 +314,14 @@ def test_split_and_columns_reach_every_command_that_reads_data():
     assert [own[0]["split"] for own in (found["train"], found["eval"])] == ["train", "test"]
     assert found["train"][0]["columns"] == found["eval"][0]["columns"] == columns
     refuses("train @more/x.yaml --split test", "--split")
+    line = f"plan --preset tiny --model.tokenizer gemma --data @more --no-measure --json {named}"
+    refuses(line, "more holds several splits; give one of them as split: test, train")
+    out = run(f"{line} --split train")
+    assert json.loads(out.stdout)["data"]["records"] == 1, out.output
+    against = f"audit @more {named} --split train --workers 0 --against @more"
+    refuses(against, "more holds several splits")
+    out = run(f"{against} --val-split test --json")
+    assert json.loads(out.stdout)["against"] == {"records": 1, "errors": 0}, out.output
 
 def test_train_answers_every_mistake_in_a_recipe():
     write(

@@ -34,7 +34,7 @@ def setup_module():
     def inspected(record, number=0):
         "The findings of one record, given as its file has it."
         (raw,) = bisect_failures([number], lambda _: Records([record]).read([0]))
-        return inspect_record(raw, number, "refuse", pattern)[1]
+        return inspect_record(raw, number, "refuse", pattern, "gemma")[1]
 
 def test_tags_that_are_read_as_text():
     texts = ["<image>", "<Image>", "<img>", "< image >", "<|image|>", "<image_1>", "image", "<b>"]
@@ -81,6 +81,6 @@ def test_texts_and_their_warnings():
     record = {"id": 1, "conversations": talk("q"), "ignored": ["caption", "tools"]}
     test_eq([f.what for f in record_warnings(record, 0, "gemma")], ["not read: caption, tools"])
     unknown = DataError("new", 3, kind="of_tomorrow")
-    test_eq([f.kind for f in inspect_record(unknown, 0, "refuse", pattern)[1]], ["data"])
+    test_eq([f.kind for f in inspect_record(unknown, 0, "refuse", pattern, "gemma")[1]], ["data"])
     assert not set(ERRORS) & set(WARNINGS)
     test_eq((severity("tags"), severity("greeting")), ("error", "warning"))

@@ -5,8 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from vlm_lit.core import ConfigError
 from vlm_lit.data.audit import Audit, plain
-from vlm_lit.data.dataset import LazySupervisedDataset
-from vlm_lit.text.messages import image_names
+from vlm_lit.data.convert import converted_record, json_line
 import sys, tempfile
 from fastcore.test import expect_fail, test_eq
 from vlm_lit.data.audit import run_audit
@@ -64,7 +63,9 @@ def test_images_of_a_table_are_written_byte_for_byte():
     pq.write_table(pa.Table.from_pylist(rows), folder / "t.parquet")
     out = Path(tempfile.mkdtemp()) / "clean.jsonl"
     test_eq(write_passing(audited(folder / "t.parquet"), out), (2, 1))
-    test_eq([p.read_bytes() for p in sorted(images_path(out).iterdir())], cells[::2])
+    names = [json.loads(line)["image"] for line in out.read_text().splitlines()]
+    test_eq([(images_path(out) / name).read_bytes() for name in names], cells[::2])
+    test_eq(len(list(images_path(out).rglob("*.jpg"))), 1)  # one file for one content
     assert audited(out, image_folder=images_path(out)).report["ok"]
 
 def test_nothing_is_overwritten_and_nothing_is_left_half_done():

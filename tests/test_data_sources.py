@@ -86,6 +86,8 @@ def test_layouts_of_folders():
         (["dataset_dict.json", "a/state.json"], None, ("saved", ["state.json"])),
         (["dataset_dict.json"], None, "is a folder without Parquet files"),
         (["x.png"], None, "is a folder without Parquet files"),
+        (["a.parquet", "b.tar"], None, "has Parquet files and shards (a.parquet, b.tar)"),
+        (["metadata.jsonl", "metadata.csv"], None, "give the file that is meant"),
         (["x.parquet"], "train", "has no split 'train'; there are: (files without a split)"),
     ]
     for names, split, wanted in LAYOUTS:

@@ -136,10 +136,12 @@ def test_a_displaced_column_is_named():
 def test_a_misspelled_column_would_lose_every_image():
     row = {"question": "What?", "answer": "A box.", "img": "x.png"}
     named = name_columns({**row, "imgg": None}, {"image": "imgg"})  # as if the column were there
-    for key, value in read_record(to_conversation(named)).items(): print(f"{key}: {value}")
+    for key, value in read_record(to_conversation(named)).items():
+        print(f"{key}: {value}")
     wanted = "no column 'imgg'; there are: 'question', 'answer', 'img'"
     with Breakpoint(name_columns, at="if missing:", watch="missing") as bp:
-        with expect_fail(DataError, contains=wanted): name_columns(row, {"image": "imgg"})
+        with expect_fail(DataError, contains=wanted):
+            name_columns(row, {"image": "imgg"})
     bp.expect(missing=["imgg"])
 
 def test_every_form_becomes_its_record():

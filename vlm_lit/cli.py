@@ -17,8 +17,8 @@ from . import __version__
 from .commands import CHAT_HELP, check_out, example_record, export_folder, image_files, load
 from .commands import check_push, echo, load_preparation, open_records, print_conversion
 from .commands import print_status, push_folder
-from .commands import RECIPE_FLAGS, report_found, run_folder, set_flags
-from .commands import short_recipe, split_words, talk, train_run, user_errors
+from .commands import RECIPE_FLAGS, recipe_overrides, report_found, run_folder, set_flags
+from .commands import split_words, talk, train_run, user_errors
 from .commands import write_answers, write_page
 from .core import ConfigError, DataError, printable, progress_console
 
@@ -67,6 +67,8 @@ _Data = Annotated[
 ]
 _Split = Annotated[str | None, Option(help="Which split, where the data has several.")]
 _Columns = Annotated[str | None, Option(help="Roles of columns: question=q,answer=a.")]
+_Val = Annotated[Path | None, Option(help="Without a recipe: records to validate on.")]
+_ValSplit = Annotated[str | None, Option(help="The split of the validation records.")]
 _Images = Annotated[
     Path | None, Option(help="Image names are relative to it. Default: the data's own.")
 ]
@@ -180,6 +182,7 @@ def audit_data(
     against: Annotated[
         Path | None, Option(help="Validation records: find what they share.")
     ] = None,
+    val_split: _ValSplit = None,
     fix: Annotated[Path | None, Option(help="A new .jsonl for the records that pass.")] = None,
     max_length: Annotated[int | None, Option(min=1, help="Longer records are errors.")] = None,
     batch_size: Annotated[int, Option(min=1, help="Records per batch, for padding.")] = 16,
@@ -209,7 +212,8 @@ def audit_data(
             follow_links=follow_links,
         )
         records = open_records(data, split, columns)
-        outputs = against, fix, html, as_json, data.name
+        other = None if against is None else open_records(against, val_split, columns)
+        outputs = other, fix, html, as_json, data.name
         report = report_audit(records, processor, settings, workers, *outputs)
     if not report["ok"]: raise typer.Exit(1)
 
@@ -227,10 +231,10 @@ def train(
     preset: Annotated[str | None, Option(help="Without a recipe: preset or model folder.")] = None,
     data: Annotated[Path | None, Option(help="Without a recipe: records to train on.")] = None,
     image_folder: _Images = None,
-    val: Annotated[Path | None, Option(help="Without a recipe: records to validate on.")] = None,
+    val: _Val = None,
     follow_links: _Links = False,
     split: _Split = None,
-    val_split: Annotated[str | None, Option(help="The split of --val.")] = None,
+    val_split: _ValSplit = None,
     columns: _Columns = None,
 ):
     "Train by a recipe, or a preset on a data file. --section.key VALUE changes any setting."
@@ -241,16 +245,9 @@ def train(
             files = [runs / name / "recipe.yaml"]
             if not files[0].is_file():
                 raise ConfigError(f"no run {name!r} in {str(runs)!r} to resume")
-        if files and (preset or data or image_folder or val or split or val_split or columns):
-            raise ConfigError(
-                "--preset, --data, --image-folder, --val, --split, --val-split and --columns are "
-                "for training without a recipe; change its settings, as in --data.train.0.path "
-                "new.json"
-            )
-        if not files:
-            own = short_recipe(preset, data, image_folder, val, split, val_split, columns)
-            overrides = own + overrides
-        if follow_links: overrides += ["--data.follow_links", "true"]
+        short = dict(preset=preset, data=data, image_folder=image_folder, val=val)
+        short |= dict(split=split, val_split=val_split, columns=columns)
+        overrides = recipe_overrides(files, overrides, follow_links, **short)
         folder = run_folder(files or [data], name, runs, resume)
         from vlm_lit.training.recipe import format_recipe, load_recipe
 
@@ -268,16 +265,20 @@ def plan(
     preset: Annotated[str | None, Option(help="Without a recipe: preset or model folder.")] = None,
     data: Annotated[Path | None, Option(help="Without a recipe: records to train on.")] = None,
     image_folder: _Images = None,
+    val: _Val = None,
+    follow_links: _Links = False,
+    split: _Split = None,
+    val_split: _ValSplit = None,
+    columns: _Columns = None,
     as_json: _Json = False,
 ):
     "Say what a recipe would do: skipped records, steps, memory, disk, hours."
-    with user_errors():
+    with user_errors(RECIPE_FLAGS):
         options = [o for p in context.command.params for o in p.opts if o.startswith("--")]
         files, overrides = split_words(recipe or [], options)
-        if files and (preset or data or image_folder):
-            raise ConfigError("--preset, --data and --image-folder are for a plan without a recipe")
-        if not files:
-            overrides = short_recipe(preset, data, image_folder) + overrides
+        short = dict(preset=preset, data=data, image_folder=image_folder, val=val)
+        short |= dict(split=split, val_split=val_split, columns=columns)
+        overrides = recipe_overrides(files, overrides, follow_links, **short)
         from vlm_lit.training.plan import make_plan, plan_lines
         from vlm_lit.training.recipe import load_recipe
 

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['RECIPE_FLAGS', 'NO_ANSWER', 'CHAT_HELP', 'EXPORTS', 'set_flags', 'name_flags', 'echo', 'print_status', 'user_errors',
            'names_folder', 'find_tokenizer', 'load_preparation', 'open_records', 'print_conversion', 'image_files',
-           'check_out', 'write_page', 'example_record', 'split_words', 'short_recipe', 'run_folder', 'result_lines',
-           'train_run', 'load', 'talk', 'write_answers', 'report_found', 'export_folder', 'check_push', 'push_folder']
+           'check_out', 'write_page', 'example_record', 'split_words', 'short_recipe', 'recipe_overrides', 'run_folder',
+           'result_lines', 'train_run', 'load', 'talk', 'write_answers', 'report_found', 'export_folder', 'check_push',
+           'push_folder']
 
 # %% ../nbs/20a_commands.ipynb #c002
 import gc, json, os, re, shlex, signal, sys, warnings
@@ -178,8 +179,6 @@ def load_preparation(
     return VLMProcessor.for_model(config, words, template, control_tokens, **images)
 
 # %% ../nbs/20a_commands.ipynb #c013
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
 def open_records(
     data: Path,  # Files, or a name on the hub
     split: str | None = None,  # Which one, where there are several
@@ -204,6 +203,8 @@ def print_conversion(
     advice = "mend them, or leave them out with --skip-bad" if found.n_records else "none is left"
     echo(f"they are in {out}" if is_written else f"nothing is written: {advice}")
     return is_written
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 def image_files(
     paths: list,  # Files, or folders of them
@@ -332,6 +333,22 @@ def short_recipe(
         "training": training,
     }
     return [word for key, value in sections.items() for word in (f"--{key}", json.dumps(value))]
+
+def recipe_overrides(
+    files: list[Path],  # Recipes
+    overrides: list[str],  # From `split_words`
+    follow_links: bool = False,  # Links may lead out of the image folder
+    **short,  # Arguments of `short_recipe`
+) -> list[str]:
+    "Overrides of a command line; without a file, on top of the recipe of a preset and its data."
+    if files and any(short.values()):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in short)
+        raise ConfigError(
+            f"{flags} are for training without a recipe; change its settings, as in "
+            "--data.train.0.path new.json"
+        )
+    own = [] if files else short_recipe(**short)
+    return [*own, *overrides, *(["--data.follow_links", "true"] if follow_links else [])]
 
 # %% ../nbs/20a_commands.ipynb #c019
 def run_folder(

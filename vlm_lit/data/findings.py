@@ -25,7 +25,7 @@ ERRORS = {
     "control_tokens": "a message spells a control token or a marker of the template",
     "image_missing": "no such image file",
     "image_escapes": "the image path leaves the image folder",
-    "image_unreadable": "the image cannot be decoded, or has more than 8 bits a channel",
+    "image_unreadable": "the image cannot be decoded, or has values that no rule makes 8 bits of",
     "image_oversized": "the image has too many pixels, or is too long and thin to be squared",
     "nothing_supervised": "no answer: not one token is supervised",
     "over_length": "longer than max_length, images expanded",
@@ -165,7 +165,7 @@ def inspect_record(
     index: int,  # Its number, counted from 0
     policy: str,  # What happens to control tokens: "refuse", "escape" or "allow"
     pattern: re.Pattern,  # From `control_pattern`
-    template: str = "gemma",  # A name in `conv_templates`, or "hf"
+    template: str,  # A name in `conv_templates`, or "hf"
 ) -> tuple[bool, list[Finding]]:  # Whether the text can be tokenized, and what is wrong
     "The checks of a record's text that need no tokenizer."
     if isinstance(record, DataError):

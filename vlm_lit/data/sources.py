@@ -65,13 +65,21 @@ def _kind(path: Path) -> str:
 def _metadata(folder: Path) -> Path | None:
     "The list of an image folder."
     names = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    found = [name for name in names if (folder / name).is_file()]
+    if len(found) > 1:
+        raise DataError(f"{folder.name} has {' and '.join(found)}; give the file that is meant")
+    return folder / found[0] if found else None
 
 def _files_of(folder: Path) -> list[Path]:
     "Parquet files of a folder, or else shards."
     files = sorted(p for p in folder.iterdir() if p.is_file())
-    several = ([p for p in files if _suffix_is(p, kind)] for kind in (".parquet", ".tar"))
-    return next(filter(None, several), [])
+    tables, shards = ([p for p in files if _suffix_is(p, kind)] for kind in (".parquet", ".tar"))
+    if tables and shards:
+        raise DataError(
+            f"{folder.name} has Parquet files and shards ({tables[0].name}, {shards[0].name}); "
+            "keep one kind in a folder"
+        )
+    return tables or shards
 
 def _suffix_is(path: Path, suffix: str) -> bool:
     "Whether a file is of a kind."
