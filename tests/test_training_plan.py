@@ -6,11 +6,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 import numpy as np, torch
 from transformers import TrainerCallback
-from vlm_lit.core import ConfigError, DataError
+from vlm_lit.core import ConfigError, DataError, printable
 from vlm_lit.data.audit import AuditChunks, count_all
 from vlm_lit.data.data_findings import RECORD
 from vlm_lit.data.findings import AuditSettings, severity
-from vlm_lit.debug.values import visible
 from vlm_lit.training.recipe import Recipe
 from vlm_lit.training.run import Prepared, prepare_run, training_arguments
 import json, sys, tempfile

@@ -599,7 +599,7 @@ class VLM(_Images, _Prompts, PreTrainedModel, GenerationMixin):
         losses = F.cross_entropy(logits.float(), targets, reduction="none")
         if n_items is None: n_items = len(targets)
         # without a supervised token the loss is 0
-        loss = losses.sum() / (max(n_items, 1) if isinstance(n_items, int) else n_items.clamp(1))
+        loss = losses.sum() / (n_items.clamp(1) if torch.is_tensor(n_items) else max(n_items, 1))
         out.loss, out.token_losses = loss, losses.detach()
 
 AutoConfig.register("vlm_lit", VLMConfig, exist_ok=True)

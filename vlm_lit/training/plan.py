@@ -13,11 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 import numpy as np, torch
 from transformers import TrainerCallback
-from ..core import ConfigError, DataError
+from ..core import ConfigError, DataError, printable
 from ..data.audit import AuditChunks, count_all
 from ..data.data_findings import RECORD
 from ..data.findings import AuditSettings, severity
-from ..debug.values import visible
 from .recipe import Recipe
 from .run import Prepared, prepare_run, training_arguments
 
@@ -258,4 +257,4 @@ def plan_lines(
         )
         rows["time"] = f"{plan['hours_per_epoch']:.2f} hours per epoch, {plan['hours']:.2f} in all"
     lines = [f"{name:18}{text}" for name, text in rows.items()]
-    return [visible(line) for line in lines + [f"problem: {text}" for text in plan["problems"]]]
+    return [printable(line) for line in lines + [f"problem: {text}" for text in plan["problems"]]]
