@@ -71,7 +71,7 @@ def test_the_running_mean_starts_with_fewer_values():
     bp.expect(windows=[[1.0], [1.0, 3.0], [3.0, 5.0]]).expect_return(result=[1.0, 2.0, 4.0])
 
 def test_text_of_the_data_is_escaped_on_the_page():
-    with Breakpoint(_example_item, at="name, picture =", watch=["example['id']", "where"]) as bp:
+    with Breakpoint(_example_item, at="name, shown =", watch=["example['id']", "where"]) as bp:
         audit_page(report)
     where = "<code>&lt;script&gt;alert(1)&lt;/script&gt;</code> (number 18, turn 0)"
     bp.expect({"example['id']": "<script>alert(1)</script>", "where": where}, hits=2)
@@ -79,7 +79,7 @@ def test_text_of_the_data_is_escaped_on_the_page():
 def test_text_that_is_not_escaped_is_run():
     change = {"where": lambda where: html.unescape(where)}  # as if it had not been escaped
     examples = report["findings"]["control_tokens"]["examples"]
-    with Breakpoint(_example_item, at="name, picture =", watch="turn", set=change) as bp:
+    with Breakpoint(_example_item, at="name, shown =", watch="turn", set=change) as bp:
         _example_item(examples[0], None)
     bp.expect_changed({"result.count('<script>')": (0, 1)})
 

@@ -382,7 +382,7 @@ def export(
     model: _Model,
     to: Annotated[str, Option(help="hf, llava-hf, gguf, mgm or llava.")] = "hf",
     out: Annotated[
-        Path | None, Option(help="Default: in the run, or beside a model folder.")
+        Path | None, Option(help="Default: in the run, or next to a model folder.")
     ] = None,
     dtype: Annotated[str | None, Option(help="float32, bfloat16 or float16.")] = None,
     push: Annotated[str | None, Option(help="Upload it to the hub as this OWNER/NAME.")] = None,

@@ -504,7 +504,7 @@ EXPORTS = ("hf", "llava-hf", "gguf", "mgm", "llava")
 def export_folder(
     model: str,  # As in `find_model`
     to: str = "hf",  # One of `EXPORTS`
-    out: Path | None = None,  # None: in its run, or beside a model folder that is in none
+    out: Path | None = None,  # None: in its run, or next to a model folder that is in none
     dtype: str | None = None,  # Of the weights; None: as they are
     name: str | None = None,  # Of its repository on the hub, for the model card
 ) -> Path:  # The folder
@@ -526,8 +526,8 @@ def export_folder(
     folder = find_model(model)
     run = folder.parent if folder.name == "model" else folder
     is_run = (run / "recipe.yaml").is_file() or (run / "result.json").is_file()
-    beside = folder.absolute()
-    out = out or (run / f"export-{to}" if is_run else beside.with_name(f"{beside.name}-{to}"))
+    whole = folder.absolute()
+    out = out or (run / f"export-{to}" if is_run else whole.with_name(f"{whole.name}-{to}"))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{str(out)!r} is there already; choose another --out")
     found, processor = _load(folder)

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from .core import DataError
 
 # %% ../nbs/05b_image_files.ipynb #c005
-# MPO is a JPEG with more images behind it; Pillow opens it as JPEG
+# MPO is a JPEG with more images after it; Pillow opens it as JPEG
 FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF"
 _SIGNATURES = {
     rb"%!PS|\xc5\xd0\xd3\xc6": "EPS",

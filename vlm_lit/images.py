@@ -22,7 +22,7 @@ from .image_files import n_frames, open_file, refused_format, to_8_bits
 
 # %% ../nbs/06_images.ipynb #c006
 def _locate(name: str, folder: Path) -> tuple[Path, bool, bool]:
-    "The file behind an image path, whether its name leaves the folder, and whether a link does."
+    "The file of an image path, whether its name leaves the folder, and whether a link does."
     root, given = folder.absolute(), Path(str(name))
     path = (root / given).resolve()
     is_inside = path.is_relative_to(root.resolve())
@@ -57,7 +57,7 @@ def safe_path(
         )
     if is_led_out and not follow_links:
         raise DataError(
-            f"image path {str(name)!r} is a link, or lies behind a link, that leads out of the "
+            f"image path {str(name)!r} is a link, or reached by a link, that leads out of the "
             "image folder; if you put it there, allow it with --follow-links "
             "(follow_links=True, in a recipe data.follow_links)",
             kind="image_escapes",

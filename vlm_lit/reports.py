@@ -209,11 +209,11 @@ def _example_item(example: dict, thumbnail) -> str:
     "An example of a finding, with its image if there is one."
     turn = "" if example["turn"] is None else f", turn {example['turn']}"
     where = f"<code>{_safe(example['id'])}</code> (number {example['index']}{turn})"
-    name, picture = example.get("image"), ""
+    name, shown = example.get("image"), ""
     if name is not None and thumbnail is not None and (data := thumbnail(name)):
         source = f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
-        picture = f'<img alt="image {_safe(name)}" src="{source}">'
-    return f"<li>{picture}<div>{where}: {_safe(example['what'])}</div></li>"
+        shown = f'<img alt="image {_safe(name)}" src="{source}">'
+    return f"<li>{shown}<div>{where}: {_safe(example['what'])}</div></li>"
 
 def _finding_section(kind: str, found: dict, thumbnail) -> str:
     "A finding with its examples."

@@ -93,7 +93,7 @@ class AuditSettings:
     follow_links: bool = False  # links may lead out of the image folder, as in training
 
 # %% ../../nbs/13a_findings.ipynb #c009
-_WORDS = r"(?:image|img|picture|photo)s?(?:[ _-]?(?:\d+|here|placeholder|token|pad))?"
+_WORDS = r"(?:image|img|pic(?:ture)?|photo)s?(?:[ _-]?(?:\d+|here|placeholder|token|pad))?"
 _TAG = re.compile(rf"<[\s|/]{{0,3}}{_WORDS}[\s|/]{{0,3}}>", re.IGNORECASE)
 
 def misspelled_tag(

@@ -102,7 +102,7 @@ def image_kinds(
 def described(
     facts: ImageFacts,
 ) -> str:
-    "The numbers behind a finding."
+    "The numbers of a finding."
     return (
         f"{facts.width} x {facts.height} pixels, mean {facts.brightness:.0f}, standard deviation "
         f"{facts.contrast:.0f}, {facts.entropy:.1f} bits"

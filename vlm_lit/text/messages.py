@@ -317,7 +317,7 @@ def _system_turn(
     turns: list,  # As they came
     record: object,  # The record's id, for messages
 ) -> list:  # The turns, a system turn before them if the record has a text for it
-    "The text `system` beside the turns as a turn."
+    "The text `system` of a record as a turn."
     text = raw.get("system")
     if not text: return turns
     if not isinstance(text, str):

@@ -22,7 +22,7 @@ _OTHER_FORMS = frozenset(CONTENT_KEYS[1:])  # than a conversation
 COLUMN_ROLES = tuple(dict.fromkeys((*RECORD_KEYS[:-1], *CONTENT_KEYS)))  # that a column may have
 
 def _count_images(row: dict) -> int:
-    "How many images a row names beside its texts."
+    "How many images a row names."
     images = [row[key] for key in ("image", "images") if row.get(key) not in (None, "", [])]
     return sum(len(own) if isinstance(own, list) else 1 for own in images)
 

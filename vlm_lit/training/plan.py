@@ -25,7 +25,7 @@ def measured_recipe(
     recipe: Recipe,
     steps: int,  # To be taken
 ) -> Recipe:
-    "The recipe for a few steps that leave nothing behind; bad records are skipped."
+    "The recipe for a few steps that leave no files; bad records are skipped."
     changed = {
         "max_steps": steps, "save_strategy": "no", "eval_strategy": "no", "report_to": "none",
         "match_embedding_scale": False,
