@@ -56,7 +56,7 @@ MAY_IMPORT = {  # room -> rooms that it may import; arrows run downward only
     "image_processor": "core images resize",
     "padding": "core",
     "processor": "core text images image_processor padding",
-    "data": "core files hub debug text images padding processor",
+    "data": "core files hub debug text image_files images padding processor",
     "models": "core images image_processor padding processor",
     "weights": "core files hub text processor models",
     "evaluation": "core files text image_processor processor padding data models weights",

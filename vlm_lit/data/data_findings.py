@@ -244,8 +244,12 @@ def data_findings(
     place, key = place[own["words"] >= LONG_ANSWER], key[own["words"] >= LONG_ANSWER]
     same = groups_with_many(rows["answer"][place], key, SAME_ANSWER)
     found.append(Group("boilerplate", place[same]))
-    known_alone = [k for k, (n, share) in known.items() if n >= KNOWN_AT_LEAST and share >= KNOWN_SHARE]
-    needless = np.isin(rows["source"], np.array(known_alone, np.uint64)) & is_read & (rows["n_images"] > 0)
+    known_alone = [
+        k for k, (n, share) in known.items() if n >= KNOWN_AT_LEAST and share >= KNOWN_SHARE
+    ]
+    needless = (
+        np.isin(rows["source"], np.array(known_alone, np.uint64)) & is_read & (rows["n_images"] > 0)
+    )
     found.append(Group("image_not_needed", np.flatnonzero(needless)))
     found.append(Group("length_outlier", length_outliers(rows["length"])))
     return found
