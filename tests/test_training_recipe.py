@@ -145,7 +145,7 @@ def test_values_that_look_right_are_refused():
             ),
             "training: {report_to: 3}": "training.report_to: expected string or list, got 3",
             "training: {hub_token: x}": "training.hub_token comes from the command, the launcher or a",
-            "training: {1: 2}": "unknown key 'training.1'; there are: what --print_config prints",
+            "training: {1: 2}": "line 1: key '1' is no text but of the type int; put it in quotes",
             "data: {max_length: 500.5}": "data.max_length: expected integer, got 500.5",
             "data: {blank_images: 1}": "data.blank_images: expected boolean, got 1",
             "data: 3": "data: expected mapping, got 3",
@@ -167,8 +167,19 @@ def test_yaml_numbers_and_repeated_keys():
     assert [read[k] for k in "abcdef"] == [1e-3, 2.5e4, 1e6, -1e-5, 5.0, 100.0]
     assert read["g"] == "1e" and read["h"] == "e5"
     assert yaml.dump("1e5", Dumper=_Dumper).strip() == "'1e5'"
-    with pytest.raises(ConfigError, match="x.yaml: line 2: key 'seed' is given twice"):
-        _parse_yaml("seed: 1\nseed: 2", "x.yaml")
+    wrong = {
+        "seed: 1\nseed: 2": "line 2: key 'seed' is given twice",
+        "lora:\n  no: 1": "line 2: key 'no' is no text but of the type bool; put it in quotes",
+        "1: x": "line 1: key '1' is no text but of the type int; put it in quotes",
+        "? [a, b]\n: c": "line 1: key ",
+        "a: 1\nb: \"x\x07\"": r"line 2: the control character '\x07' is not allowed",
+    }
+    for text, message in wrong.items():
+        with pytest.raises(ConfigError) as caught: _parse_yaml(text, "x.yaml")
+        assert str(caught.value).startswith(f"x.yaml: {message}"), str(caught.value)
+    assert _parse_yaml("a: &a {b: 1}\nc: {<<: *a, d: 2}", "x.yaml")["c"] == {"b": 1, "d": 2}
+    with pytest.raises(ConfigError, match="^--foo.bar: unknown key 'foo'"):
+        load_recipe(small, overrides=["--foo.bar", "1"])
 
 def test_flags_alone_make_a_recipe():
     flags = ["--model.preset", "smol", "--data.train", "[{path: a.json}]", "--lora", "{r: 8}"]

@@ -26,16 +26,19 @@ from ..text.record_forms import check_columns
 
 # %% ../../nbs/16a_recipe.ipynb #c008
 class _Loader(yaml.SafeLoader):
-    "YAML in which 1e-3 is a number and a key given twice is an error."
+    "YAML in which 1e-3 is a number, and a key that is no text or given twice is an error."
 
     def construct_mapping(self, node, deep=False):
         seen = set()
         for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"key {key.value!r} is given twice", problem_mark=key.start_mark
-                )
-            seen.add(str(key.value))
+            name, kind = str(key.value), key.tag.rpartition(":")[2]
+            if kind not in ("str", "merge"):
+                problem = f"key {_short(name)} is no text but of the type {kind}; put it in quotes"
+            elif name in seen: problem = f"key {name!r} is given twice"
+            else:
+                seen.add(name)
+                continue
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
         return super().construct_mapping(node, deep)
 
 class _Dumper(yaml.SafeDumper):
@@ -61,6 +64,11 @@ for _class in (_Loader, _Dumper):
 def _parse_yaml(text: str, name: str):
     "The value that YAML text stands for. Raises `ConfigError` with the line."
     try: return yaml.load(text, _Loader)
+    except yaml.reader.ReaderError as e:
+        line = text.count("\n", 0, e.position) + 1
+        raise ConfigError(
+            f"{name}: line {line}: the control character {chr(e.character)!r} is not allowed"
+        ) from e
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark else ""
@@ -261,7 +269,8 @@ def _explain(errors: list, values, at: tuple, names, origins: dict):
         near = nearest(path[-1], names)
         listed = ", ".join(names) if len(names) < 40 else "what --print_config prints"
         hint = f"did you mean {near!r}?" if near else f"there are: {listed}"
-        _refuse(at + path, f"unknown key {name!r}; {hint}", origins)
+        place = next((p for p in origins if p[: len(at + path)] == at + path), at + path)
+        _refuse(place, f"unknown key {name!r}; {hint}", origins)
     if first["type"] == "missing":
         _refuse(path, f"{_dotted(at + first['loc'])!r} is missing", origins)
     if first["type"] == "value_error":
