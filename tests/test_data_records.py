@@ -12,7 +12,8 @@ from rich.progress import Progress
 from torch.utils.data import ConcatDataset, Subset
 from torch.utils.data import Dataset as TorchDataset
 from vlm_lit.core import ConfigError, DataError, progress_console
-from vlm_lit.files import cache_folder, digest, file_stamp, new_folder, writable_folder
+from vlm_lit.files import cache_folder, check_checksum, digest, file_stamp, new_folder
+from vlm_lit.files import write_checksums
 from vlm_lit.hub import hub_lookup
 from vlm_lit.text.messages import REFUSED_KEYS, RECORD_KEYS, image_names, read_record
 from vlm_lit.text.record_forms import CONTENT_KEYS, check_columns, find_form, name_columns
@@ -210,7 +211,7 @@ def test_a_changed_file_is_never_read_from_an_old_store():
     records = Records(path)
     folder = Path(records.table.cache_files[0]["filename"]).parent
     test_eq((len(records), records[8999]["id"]), (9000, "008999"))
-    test_eq(sorted(p.name for p in folder.iterdir()), ["meta.json", "records.arrow"])
+    test_eq(sorted(p.name for p in folder.iterdir()), ["checksums.json", "meta.json", "records.arrow"])
     path.write_text(path.read_text().replace("008999", "oo8999"))
     test_eq(records[8999]["id"], "008999")
     again = Records(path)
@@ -218,9 +219,13 @@ def test_a_changed_file_is_never_read_from_an_old_store():
     with Breakpoint(_build_store, at="with new_folder") as bp: Records(path)
     test_eq(len(bp.hits), 0)  # the second open builds nothing
     store = Path(again.table.cache_files[0]["filename"])
-    for half in (b"half", store.read_bytes()[:-2000]):
-        store.write_bytes(half)
-        test_eq(Records(path)[8998]["id"], "008998")  # half a store is written again
+    whole = store.read_bytes()
+    at = whole.index(b"the number 008998")
+    flipped = whole[:at] + b"T" + whole[at + 1 :]  # the length stays, and one letter differs
+    for damaged in (b"half", whole[:-2000], flipped):
+        store.write_bytes(damaged)
+        answer = Records(path)[8998]["conversations"][1]["value"]
+        test_eq(answer, "the number 008998")  # a damaged store is written again
     for text in ("", "[]", "null", "3", '"x"', "{}", '{"n": null}', '{"n": [9000]}', "[" * 99999):
         store.with_name("meta.json").write_text(text)
         test_eq(Records(path)[8998]["id"], "008998")

@@ -19,7 +19,8 @@ from rich.progress import Progress
 from torch.utils.data import ConcatDataset, Subset
 from torch.utils.data import Dataset as TorchDataset
 from ..core import ConfigError, DataError, progress_console
-from ..files import cache_folder, digest, file_stamp, new_folder, writable_folder
+from ..files import cache_folder, check_checksum, digest, file_stamp, new_folder
+from ..files import write_checksums
 from ..hub import hub_lookup
 from ..text.messages import REFUSED_KEYS, RECORD_KEYS, image_names, read_record
 from ..text.record_forms import CONTENT_KEYS, check_columns, find_form, name_columns
@@ -29,7 +30,7 @@ from .record_images import record_name, take_images
 from .sources import Source, choose_split, find_source, scan_source
 
 # %% ../../nbs/07_records.ipynb #c006
-STORE_VERSION = 3  # to be raised when the columns or `read_record` change
+STORE_VERSION = 4  # to be raised when the columns or `read_record` change
 _BATCH_BYTES = 1 << 26  # of images, after which a batch of the store is written
 
 def _schema():
@@ -246,6 +247,12 @@ def _copy_parquet(
         raise DataError(f"{source.path.name}: cannot be read as a table ({str(e)[:80]})") from e
     return n
 
+def _finish_store(part: Path, n: int, name: str | None = None, form: str | None = None) -> None:
+    "Note what a store holds, and its checksum."
+    meta = json.dumps({"n": n, "of": name, "form": form})
+    (part / "meta.json").write_text(meta, encoding="utf-8")
+    write_checksums(part)
+
 def _build_store(
     source: Source,
     columns: Mapping[str, str],  # Role -> column
@@ -267,23 +274,34 @@ def _build_store(
             raise DataError(
                 f"{name} has changed while it was read; wait until it is written, and open it again"
             )
-        meta = json.dumps({"n": n, "of": name, "form": form})
-        (part / "meta.json").write_text(meta, encoding="utf-8")
+        _finish_store(part, n, name, form)
     for old in folder.parent.iterdir():  # stores of what the files were before
         if old != folder and old.suffix != ".part":
             shutil.rmtree(old, ignore_errors=True)
 
 def _open_store(
     folder: Path,  # Of the store
-) -> tuple:  # A `datasets.Dataset`, and the form of its records
+) -> tuple[Any, str | None]:  # A `datasets.Dataset`, and the form of its records
     "Map a store into memory. Raises `ValueError` or `OSError` if it is not whole."
     from datasets import Dataset
 
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    check_checksum(folder / "records.arrow")
     table = Dataset.from_file(str(folder / "records.arrow"))
     if len(table) != meta["n"]:
         raise ValueError(f"a store of {len(table)} records instead of {meta['n']}")
     return table, meta["form"]
+
+def _kept_store(
+    folder: Path,  # Of the store
+    build: Callable[[], None],  # Makes it
+) -> tuple[Any, str | None]:  # As from `_open_store`
+    "A store from the cache, made if it is not there or not whole."
+    try: return _open_store(folder)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        shutil.rmtree(folder, ignore_errors=True)  # half of a store, from a full disk perhaps
+        build()
+        return _open_store(folder)
 
 @contextmanager
 def _bars_in_terminals_only():
@@ -414,12 +432,8 @@ class Records(Sequence):
         choice = [self.split, self.columns] if self.split or self.columns else []
         key = digest(self.fingerprint, STORE_VERSION)
         folder = cache_folder() / "records" / digest(path.absolute(), *choice) / key
-        try: found = _open_store(folder)
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            shutil.rmtree(folder, ignore_errors=True)  # half of a store, from a full disk perhaps
-            _build_store(source, self.columns, folder)
-            found = _open_store(folder)
-        self._use_store(found[0], found[1], source.kind != "parquet")
+        build = partial(_build_store, source, self.columns, folder)
+        self._use_store(*_kept_store(folder, build), source.kind != "parquet")
 
     def _use_store(self, table, form: str | None, in_form: bool) -> None:
         "Read from a store; images inside it are left aside until they are asked for."
@@ -522,26 +536,23 @@ class Records(Sequence):
         "Count something in every row of the table, once: the counts are kept in the user's cache."
         choice = [self.columns] if self.columns else []
         name = digest(self.table._fingerprint, STORE_VERSION, *key, *choice)
-        path = writable_folder(cache_folder() / what) / f"{name}.arrow"
-        settings = dict(
-            with_indices=True,
-            batched=True,
-            batch_size=size,
-            new_fingerprint=name,
-            remove_columns=self.table.column_names,
-            cache_file_name=str(path),
-            desc=f"counting {what}",
-        )
-        was_kept = path.is_file()
-        with _bars_in_terminals_only():
-            try: found = self.table.map(function, **settings)
-            except (OSError, ValueError, LookupError, TypeError):
-                if not was_kept: raise
-                found = ()
-            if was_kept and len(found) != len(self):  # the kept counts are damaged
-                path.unlink()
-                found = self.table.map(function, **settings)
-        return found
+        folder = cache_folder() / what / name
+
+        def count():
+            with new_folder(folder) as part, _bars_in_terminals_only():
+                self.table.map(
+                    function,
+                    with_indices=True,
+                    batched=True,
+                    batch_size=size,
+                    new_fingerprint=name,
+                    remove_columns=self.table.column_names,
+                    cache_file_name=str(part / "records.arrow"),
+                    desc=f"counting {what}",
+                )
+                _finish_store(part, len(self))
+
+        return _kept_store(folder, count)[0]
 
     def is_embedded(
         self,
