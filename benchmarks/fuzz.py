@@ -497,8 +497,8 @@ def start():
     PAIRS.extend(("hf", style, own[0]) for style, own in HF.items())
 
 def work(numbers, seed, n):
-    "Some batches: violations, counts of laws, counts of pairs."
-    found, counts, pairs = [], Counter(), Counter()
+    "Some batches: violations, counts of laws, counts of pairs, processor seconds."
+    found, counts, pairs, began = [], Counter(), Counter(), time.process_time()
     for number in numbers:
         batch = Batch(number, seed, PAIRS, READERS)
         try: batch.run(n)
@@ -507,11 +507,11 @@ def work(numbers, seed, n):
         found += batch.found
         counts += batch.counts
         pairs[f"{batch.style} {batch.reader.name}"] += n
-    return found, counts, pairs
+    return found, counts, pairs, time.process_time() - began
 
 def fuzz(n, workers, seed, seconds=None):
     "Judge about `n` conversations, or as many as the time allows."
-    began, groups = time.time(), []
+    began, groups, took = time.time(), [], 0.0
     numbers = range(-(-n // BATCH))
     groups = [numbers[k : k + 8] for k in range(0, len(numbers), 8)]
     found, counts, pairs = [], Counter(), Counter()
@@ -528,7 +528,8 @@ def fuzz(n, workers, seed, seconds=None):
             found += own[0]
             counts += own[1]
             pairs += own[2]
-    return found, counts, pairs, time.time() - began
+            took += own[3]
+    return found, counts, pairs, took
 
 def main():
     parser = argparse.ArgumentParser(
@@ -547,7 +548,10 @@ def main():
         return
     found, counts, pairs, took = fuzz(args.n, args.workers, args.seed, args.seconds)
     n = sum(pairs.values())
-    print(f"{n:,} conversations, {len(pairs)} pairs of template and tokenizer, {took:.0f} s")
+    print(
+        f"{n:,} conversations, {len(pairs)} pairs of template and tokenizer, "
+        f"{took:.0f} seconds of processors"
+    )
     print(f"{counts['judged']:,} with ids and labels built twice; laws checked: {dict(counts)}")
     print(f"{len(found)} violations")
     if not args.quick: write(args, n, len(found), counts, pairs, took)
@@ -564,7 +568,7 @@ def write(args, n, n_found, counts, pairs, took):
         "pairs": len(pairs),
         "built_twice": counts["judged"],
         "laws": {name: counts[name] for name in LAWS},
-        "conversations_per_second": round(n / took),
+        "conversations_per_processor_second": round(n / took),
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
             "cpus": os.cpu_count(),
