@@ -64,12 +64,12 @@ def written(format, mode, options):
         return None  # stubs, missing libraries
     return file.getvalue()
 
-def damaged(data, rng):
-    "The bytes with some of them replaced, perhaps cut off."
+def damaged(data, rng, most=8):
+    "The bytes with up to `most` of them replaced, perhaps cut off."
     out = bytearray(data)
-    for _ in range(rng.randint(1, 8)):
-        most = len(out) if rng.random() < 0.5 else min(len(out), 256)
-        out[rng.randrange(most)] = rng.randrange(256)
+    for _ in range(rng.randint(1, most)):
+        end = len(out) if rng.random() < 0.5 else min(len(out), 256)
+        out[rng.randrange(end)] = rng.randrange(256)
     return bytes(out[: rng.randrange(len(out))] if rng.random() < 0.25 else out)
 
 def attempt(data):

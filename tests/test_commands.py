@@ -18,6 +18,7 @@ from vlm_lit.training.callbacks import Interrupted
 from vlm_lit.training.recipe import load_recipe
 from vlm_lit.weights.saving import save_model
 from small_parts import tiny_model, workshop
+from vlm_lit.commands import _tower_config
 from vlm_lit.commands import check_push
 from vlm_lit.commands import export_folder
 from vlm_lit.commands import image_files
@@ -220,3 +221,16 @@ def test_a_push_fails_in_one_line_and_keeps_the_export():
                 push_folder(Path("export-hf"), "me/mine")
             print(textwrap.fill(str(found.value), 96))
             assert "\n" not in str(found.value)
+
+def test_code_in_a_towers_folder_is_never_run():
+    from vlm_lit.commands import _tower_config
+    from vlm_lit.files import write_json
+
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        write_json(folder / "config.json", {"model_type": "m", "auto_map": {"AutoConfig": "own.Own"}})
+        (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Own: pass")
+        with patch("builtins.input", lambda *_: "y"):  # the answer to transformers' question
+            with expect_fail(ConfigError, contains="cannot be read ("):
+                _tower_config(name, 336)
+        assert not (folder / "ran").exists()

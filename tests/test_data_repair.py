@@ -4,6 +4,7 @@ from collections import defaultdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from vlm_lit.core import ConfigError
+from vlm_lit.files import writing
 from vlm_lit.data.audit import Audit, plain
 from vlm_lit.data.convert import converted_record, json_line
 import sys, tempfile

@@ -75,6 +75,9 @@ def test_layouts_of_folders():
         (["metadata.csv", "x.png"], None, ("text", ["metadata.csv"])),
         (["train/metadata.jsonl", "test/metadata.jsonl"], None, "as split: test, train"),
         (["train/metadata.jsonl", "test/metadata.jsonl"], "test", ("text", ["metadata.jsonl"])),
+        (["train/a.parquet", "test/test.parquet"], None, "as split: test, train"),
+        (["train/train-0.parquet", "val/val-0.parquet"], "val", ("parquet", ["val-0.parquet"])),
+        (["a/0.parquet", "b/train.parquet", "b/test.parquet"], None, "splits of their own (b)"),
         (["data/val-00000-of-00001.parquet"], None, ("parquet", ["val-00000-of-00001.parquet"])),
         (
             ["state.json", "data-00000-of-00001.arrow"],

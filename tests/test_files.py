@@ -7,6 +7,7 @@ from uuid import uuid4
 from safetensors import SafetensorError
 from vlm_lit.core import ConfigError, describe
 import tempfile
+from unittest.mock import patch
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.files import CHECKSUMS
@@ -156,6 +157,12 @@ def test_a_full_disk_or_a_folder_of_others_is_one_line_and_the_last_state_stays(
             write_file(place / "none" / "state.json", fails(error))
     with expect_fail(KeyError):
         write_file(place / "state.json", fails(KeyError("a bug")))
+    with patch.object(Path, "unlink", lambda *_, **__: fails(errors[1])(place / "other")):
+        with expect_fail(
+            WriteError, contains="state.json': read-only"
+        ):  # nothing can be removed either
+            write_file(place / "state.json", lambda part: fails(errors[1])(place / "other"))
+    (place / "other").unlink()
     test_eq((read_json(place / "state.json"), len(list(place.iterdir()))), ({"step": 1}, 1))
     for error in errors[:2]:
         with expect_fail(ConfigError, contains="set VLM_LIT_CACHE"):

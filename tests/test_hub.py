@@ -1,7 +1,9 @@
 "Derived from nbs/01c_hub.ipynb by `make tests`; edit the notebook, not this file."
 import sys, time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from pathlib import Path
+import tempfile
 from types import SimpleNamespace
 from unittest.mock import patch
 import huggingface_hub.utils
@@ -10,6 +12,7 @@ from huggingface_hub import constants
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.hub import hub_lookup
 from vlm_lit.hub import hub_problem
+from vlm_lit.hub import source_lookup
 
 def setup_module():
     global NoRoute, read_inside, without_network
@@ -51,6 +54,8 @@ def test_the_hub_is_asked_once_a_minute():
         with patch.object(constants, "HF_HUB_OFFLINE", True):
             test_eq(hub_problem(), "HF_HUB_OFFLINE is set")
         test_eq(NoRoute.asked, before)
+        with source_lookup(tempfile.mkdtemp()) as why: test_eq(why, None)
+        test_eq(NoRoute.asked, before)  # a folder is not looked up
 
 def test_the_library_is_put_back_after_an_error_and_left_alone_online():
     online, unreachable = without_network()

@@ -1,13 +1,12 @@
 "Derived from nbs/02_tokenizer.ipynb by `make tests`; edit the notebook, not this file."
 import lzma, re
-from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from vlm_lit.core import ConfigError
-from vlm_lit.hub import hub_lookup
+from vlm_lit.hub import source_lookup
 import sys, tempfile, textwrap, torch
 from fastcore.test import test_eq, expect_fail
 from transformers import ByT5Tokenizer, DataCollatorForLanguageModeling

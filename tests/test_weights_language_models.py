@@ -1,6 +1,6 @@
 "Derived from nbs/10a_language_models.ipynb by `make tests`; edit the notebook, not this file."
 import copy, importlib.util, io, re, shutil, struct
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -13,7 +13,7 @@ from vlm_lit.core import ConfigError, progress_console
 from vlm_lit.files import CHECKSUMS, cache_folder, check_checksum, digest, new_folder
 from vlm_lit.files import read_json, sha256
 from vlm_lit.files import writable_folder, write_checksums, write_file
-from vlm_lit.hub import hub_lookup
+from vlm_lit.hub import source_lookup
 from vlm_lit.models.config import sub_config
 from vlm_lit.weights.presets import is_scratch
 import hashlib

@@ -10,6 +10,7 @@ from transformers import AutoConfig, CLIPVisionModel
 from transformers import ConvNextConfig, ConvNextModel, SiglipVisionModel
 from vlm_lit.core import ConfigError
 from vlm_lit.files import read_json
+from vlm_lit.hub import source_lookup
 from vlm_lit.models.config import sub_config
 from vlm_lit.models.towers import EfficientNetLiteConfig, EfficientNetLiteModel
 from vlm_lit.models.towers import build_vision_tower
@@ -18,6 +19,7 @@ from vlm_lit.weights.language_models import format_names, raise_misfit, print_st
 from vlm_lit.weights.presets import init_tower_from_scratch, is_scratch, init_position_embeddings
 import sys
 import tempfile
+from unittest.mock import patch
 from fastcore.test import test_eq, expect_fail
 from transformers import GemmaConfig
 from transformers import SiglipConfig, SiglipModel
@@ -142,6 +144,9 @@ def test_clip_and_siglip_towers_stop_at_the_selected_layer():
             load_tower(folder)
     with expect_fail(ConfigError, contains="vision tower '/no/such/folder' cannot be loaded"):
         load_tower("/no/such/folder")
+    with patch("vlm_lit.hub.hub_problem", lambda: "no route to it"):
+        with expect_fail(ConfigError, contains="(no route to it)"):
+            load_tower("some/tower")
 
 def test_open_clip_folders_and_hub_names_are_recognized():
     with fake_hub() as put, tempfile.TemporaryDirectory() as folder, torch.no_grad(), hushed():

@@ -101,7 +101,7 @@ def names_folder(
 def _tower_config(source, image_size):
     "Configuration of a preset's low-resolution tower, without its weights."
     from transformers import AutoConfig
-    from vlm_lit.hub import hub_lookup
+    from vlm_lit.hub import source_lookup
     from vlm_lit.models.towers import EfficientNetLiteConfig
 
     if isinstance(source, dict):
@@ -113,8 +113,9 @@ def _tower_config(source, image_size):
             "patch_size": int(patch_size[1]),
             "image_size": image_size,
         }
-    with hub_lookup() as unreachable:
-        try: config = AutoConfig.from_pretrained(source)
+    with source_lookup(source) as unreachable:
+        try:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError) as e:
             why = unreachable or str(e).splitlines()[0]
             raise ConfigError(f"vision tower {source!r} cannot be read ({why})") from e

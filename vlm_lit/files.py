@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECKSUMS', 'digest', 'sha256', 'file_stamp', 'part_path', 'remove_left_over', 'to_disk', 'WriteError', 'write_error',
-           'write_file', 'apply_umask', 'write_text', 'write_json', 'write_rows', 'read_json', 'cache_folder',
-           'writable_folder', 'new_folder', 'write_checksums', 'check_checksum']
+           'writing', 'write_file', 'apply_umask', 'write_text', 'write_json', 'write_rows', 'read_json',
+           'cache_folder', 'writable_folder', 'new_folder', 'write_checksums', 'check_checksum']
 
 # %% ../nbs/01a_files.ipynb #c002
 import errno, hashlib, json, os, platform, re, shutil, stat, sys, time
@@ -121,6 +121,17 @@ def write_error(error: Exception) -> str | None:
     is_known = isinstance(error, SafetensorError) or "(os error " in text  # tokenizers
     return text if is_known else None
 
+@contextmanager
+def writing(
+    path: Path,  # What is written in the block
+):
+    "Errors of a block that writes, as `WriteError`; errors of another kind pass through."
+    try: yield
+    except Exception as e:
+        reason = write_error(e)
+        if reason is None: raise
+        raise WriteError(path, reason) from e
+
 def write_file(
     path: Path,  # Where the file is to be
     write,  # Called with the path to write to
@@ -128,17 +139,14 @@ def write_file(
     "Write a file under another name and rename it. Raises `WriteError`; half a file is not left."
     remove_left_over(path.parent)
     part = part_path(path)
-    try:
-        write(part)
-        apply_umask(part)
-        to_disk(part)
-        part.replace(path)
-        _fsync(path.parent)
-    except Exception as e:
-        reason = write_error(e)
-        if reason is None: raise
-        raise WriteError(path, reason) from e
-    finally: part.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            write(part)
+            apply_umask(part)
+            to_disk(part)
+            part.replace(path)
+            _fsync(path.parent)
+        finally: part.unlink(missing_ok=True)
 
 def apply_umask(
     path: Path,  # A file, or a folder of files that a library has just written

@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from ..core import ConfigError
+from ..files import writing
 from .audit import Audit, plain
 from .convert import converted_record, json_line
 
@@ -58,7 +59,8 @@ def write_passing(
     check_new(out)
     failed = defaultdict(list)
     for finding in run.failures: failed[finding.index].append(finding)
-    with TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.stem}.") as name:
+    place = TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.stem}.")
+    with writing(out), place as name:
         part, images = Path(name), Path(name) / "images"
         records, inside = run.dataset.records, set()
         with open(part / "passing", "x", encoding="utf-8") as passing:

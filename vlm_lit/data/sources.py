@@ -111,7 +111,13 @@ def _splits(folder: Path) -> dict[str, Source]:  # Split -> its files
         found = _layout(folder / "data")
     if found: return found
     inner = {p.name: _layout(p) for p in sorted(folder.iterdir()) if p.is_dir()}
-    return {name: own[""] for name, own in inner.items() if "" in own}
+    several = [name for name, own in inner.items() if len(own) > 1]
+    if several:
+        raise DataError(
+            f"{folder.name} holds folders that have splits of their own ({', '.join(several)}); "
+            "give one of the folders inside it"
+        )
+    return {name: source for name, own in inner.items() for source in own.values()}
 
 def find_source(
     path: Path,  # A file, or a folder

@@ -8,14 +8,13 @@ __all__ = ['IMAGE_TOKENS', 'load_tokenizer', 'special_tokens', 'control_tokens',
 
 # %% ../../nbs/02_tokenizer.ipynb #c002
 import lzma, re
-from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from ..core import ConfigError
-from ..hub import hub_lookup
+from ..hub import source_lookup
 
 if TYPE_CHECKING: from transformers import PreTrainedModel  # takes seconds
 
@@ -46,8 +45,7 @@ def load_tokenizer(
         raise ConfigError(f"tokenizer {str(name)!r}: no such folder")
     folder = Path(name).expanduser()
     source = folder if folder.is_dir() else str(name)
-    reaching = nullcontext() if folder.is_dir() else hub_lookup()
-    with reaching as unreachable:
+    with source_lookup(folder) as unreachable:
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except Exception as e:  # tokenizers raises plain Exception for a broken file

@@ -115,7 +115,6 @@ def training_arguments(
 def prepare_run(
     recipe: Recipe,
     folder: Path,  # Of the run; checkpoints are written there
-    console: Console | None = None,  # Where to print what was found; None: nowhere
     notes: Path | None = None,  # Gets bad_samples.jsonl; None: `folder`
     check=None,  # Called with training and validation data before an image is needed
 ) -> Prepared:

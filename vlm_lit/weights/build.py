@@ -6,6 +6,7 @@
 __all__ = ['combined_model', 'build_model', 'load_preset_tokenizer', 'open_tokenizer']
 
 # %% ../../nbs/10c_build.ipynb #c002
+import copy
 from pathlib import Path
 import torch
 from torch import nn
@@ -85,8 +86,11 @@ def load_preset_tokenizer(
     source = next(s for s in sources if s is not None)
     if is_scratch(source): raise ConfigError(NO_TOKENIZER)
     if isinstance(source, (str, Path, dict)): source = open_tokenizer(source)
-    if preset["chat_template"] is not None:
-        source.chat_template = preset["chat_template"]
+    template = preset["chat_template"]
+    if template is None or source.chat_template == template: return source
+    if source is tokenizer:
+        source = copy.deepcopy(source)  # the caller's stays as it is
+    source.chat_template = template
     return source
 
 def open_tokenizer(

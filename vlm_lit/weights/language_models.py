@@ -10,7 +10,7 @@ __all__ = ['LOAD_ERRORS', 'OTHER_TOWER', 'read_state', 'check_finite', 'weights_
 
 # %% ../../nbs/10a_language_models.ipynb #c002
 import copy, importlib.util, io, re, shutil, struct
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -23,7 +23,7 @@ from ..core import ConfigError, progress_console
 from ..files import CHECKSUMS, cache_folder, check_checksum, digest, new_folder
 from ..files import read_json, sha256
 from ..files import writable_folder, write_checksums, write_file
-from ..hub import hub_lookup
+from ..hub import source_lookup
 from ..models.config import sub_config
 from .presets import is_scratch
 
@@ -198,8 +198,7 @@ def load_pretrained(
     shape, or if there is no such model."""
     name = str(Path(name).expanduser()) if Path(name).expanduser().exists() else str(name)
     kwargs |= dict(output_loading_info=True, ignore_mismatched_sizes=True)
-    reaching = nullcontext() if Path(name).is_dir() else hub_lookup()
-    with reaching as unreachable, quiet():
+    with source_lookup(name) as unreachable, quiet():
         try: model, info = cls.from_pretrained(name, **kwargs)
         except LOAD_ERRORS as e:
             reason = unreachable or (str(e).strip() or type(e).__name__).splitlines()[0]

@@ -19,6 +19,7 @@ from transformers import AutoConfig, CLIPVisionModel
 from transformers import ConvNextConfig, ConvNextModel, SiglipVisionModel
 from ..core import ConfigError
 from ..files import read_json
+from ..hub import source_lookup
 from ..models.config import sub_config
 from ..models.towers import EfficientNetLiteConfig, EfficientNetLiteModel
 from ..models.towers import build_vision_tower
@@ -217,7 +218,8 @@ def load_tower(
         init_position_embeddings(tower)
         return cast(tower, dtype).eval()
     path = package_file(source) if isinstance(source, dict) else Path(source).expanduser()
-    file = path if path.is_file() else open_clip_file(str(source))
+    with source_lookup(path):
+        file = path if path.is_file() else open_clip_file(str(source))
     if file is None:
         return tower_from_transformers(str(source), select_layer, dtype)
     return tower_from_file(file, dtype, select_layer)
@@ -243,15 +245,14 @@ def tower_from_transformers(
 ) -> nn.Module:
     "A tower in transformers' format."
     what = "vision tower"
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except LOAD_ERRORS as e:
-        raise ConfigError(
-            f"{what} {name!r} cannot be loaded: give a folder with config.json and weights, or a "
-            "hub name that this machine can reach or has in its cache "
-            f"({str(e).strip().splitlines()[0]})"
-        ) from e
+    with source_lookup(name) as unreachable, quiet():
+        try: config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        except LOAD_ERRORS as e:
+            reason = unreachable or (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise ConfigError(
+                f"{what} {name!r} cannot be loaded: give a folder with config.json and weights, or "
+                f"a hub name that this machine can reach or has in its cache ({reason})"
+            ) from e
     if config.model_type not in TOWER_CLASSES:
         raise ConfigError(
             f"{what} {name!r} is of model type {config.model_type!r}; there are: "
