@@ -6,6 +6,9 @@ python benchmarks/audit_path.py --quick    5,000 records, 200 images, nothing wr
 
 The text is that of the whole command, start and tokenizer included, with images left out.
 `cpu_seconds` are those of all its processes: on a busy machine they say more than the clock.
+The peer is MGM's sequence of tokenizer calls of `text_path.py` on the same records: ids and labels
+and nothing else, in processor seconds, measured in the same run; `ratio` is how many times as many
+processor seconds the peer would need.
 Of the images, `busy` is the share of the workers' time in which they ran, by the clock, and
 `busy_or_ready` counts the time in which they were ready and other programs had the cores, too.
 """
@@ -56,6 +59,21 @@ def measure_text(n=558_000, workers=2):
         "verdict": report["verdict"],
         "exit_code": done.returncode,
     }
+
+def measure_peer(n):
+    "Processor seconds of MGM's tokenizer calls for so many records, from the last of 15,000."
+    from text_path import Reference, clock
+    from vlm_lit.text.tokenizer import load_tokenizer
+
+    reference = Reference(load_tokenizer("gemma"))
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data.json"
+        write_data(data, 15_000)
+        sources = [record["conversations"] for record in json.loads(data.read_text())]
+    for source in sources[:12_000]:
+        reference(source)  # its memory of texts is full
+    seconds, _ = clock(lambda: [reference(source) for source in sources[12_000:]])
+    return n * seconds / 3000
 
 def write_images(folder, n):
     "JPEG files of 640 x 480 pixels, as rich as photographs, and a record for each."
@@ -117,6 +135,8 @@ def main():
     parser.add_argument("--quick", action="store_true", help="little, nothing written")
     args = parser.parse_args()
     result = measure_text(5000 if args.quick else 558_000)
+    peer = measure_peer(result["records"])
+    result |= {"peer_cpu_seconds": round(peer, 1), "ratio": round(peer / result["cpu_seconds"], 2)}
     result["opened"] = measure_images(200 if args.quick else 3000)
     print(json.dumps(result, indent=1))
     if args.quick: return
