@@ -114,7 +114,7 @@ GOOD = {
     "width": [cell("code:" + "x" * 100, printed("y" * 100))],
     "length": ["code:a = 1"] * 40 + ["## Checks"] + ["code:a = 1"] * 9,
     "headings": ["## 1. Roles", "## 2. Masks", "## What we have", "## Checks"],
-    "exercises": ["<details>a</details>", "<details>b</details>"],
+    "exercises": ["1. q <details>\n\n   a</details>", "<details>b</details>"],
     "cells": ["code:" + "a = 1\n" * 25, "code:#| export\n" + "a = 1\n" * 26],
     "figures": [
         cell("code:#| fig-alt: a curve\nplot()", drawn("image/png", "aa")),
@@ -159,6 +159,14 @@ def test_wide_code_and_slow_reading_are_found(write):
     ]
     assert book.broken("length") == ["05_labels: 21 minutes to read"]
     assert book.broken("exercises") == ["05_labels: 0 exercises with an answer in <details>"]
+
+def test_an_answer_outside_of_its_list_item_is_found(write):
+    inside, outside = "1. q <details>\n\n   a</details>\n", "2. r <details>\n\nb</details>"
+    write("05_labels", TITLE, f"{inside}\n{outside}")
+    (line,) = book.broken("exercises")
+    assert (
+        line == "05_labels: c001: an answer outside of its list item: 2. r <details>\n\nb</details>"
+    )
 
 def test_claims_are_numbers_that_no_cell_of_their_section_holds(write):
     path = write(

@@ -381,10 +381,16 @@ def exercises(notebook):
     return sum(c["source"].count("<details") for c in notebook["cells"] if not is_code(c))
 
 def rule_exercises(path, notebook):
-    "A notebook of the reading path has two exercises with answers in `<details>`."
-    if path.stem not in PATH or path.stem == README: return []
-    n = exercises(notebook)
-    return [] if n >= 2 else [f"{n} exercises with an answer in <details>"]
+    """A notebook of the reading path has two exercises with answers in `<details>`; in a list, an
+    answer has its item's margin, or it would stand outside of what is folded."""
+    found = []
+    for n, cell in enumerate(notebook["cells"]):
+        if cell["cell_type"] != "markdown": continue
+        for item in re.findall(r"^(?:\d+\.|[-*]) .*<details>.*\n\n\S.*", cell["source"], re.M):
+            found.append(f"c{n:03d}: an answer outside of its list item: {item[:40]}")
+    if path.stem in PATH and path.stem != README and (n := exercises(notebook)) < 2:
+        found.append(f"{n} exercises with an answer in <details>")
+    return found
 
 def rule_cells(path, notebook):
     "A cell that a reader sees has at most 25 lines, if it exports nothing."

@@ -7,6 +7,11 @@ import api_pages, docs
 from pages import SCHEMES, WIDTHS, contrast_offenders, overflow, problems, set_theme, texts_measured
 
 NOTEBOOKS = sorted(path.stem for path in docs.build.NBS.glob("*.ipynb"))
+# summaries of folded parts that have nothing else in them: an answer fell out of its list item
+NOTHING_FOLDED = """() => [...document.querySelectorAll("article details")]
+    .filter((e) => !e.querySelector("img, svg, pre, table") &&
+        e.textContent.trim() === (e.querySelector("summary") || e).textContent.trim())
+    .map((e) => e.parentElement.textContent.trim().slice(0, 60))"""
 KINDS = "index", "05_labels", "walkthrough", "api/index", "api/text", "search", "genindex"
 
 @pytest.mark.parametrize("name", KINDS)
@@ -27,6 +32,7 @@ def test_pages_of_every_kind(site, look, name, width, scheme):
 def test_outputs_of_a_notebook(site, look, name):
     page = look(f"{site}/{name}.html", width=390)
     assert problems(page) == []
+    assert page.evaluate(NOTHING_FOLDED) == []
     pale = []
     for scheme in SCHEMES:
         set_theme(page, scheme)
