@@ -128,8 +128,8 @@ def run_one(name: str, data: bytes, n: int, seed: int, has_store: bool) -> dict:
         for k in range(n):
             if has_store:
                 store = next(Path(cache).glob("records/*/*/records.arrow"))
-                parts = [store, store.with_name("meta.json"), store.with_name("checksums.json")]
-                victim = rng.choices(parts, (8, 1, 1))[0]
+                parts = [store, store.with_name("meta.json")]
+                victim = rng.choices(parts, (8, 2))[0]
                 changed = damaged(victim.read_bytes(), rng, rng.choice((1, 8)))
                 victim.unlink()  # what is mapped stays what it was
                 victim.write_bytes(changed)

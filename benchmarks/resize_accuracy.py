@@ -74,6 +74,16 @@ def answers(folder: Path, model: Path) -> list[dict]:
     call(*command, "--batch-size", 256, "--max-new-tokens", 4, folder=folder)
     return [json.loads(line) for line in out.read_text().splitlines()]
 
+def write(rows: list[dict]) -> None:
+    "The result file, after each run."
+    result = {
+        "command": "python benchmarks/resize_accuracy.py",
+        "runs": rows,
+        "machine": {"cpus": os.cpu_count(), "python": platform.python_version()},
+        "versions": {name: version(name) for name in ("torch", "pillow", "transformers")},
+    }
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -106,17 +116,6 @@ def main():
                     }
                 )
                 print(rows[-1], flush=True)
-    if args.steps: return
-    result = {
-        "command": "python benchmarks/resize_accuracy.py",
-        "runs": rows,
-        "mean": {
-            kernel: round(mean(r["accuracy"] for r in rows if r["trained_with"] == kernel), 4)
-            for kernel in KERNELS
-        },
-        "machine": {"cpus": os.cpu_count(), "python": platform.python_version()},
-        "versions": {name: version(name) for name in ("torch", "pillow", "transformers")},
-    }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+                if not args.steps: write(rows)
 
 if __name__ == "__main__": main()

@@ -212,6 +212,8 @@ def test_blind_dataset_shows_black_pictures():
 def test_folder_and_template_are_checked_at_once():
     with expect_fail(ConfigError, contains="no image folder"):
         LazySupervisedDataset([seed], VLMProcessor(tok), folder / "nowhere")
+    with expect_fail(ConfigError, contains="; give VLMProcessor(tokenizer)"):
+        LazySupervisedDataset([seed], tok, folder)
     with expect_fail(ConfigError, contains="unknown template 'gema'"):
         LazySupervisedDataset([seed], VLMProcessor(tok, template="gema"), folder)
     (folder / "data.json").write_text(json.dumps([seed]))

@@ -50,6 +50,8 @@ def test_a_row_with_a_cell_too_many_is_one_error():
     print(found[1])
     assert [found[0], found[2]] == [{"question": "What?", "answer": "a box"}, {"question": "When?"}]
     assert str(found[1]).startswith("record 1: line 3: 3 cells for 2 columns")
+    with expect_fail(DataError, contains="four.csv, line 4: not UTF-8; save it as UTF-8"):
+        list(scan_csv(io.BytesIO(data[:-7] + b"Caf\xe9?,a\n"), "four.csv"))
 
 def test_a_missing_comma_is_refused_with_its_line():
     text = '[{"id": 1},\n {"id": 2}\n {"id": 3}]'

@@ -12,8 +12,7 @@ from rich.progress import Progress
 from torch.utils.data import ConcatDataset, Subset
 from torch.utils.data import Dataset as TorchDataset
 from vlm_lit.core import ConfigError, DataError, progress_console
-from vlm_lit.files import cache_folder, check_checksum, digest, file_stamp, new_folder
-from vlm_lit.files import write_checksums
+from vlm_lit.files import cache_folder, digest, file_stamp, new_folder, sha256
 from vlm_lit.hub import hub_lookup
 from vlm_lit.text.messages import REFUSED_KEYS, RECORD_KEYS, image_names, read_record
 from vlm_lit.text.record_forms import CONTENT_KEYS, check_columns, find_form, name_columns
@@ -211,7 +210,7 @@ def test_a_changed_file_is_never_read_from_an_old_store():
     records = Records(path)
     folder = Path(records.table.cache_files[0]["filename"]).parent
     test_eq((len(records), records[8999]["id"]), (9000, "008999"))
-    test_eq(sorted(p.name for p in folder.iterdir()), ["checksums.json", "meta.json", "records.arrow"])
+    test_eq(sorted(p.name for p in folder.iterdir()), ["meta.json", "records.arrow"])
     path.write_text(path.read_text().replace("008999", "oo8999"))
     test_eq(records[8999]["id"], "008999")
     again = Records(path)
@@ -347,6 +346,22 @@ def test_files_of_a_folder_may_have_other_columns():
     pq.write_table(pa.Table.from_pylist([{"id": 3, "conversations": "text"}]), folder / "2.parquet")
     with expect_fail(DataError, contains="cannot be read as a table"):
         Records(folder)
+
+def test_metadata_of_renamed_columns_is_left_out():
+    table = Table.from_list(
+        [{"image": {"bytes": png_of("red"), "path": None}, "q": "What?", "a": "A box."}]
+    )
+    place = Path(tempfile.mkdtemp())
+    table.to_parquet(place / "x.parquet")
+    old = pq.read_table(place / "x.parquet")
+    assert b"huggingface" in old.schema.metadata  # the names of before, which pyarrow can keep
+    arrow = old.rename_columns(["picture", "question", "answer"])
+    arrow = arrow.replace_schema_metadata(old.schema.metadata)
+    pq.write_table(arrow, place / "x.parquet")
+    (record,) = Records(place / "x.parquet", columns={"image": "picture"})
+    test_eq([turn["value"] for turn in record["conversations"]], ["<image>\nWhat?", "A box."])
+    with expect_fail(IndexError, contains="no record 7, there are 1"):
+        Records(place / "x.parquet")[7]
 
 def test_messages_and_images_of_tables():
     from datasets import Features, Image as ImageFeature, List, Value

@@ -82,15 +82,22 @@ def test_a_line_without_a_terminal():
     shown = ConsoleProgress(out, every=0)
     state = SimpleNamespace(is_world_process_zero=True, global_step=3, max_steps=8)
     shown.on_train_begin(None, state, None)
+    silent, logging = SimpleNamespace(should_log=False), SimpleNamespace(should_log=True)
+    shown.on_step_end(None, SimpleNamespace(**{**vars(state), "global_step": 1}), silent)
+    shown.on_step_end(None, state, logging)  # the values of this step come next
     shown.on_log(None, state, None, logs={"loss": 1.5, "data_wait": 0.5})
-    shown.on_step_end(None, state, None)
-    assert out.file.getvalue().strip() == "step 3/8  loss 1.5000  waiting 50%"
+    shown.on_log(None, state, None, logs={"eval_loss": 2.5})
+    shown.on_step_end(None, SimpleNamespace(**{**vars(state), "global_step": 5}), silent)
+    lines = out.file.getvalue().splitlines()
+    assert lines[:3] == ["step 1/8", "step 3/8  loss 1.5000  waiting 50%", "step 3/8  eval loss 2.5000"]
+    assert lines[3:] == ["step 5/8  (step 3: loss 1.5000  waiting 50%)"]
 
 def test_waiting_for_data_is_said_once():
     out = Console(file=io.StringIO(), force_terminal=False, force_jupyter=False, width=200)
     shown, args = ConsoleProgress(out, every=1e9), SimpleNamespace(dataloader_num_workers=0)
     for step, wait in [(10, 0.9), (20, 0.2), (30, 0.64), (40, 0.8)]:
         state = SimpleNamespace(is_world_process_zero=True, global_step=step, max_steps=50)
+        shown.last = time.monotonic()  # no other line is due
         shown.on_log(args, state, None, logs={"loss": 1.5, "data_wait": wait})
     print(out.file.getvalue())
     assert out.file.getvalue().count("\n") == 1 and "step 30/50  64% of the time" in out.file.getvalue()

@@ -183,6 +183,12 @@ def test_check_counts_what_is_there_and_names_what_is_wrong():
     assert check_samples(data, 40, strict=False)["counts"] == {"image_missing": 2}
     blank = Mixture([LazySupervisedDataset(records, processor, folder, blank_images=True, uint8=True)])
     assert check_samples(blank, 40)["images"] == 0
+    hints = [{**record, "hint": "look left"} for record in records[1:4]]
+    found = check_samples(
+        Mixture([LazySupervisedDataset(hints, processor, folder, uint8=True)]), 9, 0.9
+    )
+    assert found["ignored"] == {"hint": 3}
+    assert "  'hint' holds text in 3 and is not read" in format_check(found).splitlines()
 
 def test_check_names_kinds_as_the_audit_does():
     from vlm_lit.data.audit import audit

@@ -66,7 +66,7 @@ _Data = Annotated[
     Path, Argument(help="Records: .json, .csv, .parquet, .tar, a folder, a hub name.")
 ]
 _Split = Annotated[str | None, Option(help="Which split, where the data has several.")]
-_Columns = Annotated[str | None, Option(help="Roles of columns: question=q,answer=a.")]
+_Columns = Annotated[str | None, Option(help="Roles of columns: image=file,question=q,answer=a.")]
 _Val = Annotated[Path | None, Option(help="Without a recipe: records to validate on.")]
 _ValSplit = Annotated[str | None, Option(help="The split of the validation records.")]
 _Images = Annotated[

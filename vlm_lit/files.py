@@ -247,13 +247,13 @@ def new_folder(
 
 # %% ../nbs/01a_files.ipynb #c021
 CHECKSUMS = "checksums.json"
-_CHECKED = (".safetensors", ".bin", ".pt", ".pth", ".arrow")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 
 def write_checksums(
     folder: Path,  # Complete but for this
 ) -> None:
-    "Note the SHA-256 of each file of weights, optimizer state or records, and what they belong to."
-    noted = (p for p in folder.iterdir() if p.suffix in _CHECKED or p.name == "base.json")
+    "Note the SHA-256 of each file of weights or optimizer state, and what they belong to."
+    noted = (p for p in folder.iterdir() if p.suffix in _WEIGHTS or p.name == "base.json")
     paths = sorted(path for path in noted if path.is_file())
     write_json(folder / CHECKSUMS, {path.name: sha256(path) for path in paths})
 

@@ -127,7 +127,7 @@ def convert(
     if out.suffix != ".jsonl":
         raise ConfigError(f"{out.name}: the file to write ends in .jsonl")
     if out.exists() and not force:
-        raise ConfigError(f"{str(out)!r} is there already; choose another, or force it")
+        raise ConfigError(f"{str(out)!r} is there already; choose another, or give `force`")
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"no folder {str(out.parent)!r}")
     found = Conversion(records.form)

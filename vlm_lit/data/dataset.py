@@ -161,6 +161,11 @@ class LazySupervisedDataset(Dataset):
             raise ConfigError(
                 f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}"
             )
+        if not hasattr(processor, "image_processor"):
+            raise ConfigError(
+                f"processor is a {type(processor).__name__}; give VLMProcessor(tokenizer), which "
+                "knows template and images, too"
+            )
         self.processor, self.image_tags = processor, image_tags
         self.blank_images, self.uint8 = blank_images, uint8
         self.follow_links = follow_links

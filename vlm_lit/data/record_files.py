@@ -270,8 +270,16 @@ def scan_csv(
     except csv.Error as e:
         raise DataError(f"{name}, line {rows.line_num}: not CSV ({e})") from e
     except UnicodeDecodeError as e:
-        raise _not_utf8(name, rows.line_num + 1) from e
+        raise _not_utf8(name, _line_not_utf8(file)) from e
     finally: text.detach()
+
+def _line_not_utf8(file) -> int:
+    "The first line that is not UTF-8, from 1; text is decoded in blocks of many lines."
+    file.seek(0)
+    for n, line in enumerate(file, 1):
+        try: line.decode()
+        except UnicodeDecodeError: return n
+    return 1
 
 def file_kind(
     path: str | Path,  # Of a file

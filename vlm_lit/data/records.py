@@ -19,8 +19,7 @@ from rich.progress import Progress
 from torch.utils.data import ConcatDataset, Subset
 from torch.utils.data import Dataset as TorchDataset
 from ..core import ConfigError, DataError, progress_console
-from ..files import cache_folder, check_checksum, digest, file_stamp, new_folder
-from ..files import write_checksums
+from ..files import cache_folder, digest, file_stamp, new_folder, sha256
 from ..hub import hub_lookup
 from ..text.messages import REFUSED_KEYS, RECORD_KEYS, image_names, read_record
 from ..text.record_forms import CONTENT_KEYS, check_columns, find_form, name_columns
@@ -236,7 +235,8 @@ def _copy_parquet(
     try:
         full = pa.unify_schemas([parquet.read_schema(file) for file in files])
         fields = [own for own in full if own.name in used or _may_hold_text(own.type)]
-        schema = pa.schema(fields, full.metadata)
+        # without metadata: that of `datasets` may name columns that were renamed since
+        schema = pa.schema(fields)
         table = dataset.dataset(files, schema=schema, format="parquet")
         batches = table.to_batches(batch_size=64, batch_readahead=1, fragment_readahead=1)
         with pa.OSFile(str(out), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
@@ -249,9 +249,8 @@ def _copy_parquet(
 
 def _finish_store(part: Path, n: int, name: str | None = None, form: str | None = None) -> None:
     "Note what a store holds, and its checksum."
-    meta = json.dumps({"n": n, "of": name, "form": form})
-    (part / "meta.json").write_text(meta, encoding="utf-8")
-    write_checksums(part)
+    meta = {"n": n, "of": name, "form": form, "sha256": sha256(part / "records.arrow")}
+    (part / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 def _build_store(
     source: Source,
@@ -286,7 +285,8 @@ def _open_store(
     from datasets import Dataset
 
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    check_checksum(folder / "records.arrow")
+    if meta["sha256"] != sha256(folder / "records.arrow"):
+        raise ValueError("a store that is not what was written")
     table = Dataset.from_file(str(folder / "records.arrow"))
     if len(table) != meta["n"]:
         raise ValueError(f"a store of {len(table)} records instead of {meta['n']}")
@@ -462,12 +462,17 @@ class Records(Sequence):
         "Rows of the table; a `DataError` in the place of one that cannot be read."
         return _rows(self.table[indices], indices)
 
+    def _place(self, i: int) -> int:
+        "A number of a record, counted from the end if it is negative. Raises `IndexError`."
+        if -len(self) <= i < len(self): return i % len(self)
+        raise IndexError(f"no record {i}, there are {len(self):,}")
+
     def read(
         self,
         indices: Sequence[int],  # Numbers of records
     ) -> list[dict]:
         "Several records at once. Raises `DataError` for the first that cannot be read."
-        indices = [range(len(self))[i] for i in indices]
+        indices = [self._place(i) for i in indices]
         if self.in_form:
             return [_stored_record(row) for row in self._table_rows(indices)]
         if self.items is None: raws = self._table_rows(indices)

@@ -147,7 +147,7 @@ def _no_form(row: dict, record: object) -> DataError:
     example = lacking[form][0]
     return DataError(
         f"no form fits the columns {columns}; the nearest, {form!r}, also needs {needed}: name the "
-        f"column that holds it, as in columns {example}=NAME",
+        f"column that holds it, as in `columns` {example}=NAME",
         record,
     )
 

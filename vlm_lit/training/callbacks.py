@@ -148,7 +148,8 @@ class ConsoleProgress(TrainerCallback):
         self.every = every
         self.last = 0.0
         self.bar = None
-        self.shown = {}
+        self.shown = {}  # in the bar: the newest value of each kind
+        self.row, self.row_step = {}, 0  # of training, and the step that it is of
         self.hinted = False
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -172,7 +173,15 @@ class ConsoleProgress(TrainerCallback):
         if "loss" in logs or any(key.endswith("_loss") for key in logs):
             self.shown |= logs
         if "eval_loss" in logs: self._print(state, format_row(logs))
+        elif "loss" in logs:
+            self.row, self.row_step = logs, state.global_step
+            if self._is_due(state): self._print(state, format_row(logs))
         self._hint(args, state, logs)
+
+    def _is_due(self, state) -> bool:
+        "Whether it is time for a line, where there is no terminal."
+        is_late = time.monotonic() - self.last >= self.every
+        return self.bar is None and (is_late or state.global_step == state.max_steps)
 
     def _hint(self, args, state, logs):
         "Once: what to do when steps wait for their data."
@@ -189,13 +198,14 @@ class ConsoleProgress(TrainerCallback):
         if not state.is_world_process_zero: return
         if self.bar is not None:
             self.bar.update(self.task, completed=state.global_step, text=format_row(self.shown))
-        elif time.monotonic() - self.last >= self.every or state.global_step == state.max_steps:
-            self._print(state, format_row(self.shown))
+        elif not control.should_log and self._is_due(state):
+            row = format_row(self.row)
+            self._print(state, row and f"(step {self.row_step}: {row})")
 
     def _print(self, state, text):
         "A line."
         self.last = time.monotonic()
-        line = f"step {state.global_step}/{state.max_steps}  {text}"
+        line = f"step {state.global_step}/{state.max_steps}  {text}".rstrip()
         self.console.print(line, highlight=False, soft_wrap=True)
 
     def on_train_end(self, args, state, control, **kwargs): self.close()

@@ -190,7 +190,7 @@ def check_samples(
 ) -> dict:  # JSON; `format_check` shows it
     "A fixed sample of records through the whole path, images opened. Raises `DataError`."
     found = {"name": name, **_kinds_of(mixture), "checked": 0, "skipped": 0, "images": 0}
-    lengths, errors = [], []
+    lengths, errors, ignored = [], [], Counter()
     supervised = 0
     chosen = [mixture.place(i) for i in _sample(mixture, n, seed)]
     with warnings.catch_warnings():
@@ -198,6 +198,8 @@ def check_samples(
         for k, dataset in enumerate(mixture.datasets):
             own = [i for source, i in chosen if source == k]
             for i, text in zip(own, bisect_failures(own, dataset.texts)):
+                if not isinstance(text, DataError):
+                    ignored.update(dataset.records[i].get("ignored", ()))
                 text = _open(dataset, i, text)
                 if _is_skipped(dataset, text):
                     found["skipped"] += 1
@@ -218,6 +220,7 @@ def check_samples(
         for own, _, error in errors
     ]
     found["counts"] = dict(Counter(row["kind"] for row in found["problems"]).most_common())
+    found["ignored"] = dict(ignored.most_common())
     if strict: _refuse(found, errors, max_fraction)
     return found
 
@@ -268,6 +271,8 @@ def format_check(
     sources = found["sources"] if len(found["sources"]) > 1 else {}
     lines += [f"  {visible(str(name))}: {_counted(own)}" for name, own in sources.items()]
     lines += [f"  {kind}: {n} ({ERRORS[kind]})" for kind, n in found["counts"].items()]
+    ignored = found.get("ignored", {}).items()
+    lines += [f"  {visible(name)!r} holds text in {n:,} and is not read" for name, n in ignored]
     examples = found["problems"][:n_examples]
     lines += [f"  record {row['record']!r}: {visible(row['message'])}" for row in examples]
     return "\n".join(lines)

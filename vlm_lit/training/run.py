@@ -189,7 +189,7 @@ def open_run(
         if (folder / "result.json").is_file():
             raise ConfigError(
                 f"the run in {str(folder)!r} is finished; train on from it with "
-                f"model: {{from: {folder}}}"
+                f"--preset {folder}, or model: {{from: {folder}}} in a recipe"
             )
         differs = recipe_differences(load_recipe(path), recipe)
         if differs:
@@ -201,8 +201,8 @@ def open_run(
         return
     if (folder / "result.json").is_file():
         raise ConfigError(
-            f"{str(folder)!r} holds a finished run; train on from it with "
-            f"model: {{from: {folder}}}, or choose another --name"
+            f"{str(folder)!r} holds a finished run; train on from it with --preset {folder}, or "
+            f"model: {{from: {folder}}} in a recipe, or choose another --name"
         )
     if path.is_file():
         raise ConfigError(
