@@ -362,6 +362,9 @@ def test_metadata_of_renamed_columns_is_left_out():
     test_eq([turn["value"] for turn in record["conversations"]], ["<image>\nWhat?", "A box."])
     with expect_fail(IndexError, contains="no record 7, there are 1"):
         Records(place / "x.parquet")[7]
+    pq.write_table(old.rename_columns(["image", "a\0b", "answer"]), place / "nul.parquet")
+    with expect_fail(DataError, contains="cannot be kept as a table"):
+        Records(place / "nul.parquet")
 
 def test_messages_and_images_of_tables():
     from datasets import Features, Image as ImageFeature, List, Value

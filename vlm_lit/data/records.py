@@ -301,7 +301,10 @@ def _kept_store(
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         shutil.rmtree(folder, ignore_errors=True)  # half of a store, from a full disk perhaps
         build()
-        return _open_store(folder)
+    try: return _open_store(folder)
+    except (ValueError, LookupError, TypeError) as e:
+        why = str(e).splitlines()[0][:80]
+        raise DataError(f"what was read cannot be kept as a table ({why})") from e
 
 @contextmanager
 def _bars_in_terminals_only():
