@@ -374,7 +374,7 @@ def test_train_refuses_before_step_1():
     says("--training.trainable_modules []", "nothing would train")
     says("--training.global_batch_size 7", "global_batch_size 7 is not a multiple")
     assert not (place / "runs/bad").exists()
-    refuses(f"{TRAIN} --name mine", "holds a finished run; train on from it with model: {from: ")
+    refuses(f"{TRAIN} --name mine", "holds a finished run; train on from it with --preset ")
 
 def test_train_gives_recipe_folder_and_resume_to_the_run():
     seen = []
