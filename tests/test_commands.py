@@ -231,6 +231,6 @@ def test_code_in_a_towers_folder_is_never_run():
         write_json(folder / "config.json", {"model_type": "m", "auto_map": {"AutoConfig": "own.Own"}})
         (folder / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Own: pass")
         with patch("builtins.input", lambda *_: "y"):  # the answer to transformers' question
-            with expect_fail(ConfigError, contains="cannot be read ("):
+            with expect_fail(ConfigError, contains="cannot be loaded: "):
                 _tower_config(name, 336)
         assert not (folder / "ran").exists()

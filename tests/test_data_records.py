@@ -365,6 +365,8 @@ def test_metadata_of_renamed_columns_is_left_out():
     pq.write_table(old.rename_columns(["image", "a\0b", "answer"]), place / "nul.parquet")
     with expect_fail(DataError, contains="cannot be kept as a table"):
         Records(place / "nul.parquet")
+    nothing = Records(Table.from_dict({"question": [], "answer": []}))
+    test_eq((len(nothing), nothing.n_images.tolist()), (0, []))
 
 def test_messages_and_images_of_tables():
     from datasets import Features, Image as ImageFeature, List, Value

@@ -14,7 +14,7 @@ from vlm_lit.hub import source_lookup
 from vlm_lit.models.config import sub_config
 from vlm_lit.models.towers import EfficientNetLiteConfig, EfficientNetLiteModel
 from vlm_lit.models.towers import build_vision_tower
-from vlm_lit.weights.language_models import LOAD_ERRORS, load_pretrained, package_file, quiet, read_state
+from vlm_lit.weights.language_models import load_pretrained, loading, package_file, quiet, read_state
 from vlm_lit.weights.language_models import format_names, raise_misfit, print_status
 from vlm_lit.weights.presets import init_tower_from_scratch, is_scratch, init_position_embeddings
 import sys

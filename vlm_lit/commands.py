@@ -101,8 +101,8 @@ def names_folder(
 def _tower_config(source, image_size):
     "Configuration of a preset's low-resolution tower, without its weights."
     from transformers import AutoConfig
-    from vlm_lit.hub import source_lookup
     from vlm_lit.models.towers import EfficientNetLiteConfig
+    from vlm_lit.weights.language_models import loading
 
     if isinstance(source, dict):
         return source.get("config") or EfficientNetLiteConfig()
@@ -113,12 +113,8 @@ def _tower_config(source, image_size):
             "patch_size": int(patch_size[1]),
             "image_size": image_size,
         }
-    with source_lookup(source) as unreachable:
-        try:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        except (OSError, ValueError) as e:
-            why = unreachable or str(e).splitlines()[0]
-            raise ConfigError(f"vision tower {source!r} cannot be read ({why})") from e
+    with loading("vision tower", source):
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     return getattr(config, "vision_config", config)
 
 def find_tokenizer(

@@ -303,7 +303,7 @@ def _kept_store(
         build()
     try: return _open_store(folder)
     except (ValueError, LookupError, TypeError) as e:
-        why = str(e).splitlines()[0][:80]
+        why = (str(e).strip() or type(e).__name__).splitlines()[0][:80]
         raise DataError(f"what was read cannot be kept as a table ({why})") from e
 
 @contextmanager
@@ -400,7 +400,11 @@ class Records(Sequence):
     def _take(self, data) -> None:
         "Data in memory."
         if _is_of_datasets(data, "Dataset"):
-            self.table, self.what = data.with_format("arrow"), "a table"
+            self.what = "a table"
+            if not len(data):  # without rows nothing is counted and kept
+                self.items = []
+                return
+            self.table = data.with_format("arrow")
             self.key = self.table._fingerprint
         elif isinstance(data, Records): self.__dict__.update(data.__dict__)
         elif isinstance(data, (Subset, ConcatDataset)):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOAD_ERRORS', 'OTHER_TOWER', 'read_state', 'check_finite', 'weights_of', 'print_status', 'package_pieces',
-           'joined_pieces', 'package_file', 'quiet', 'format_names', 'raise_misfit', 'mismatched_names',
+           'joined_pieces', 'package_file', 'quiet', 'format_names', 'raise_misfit', 'mismatched_names', 'loading',
            'load_pretrained', 'reading', 'used_generation_config', 'gguf_key', 'converted_gguf', 'convert_gguf',
            'model_folder', 'load_language_model']
 
@@ -188,6 +188,21 @@ def mismatched_names(
     "Names of tensors whose shape in the file is not the model's."
     return {str(m[0] if isinstance(m, tuple) else m) for m in info["mismatched_keys"]}
 
+@contextmanager
+def loading(
+    what: str,  # For messages: "language model"
+    name: str,  # A folder or a hub name
+):
+    "Errors of transformers that looks a source up, as `ConfigError`; quietly, and within seconds."
+    with source_lookup(name) as unreachable, quiet():
+        try: yield
+        except LOAD_ERRORS as e:
+            reason = unreachable or (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise ConfigError(
+                f"{what} {name!r} cannot be loaded: give a folder with config.json and weights, or "
+                f"a hub name that this machine can reach or has in its cache ({reason})"
+            ) from e
+
 def load_pretrained(
     cls,  # A class of transformers with `from_pretrained`
     name: str | Path,  # A folder or a hub name
@@ -198,14 +213,7 @@ def load_pretrained(
     shape, or if there is no such model."""
     name = str(Path(name).expanduser()) if Path(name).expanduser().exists() else str(name)
     kwargs |= dict(output_loading_info=True, ignore_mismatched_sizes=True)
-    with source_lookup(name) as unreachable, quiet():
-        try: model, info = cls.from_pretrained(name, **kwargs)
-        except LOAD_ERRORS as e:
-            reason = unreachable or (str(e).strip() or type(e).__name__).splitlines()[0]
-            raise ConfigError(
-                f"{what} {name!r} cannot be loaded: give a folder with config.json and weights, or "
-                f"a hub name that this machine can reach or has in its cache ({reason})"
-            ) from e
+    with loading(what, name): model, info = cls.from_pretrained(name, **kwargs)
     raise_misfit(f"{what} {name!r}", set(info["missing_keys"]), (), mismatched_names(info))
     rest = [n for n in info["unexpected_keys"] if not re.match(OTHER_TOWER, n)]
     if rest:

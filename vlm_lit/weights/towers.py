@@ -24,8 +24,8 @@ from ..models.config import sub_config
 from ..models.towers import EfficientNetLiteConfig, EfficientNetLiteModel
 from ..models.towers import build_vision_tower
 from vlm_lit.weights.language_models import (
-    LOAD_ERRORS,
     load_pretrained,
+    loading,
     package_file,
     quiet,
     read_state,
@@ -221,7 +221,8 @@ def load_tower(
     with source_lookup(path):
         file = path if path.is_file() else open_clip_file(str(source))
     if file is None:
-        return tower_from_transformers(str(source), select_layer, dtype)
+        name = str(path if path.exists() else source)  # a folder in the user's home is expanded
+        return tower_from_transformers(name, select_layer, dtype)
     return tower_from_file(file, dtype, select_layer)
 
 def tower_from_file(
@@ -245,14 +246,8 @@ def tower_from_transformers(
 ) -> nn.Module:
     "A tower in transformers' format."
     what = "vision tower"
-    with source_lookup(name) as unreachable, quiet():
-        try: config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        except LOAD_ERRORS as e:
-            reason = unreachable or (str(e).strip() or type(e).__name__).splitlines()[0]
-            raise ConfigError(
-                f"{what} {name!r} cannot be loaded: give a folder with config.json and weights, or "
-                f"a hub name that this machine can reach or has in its cache ({reason})"
-            ) from e
+    with loading(what, name):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     if config.model_type not in TOWER_CLASSES:
         raise ConfigError(
             f"{what} {name!r} is of model type {config.model_type!r}; there are: "
