@@ -418,3 +418,7 @@ def test_scores_by_type_and_baselines():
             "scores": {"exact": 1.0, "score": 0.0},
         },
     )
+    hinted = LazySupervisedDataset([{**records[0], "hint": "dots"}], processor, folder, uint8=True)
+    result = evaluate(Oracle(hinted), None, hinted)
+    test_eq(result["ignored"], {"hint": 1})
+    test_eq(format_table(result).splitlines()[-1], "'hint' holds text in 1 records and is not read")

@@ -25,6 +25,7 @@ from vlm_lit.training.plan import count_steps
 from vlm_lit.training.plan import make_plan
 from vlm_lit.training.plan import measure_steps
 from vlm_lit.training.plan import measured_recipe
+from vlm_lit.training.plan import plan_lines
 
 def setup_module():
     global k, place, prepared, record, records, small_recipe
@@ -116,5 +117,8 @@ def test_what_would_stop_a_run_is_a_problem():
     cut = small_recipe([{**r, "id": n} for n, r in enumerate(long)], "--data.overlength", "truncate")
     found = count_data(prepare_run(cut, place / "cut").train)[1]
     assert (found["used"], found["not_used"]) == (0, {"over_length": 4})
+    hints = make_plan(small_recipe([{**record(k), "hint": "left"} for k in range(3)]), place, measure=0)
+    assert "keys not read     in 3 records, which hold text there" in plan_lines(hints)
+    assert not any("not read" in line for line in plan_lines(plan))
     assert _size(None) == "not known" and _size(1536) == "1.5 KiB" and _size(2**41) == "2.0 TiB"
     assert not list(place.glob("**/checkpoint-*/../plan*"))

@@ -202,7 +202,7 @@ def evaluate(
     out: str | Path | None = None,  # A JSONL file for the predictions
     show: bool = True,  # Whether to show a progress bar, where there is a terminal
     follow_links: bool = False,  # Links may lead out of `image_folder`, unless `data` is a dataset
-) -> dict:  # `n`, `n_by_type`, `metrics`, `baselines`, `skipped`, `predictions`
+) -> dict:  # `n`, `n_by_type`, `metrics`, `baselines`, `skipped`, `ignored`, `predictions`
     "Scores of a model on all questions of a data set, and of the baselines that need no model."
     metrics = [metrics] if isinstance(metrics, str) else metrics
     scorers = load_metrics(metrics)
@@ -243,12 +243,15 @@ def evaluate(
     if train is None: known = {}
     baselines = {name: means(score(own(train, questions))) for name, own in known.items()}
     by_type = Counter(row["type"] for row in rows if "type" in row)
+    used = {row["index"]: record for row, (_, record) in zip(rows, asked)}.values()
+    ignored = Counter(key for record in used for key in record.get("ignored", ()))
     return {
         "n": len(rows),
         "n_by_type": dict(sorted(by_type.items())),
         "metrics": means(scores),
         "baselines": baselines,
         "skipped": skipped,
+        "ignored": dict(ignored.most_common()),
         "predictions": rows,
     }
 
@@ -270,4 +273,6 @@ def format_table(
     ]
     if skipped := result["skipped"]:
         text.append(f"{len(skipped)} records skipped, the first: {skipped[0]['reason']}")
+    unread = result.get("ignored", {}).items()  # files of earlier versions have none
+    text += [f"{key!r} holds text in {n:,} records and is not read" for key, n in unread]
     return "\n".join(map(printable, text))

@@ -40,13 +40,14 @@ def count_data(
 ) -> tuple[np.ndarray, dict]:  # Length of each record, 0 if it is not used; JSON
     "What the records are, and which are not used, by reason."
     rows, skipped, opened = [], Counter(), 0
-    truncated = 0
+    truncated = ignored = 0
     for dataset in mixture.datasets:
         images = "none" if dataset.blank_images else "sample"
         tally = count_all(AuditChunks(dataset, AuditSettings(images=images, n_examples=0)))
         rows += tally.rows
         opened += tally.n_opened
         truncated += tally.counts["truncated"]
+        ignored += tally.counts["ignored_keys"]
         errors = {k: n for k, n in tally.counts.items() if severity(k) == "error"}
         skipped.update(errors)
     found = np.concatenate(rows) if rows else np.zeros(0, RECORD)
@@ -61,6 +62,7 @@ def count_data(
         "not_used": dict(skipped.most_common()),
         "bad_share": round(float(found["is_error"].mean()) if len(found) else 0.0, 6),
         "truncated": truncated,
+        "with_ignored_keys": ignored,
         "tokens_per_record": round(float(used.mean()), 1) if len(used) else 0.0,
     }
 
@@ -239,6 +241,7 @@ def plan_lines(
         "records": f"{data['used']:,} of {data['records']:,} are used",
         "not used": reasons or "none",
         "truncated": f"{data['truncated']:,}",
+        "keys not read": f"in {data['with_ignored_keys']:,} records, which hold text there",
         "tokens": f"{data['tokens_per_record']:,} a record, {steps['tokens_per_step']:,} a step",
         "batches": f"{steps['batching']}, {steps['tokens_of_positions']:.1%} of positions are used",
         "steps": f"{steps['steps']:,} ({steps['epochs']:g} epochs of {steps['steps_per_epoch']:,})",
@@ -256,5 +259,6 @@ def plan_lines(
             f"{measured['peak_memory_gib']:.1f} GiB"
         )
         rows["time"] = f"{plan['hours_per_epoch']:.2f} hours per epoch, {plan['hours']:.2f} in all"
+    if not data["with_ignored_keys"]: del rows["keys not read"]
     lines = [f"{name:18}{text}" for name, text in rows.items()]
     return [printable(line) for line in lines + [f"problem: {text}" for text in plan["problems"]]]
