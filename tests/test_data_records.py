@@ -1,5 +1,5 @@
 "Derived from nbs/07_records.ipynb by `make tests`; edit the notebook, not this file."
-import atexit, io, json, os, re, shutil, sys, tempfile
+import atexit, gc, io, json, os, re, shutil, sys, tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -14,18 +14,21 @@ from torch.utils.data import Dataset as TorchDataset
 from vlm_lit.core import ConfigError, DataError, progress_console
 from vlm_lit.files import cache_folder, digest, file_stamp, new_folder, sha256
 from vlm_lit.hub import hub_lookup
-from vlm_lit.text.messages import REFUSED_KEYS, RECORD_KEYS, image_names, read_record
+from vlm_lit.text.messages import RECORD_KEYS, REFUSED_KEYS, ROLES, image_names, read_record
 from vlm_lit.text.record_forms import CONTENT_KEYS, check_columns, find_form, name_columns
 from vlm_lit.text.record_forms import to_conversation
 from vlm_lit.images import decode_image, safe_path
 from vlm_lit.data.record_images import record_name, take_images
 from vlm_lit.data.sources import Source, choose_split, find_source, scan_source
 import base64, gzip, multiprocessing, os, pickle, tarfile, tempfile
+from collections import Counter
 import pyarrow as pa, pyarrow.parquet as pq
 from datasets import Dataset as Table, Image as ImageFeature, disable_progress_bars
 from fastcore.test import test_eq, expect_fail
+from hypothesis import given, settings, strategies as st
 from vlm_lit.debug.breakpoints import Breakpoint
-from vlm_lit.data.records import _build_store, _store, _remove_by
+from vlm_lit.data.records import _build_store, _plain_record, _read_raw, _store, _remove_by
+from vlm_lit.text.messages import read_record
 from vlm_lit.data.records import Records
 from vlm_lit.data.records import _View
 from vlm_lit.data.records import _store_row
@@ -242,6 +245,50 @@ def test_a_subset_of_several_data_sets():
         test_eq(records.open_image(f"embedded:{k}/0").getpixel((0, 0)), (255, 0, 0))
     with expect_fail(DataError, contains="no image 'embedded:2/0'"):
         records.open_image("embedded:2/0")
+
+def test_a_plain_record_is_read_as_in_four_steps():
+    texts = st.text("a<image>\n\ud83dé:", max_size=8)
+    values = st.none() | texts | st.integers() | st.booleans() | st.lists(texts, max_size=2)
+    roles = st.sampled_from(["human", "gpt", "user", "assistant", "system", "tool", 3])
+    pair = lambda role, text: {"from": role, "value": text}
+    turns = st.builds(pair, roles, texts) | st.builds(pair, roles, values)
+    turns = turns | st.builds(lambda turn, extra: {**turn, **extra}, turns, st.just({"train": False}))
+    talks = st.lists(turns, max_size=4) | values
+    usual = st.lists(texts, min_size=1, max_size=3).map(
+        lambda own: [pair(("human", "gpt")[n % 2], text) for n, text in enumerate(own)]
+    )
+    keys = {"id": values | st.just(float("nan")), "image": values, "type": values}
+    common = st.fixed_dictionaries(
+        {"id": st.integers() | texts, "conversations": usual}, optional={"image": texts}
+    )
+    any_other = st.fixed_dictionaries({"conversations": usual | talks}, optional=keys)
+    counts = Counter()
+
+    def in_four_steps(raw):
+        row, images = take_images(raw, 5)
+        return read_record(to_conversation(row, record_name(row, 5)), 5), images
+
+    def attempt(read, *args):
+        try: return read(*args)
+        except DataError as e: return str(e)
+
+    @settings(max_examples=600, deadline=None, derandomize=True)
+    @given(common | any_other)
+    def check(raw):
+        counts[_plain_record(raw) is not None] += 1
+        assert attempt(_read_raw, raw, 5, {}) == attempt(in_four_steps, raw), raw
+
+    check()
+    assert min(counts.values()) > 60, counts
+    plain = {"id": 3, "image": "a.png", "conversations": [pair("user", "q"), pair("gpt", "a")]}
+    assert _plain_record(plain)
+    for key, value in [
+        ("image", "C:/a.png"),
+        ("image", "data:,"),
+        ("system", "Be brief."),
+        ("id", 1.5),
+    ]:
+        assert not _plain_record({**plain, key: value}), key
 
 def test_a_worker_gets_a_path_and_no_records():
     dumps = multiprocessing.reduction.ForkingPickler.dumps

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
+from typing import NamedTuple
 import numpy as np, torch
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast

@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np, torch
 from vlm_lit.core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from vlm_lit.text.tokenizer import load_tokenizer
-from vlm_lit.text.templates import SeparatorStyle, caption_form, get_template, turn_frame
+from vlm_lit.text.templates import caption_form, get_template, is_caption_template, turn_frame
 from vlm_lit.text.chat_templates import stop_text
 from vlm_lit.text.sentinels import preprocess_multimodal, tokenizer_traits
 from vlm_lit.text.labels import generation_ids, make_prompt, preprocess

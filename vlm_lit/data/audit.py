@@ -129,16 +129,16 @@ def _note_error(own, error):
 
 def _fit(dataset, own, text):
     "Positions of each segment, after a record that is too long was truncated."
-    ids = {key: text[key] for key in ("input_ids", "labels")}
-    try: kept = dataset.fit(ids, own.number)["input_ids"]
+    ids, segments = {key: text[key] for key in ("input_ids", "labels")}, text["segments"].numpy()
+    try: n_kept = len(dataset.fit(ids, own.number)["input_ids"])
     except TooLong as error:
         if dataset.overlength != "skip": return _note_error(own, error)
         return
-    if len(kept) < len(ids["input_ids"]):
-        what = f"{len(ids['input_ids']) - len(kept)} of its tokens are cut off"
+    if n_kept < len(segments):
+        what = f"{len(segments) - n_kept} of its tokens are cut off"
         own.findings.append(Finding("truncated", own.number, own.record["id"], what))
     n_image_tokens = dataset.num_image_tokens or 1
-    own.counts = np.bincount(text["segments"][: len(kept)].numpy(), minlength=len(Segment))
+    own.counts = np.bincount(segments[:n_kept], minlength=len(Segment))
     own.n_needed = int(own.counts[Segment.IMAGE])
     own.counts[Segment.IMAGE] *= n_image_tokens
     if not own.counts[Segment.ANSWER] + own.counts[Segment.STOP]:
@@ -185,14 +185,14 @@ def _count_record(tally, dataset, own, settings):
         tally.sources.update({("", "records"): 1, ("", "errors"): 1})
         return row.item()
     names, source = image_names(record), record.get("source") or ""
+    is_error = own.is_error
     tally.n_images += len(names)
-    for what, n in [("records", 1), ("images", len(names)), ("positions", length)]:
-        tally.sources[source, what] += n
-    tally.sources[source, "errors"] += own.is_error
+    counts = {"records": 1, "images": len(names), "positions": length, "errors": is_error}
+    for what, n in counts.items(): tally.sources[source, what] += n
     answer = next((t["value"] for t in record["conversations"] if t["from"] == "gpt"), "")
     tally.scripts[script_of(answer)] += 1
     keys = [dataset.image_key(name) for name in names]
-    return record_row(record, own.number, keys, length, own.is_error)
+    return record_row(record, own.number, keys, length, is_error)
 
 def inspect_chunk(
     dataset: LazySupervisedDataset,

@@ -6,7 +6,7 @@
 __all__ = ['SMALL', 'one_thread', 'Records']
 
 # %% ../../nbs/07_records.ipynb #c002
-import atexit, io, json, os, re, shutil, sys, tempfile
+import atexit, gc, io, json, os, re, shutil, sys, tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -21,7 +21,7 @@ from torch.utils.data import Dataset as TorchDataset
 from ..core import ConfigError, DataError, progress_console
 from ..files import cache_folder, digest, file_stamp, new_folder, sha256
 from ..hub import hub_lookup
-from ..text.messages import REFUSED_KEYS, RECORD_KEYS, image_names, read_record
+from ..text.messages import RECORD_KEYS, REFUSED_KEYS, ROLES, image_names, read_record
 from ..text.record_forms import CONTENT_KEYS, check_columns, find_form, name_columns
 from ..text.record_forms import to_conversation
 from ..images import decode_image, safe_path
@@ -54,6 +54,30 @@ def _schema():
         ]
     )
 
+_PLAIN_KEYS = frozenset(("id", "image", "conversations"))
+
+def _plain_record(
+    raw: dict,  # A record as its file has it
+) -> dict | None:  # What `read_record` would return; None if a closer look is needed
+    "A record of LLaVA's own keys: texts, a question first, and at most one path."
+    name, image, given = raw.get("id"), raw.get("image", "path"), raw.get("conversations")
+    if not (_PLAIN_KEYS.issuperset(raw) and type(name) in (str, int)):
+        return None
+    if not (type(image) is str and image and ":" not in image and type(given) is list):
+        return None
+    turns = []
+    for turn in given:
+        if type(turn) is not dict or len(turn) != 2: return None
+        role, text = turn.get("from"), turn.get("value")
+        if type(role) is not str or role not in ROLES or type(text) is not str:
+            return None
+        turns.append({"from": ROLES[role], "value": text})
+    if not turns or turns[0]["from"] != "human": return None
+    try: "".join([image, *(turn["value"] for turn in turns)]).encode()
+    except UnicodeEncodeError: return None
+    pictured = {"image": image} if "image" in raw else {}
+    return {"id": name, **pictured, "conversations": turns}
+
 def _read_raw(
     raw: object,  # A record as its file has it; the `DataError` of one that is not to be used
     n: int,  # Its place
@@ -63,6 +87,8 @@ def _read_raw(
     if isinstance(raw, DataError):
         raise DataError(raw.message, raw.record, raw.turn, raw.kind)
     if not isinstance(raw, dict): return read_record(raw, n), []
+    plain = None if columns else _plain_record(raw)
+    if plain: return plain, []
     if columns: raw = name_columns(raw, columns, record_name(raw, n))
     row, images = take_images(raw, n)
     return read_record(to_conversation(row, record_name(row, n)), n), images
@@ -318,7 +344,8 @@ def _bars_in_terminals_only():
         if is_change: enable_progress_bars()
 
 def one_thread(worker):
-    "Keep a worker process to one thread; there are other workers."
+    "Keep a worker process to one thread, and garbage collection to what it makes itself."
+    gc.freeze()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
 
@@ -479,7 +506,8 @@ class Records(Sequence):
         indices: Sequence[int],  # Numbers of records
     ) -> list[dict]:
         "Several records at once. Raises `DataError` for the first that cannot be read."
-        indices = [self._place(i) for i in indices]
+        n = len(self)
+        indices = [i if 0 <= i < n else self._place(i) for i in indices]
         if self.in_form:
             return [_stored_record(row) for row in self._table_rows(indices)]
         if self.items is None: raws = self._table_rows(indices)

@@ -18,7 +18,13 @@ from ..core import ConfigError, DataError
 from .messages import turn_parts
 from .templates import Conversation, Rendered, SeparatorStyle, caption_form
 from ..core import Segment
-from .templates import get_template, leaves_open, render, set_system
+from vlm_lit.text.templates import (
+    get_template,
+    is_caption_template,
+    leaves_open,
+    render,
+    set_system,
+)
 from .chat_templates import answer_headers, hf_markers, render_hf, stop_text
 from .sentinels import NO_SPACE, Encoded, TokenizerTraits, encode_prompts
 from .sentinels import tokenizer_traits
@@ -33,7 +39,7 @@ def check_turns(
     if not isinstance(source, list) or not source:
         message = "no turns: 'conversations' must be a list of {'from', 'value'}"
         raise DataError(message, record, kind="roles")
-    before = None
+    before, n_questions = None, 0
     for n, turn in enumerate(source):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             raise DataError("a turn must be {'from': …, 'value': text}", record, n, kind="roles")
@@ -47,7 +53,8 @@ def check_turns(
             message = f"two turns of {who!r} in a row; join them or add the missing turn"
             raise DataError(message, record, n, kind="roles")
         before = who
-    if all(turn["from"] != "human" for turn in source):
+        n_questions += who == "human"
+    if not n_questions:
         what = "a greeting of 'gpt'" if before == "gpt" else "a 'system' turn"
         message = f"only {what}; there is no question to answer"
         raise DataError(message, record, 0, kind="roles")
@@ -76,8 +83,8 @@ def open_turns(
     template: str,  # A name in `conv_templates`, or "hf"
 ) -> list[int]:  # Their numbers; an empty answer at the end is not among them
     "Empty turns that the template leaves open, so that the next turn begins inside them."
-    if template == "hf":
-        return []  # the tokenizer's template closes them, or is refused
+    # a template of a tokenizer closes them, or is refused
+    if template == "hf" or all([turn["value"] for turn in source]): return []
     conv, first = get_template(template), first_turn(source)
     if source[first]["from"] == "gpt": first += 1  # a greeting is dropped
     is_open = lambda turn: leaves_open(conv, turn["value"])
@@ -363,7 +370,7 @@ def make_prompt(
 ) -> Rendered:
     "One conversation as a prompt."
     if template != "hf":
-        if get_template(template).sep_style == SeparatorStyle.PLAIN and not has_image:
+        if not has_image and is_caption_template(template):
             message = (
                 f"template {template!r} is for an image and its caption; this record has no image"
             )
@@ -444,7 +451,7 @@ def generation_prompt(
 ) -> Rendered:
     """A conversation with a turn opened for the model; of a caption's question only the image tags
     are left."""
-    if template != "hf" and get_template(template).sep_style == SeparatorStyle.PLAIN:
+    if is_caption_template(template):
         turns = [*source, {"from": "gpt", "value": ""}]
         prompt = make_prompt(turns, tokenizer, template, has_image)
         begin = prompt.answers[0][0]

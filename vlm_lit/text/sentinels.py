@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
+from typing import NamedTuple
 import numpy as np, torch
 from tokenizers import Encoding, Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -195,12 +196,11 @@ def tokenizer_image_token(
     return input_ids
 
 # %% ../../nbs/04_sentinels.ipynb #c044
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     "A stretch of a prompt without images, encoded in one go."
 
     text: str
-    parts: list[tuple[int, Segment]]  # where each part of the prompt begins in the text
+    parts: tuple[tuple[int, Segment], ...]  # where each part of the prompt begins in the text
     place: tuple[int, int, int]  # prompt, chunk, and character of the prompt where it begins
     lead: str | None = None  # what is encoded before it; None: it begins a chunk
     literal: bool = False  # whether control tokens in it are plain text
@@ -220,7 +220,7 @@ def chunk_pieces(
         if segment == Segment.IMAGE:
             place = (n, len(pieces), start)
             own = lead if pieces or prompt.has_bos else None
-            pieces.append(Piece("".join(texts), parts, place, own))
+            pieces.append(Piece("".join(texts), tuple(parts), place, own))
             texts = []
             parts = []
             start = at + len(text)
@@ -230,7 +230,7 @@ def chunk_pieces(
         at += len(text)
     place = (n, len(pieces), start)
     own = lead if pieces or prompt.has_bos else None
-    return [*pieces, Piece("".join(texts), parts, place, own)]
+    return [*pieces, Piece("".join(texts), tuple(parts), place, own)]
 
 def encode_pieces(
     pieces: list[Piece],
@@ -263,7 +263,8 @@ def cut_piece(
     pieces, edges = [], [0, *edges, len(piece.text)]
     for a, b in zip(edges, edges[1:]):
         opened = [segment for at, segment in piece.parts if at <= a][-1]
-        parts = [(0, opened), *((at - a, segment) for at, segment in piece.parts if a < at < b)]
+        inner = ((at - a, segment) for at, segment in piece.parts if a < at < b)
+        parts = ((0, opened), *inner)
         plain = any(end == a for _, end in literals)  # a control token there is text
         lead = piece.lead if a == 0 else traits.lead("" if plain else piece.text[:a])
         literal = piece.literal or (a, b) in literals
@@ -297,14 +298,16 @@ def place_parts(
 ) -> tuple[list[int], list[int]]:
     """First token of each part, and the edges of answers that a token lies across. A token is of
     the part that its first character is of, the spaces that it begins with left aside."""
-    shift = len(piece.lead or "")
+    shift, token_at = len(piece.lead or ""), encoding.char_to_token
     firsts: list[int | None] = []
     edges = []
     ends = [at for at, _ in piece.parts[1:]] + [len(piece.text)]
     supervised = False
     for (start, segment), end in zip(piece.parts, ends):
-        covered = (encoding.char_to_token(at + shift) for at in range(start, end))
-        first = next((token for token in covered if token is not None), None)
+        first = token_at(start + shift)
+        if first is None:  # such as a space that the tokenizer drops
+            covered = (token_at(at + shift) for at in range(start + 1, end))
+            first = next((token for token in covered if token is not None), None)
         span = encoding.token_to_chars(first) if first is not None and start else None
         if first is not None and span is not None and span[0] < start + shift:
             if supervised != (segment >= Segment.ANSWER): edges.append(start)
@@ -361,13 +364,17 @@ def encode_prompts(
         for piece in chunk_pieces(prompt, n, traits.after_control if is_one_text else None):
             pieces += cut_literals(piece, literals[n], traits) if literals else [piece]
     while pieces:
-        again = []
-        for piece, encoding in encode_pieces(pieces, tokenizer):
-            firsts, edges = place_parts(piece, encoding)
-            edges = letters_apart(piece, encoding, traits) or edges
+        encodings, again, placed = encode_pieces(pieces, tokenizer), [], {}
+        for piece, encoding in encodings:
+            before = placed.get(id(encoding))  # equal beginnings have one encoding
+            if before is None or before[0] != piece.parts:
+                firsts, edges = place_parts(piece, encoding)
+                edges = letters_apart(piece, encoding, traits) or edges
+                tokens = edges or piece_tokens(piece, encoding, firsts, traits.n_bos)
+                before = placed[id(encoding)] = (piece.parts, edges, tokens)
+            _, edges, tokens = before
             if edges: again += cut_piece(piece, edges, traits)
-            else:
-                found.append((piece.place, *piece_tokens(piece, encoding, firsts, traits.n_bos)))
+            else: found.append((piece.place, *tokens))
         pieces = again
     chunks = [[] for _ in prompts]
     for (n, chunk, _), ids, segments in sorted(found, key=itemgetter(0)):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CURIOUS', 'HELPFUL', 'MMTAG', 'LLAMA_2_SYSTEM', 'SYSTEM_OPENING', 'conv_templates', 'SeparatorStyle', 'Conversation',
            'single', 'two', 'llama_2', 'llama_3', 'chatml', 'plain', 'get_template', 'frame_texts', 'turn_frame',
-           'Rendered', 'user_parts', 'system_parts', 'leaves_open', 'message_parts', 'joined', 'render', 'caption_form',
-           'set_system']
+           'Rendered', 'user_parts', 'system_parts', 'leaves_open', 'message_parts', 'joined', 'render',
+           'is_caption_template', 'caption_form', 'set_system']
 
 # %% ../../nbs/03_templates.ipynb #c002
 from dataclasses import dataclass, field, replace
@@ -337,6 +337,13 @@ def render(
     return Rendered(text, tuple(parts))
 
 # %% ../../nbs/03_templates.ipynb #c054
+@lru_cache(maxsize=64)
+def is_caption_template(
+    template: str,  # A name in `conv_templates`, or "hf"
+) -> bool:
+    "Whether a template is for an image and its caption. Raises `ConfigError` for an unknown name."
+    return template != "hf" and get_template(template).sep_style == SeparatorStyle.PLAIN
+
 def caption_form(
     conv: Conversation,  # `plain` or `v0_plain`
 ) -> Conversation:  # The same with the separator after the caption only

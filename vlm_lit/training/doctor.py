@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 import numpy as np, torch
 from ..core import IGNORE_INDEX, IMAGE_TOKEN, IMAGE_TOKEN_INDEX, ConfigError, DataError
 from ..text.tokenizer import load_tokenizer
-from ..text.templates import SeparatorStyle, caption_form, get_template, turn_frame
+from ..text.templates import caption_form, get_template, is_caption_template, turn_frame
 from ..text.chat_templates import stop_text
 from ..text.sentinels import preprocess_multimodal, tokenizer_traits
 from ..text.labels import generation_ids, make_prompt, preprocess
@@ -72,15 +72,11 @@ _KNOWN = {
     "letters beyond ASCII": _talk("<image>\nWie heißt das?", "Eine schöne Schachtel, 箱子 🙂"),
 }
 
-def _is_caption(template):
-    "Whether a template takes captions only."
-    return template != "hf" and get_template(template).sep_style == SeparatorStyle.PLAIN
-
 def _stop(tokenizer, template) -> str:
     "What follows an answer and is supervised."
     if template == "hf": return stop_text(tokenizer)
     conv = get_template(template)
-    if _is_caption(template): conv = caption_form(conv)
+    if is_caption_template(template): conv = caption_form(conv)
     return turn_frame(conv, 1, conv.roles[1])[2]
 
 def _runs(marks) -> list[tuple[int, int]]:
@@ -146,7 +142,7 @@ def known_answers(
     if processor is None: return found
     template = processor.template
     for name, turns in _KNOWN.items():
-        if _is_caption(template) and len(turns) > 2: continue
+        if is_caption_template(template) and len(turns) > 2: continue
         try: wrong = _problems_of(turns, processor)
         except (DataError, ConfigError) as error:
             if turns[0]["from"] == "system":
