@@ -35,7 +35,7 @@ def test_bytes_under_a_text_key_would_become_a_name():
 
 def test_bytes_are_images_text_or_refused():
     P = png.getvalue() if "png" in globals() else b"\x89PNG"
-    IN = {"bytes": b"\x89i", "path": None}
+    IN, PICTURE = {"bytes": b"\x89i", "path": None}, Image.new("RGB", (2, 2))
     part = lambda **own: {"messages": [{"role": "user", "content": [own]}]}
     CASES = [  # row, what is left, images; or the error
         ({"image": b"\x89i"}, {"image": "embedded:5/0"}, 1),
@@ -57,6 +57,11 @@ def test_bytes_are_images_text_or_refused():
         ({"id": 3, "answer": b"\xff"}, "record 3: column 'answer': holds bytes that are no text"),
         (part(type="text", text=b"\xff"), "column 'messages': holds bytes that are no text"),
         (part(type="text", url=b"\xff"), "column 'messages': holds bytes that are no text"),
+        ({"answer": PICTURE}, "column 'answer': holds an image, and is not for images"),
+        ({"question": IN}, "column 'question': holds an image, and is not for images"),
+        ({"id": {"bytes": None, "path": "x.png"}}, "column 'id': holds an image"),
+        (part(type="text", text=IN), "column 'messages': holds an image"),
+        ({"conversations": [{"from": "human", "value": PICTURE}]}, "column 'conversations': holds an"),
         ({"image": "data:text/plain;base64,AA=="}, "column 'image': 'data:text/plain"),
         ({"image": "data:image/png;base64,A"}, "is no complete base64"),
         ({"image": "data:image/png;base64,A*=="}, "is no complete base64"),

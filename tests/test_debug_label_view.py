@@ -71,6 +71,13 @@ def test_strip_names_segments_and_escapes_what_it_shows():
     with expect_fail(ValueError, contains="1 input_ids but 2 segments"):
         LabelStrip([1], [1], Letters(), [0, 1])
 
+def test_every_segment_is_shown():
+    for s in Segment:
+        strip = LabelStrip([97, 98], [-100, 98], Letters(), [s, s])
+        assert f"<b><u>b</u></b>" in strip._repr_html_() and strip.__rich__().plain == repr(strip)
+        test_eq(repr(strip).splitlines()[0], f"{s.name:6} a|[b]")
+        assert f"{s.name:6} a|" in repr(StripPair(strip, strip))
+
 def test_a_pair_of_equal_strips_has_no_difference():
     pair = StripPair(
         LabelStrip(*sample("a cat", "cat"), Letters(), title="right"),

@@ -51,6 +51,10 @@ class _Taker:
         self.images.append(data)
         return f"embedded:{self.n}/{len(self.images) - 1}"
 
+    def refuse(self):
+        "Raise `DataError` for an image where a text is read."
+        raise DataError("holds an image, and is not for images; name its column as that of `image`")
+
     def one(self, value, is_image: bool):
         "A value that is no list and no dict, without bytes."
         if isinstance(value, (bytes, bytearray, memoryview)):
@@ -59,7 +63,7 @@ class _Taker:
             except UnicodeDecodeError:
                 raise DataError("holds bytes that are no text, and is not for images") from None
         if isinstance(value, Image.Image):
-            return self.save(_encode_image(value))
+            return self.save(_encode_image(value)) if is_image else self.refuse()
         if not is_image or not isinstance(value, str): return value
         if value.startswith("embedded:"):
             raise DataError(f"{value[:40]!r} is a name for an image inside another data set")
@@ -71,6 +75,7 @@ class _Taker:
             return [self.plain(own, is_image) for own in value]
         if not isinstance(value, dict): return self.one(value, is_image)
         if value.keys() == {"bytes", "path"}:
+            if not is_image: self.refuse()
             return value["path"] if value["bytes"] is None else self.one(value["bytes"], True)
         is_part = is_image or value.get("type") in ("image", "image_url")
         return {

@@ -22,6 +22,7 @@ COLORS = {
     "ANSWER": ("#d0ead2", "#2e7d32"),
     "STOP": ("#f8d3d3", "#c62828"),
     "PAD": ("#f0f0f0", "#616161"),
+    "CONTEXT": ("#e6edc9", "#33691e"),
     "": ("#e3e3e3", "#2e7d32"),
 }
 TERMINAL = {
@@ -30,6 +31,7 @@ TERMINAL = {
     "IMAGE": "magenta",
     "ANSWER": "green",
     "STOP": "red",
+    "CONTEXT": "cyan",
 }
 
 class LabelStrip:
@@ -83,7 +85,7 @@ class LabelStrip:
 
     def wrapped(self, name: str, cells: list[str]) -> list[str]:
         "Cells after each other, wrapped at 100 columns, the segment's name before them."
-        head = f"{name:7}" if name else ""
+        head = f"{name:6} " if name else ""
         lines = [head]
         for cell in cells:
             if len(lines[-1]) + len(cell) > 100 and lines[-1].strip():
@@ -100,7 +102,7 @@ class LabelStrip:
     def __rich__(self):
         out = Text(f"{self.title}\n" if self.title else "")
         for name, run in self.lines():
-            out.append(f"{name:7}" if name else "", style="dim")
+            out.append(f"{name:6} " if name else "", style="dim")
             for n in run:
                 _, supervised = self.tokens[n]
                 color = TERMINAL.get(name, "default")
@@ -123,7 +125,7 @@ class LabelStrip:
     def _repr_html_(self):
         rows = ""
         for name, run in self.lines():
-            head = f"{name:7}".replace(" ", "&nbsp;") if name else ""
+            head = f"{name:6} ".replace(" ", "&nbsp;") if name else ""
             spans = "".join(self.span(n) for n in run)
             head = f'<code style="color:inherit;background:none">{head}</code>' if head else ""
             rows += f"<div>{head}{spans}</div>"
@@ -150,7 +152,7 @@ class StripPair:
         "Tokens at the same position."
 
         def cells(strip):
-            named = [f"{name:7}" if name else "" for name in strip.names]
+            named = [f"{name:6} " if name else "" for name in strip.names]
             return [name + strip.cell(n) for n, name in enumerate(named)]
 
         pairs = zip_longest(cells(self.left), cells(self.right), fillvalue="")
