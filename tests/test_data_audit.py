@@ -271,6 +271,8 @@ def test_sources_scripts_images_and_leaks_are_in_the_report():
         "broken_record": [9], "image_long": [2], "leak": [0],
     })  # fmt: skip
     test_eq(report["against"], {"records": 1, "errors": 0})
+    (leak,) = report["findings"]["leak"]["examples"]
+    test_eq(leak["what"], f"as record {records[0]['id']!r} (of the other data, number 0)")
     many = [{**records[3], "id": n, "source": f"s{n}"} for n in range(60)]
     table = audit(many, processor)["sources"]
     test_eq((len(table), table["(others)"]), (51, {"sources": 10, "records": 10}))

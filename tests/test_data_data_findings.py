@@ -2,6 +2,7 @@
 import bisect, hashlib, re
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 import numpy as np
 from vlm_lit.core import IMAGE_TOKEN
 from vlm_lit.data.image_findings import ImageFacts, image_kinds
@@ -142,11 +143,14 @@ def test_leaks_by_text_bytes_name_and_look():
         ("q4", "a", "d.png", facts(5), {}),
         ("text", "only", None, None, {}),
     ]
-    found = {g.kind: g.numbers.tolist() for g in leaks(*tables(train), *tables(other))}
-    test_eq(found, {"leak": [0, 4], "leak_image": [1, 2, 3]})
+    like = lambda groups: {g.kind: dict(zip(g.numbers.tolist(), g.like.tolist())) for g in groups}
+    found = like(leaks(*tables(train), *tables(other)))
+    test_eq(found, {"leak": {0: 0, 4: 4}, "leak_image": {1: 1, 2: 2, 3: 3}})
     named = [(q, a, name, None, more) for q, a, name, _, more in other]
-    found = {g.kind: g.numbers.tolist() for g in leaks(*tables(train), *tables(named))}
-    test_eq(found, {"leak": [4], "leak_image": [3]})
+    found = like(leaks(*tables(train), *tables(named)))
+    test_eq(found, {"leak": {4: 4}, "leak_image": {3: 3}})
+    backwards = like(leaks(*tables(train), *tables(other[::-1])))
+    test_eq(backwards, {"leak": {0: 4, 4: 0}, "leak_image": {1: 3, 2: 2, 3: 1}})
     nothing = np.zeros(0, RECORD), np.zeros(0, IMAGE)
     assert not any(len(g.numbers) for g in leaks(*tables(train), *nothing))
     assert not any(len(g.numbers) for g in leaks(*nothing, *tables(train)))

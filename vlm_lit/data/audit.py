@@ -408,7 +408,13 @@ def _sources(tally: Tally, known: dict) -> dict:
         table["(others)"] = {"sources": len(names) - MOST_SOURCES, "records": rest}
     return table
 
-def _add_group(tally: Tally, dataset: LazySupervisedDataset, group: Group, n_examples: int) -> None:
+def _add_group(
+    tally: Tally,
+    dataset: LazySupervisedDataset,
+    group: Group,
+    n_examples: int,  # Most that are kept
+    compared: LazySupervisedDataset | None = None,  # That has what the records are like
+) -> None:
     "Count a finding of many records, with its first examples."
     if not len(group.numbers): return
     tally.counts[group.kind] = len(group.numbers)
@@ -416,7 +422,9 @@ def _add_group(tally: Tally, dataset: LazySupervisedDataset, group: Group, n_exa
     for k, n in enumerate(group.numbers[:n_examples].tolist()):
         name, what, image = dataset.name(n), WARNINGS[group.kind], None
         if group.like is not None:
-            what = f"as record {dataset.name(int(group.like[k]))!r} (number {group.like[k]})"
+            like = (dataset if compared is None else compared).name(int(group.like[k]))
+            place = "number" if compared is None else "of the other data, number"
+            what = f"as record {like!r} ({place} {group.like[k]})"
         try: image = next(iter(image_names(dataset.records[n])), None)
         except DataError: pass  # an id can be read of what is no record
         examples.append(Finding(group.kind, n, name, what, image=image))
@@ -430,14 +438,17 @@ def summarize(
     dataset: LazySupervisedDataset,
     settings: AuditSettings,
     other: Tally | None = None,  # Of data that this is compared with
+    compared: LazySupervisedDataset | None = None,  # That data
 ) -> dict:  # JSON
     "The report."
     rows, images = _joined(tally.rows, RECORD), _joined(tally.images, IMAGE)
     known = by_source(rows)
-    groups = data_findings(rows, images, known)
+    for group in data_findings(rows, images, known):
+        _add_group(tally, dataset, group, settings.n_examples)
     if other is not None:
-        groups += leaks(rows, images, _joined(other.rows, RECORD), _joined(other.images, IMAGE))
-    for group in groups: _add_group(tally, dataset, group, settings.n_examples)
+        others = _joined(other.rows, RECORD), _joined(other.images, IMAGE)
+        for group in leaks(rows, images, *others):
+            _add_group(tally, dataset, group, settings.n_examples, compared)
     own = rows[rows["length"] > 0]
     padding = padding_of(own["length"], own["n_images"] > 0, settings.batch_size)
     tokens = tally.tokens.copy()
@@ -511,14 +522,14 @@ def run_audit(
             image_size_aux=images.image_size_aux,
             aspect=images.aspect,
         )
-    dataset, other = as_dataset(data, tokenizer, settings), None
+    dataset, other, compared = as_dataset(data, tokenizer, settings), None, None
     if against is not None:
         if settings.images == "sample":
             settings = replace(settings, images="all")
         compared = as_dataset(against, tokenizer, settings)
         other = count_all(AuditChunks(compared, settings), n_workers, console)
     tally = count_all(AuditChunks(dataset, settings), n_workers, console)
-    report = summarize(tally, dataset, settings, other)
+    report = summarize(tally, dataset, settings, other, compared)
     if other is not None:
         unread = sum(n for kind, n in other.counts.items() if severity(kind) == "error")
         report["against"] = {"records": other.n_records, "errors": unread}

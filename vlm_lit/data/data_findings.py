@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['RECORD', 'IMAGE', 'NEAR', 'MANY_ANSWERS', 'SAME_ANSWER', 'LONG_ANSWER', 'KNOWN_SHARE', 'KNOWN_AT_LEAST', 'hash64',
-           'normalized', 'count_words', 'record_row', 'image_row', 'mixed', 'first_places', 'image_keys', 'near_places',
-           'groups_with_many', 'most_frequent', 'question_only', 'Group', 'image_groups', 'length_outliers',
-           'by_source', 'data_findings', 'leaks', 'script_of']
+           'normalized', 'count_words', 'record_row', 'image_row', 'mixed', 'first_places', 'place_in', 'image_keys',
+           'near_places', 'groups_with_many', 'most_frequent', 'question_only', 'Group', 'image_groups',
+           'length_outliers', 'by_source', 'data_findings', 'leaks', 'script_of']
 
 # %% ../../nbs/13d_data_findings.ipynb #c002
 import bisect, hashlib, re
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 import numpy as np
 from ..core import IMAGE_TOKEN
 from .image_findings import ImageFacts, image_kinds
@@ -34,6 +35,7 @@ IMAGE = np.dtype(
     ]
 )
 
+@lru_cache(maxsize=1024)
 def hash64(
     text: str,
 ) -> int:
@@ -41,6 +43,7 @@ def hash64(
     data = text.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
+@lru_cache(maxsize=1024)
 def normalized(
     text: str,  # Of a turn
 ) -> str:  # Without tags, in lower case, with single spaces
@@ -102,6 +105,16 @@ def first_places(
     _, first, which = np.unique(values, return_index=True, return_inverse=True)
     return first[which]
 
+def place_in(
+    values: np.ndarray,
+    others: np.ndarray,
+) -> np.ndarray:  # int64, as long as `values`
+    "For each value a place among the others; -1: it is not there."
+    known, at = np.unique(others, return_index=True)
+    if not len(known): return np.full(len(values), -1)
+    found = np.minimum(np.searchsorted(known, values), len(known) - 1)
+    return np.where(known[found] == values, at[found], -1)
+
 def image_keys(
     rows: np.ndarray,  # `RECORD`, ordered by number from 0 on
     images: np.ndarray,  # `IMAGE`, of those that were opened
@@ -112,11 +125,10 @@ def image_keys(
     opened = np.bincount(images["number"], minlength=len(rows)) == rows["n_images"]
     opened &= rows["n_images"] > 0
     keys = np.where(opened, sums, rows["images"])
-    names, at = np.unique(rows["images"][opened], return_index=True)
-    if not len(names): return keys
-    found = np.minimum(np.searchsorted(names, rows["images"]), len(names) - 1)
-    same = (names[found] == rows["images"]) & (rows["n_images"] > 0)
-    return np.where(same, keys[opened][at][found], keys)
+    at = place_in(rows["images"], rows["images"][opened])
+    same = (at >= 0) & (rows["n_images"] > 0)
+    keys[same] = keys[opened][at[same]]
+    return keys
 
 # %% ../../nbs/13d_data_findings.ipynb #c012
 NEAR = 3  # bits
@@ -184,7 +196,8 @@ class Group:
 
     kind: str  # a key of `WARNINGS`
     numbers: np.ndarray  # of the records, rising
-    like: np.ndarray | None = None  # numbers of the records that they are like
+    # numbers of the records that they are like, in the other data where there is one
+    like: np.ndarray | None = None
 
 def _later(kind, values, numbers, where) -> Group:
     "Entries whose value came before; one per record."
@@ -260,24 +273,32 @@ def leaks(
     images: np.ndarray,  # `IMAGE`
     other_rows: np.ndarray,  # Of the data to compare with
     other_images: np.ndarray,
-) -> list[Group]:
+) -> list[Group]:  # What they are like is in the other data
     "Records and images that the other data has, too."
     pairs = [
         (image_keys(rows, images), image_keys(other_rows, other_images)),
         (rows["images"], other_rows["images"]),  # where one side was not opened: by name
     ]
-    is_leak, shared = np.zeros(len(rows), bool), np.zeros(len(rows), bool)
+    leak, shared = np.full((2, len(rows)), -1)  # numbers of the other data's records
+    read, pictured = np.flatnonzero(other_rows["is_read"]), np.flatnonzero(other_rows["n_images"])
     for own, theirs in pairs:
-        whole = mixed(other_rows["text"], theirs)[other_rows["is_read"]]
-        is_leak |= np.isin(mixed(rows["text"], own), whole) & rows["is_read"]
-        shared |= np.isin(own, theirs[other_rows["n_images"] > 0]) & (rows["n_images"] > 0)
-    same = np.isin(images["content"], other_images["content"])
-    looks = [own["look"][own["is_comparable"]] for own in (other_images, images)]
-    near = near_places(np.concatenate(looks))[len(looks[0]) :] < len(looks[0])
-    same[np.flatnonzero(images["is_comparable"])[near]] = True
-    shared[images["number"][same]] = True
-    images_only = np.flatnonzero(shared & ~is_leak)
-    return [Group("leak", np.flatnonzero(is_leak)), Group("leak_image", images_only)]
+        whole = place_in(mixed(rows["text"], own), mixed(other_rows["text"], theirs)[read])
+        at = np.flatnonzero((whole >= 0) & rows["is_read"] & (leak < 0))
+        leak[at] = read[whole[at]]
+        named = place_in(own, theirs[pictured])
+        at = np.flatnonzero((named >= 0) & (rows["n_images"] > 0) & (shared < 0))
+        shared[at] = pictured[named[at]]
+    looks = [np.flatnonzero(own["is_comparable"]) for own in (other_images, images)]
+    n = len(looks[0])
+    near = near_places(np.concatenate([other_images["look"][looks[0]], images["look"][looks[1]]]))
+    same = place_in(images["content"], other_images["content"])
+    alike = np.flatnonzero((near[n:] < n) & (same[looks[1]] < 0))
+    same[looks[1][alike]] = looks[0][near[n:][alike]]
+    for k in np.flatnonzero(same >= 0):
+        if shared[images["number"][k]] < 0:
+            shared[images["number"][k]] = other_images["number"][same[k]]
+    whole, parts = np.flatnonzero(leak >= 0), np.flatnonzero((shared >= 0) & (leak < 0))
+    return [Group("leak", whole, leak[whole]), Group("leak_image", parts, shared[parts])]
 
 # %% ../../nbs/13d_data_findings.ipynb #c024
 _BLOCKS = [
