@@ -1,6 +1,7 @@
 "Derived from nbs/15_reports.ipynb by `make tests`; edit the notebook, not this file."
 import base64, html, textwrap
 from collections.abc import Callable
+from itertools import groupby
 from vlm_lit.text.messages import image_names
 import io, json, sys, tempfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from vlm_lit.data.findings import AuditSettings
 from vlm_lit.debug.breakpoints import Breakpoint
 from small_parts import seed_dataset
 from vlm_lit.reports import _example_item
+from vlm_lit.reports import _finding_lines
 from vlm_lit.reports import audit_lines
 from vlm_lit.reports import audit_page
 from vlm_lit.reports import pick_samples
@@ -144,6 +146,14 @@ def test_audit_page_escapes_what_the_data_says():
     assert not any("\x1b" in line for line in audit_lines({**report, "verdict": "\x1b[31m"}))
     right = audit(doubtful[:3], processor, AuditSettings(image_folder=audited))
     assert "No findings." in audit_page(right) and "no findings" in audit_lines(right)
+
+def test_equal_words_of_examples_are_said_once():
+    example = lambda n, what, turn=None: {"id": f"r{n}", "index": n, "turn": turn, "what": what}
+    examples = [example(0, "no form"), example(1, "no form", 2), example(2, "no text")]
+    some = {"severity": "error", "count": 3, "share": 1.0, "means": "m", "examples": examples}
+    lines = [line.strip() for line in _finding_lines({"broken_record": some}, 5)[1:]]
+    wanted = ["record 'r0' (number 0): no form", "the same: record 'r1' (number 1), turn 2"]
+    test_eq(lines, [*wanted, "record 'r2' (number 2): no text"])
 
 def test_any_text_of_the_data_stays_text():
     from html.parser import HTMLParser

@@ -8,6 +8,7 @@ __all__ = ['audit_lines', 'length_figure', 'audit_page']
 # %% ../nbs/15_reports.ipynb #c002
 import base64, html, textwrap
 from collections.abc import Callable
+from itertools import groupby
 from .text.messages import image_names
 
 # %% ../nbs/15_reports.ipynb #c007
@@ -108,17 +109,24 @@ def _printable(line: str) -> str:
     "A line without what a terminal would obey."
     return "".join(c if c.isprintable() else "\\x%02x" % ord(c) for c in line)
 
+def _place(example: dict) -> str:
+    "Which record an example is, and which turn of it."
+    where = f"record {example['id']!r}"
+    if example["id"] != example["index"]:
+        where += f" (number {example['index']})"
+    return where if example["turn"] is None else f"{where}, turn {example['turn']}"
+
 def _finding_lines(findings: dict, n_examples: int) -> list[str]:
     "A row for each finding, its examples below."
     lines = []
     for kind, found in findings.items():
         counted = f"{found['count']:>9,}  {found['share']:8.3%}"
         lines.append(f"{found['severity']:8}{kind:21}{counted}  {found['means']}")
-        for e in found["examples"][:n_examples]:
-            where = f"record {e['id']!r}"
-            if e["id"] != e["index"]: where += f" (number {e['index']})"
-            if e["turn"] is not None: where += f", turn {e['turn']}"
-            lines.append(f"            {where}: {e['what']}"[:200])
+        for what, alike in groupby(found["examples"][:n_examples], lambda e: e["what"]):
+            first, *others = map(_place, alike)
+            lines.append(f"            {first}: {what}"[:200])
+            if others:
+                lines.append(f"            the same: {', '.join(others)}"[:200])
     return lines or ["no findings"]
 
 def _source_lines(sources: dict, most: int = 20) -> list[str]:

@@ -16,11 +16,15 @@ BLOCK = 1 << 18  # bytes read at a time
 MAX_RECORD = 1 << 24  # characters of the largest record
 _NOT_SPACE = re.compile(r"[^ \t\r\n]")
 
-def _not_json(name: str, line: int, why: str) -> DataError:
-    "The error for text that is not JSON."
-    return DataError(
-        f"{name}, line {line}: not JSON ({why}); expected a LLaVA JSON list or one record per line"
-    )
+def _not_json(name: str, line: int, why: str, is_cut: bool = False) -> DataError:
+    "The error for text that is not JSON; `is_cut` says that the file ends inside a record."
+    advice = "expected a LLaVA JSON list or one record per line"
+    if is_cut: advice = "the file ends inside a record: is it complete?"
+    return DataError(f"{name}, line {line}: not JSON ({why}); {advice}")
+
+def _is_cut(error: json.JSONDecodeError) -> bool:
+    "Whether a text might go on where its JSON fails."
+    return error.msg.startswith("Unterminated") or not error.doc[error.pos :].strip()
 
 def _not_utf8(name: str, line: int) -> DataError:
     "The error for text that is not UTF-8."
@@ -99,9 +103,9 @@ class JsonList:
             self.i = found.start() if found else len(self.text)
             if found or not self.more(): return self.text[self.i : self.i + 1]
 
-    def error(self, why: str, i: int) -> DataError:
+    def error(self, why: str, i: int, is_cut: bool = False) -> DataError:
         "What is wrong at character `i` of the text."
-        return _not_json(self.name, self.line + self.text.count("\n", 0, i), why)
+        return _not_json(self.name, self.line + self.text.count("\n", 0, i), why, is_cut)
 
     def too_long(self, why: str = "") -> DataError:
         "The error for a value of more than `max_record` characters."
@@ -118,7 +122,7 @@ class JsonList:
                 if size - start > self.max_record:
                     raise self.too_long(e.msg) from e
                 if not self.more():
-                    raise self.error(e.msg, e.pos - start) from e
+                    raise self.error(e.msg, e.pos - start, _is_cut(e)) from e
             except (ValueError, RecursionError) as e:
                 raise self.error(str(e)[:80], start) from e
             else:
@@ -171,7 +175,8 @@ def _scan_lines(
             if len(data) > most: raise _too_long(name, line, max_record) from e
             raise _not_utf8(name, line) from e
         except json.JSONDecodeError as e:
-            raise _not_json(name, line, e.msg) from e
+            is_last = not data.endswith(b"\n")
+            raise _not_json(name, line, e.msg, is_last and _is_cut(e)) from e
         except RecursionError as e:
             raise _not_json(name, line, str(e)[:80]) from e
         except ValueError as e:

@@ -247,6 +247,11 @@ def _hub_table(
                 f"({why}); is it a path, and is it right?"
             ) from e
 
+def _no_table(source: Source, error: Exception) -> DataError:
+    "What is wrong with a file or a folder that should be a table."
+    why = str(error).split(". ")[0][:80]
+    return DataError(f"{source.path.name}: cannot be read as a table ({why}); is it complete?")
+
 def _copy_parquet(
     source: Source,
     out: Path,  # Of the Arrow file to write
@@ -270,7 +275,7 @@ def _copy_parquet(
                 writer.write_batch(batch)
                 n += len(batch)
     except (*_unreadable(), KeyError) as e:
-        raise DataError(f"{source.path.name}: cannot be read as a table ({str(e)[:80]})") from e
+        raise _no_table(source, e) from e
     return n
 
 def _finish_store(part: Path, n: int, name: str | None = None, form: str | None = None) -> None:
@@ -646,4 +651,4 @@ def _load_saved(source: Source):  # A `datasets.Dataset`
 
     try: return load_from_disk(str(source.path), keep_in_memory=False)
     except (*_unreadable(), KeyError) as e:
-        raise DataError(f"{source.path.name}: cannot be read as a table ({str(e)[:80]})") from e
+        raise _no_table(source, e) from e
