@@ -41,6 +41,17 @@ def test_every_setting_is_in_one_file():
     test_eq(len(kept), 12)  # and the name of the class
     test_eq(VLMImageProcessor.from_pretrained(folder).to_dict(), own.to_dict())
 
+def test_answers_of_the_exercises():
+    sizes = {size: VLMImageProcessor(image_size=size).num_image_tokens for size in (28, 32)}
+    test_eq(sizes, {28: 4, 32: None})
+    single, photo = VLMImageProcessor(28, 56, has_aux=False), sample_image(40, 90)
+    test_eq([*single(photo)], ["pixel_values"])
+    pixels = single(photo, as_bytes=True)
+    test_eq(
+        {k: (v.shape, v.dtype) for k, v in pixels.items()},
+        {"pixel_values_aux": ((1, 3, 56, 56), torch.uint8)},
+    )
+
 def test_image_processor_is_the_image_path():
     photo, other = sample_image(500, 375), sample_image(40, 90)
     for settings in (

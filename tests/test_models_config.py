@@ -38,6 +38,12 @@ def test_windows_of_mgm_2b():
     bp.expect({"self.num_image_tokens": 576, "self.vision_size_aux": 192 + 384 + 768 + 1536})
     bp.expect({"self.grid_aux // self.grid": 8})
 
+def test_answers_of_the_exercises():
+    test_eq(small_config(image_size_aux=72).grid_aux, 36)
+    with expect_fail(ConfigError, contains="18"):
+        small_config(image_size_aux=72, aux_stages=[1])
+    test_eq(small_config(image_size_aux=80, aux_stages=[1]).grid_aux, 20)
+
 def test_geometry_of_the_configuration():
     cfg = small_config()
     test_eq((cfg.grid, cfg.num_image_tokens, cfg.grid_aux), (4, 16, 32))

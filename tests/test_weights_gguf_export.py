@@ -84,6 +84,19 @@ def test_rows_in_the_wrong_order_change_the_logits():
     assert wrong > 0.01
     bp.expect_each(heads=[2, 1] * 4)
 
+def test_answers_of_the_exercises():
+    from vlm_lit.weights.gguf_export import interleave_halves
+
+    model, processor = tiny("qwen2")
+    with tempfile.TemporaryDirectory() as folder, hushed():
+        with Breakpoint(interleave_halves, at="return") as bp:
+            export_gguf(model, processor, folder)
+        keys, _ = read_gguf(f"{folder}/model.gguf")
+    n = n_ids(processor.tokenizer)
+    test_eq((len(bp.hits), n), (0, 296))
+    test_eq(keys["tokenizer.ggml.tokens"][n:], [f"[PAD{k}]" for k in (296, 297, 298)])
+    test_eq(set(keys["tokenizer.ggml.token_type"][n:]), {5})
+
 def test_vocabularies_are_those_of_llama_cpp():
     gemma, llama, qwen = [gguf_vocabulary(t, n_ids(t) + 2) for t in FAMILIES]
     test_eq((gemma["model"], gemma["adds_space"]), ("llama", False))

@@ -74,6 +74,15 @@ def test_position_is_lost_in_the_default_initialization():
     assert 0.4 < share["ours"] < 0.6 and share["transformers' default"] < 0.01
     test_close(config.text_config.initializer_range, width**-0.5, eps=1e-6)
 
+def test_answers_of_the_exercises():
+    whole, one = tiny(), tiny(vision_tower_aux=None)
+    test_eq((whole.config.num_image_tokens, one.config.num_image_tokens), (16, 16))
+    weights = lambda part: sum(p.numel() for p in part.parameters())
+    for name in ("vision_tower", "mm_projector"):
+        test_eq(*(weights(getattr(model.image_encoder, name)) for model in (one, whole)))
+    test_eq(weights(one.language_model), weights(whole.language_model))
+    assert one.image_encoder.vision_tower_aux is None and one.image_encoder.mining is None
+
 def test_presets_are_files():
     test_eq(set(preset_names()), {"tiny", "smol", "gemma3-270m", "mgm-2b", "llava-7b"})
     for name in preset_names(): load_preset(name)
