@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= easy-vqa
+# modules are compiled at their first import, not at each one
+unexport PYTHONDONTWRITEBYTECODE
 
 # what the site and the browser's tests need, named once, in settings.ini
 DOCS := $(shell sed -n 's/^extra_docs *= *//p' settings.ini)
