@@ -223,6 +223,7 @@ assert not {"torch", "transformers", "numpy", "PIL"} & set(sys.modules), sys.mod
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert run("--version").output.split()[0] == "vlm-lit"
+    assert "..." not in run("--help").output.split("Commands:")[1]
 
 def test_audit_has_three_exit_codes():
     dirty = [{"id": 1, "image": "gone.png", "conversations": good}]

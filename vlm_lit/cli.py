@@ -192,7 +192,7 @@ def audit_data(
     html: _Html = None,
     as_json: _Json = False,
 ):
-    "Check every record and a sample of images: exit code 1 if there is an error."
+    "Check every record and a sample of images. Exit code 1: there is an error."
     with user_errors():
         check_out(html)
         images = images_to_open(decode_images, no_images, fix)
@@ -272,7 +272,7 @@ def plan(
     columns: _Columns = None,
     as_json: _Json = False,
 ):
-    "Say what a recipe would do: skipped records, steps, memory, disk, hours."
+    "Say what a recipe would do. Records that are skipped, steps, memory, disk, hours."
     with user_errors(RECIPE_FLAGS):
         options = [o for p in context.command.params for o in p.opts if o.startswith("--")]
         files, overrides = split_words(recipe or [], options)
@@ -350,7 +350,7 @@ def evaluate_model(
     max_new_tokens: _Tokens = 32,
     as_json: _Json = False,
 ):
-    "Score a model on every question of a data set, by type, with baselines."
+    "Score a model on every question of a data set. By type, with baselines."
     with user_errors():
         from vlm_lit.evaluation.scoring import evaluate
         from vlm_lit.evaluation.scoring import fixed_sample, format_table
@@ -404,7 +404,7 @@ def export(
 # %% ../nbs/21_cli.ipynb #c047
 @app.command()
 def doctor():
-    "Test the mask of a known conversation; print what belongs in a bug report."
+    "Test the mask of a known conversation. Prints what belongs in a bug report."
     with user_errors():
         from vlm_lit.training.doctor import environment_info, known_answers
 
@@ -422,7 +422,7 @@ def replay_step(
     watch: Annotated[list[str] | None, Option(help="An expression to show; repeatable.")] = None,
     html: _Html = None,
 ):
-    "Rebuild a step of a run, stop inside it and show records, labels and values."
+    "Rebuild a step of a run and stop inside it. Shows records, labels and values."
     with user_errors():
         check_out(html)
         from vlm_lit.training.replay import replay
@@ -442,7 +442,7 @@ def losses(
     follow_links: _Links = False,
     html: _Html = None,
 ):
-    "List the records with the highest loss, each token's loss under its label."
+    "List the records with the highest loss. Each token's loss stands under its label."
     with user_errors():
         check_out(html)
         from vlm_lit.training.replay import losses_page, worst_records
@@ -472,7 +472,7 @@ def convert_data(
     skip_bad: Annotated[bool, Option("--skip-bad", help="Leave bad records out.")] = False,
     force: Annotated[bool, Option("--force", help="Replace a file that is there.")] = False,
 ):
-    "Write records of any form as LLaVA's JSONL; images inside the data as files."
+    "Write records of any form as LLaVA's JSONL. Images inside the data become files."
     with user_errors():
         from vlm_lit.data.convert import convert
 
