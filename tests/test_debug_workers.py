@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from vlm_lit.debug.snapshots import Note
-import os
+import enum, io, os
 import numpy as np, torch
 from PIL import Image
 from fastcore.test import expect_fail, test_eq
@@ -55,6 +55,27 @@ def test_stops_in_workers_are_sent_back():
     test_eq([hit.process for hit in bp.hits], ["worker 0"] * 2 + ["worker 1"] * 2)
     test_eq(bp.hits[0].outcome.value, 0)
     bp.expect_each(i=[0, 1, 2, 3], value=[0, 1, 4, 9])
+
+def test_keys_of_dicts_arrive_as_they_were():
+    class Color(enum.IntEnum):
+        RED = 3
+
+    class Thing:
+        def __repr__(self): return "a thing"
+
+    keys = [1, "1", None, False, 0.5, (2, "a", (None,)), np.int64(7), np.float32(0.25), Color.RED]
+    values = {key: n for n, key in enumerate(keys)}
+    saved = io.BytesIO()
+    torch.save(portable(values), saved)
+    saved.seek(0)
+    back = received(torch.load(saved, weights_only=True))
+    test_eq(back, values)
+    test_eq({type(key) for key in back}, {int, str, type(None), bool, float, tuple})
+    for text in ("__note__", "__items__"):
+        test_eq(received(portable({text: 1})), {text: 1})
+    things = received(portable({Thing(): 1, Thing(): 2, (Thing(), 1): 3}))
+    test_eq([repr(key) for key in things], ["<a thing>", "<a thing again>", "<(a thing, 1)>"])
+    test_eq(list(things.values()), [1, 2, 3])
 
 def test_nothing_but_data_is_read_from_a_mailbox():
     class Rude:

@@ -13,17 +13,37 @@ from typing import Any
 from .snapshots import Note
 
 # %% ../../nbs/96_worker_stops.ipynb #c005
+_SCALARS = (bool, int, float, complex, str, bytes)
+_BASES = {
+    int: int.__int__,
+    float: float.__float__,
+    str: str.__str__,
+}  # class -> a plain one's value
+
+def _portable_key(
+    key,  # Of a dict
+) -> Any:  # An equal one; for what is no scalar and no tuple of scalars, a note with its text
+    "A dict's key as sent to another process."
+    if key is None or type(key) in _SCALARS: return key
+    if isinstance(key, tuple):
+        parts = tuple(_portable_key(part) for part in key)
+        if not any(isinstance(part, dict) for part in parts): return parts
+    for base, value_of in _BASES.items():  # an `IntEnum`, a `float64` of NumPy
+        if isinstance(key, base): return value_of(key)
+    scalar = key.item() if hasattr(key, "__array_interface__") else None
+    return scalar if type(scalar) in _SCALARS else {"__note__": repr(key)}
+
 def portable(
     value,  # A snapshot
 ) -> Any:  # Plain values, containers and tensors; of anything else a note with its text
     "A value as sent to another process: arrays of numbers and images as tensors, sets as lists."
     import torch
 
-    if value is None or type(value) in (bool, int, float, complex, str, bytes):
-        return value
+    if value is None or type(value) in _SCALARS: return value
     if isinstance(value, torch.Tensor): return value.detach().cpu().clone()
     if isinstance(value, Mapping):
-        return {str(key): portable(item) for key, item in value.items()}
+        items = [(_portable_key(key), portable(item)) for key, item in value.items()]
+        return {"__items__": items}
     if isinstance(value, (list, set, frozenset)):
         return [portable(item) for item in value]
     if isinstance(value, tuple): return tuple(portable(item) for item in value)
@@ -39,8 +59,14 @@ def received(
 ) -> Any:
     "What was sent, with its notes."
     if isinstance(value, dict):
-        if value.keys() == {"__note__"}: return Note(value["__note__"])
-        return {key: received(item) for key, item in value.items()}
+        if "__note__" in value: return Note(value["__note__"])
+        made: dict[Any, Any] = {}
+        for key, item in value["__items__"]:
+            key = received(key)
+            while key in made:
+                key = Note(f"{key.text} again")  # others with the same text
+            made[key] = received(item)
+        return made
     if isinstance(value, (list, tuple)):
         return type(value)(map(received, value))
     return value
