@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_tf32_available
 from vlm_lit.core import ConfigError
 import tempfile, textwrap
-from dataclasses import fields
+from dataclasses import fields, replace
 import pytest
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.training.arguments import PARTS
@@ -20,7 +20,7 @@ def setup_module():
 def test_stop_where_accumulation_is_set():
     settings = dict(global_batch_size=256, per_device_train_batch_size=16, warmup_steps=0.03)
     watch = "self.world_size per_step self.gradient_accumulation_steps"
-    at = "self.gradient_accumulation_steps ="
+    at = "self.gradient_accumulation_steps = needed"
     with Breakpoint(VLMTrainingArguments._set_accumulation, at=at, watch=watch) as bp:
         args = VLMTrainingArguments(folder, learning_rate=1e-3, lr_scheduler_type="cosine", **settings)
     assert (args.units_per_step, args.trainable_modules) == (256, ["projector", "mining"])
@@ -38,6 +38,16 @@ def test_global_batch_size_sets_accumulation():
     args = VLMTrainingArguments(folder, global_batch_size=64, per_device_train_batch_size=16)
     assert args.gradient_accumulation_steps == 4 and args.units_per_step == 64
     assert VLMTrainingArguments(folder, per_device_train_batch_size=3).units_per_step == 3
+
+def test_accumulation_that_disagrees_with_the_global_batch_size_is_refused():
+    settings = dict(global_batch_size=64, per_device_train_batch_size=16)
+    for given in (1, 4):
+        args = VLMTrainingArguments(folder, gradient_accumulation_steps=given, **settings)
+        assert replace(args, seed=1).gradient_accumulation_steps == 4
+    with pytest.raises(ConfigError, match="steps 2 disagrees with global_batch_size 64, which is 4"):
+        VLMTrainingArguments(folder, gradient_accumulation_steps=2, **settings)
+    settings["gradient_accumulation_steps"] = 2
+    assert VLMTrainingArguments(folder, **settings | {"global_batch_size": None}).units_per_step == 32
 
 def test_wrong_arguments_are_refused():
     parts_with_rate = ("projector", "vision_tower", "language_model")

@@ -162,7 +162,15 @@ class VLMTrainingArguments(TrainingArguments):
                 f"per_device_train_batch_size {self.per_device_train_batch_size} times "
                 f"{self.world_size} process(es); lower per_device_train_batch_size"
             )
-        self.gradient_accumulation_steps = self.global_batch_size // per_step
+        given, needed = self.gradient_accumulation_steps, self.global_batch_size // per_step
+        if given not in (1, needed):  # 1 is the default
+            raise ConfigError(
+                f"gradient_accumulation_steps {given} disagrees with global_batch_size "
+                f"{self.global_batch_size}, which is {needed} times per_device_train_batch_size "
+                f"{self.per_device_train_batch_size} times {self.world_size} process(es); "
+                "leave gradient_accumulation_steps out, or set global_batch_size to null"
+            )
+        self.gradient_accumulation_steps = needed
 
     @property
     def units_per_step(self) -> int:
