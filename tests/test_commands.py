@@ -2,7 +2,7 @@
 import gc, json, os, re, shlex, signal, sys, warnings
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 import typer
 from vlm_lit.core import ConfigError, DataError, nearest, printable
@@ -54,15 +54,18 @@ def test_stop_where_image_tokens_follow_from_the_patch_size():
     bp.expect_changed({"result.image_processor.num_image_tokens": (576, 441)})
 
 def test_words_are_files_overrides_or_mistakes():
-    words = ["a.yaml", "--a.b", "1", "--c.d=2", "b.yaml", "--e.f"]
+    words = ["a.yaml", "--a.b", "1", "--c.d=2", "b.yaml", "--e.f", "-3"]
     with Breakpoint(split_words, at="overrides += [word]", watch="flag equals overrides") as bp:
         files, overrides = split_words(words, [])
     assert [str(file) for file in files] == ["a.yaml", "b.yaml"]
-    assert overrides == ["--a.b", "1", "--c.d=2", "--e.f"]
+    assert overrides == ["--a.b", "1", "--c.d=2", "--e.f", "-3"]
     with pytest.raises(ConfigError, match="has its section, as in --training.learning_rate"):
         split_words(["--learning-rate", "1e-3"], ["--name"])
     with pytest.raises(ConfigError, match="unknown option '--resum'; did you mean '--resume'"):
         split_words(["--resum"], ["--resume", "--name"])
+    for rest in (["--training.seed", "3"], ["--training.seed=3"], ["--resum"], []):
+        with pytest.raises(ConfigError, match="^--data.max_length has no value$"):
+            split_words(["a.yaml", "--data.max_length", *rest], [])
     bp.expect_each(flag=["--a.b", "--c.d", "--e.f"], equals=["", "=", ""])
 
 def test_errors_are_one_line_and_bugs_keep_their_traceback():

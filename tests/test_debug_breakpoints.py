@@ -10,7 +10,7 @@ from vlm_lit.debug.lines import find_stop, name_of, plain_function, source_lines
 from vlm_lit.debug.snapshots import LineStop, Note, check_expression, evaluate, failure
 from vlm_lit.debug.snapshots import same_randomness, set_local, snapshot
 from vlm_lit.debug.stop_display import html_display, text_display
-from vlm_lit.debug.workers import Mailbox, process_name
+from vlm_lit.debug.workers import Mailbox, process_name, running_children
 import contextlib, json, os, random, re, subprocess, sys, tempfile, threading, weakref
 import numpy as np, torch
 from fastcore.test import test_eq, expect_fail

@@ -90,3 +90,12 @@ def test_nothing_to_compare_is_an_error():
     bp.expect()
     with expect_fail(LookupError, contains="'nothing' has no value at either stop"):
         bp.diff(bp)
+
+def test_a_wrong_number_of_hits_names_no_hit():
+    with Breakpoint(pack, at="total += x", watch="x total") as bp: pack([3, 1, 4])
+    place = f"pack at {bp.where}"
+    for wrong in (lambda: bp.expect_each(total=[0, 3]), lambda: bp.expect(hits=2)):
+        with expect_fail(AssertionError, contains=f"{place}: number of hits is 3, expected 2"):
+            wrong()
+    with expect_fail(AssertionError, contains=f"{place}, hit 3 of 3: total is 4, expected 5"):
+        bp.expect_each(total=[0, 3, 5])

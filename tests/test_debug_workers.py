@@ -1,10 +1,10 @@
 "Derived from nbs/96_worker_stops.ipynb by `make tests`; edit the notebook, not this file."
-import os, shutil, sys, tempfile, uuid
+import contextlib, os, shutil, sys, tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from vlm_lit.debug.snapshots import Note
-import os
+import enum, io, os, time
 import numpy as np, torch
 from PIL import Image
 from fastcore.test import expect_fail, test_eq
@@ -35,17 +35,19 @@ def test_values_arrive_as_they_were_or_as_text():
 
 def test_a_forked_process_sends_values():
     mailbox = Mailbox()
-    test_eq(mailbox.collect(), [])
     child = os.fork()
     if child == 0:
         for number in (0, 1, 0):
             mailbox.send({"number": number, "elsewhere": mailbox.is_elsewhere}, number)
-        os._exit(0)
-    os.waitpid(child, 0)
+        os._exit(bool(mailbox.collect()))  # what was sent is the owner's
+    test_eq(os.waitpid(child, 0)[1], 0)
     print(oct(mailbox.folder.stat().st_mode & 0o777), mailbox.is_elsewhere)
     test_eq(mailbox.folder.stat().st_mode & 0o777, 0o700)
     test_eq([value["number"] for value in mailbox.collect()], [0, 1])
-    assert not mailbox.folder.exists() and not mailbox.is_elsewhere
+    assert not mailbox.is_open and not mailbox.is_elsewhere
+    mailbox.send({"number": 2}, 2)
+    test_eq(mailbox.collect(), [])
+    assert not list(mailbox.folder.parent.glob(f"{mailbox.folder.name}*"))
 
 def test_stops_in_workers_are_sent_back():
     with Breakpoint(Squares.__getitem__, at="return value", watch="i value") as bp:
@@ -56,12 +58,69 @@ def test_stops_in_workers_are_sent_back():
     test_eq(bp.hits[0].outcome.value, 0)
     bp.expect_each(i=[0, 1, 2, 3], value=[0, 1, 4, 9])
 
+def test_a_stop_ends_with_its_block_in_workers_too():
+    class SlowSquares(Squares):
+        "The first sample of a batch is made after the block."
+
+        def __getitem__(self, i):
+            while mailbox.is_open: time.sleep(0.01)
+            value = torch.tensor(i * i)
+            return value
+
+    with Breakpoint(SlowSquares.__getitem__, at="return value", set={"value": 0}) as bp:
+        mailbox = bp._mailbox
+        batches = iter(torch.utils.data.DataLoader(SlowSquares(), batch_size=2, num_workers=2))
+    test_eq(torch.cat(list(batches)).tolist(), [0, 1, 4, 9])
+    test_eq((len(bp.hits), bp.outliving), (0, 2))
+    assert not list(mailbox.folder.parent.glob(f"{mailbox.folder.name}*"))
+    print(bp)
+    with expect_fail(LookupError, contains="2 processes started in the block still ran"):
+        bp.expect(value=0)
+
+def test_hits_in_the_block_are_kept_and_workers_that_outlive_it_are_named():
+    with Breakpoint(Squares.__getitem__, at="return value") as bp:
+        batches = iter(torch.utils.data.DataLoader(Squares(), batch_size=2, num_workers=2))
+        next(batches)
+    text = "2 processes started in the block still ran at its end"
+    assert len(bp.hits) >= 2 and text in repr(bp) and text in bp._repr_html_()
+    del batches
+    with Breakpoint(Squares.__getitem__, at="return value") as bp:
+        next(iter(torch.utils.data.DataLoader(Squares(), batch_size=2, num_workers=2)))
+    assert bp.hits and not bp.outliving and "still ran" not in repr(bp)
+
+def test_workers_forked_before_the_block_are_named():
+    batches = iter(torch.utils.data.DataLoader(Squares(), batch_size=2, num_workers=2))
+    with Breakpoint(Squares.__getitem__, at="return value") as bp:
+        test_eq(torch.cat(list(batches)).tolist(), [0, 1, 4, 9])
+    with expect_fail(LookupError, contains="spawned, or forked before the block"):
+        bp.expect()
+
+def test_keys_of_dicts_arrive_as_they_were():
+    class Color(enum.IntEnum):
+        RED = 3
+
+    class Thing:
+        def __repr__(self): return "a thing"
+
+    keys = [1, "1", None, False, 0.5, (2, "a", (None,)), np.int64(7), np.float32(0.25), Color.RED]
+    values = {key: n for n, key in enumerate(keys)}
+    saved = io.BytesIO()
+    torch.save(portable(values), saved)
+    saved.seek(0)
+    back = received(torch.load(saved, weights_only=True))
+    test_eq(back, values)
+    test_eq({type(key) for key in back}, {int, str, type(None), bool, float, tuple})
+    for text in ("__note__", "__items__"):
+        test_eq(received(portable({text: 1})), {text: 1})
+    things = received(portable({Thing(): 1, Thing(): 2, (Thing(), 1): 3}))
+    test_eq([repr(key) for key in things], ["<a thing>", "<a thing again>", "<(a thing, 1)>"])
+    test_eq(list(things.values()), [1, 2, 3])
+
 def test_nothing_but_data_is_read_from_a_mailbox():
     class Rude:
         def __reduce__(self): return (os.mkdir, ("never",))
 
     mailbox = Mailbox()
-    mailbox.folder.mkdir(mode=0o700)
     torch.save({"value": Rude()}, mailbox.folder / "1-000000.hit")
     with expect_fail(Exception, contains="weights_only"): mailbox.collect()
     assert not os.path.exists("never")

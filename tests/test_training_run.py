@@ -43,6 +43,7 @@ from vlm_lit.weights.pretrained import open_model
 from vlm_lit.training.run import open_run
 from vlm_lit.training.run import prepare_run
 from vlm_lit.training.run import train
+from vlm_lit.training.run import training_arguments
 
 def setup_module():
     global KINDS, damaged, outcome, place, quiet, small_recipe, small_tokenizer, write_data
@@ -308,6 +309,20 @@ def test_moments_of_another_model_are_refused_and_no_crash():
         with pytest.raises(ConfigError, match=f"cannot resume from .*{text}.*remove that folder"):
             train(recipe, folder / "run", resume=True, console=quiet)
         path.with_name("checksums.json").unlink(missing_ok=True)
+
+def test_a_saved_recipe_holds_for_any_number_of_processes():
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    path = small_recipe(folder, training={"max_steps": 1, "global_batch_size": None, **sizes})
+    train(load_recipe(path), folder / "run", console=quiet)
+    saved, key = folder / "run/recipe.yaml", "--training.per_device_train_batch_size"
+    assert load_recipe(saved).training["global_batch_size"] == 6
+    for per_device, accumulated in (("2", 3), ("1", 6)):
+        own = load_recipe(saved, overrides=[key, per_device])
+        assert training_arguments(own, folder).gradient_accumulation_steps == accumulated
+    own = load_recipe(saved, overrides=["--training.gradient_accumulation_steps", "2"])
+    with pytest.raises(ConfigError, match="steps 2 disagrees with global_batch_size 6, which is 3"):
+        training_arguments(own, folder)
 
 def test_validation_records_and_names_are_checked_on_resuming():
     folder = write_data(Path(tempfile.mkdtemp()) / "data")

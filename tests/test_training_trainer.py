@@ -26,8 +26,7 @@ from vlm_lit.models.vlm import check_head
 from vlm_lit.weights.language_models import reading
 from vlm_lit.weights.presets import seeded
 from vlm_lit.weights.pretrained import load_trainable, save_trainable, write_base
-from vlm_lit.training.arguments import PARTS
-from vlm_lit.training.arguments import VLMTrainingArguments
+from vlm_lit.training.arguments import PARTS, VLMTrainingArguments, check_module_names
 from vlm_lit.training.meter import Meter
 from vlm_lit.training.flops import peak_flops, trainable_parts, training_flops
 import io, json, os, subprocess, sys, tempfile, warnings
@@ -361,6 +360,13 @@ def test_trainable_modules_by_part_and_by_prefix():
     assert not model.language_model.model.layers[0].mlp.up_proj.weight.requires_grad
     with pytest.raises(ConfigError, match="did you mean 'projector'"):
         set_trainable_modules(model, ["projektor"])
+    with pytest.raises(ConfigError, match="reinit_modules: nothing .* did you mean 'projector'"):
+        reinit_modules(model, ["projektor"], seed=0)
+    for wrong, message in [(["mining", ""], "an empty name"), ("mining", "a list of names, got 'mini")]:
+        with pytest.raises(ConfigError, match=f"trainable_modules .* {message}"):
+            set_trainable_modules(model, wrong)
+        with pytest.raises(ConfigError, match=f"reinit_modules .* {message}"):
+            reinit_modules(model, wrong, seed=0)
 
 def test_what_trains_is_float32_and_what_is_frozen_may_be_bfloat16():
     model = new_model().to(torch.bfloat16)

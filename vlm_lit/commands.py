@@ -13,7 +13,7 @@ __all__ = ['RECIPE_FLAGS', 'NO_ANSWER', 'CHAT_HELP', 'EXPORTS', 'set_flags', 'na
 import gc, json, os, re, shlex, signal, sys, warnings
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 import typer
 from .core import ConfigError, DataError, nearest, printable
@@ -262,15 +262,18 @@ def split_words(
     words: list[str],  # What the parser has left
     known: list[str],  # The command's own options
 ) -> tuple[list[Path], list[str]]:  # Recipe files; `--section.key`, `value`, ...
-    "Recipe files and overrides. Raises `ConfigError` for an unknown option."
+    "Recipe files and overrides. Raises `ConfigError` for an unknown option and a missing value."
     files = []
     overrides = []
-    rest = iter(words)
-    for word in rest:
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
         flag, equals, _ = word.partition("=")
         if not word.startswith("-"): files.append(Path(word))
         elif "." in flag:
-            overrides += [word] if equals else [word, *islice(rest, 1)]
+            if not equals and (not rest or rest[0].startswith("--")):
+                raise ConfigError(f"{flag} has no value")
+            overrides += [word] if equals else [word, rest.pop(0)]
         else:
             near, key = nearest(flag, known), flag.lstrip("-").replace("-", "_")
             from vlm_lit.training.recipe import section_of

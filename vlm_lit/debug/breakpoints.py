@@ -17,7 +17,7 @@ from .lines import find_stop, name_of, plain_function, source_lines
 from .snapshots import LineStop, Note, check_expression, evaluate, failure
 from .snapshots import same_randomness, set_local, snapshot
 from .stop_display import html_display, text_display
-from .workers import Mailbox, process_name
+from .workers import Mailbox, process_name, running_children
 
 # %% ../../nbs/01_breakpoints.ipynb #c008
 def short_path(
@@ -191,6 +191,7 @@ class Breakpoint(Expectations):
         self.refused = 0
         self.calls = None
         self.error = None
+        self.outliving = 0  # Processes started in the block that still ran at its end
         self.settings = []  # (variable, value at the first stop, value set)
         self.forget_expectations()
         self._user = None
@@ -206,7 +207,7 @@ class Breakpoint(Expectations):
         while frame.f_code.co_filename.endswith("contextlib.py"):
             frame = frame.f_back
         self._user = frame.f_code
-        self._mailbox = Mailbox()
+        self._mailbox, self._children = Mailbox(), running_children()
         on_call = self._on_call if self.set else None
         self._tracer = LineStop(self.stop, self._on_stop, on_call)
         self._tracer.start()
@@ -216,6 +217,7 @@ class Breakpoint(Expectations):
         self._tracer.stop()
         self.calls, self._tracer = self._tracer.calls, None
         self._arguments = {}
+        self.outliving = len(running_children() - self._children)
         self.hits += [received_hit(sent) for sent in self._mailbox.collect()]
         if self.error and kind is None:
             doing, error = self.error
@@ -236,6 +238,8 @@ class Breakpoint(Expectations):
             self._arguments[id(frame)] = snapshot(dict(frame.f_locals))
 
     def _on_stop(self, frame):
+        if self._mailbox.is_elsewhere and not self._mailbox.is_open:
+            return self._tracer.stop()  # the block has ended
         doing = "the condition"
         try:
             with same_randomness():

@@ -43,7 +43,7 @@ class Expectations:
         """Compare values at the stop with expected ones; a function instead of a value is asked.
         Raises `AssertionError` with the first difference."""
         if hits is not None:
-            self._compare("number of hits", len(self.hits), hits)
+            self._compare("number of hits", len(self.hits), hits, number=None)
             self.notes.append(f"hit {hits} time{'s' * (hits != 1)}")
         elif not values and not named:
             self._hit(hit, "a value")  # it was at least reached
@@ -62,7 +62,7 @@ class Expectations:
     ) -> Self:
         "`expect` for all hits in order."
         for name, expected in {**(values or {}), **named}.items():
-            self._compare("number of hits", len(self.hits), len(expected))
+            self._compare("number of hits", len(self.hits), len(expected), number=None)
             for n, value in enumerate(expected):
                 self.expect({name: value}, hit=n, tolerance=tolerance)
         return self
@@ -154,7 +154,8 @@ class Expectations:
                 f"{name}{found_at.path} is {first_words(found_at.found)}, "
                 f"expected {first_words(found_at.expected)}"
             )
-        which = f", hit {number + 1} of {len(self.hits)}" if len(self.hits) > 1 else ""
+        is_one_of_several = number is not None and len(self.hits) > 1
+        which = f", hit {number + 1} of {len(self.hits)}" if is_one_of_several else ""
         raise AssertionError(f"{self.name} at {self.where}{which}: {problem}\n\n{self!r}")
 
     def is_checked(self, number: int, name: str) -> bool:

@@ -112,6 +112,15 @@ def training_arguments(
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"training: {str(error).strip().splitlines()[0]}") from error
 
+def _with_batch_size(
+    recipe: Recipe,
+    args: VLMTrainingArguments,  # Of the recipe
+) -> Recipe:
+    "A recipe that holds for any number of processes: global batch size, no accumulation."
+    training = {**recipe.training, "global_batch_size": args.units_per_step}
+    training.pop("gradient_accumulation_steps", None)
+    return replace(recipe, training=training)
+
 def prepare_run(
     recipe: Recipe,
     folder: Path,  # Of the run; checkpoints are written there
@@ -121,8 +130,7 @@ def prepare_run(
     "Model, data and trainer of a recipe, without a step taken."
     args = training_arguments(recipe, folder)
     (notes or folder).mkdir(parents=True, exist_ok=True)
-    training = {**recipe.training, "global_batch_size": args.units_per_step}
-    recipe, section = replace(recipe, training=training), dict(recipe.model)
+    recipe, section = _with_batch_size(recipe, args), dict(recipe.model)
     if recipe.data.template is not None:
         section["template"] = recipe.data.template
     model, processor = resolve_model(section, args.seed)
@@ -272,8 +280,7 @@ def _train(recipe, folder, resume, console, progress):
     folder, console = Path(folder), console or progress_console()
     args = training_arguments(recipe, folder)
     is_main, fresh = args.process_index == 0, not (folder / "recipe.yaml").is_file()
-    training = {**recipe.training, "global_batch_size": args.units_per_step}
-    complete = replace(recipe, training=training)
+    complete = _with_batch_size(recipe, args)
     if is_main: open_run(complete, folder, resume)
     try:
         prepared = _ready(complete, folder, console if is_main else None)

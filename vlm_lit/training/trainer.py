@@ -34,8 +34,7 @@ from ..models.vlm import check_head
 from ..weights.language_models import reading
 from ..weights.presets import seeded
 from ..weights.pretrained import load_trainable, save_trainable, write_base
-from .arguments import PARTS
-from .arguments import VLMTrainingArguments
+from .arguments import PARTS, VLMTrainingArguments, check_module_names
 from .meter import Meter
 from .flops import peak_flops, trainable_parts, training_flops
 
@@ -47,7 +46,7 @@ def set_trainable_modules(
     "Freeze all but named parts and adapters. Raises `ConfigError` for a name that fits nothing."
     own = [name for name, _ in model.named_parameters()]
     lora = [name for name in own if ".lora_" in name]
-    chosen = set(_named(own, names)) - set(lora)
+    chosen = set(_named(own, names, "trainable_modules")) - set(lora)
     inside = [name for name in chosen if _bare(name).startswith(PARTS["language_model"])]
     if lora and inside:
         raise ConfigError(
@@ -63,15 +62,16 @@ def _bare(name):
     "A parameter's name without what a `PeftModel` puts before it."
     return name.removeprefix("base_model.model.")
 
-def _named(own, names):
+def _named(own, names, setting):
     "Parameters that a list of parts or prefixes names."
+    check_module_names(setting, names)
     for name in names:
         prefix = PARTS.get(name, name)
         if not any(_bare(n).startswith(prefix) for n in own):
             known = [*PARTS, *{_bare(n).rpartition(".")[0] for n in own}]
             near = nearest(name, known)
             hint = f"did you mean {near!r}?" if near else f"parts: {', '.join(PARTS)}"
-            raise ConfigError(f"trainable_modules: nothing in this model is named {name!r}; {hint}")
+            raise ConfigError(f"{setting}: nothing in this model is named {name!r}; {hint}")
     return [n for n in own if _bare(n).startswith(tuple(PARTS.get(name, name) for name in names))]
 
 def cast_for_training(
@@ -94,7 +94,8 @@ def reinit_modules(
 ) -> None:
     "Give layers new random weights. Raises `ConfigError` for a layer that cannot make its own."
     if not names: return
-    chosen = _named([name for name, _ in model.named_parameters()], names)
+    own = [name for name, _ in model.named_parameters()]
+    chosen = _named(own, names, "reinit_modules")
     with seeded(seed):
         for layer in dict.fromkeys(name.rpartition(".")[0] for name in chosen):
             module = model.get_submodule(layer)
