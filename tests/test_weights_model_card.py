@@ -4,7 +4,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCardData
 from vlm_lit.core import ConfigError
-from vlm_lit.files import read_json
+from vlm_lit.files import named_folders, read_json
 from vlm_lit.models.vlm import VLM
 from vlm_lit.weights.presets import PARTS, is_scratch
 import copy, sys, tempfile

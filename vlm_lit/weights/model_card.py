@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCardData
 from ..core import ConfigError
-from ..files import read_json
+from ..files import named_folders, read_json
 from ..models.vlm import VLM
 from .presets import PARTS, is_scratch
 
@@ -76,7 +76,8 @@ def _earlier_run(recipe: dict) -> Path | None:
     "The folder of the run that a recipe's model is from, if it is still there."
     start = (recipe.get("model") or {}).get("from")
     if start is None: return None
-    places = Path(start), Path(start).parent, Path("runs") / start
+    path, *in_runs = named_folders(start)
+    places = path, path.parent, *in_runs
     return next((place for place in places if (place / "recipe.yaml").is_file()), None)
 
 # %% ../../nbs/10da_model_card.ipynb #c013
