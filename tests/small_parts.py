@@ -209,7 +209,7 @@ def save_clip(folder):
     CLIPModel(CLIPConfig(text_config=text, vision_config=TINY_VISION)).save_pretrained(folder)
 
 def save_open_clip(folder, name="open_clip_pytorch_model.bin"):
-    vision = {"timm_model_name": "convnext_large", "image_size": 320}
+    vision = {"timm_model_name": "convnext_own", "image_size": 320}
     write_json(Path(folder) / "open_clip_config.json", {"model_cfg": {"vision_cfg": vision}})
     save = torch.save if name.endswith(".bin") else save_file
     save(OPEN_CLIP, Path(folder) / name)

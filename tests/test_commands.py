@@ -6,6 +6,7 @@ from itertools import chain
 from pathlib import Path
 import typer
 from vlm_lit.core import ConfigError, DataError, nearest, printable
+from vlm_lit.files import named_folders
 import textwrap
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace

@@ -363,6 +363,8 @@ def test_a_name_without_a_file_is_looked_for_on_the_hub():
             Records("user/set", "test")
         with expect_fail(DataError, contains="no data file 'user/gone', and the hub gives no data set"):
             Records("user/gone")
+        for path in ("./user/set", "../user/set", "user/set/"):
+            with expect_fail(DataError, contains="no data file"): Records(path)
     finally: datasets.load_dataset, datasets.get_dataset_split_names = usual
 
 def test_a_changed_file_has_another_fingerprint():

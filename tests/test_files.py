@@ -16,6 +16,7 @@ from vlm_lit.files import cache_folder
 from vlm_lit.files import check_checksum
 from vlm_lit.files import digest
 from vlm_lit.files import file_stamp
+from vlm_lit.files import named_folders
 from vlm_lit.files import new_folder
 from vlm_lit.files import part_path
 from vlm_lit.files import read_json
@@ -85,6 +86,12 @@ def test_a_flipped_bit_is_found():
         with Breakpoint(check_checksum, at="raise ConfigError", watch=["path.stat().st_size"]) as bp:
             check_checksum(weights)
     bp.expect({"path.stat().st_size": 4, "want == sha256(path)": False})
+
+def test_a_path_is_no_name_of_a_run():
+    for name in ("./a", "../a", "~/a", ".", "..", "/a/b", Path("/a")):
+        test_eq(named_folders(name), [Path(name).expanduser()])
+    for name in ("a", "a/b", ".a", "...", Path("./a")):  # a `Path` has lost its `./`
+        test_eq(named_folders(name), [Path(name), Path("runs") / name])
 
 def test_rows_are_read_line_by_line():
     write_rows(path, [{"step": 1}, {"step": 2}])

@@ -211,6 +211,8 @@ def test_unknown_tokenizer_is_a_config_error():
             load_tokenizer(empty)
     with expect_fail(ConfigError, contains="no such folder"):
         load_tokenizer("./not-here")
+    with expect_fail(ConfigError, contains="tokenizer 'gemma': no such folder"):
+        load_tokenizer(Path("gemma"))  # a path, not the name
 
 def test_llama_3_rule_uses_the_reserved_token():
     holey = tokenizer_without("pad", "unk")

@@ -13,7 +13,7 @@ from vlm_lit.debug.snapshots import check_expression
 from vlm_lit.debug.label_view import LabelStrip
 from vlm_lit.debug.values import visible
 from vlm_lit.data.dataset import LazySupervisedDataset
-from vlm_lit.files import write_text
+from vlm_lit.files import named_folders, write_text
 from vlm_lit.text.encode import encode_records
 from vlm_lit.data.collator import DataCollatorForSupervisedDataset
 from vlm_lit.padding import flat_images

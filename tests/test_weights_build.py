@@ -4,6 +4,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from vlm_lit.core import ConfigError
+from vlm_lit.files import named_folders
 from vlm_lit.models.vlm import VLM
 from vlm_lit.models.config import VLMConfig
 from vlm_lit.text.tokenizer import load_tokenizer
@@ -18,6 +19,7 @@ from vlm_lit.weights.language_models import load_language_model, model_folder
 from vlm_lit.weights.towers import load_tower
 import sys
 import tempfile
+from contextlib import chdir
 from fastcore.test import test_eq, expect_fail
 from vlm_lit.core import peek
 from vlm_lit.debug.breakpoints import Breakpoint
@@ -28,6 +30,7 @@ from small_parts import MGM, gguf_words, hushed, mgm_parts, needs, picture_rows,
 from vlm_lit.weights.build import build_model
 from vlm_lit.weights.build import combined_model
 from vlm_lit.weights.build import load_preset_tokenizer
+from vlm_lit.weights.build import open_tokenizer
 
 def setup_module():
     global SMOL, small_tok, tiny, tok
@@ -89,6 +92,18 @@ def test_build_model_puts_published_weights_in():
         small_tok.save_pretrained(folder)
         assert same(build_model("tiny", tokenizer=folder), tiny(0))
         assert len(load_preset_tokenizer("tiny", folder)) == len(small_tok)
+
+def test_a_path_is_never_a_name():
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        for place in ("gemma", "runs/mine", "runs/tiny"):
+            small_tok.save_pretrained(place)
+        for path in ("./gemma", "gemma/", Path("gemma"), "mine", "runs/mine", "./runs/mine"):
+            test_eq(len(open_tokenizer(path)), len(small_tok))
+            test_eq(len(load_preset_tokenizer("tiny", path)), len(small_tok))
+        test_eq(len(open_tokenizer("gemma")), len(tok))
+        for name in ("./mine", "./tiny", "./smol", "../mine"):
+            with expect_fail(ConfigError, contains=f"tokenizer {name!r}: no such folder"):
+                open_tokenizer(name)
 
 def test_a_preset_leaves_the_callers_tokenizer_alone():
     given = small_tokenizer()

@@ -1,5 +1,5 @@
 "Derived from nbs/10a_language_models.ipynb by `make tests`; edit the notebook, not this file."
-import copy, importlib.util, io, re, shutil, struct
+import copy, hashlib, importlib.util, io, re, shutil, struct
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 import torch
@@ -16,7 +16,6 @@ from vlm_lit.files import writable_folder, write_checksums, write_file
 from vlm_lit.hub import source_lookup
 from vlm_lit.models.config import sub_config
 from vlm_lit.weights.presets import is_scratch
-import hashlib
 import os, sys, tempfile
 from fastcore.test import test_eq, expect_fail
 from transformers import GemmaConfig, LlamaConfig
@@ -108,9 +107,17 @@ def test_package_files_are_found_without_importing():
             expected = hashlib.sha256(b"one two").hexdigest()
             path = joined_pieces(pieces, Path(folder) / "out/model.gguf", expected)
             test_eq(path.read_text(), "one two")
-            test_eq(package_file({**source, "package": "pieces_b"}).name, "model.gguf.part01")
+            path.write_text("one twO")  # damaged, and as long
+            for known in (expected, None):
+                test_eq(joined_pieces(pieces, path, known).read_text(), "one two")
+                path.write_text("one twO")
+            single = {**source, "package": "pieces_b"}
+            test_eq(package_file(single).name, "model.gguf.part01")
+            test_eq(package_file({**single, "sha256": sha256(pieces[1])}), pieces[1])
+            with expect_fail(ConfigError, contains="not the file that was meant (SHA-256 differs)"):
+                package_file({**single, "sha256": expected})
             with expect_fail(ConfigError, contains="SHA-256 differs"):
-                joined_pieces(pieces[::-1], Path(folder) / "wrong.gguf", sha256(path))
+                joined_pieces(pieces[::-1], Path(folder) / "wrong.gguf", expected)
             assert not list(Path(folder).glob("wrong*"))
             with expect_fail(ConfigError, contains="holds 0 files *.bin; try: pip install pieces"):
                 package_pieces({**source, "file": "*.bin"})

@@ -4,7 +4,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCardData
 from vlm_lit.core import ConfigError
-from vlm_lit.files import read_json
+from vlm_lit.files import named_folders, read_json
 from vlm_lit.models.vlm import VLM
 from vlm_lit.weights.presets import PARTS, is_scratch
 import copy, sys, tempfile
@@ -20,6 +20,7 @@ from vlm_lit.weights.model_card import _is_hub_name
 from vlm_lit.weights.model_card import _table
 from vlm_lit.weights.model_card import escape_markdown
 from vlm_lit.weights.model_card import model_card
+from vlm_lit.weights.model_card import read_card
 from vlm_lit.weights.model_card import read_run
 
 def setup_module():
@@ -106,6 +107,28 @@ def test_text_of_data_is_escaped():
     test_eq(_table(["a", "b"], [["1", ""], ["2", ""]]), ["| a |", "| --- |", "| 1 |", "| 2 |", ""])
     assert _is_hub_name("openai/clip-vit-large-patch14-336")
     assert not any(map(_is_hub_name, ("gemma", "a/b/c", "a/b\n", "../b", {"config": {}}, None)))
+
+def test_a_card_written_again_keeps_what_is_from_the_run():
+    with tempfile.TemporaryDirectory() as folder:
+        runs = read_run(write_runs(folder))
+        runs[1]["recipe"]["data"]["train"][0]["name"] = "owner/set"
+        first = model_card(MGM_2B, runs, "transformers")
+        write_text(Path(folder) / "README.md", first)
+        earlier = read_card(folder)
+        test_eq(model_card(MGM_2B, (), "transformers", earlier=earlier), first)
+        assert "had at most 512 tokens" in first and "some training data is not given" in first
+        again = ModelCard(model_card(MGM_2B, earlier=earlier, name="me/mine"))
+        test_eq((again.data.datasets, again.text.split("\n")[1]), (["owner/set"], "# me/mine"))
+        for head in (
+            "datasets: [",
+            "datasets: x",
+            "datasets:\n- {a: b}\n- ../x\n- |\n  a/b\n  c",
+            "- 1",
+        ):
+            write_text(Path(folder) / "README.md", f"---\n{head}\n---\n{first}")
+            assert ModelCard(model_card(TINY, earlier=read_card(folder))).data.datasets is None
+        write_text(Path(folder) / "README.md", "# Mine\n\nmade with vlm_lit")
+        test_eq(read_card(folder), {"title": ["Mine"], "datasets": []})
 
 def test_runs_are_read_with_the_stages_before_them():
     with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@ from safetensors.torch import save_file
 from vlm_lit.core import ConfigError, nearest
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.models.vlm import VLM
-from vlm_lit.files import check_checksum, read_json, write_file, write_json
+from vlm_lit.files import check_checksum, named_folders, read_json, write_file, write_json
 from vlm_lit.weights.presets import PRESET_FIELDS
 from vlm_lit.weights.build import build_model
 from vlm_lit.weights.towers import cast
@@ -207,8 +207,9 @@ def test_folders_without_a_model_are_named():
             resolve_model({"from": "runs/mine"})
         with expect_fail(ConfigError, contains="no model in 'tokenizer': config.json is missing"):
             open_model("tokenizer")
-        with expect_fail(ConfigError, contains="no model 'yours'"):
-            open_model("yours")
+        for name in ("yours", "./mine", "../mine"):
+            with expect_fail(ConfigError, contains=f"no model {name!r}"):
+                open_model(name)
         with expect_fail(ConfigError, contains="no model 'yours'"):
             resolve_model({"from": "yours"})
         base, weights = read_base(folder), read_state(folder / "trainable.safetensors")

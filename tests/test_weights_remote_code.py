@@ -6,6 +6,7 @@ from vlm_lit import __version__
 from vlm_lit.core import ConfigError
 from vlm_lit.files import read_json, write_json, write_text
 import json, os, subprocess, sys, tempfile, textwrap
+from unittest.mock import patch
 import torch
 from fastcore.test import test_eq, expect_fail
 from huggingface_hub import ModelCard
@@ -164,9 +165,19 @@ def test_only_what_a_model_needs_goes_along():
     test_eq(rooms & {"training", "data", "weights", "evaluation", "commands", "cli"}, set())
     found = own_imports("def f():\n    from ..core import peek\nfrom os import path", "text.labels")
     test_eq([name for _, name in found], ["core"])
-    test_eq(
-        [name for _, name in own_imports("from vlm_lit.text.jinja import x", "core")], ["text.jinja"]
-    )
+    for statement, names in {
+        "from vlm_lit.text.jinja import x": ["text.jinja"],
+        "from . import jinja": ["text.jinja"],
+        "from . import jinja, labels as own": ["text.jinja", "text.labels"],
+        "from vlm_lit import core": ["core"],
+        "from .. import core, __version__": ["core", "__init__"],
+        "from ..models import *": ["models.__init__"],
+        "import os, vlm_lit.core as own": ["core"],
+        "import vlm_lit": ["__init__"],
+        "from .gone import x": ["text.gone"],
+        "import vlm_lit_other, json": [],
+    }.items():
+        test_eq([name for _, name in own_imports(statement, "text.labels")], names)
 
 def test_copies_differ_in_imports_and_registrations_only():
     def rest(source):
@@ -190,6 +201,13 @@ def test_copies_differ_in_imports_and_registrations_only():
         test_eq({n.level for n in imported} - {0, 1}, set())
     assert ".register(VLMConfig" not in flat_source("models.vlm")
     assert "AutoModel.register(EfficientNetLiteConfig" in flat_source("models.towers")
+
+def test_a_module_that_is_imported_whole_is_refused():
+    wholes = ["from . import jinja", "from .. import core", "import vlm_lit.core", "import vlm_lit"]
+    for statement in wholes:
+        with patch("vlm_lit.weights.remote_code.module_source", lambda module: f"x = 1\n{statement}"):
+            with expect_fail(ConfigError, contains="text.labels, line 2: transformers does not copy"):
+                flat_source("text.labels")
 
 def test_nothing_of_a_model_becomes_code():
     written = []

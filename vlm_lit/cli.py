@@ -62,12 +62,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 _Model = Annotated[str, Argument(help="A run or its name, a checkpoint, any model folder.")]
-_Data = Annotated[
-    Path, Argument(help="Records: .json, .csv, .parquet, .tar, a folder, a hub name.")
-]
+# records are named by text: a `Path` loses the `./` that tells a path from a name on the hub
+_Data = Annotated[str, Argument(help="Records: .json, .csv, .parquet, .tar, a folder, a hub name.")]
 _Split = Annotated[str | None, Option(help="Which split, where the data has several.")]
 _Columns = Annotated[str | None, Option(help="Roles of columns: image=file,question=q,answer=a.")]
-_Val = Annotated[Path | None, Option(help="Without a recipe: records to validate on.")]
+_Val = Annotated[str | None, Option(help="Without a recipe: records to validate on.")]
 _ValSplit = Annotated[str | None, Option(help="The split of the validation records.")]
 _Images = Annotated[
     Path | None, Option(help="Image names are relative to it. Default: the data's own.")
@@ -98,7 +97,7 @@ def _common(
 # %% ../nbs/21_cli.ipynb #c009
 @app.command()
 def walk(
-    data: Annotated[Path | None, Argument(help="LLaVA records. Default: an example.")] = None,
+    data: Annotated[str | None, Argument(help="LLaVA records. Default: an example.")] = None,
     index: Annotated[int, Option(help="Which record, counted from 0.")] = 0,
     image_folder: _Images = None,
     split: _Split = None,
@@ -179,9 +178,7 @@ def audit_data(
     aspect: Annotated[str | None, Option(help="square (crop the center) or pad.")] = None,
     decode_images: Annotated[bool, Option("--decode-images", help="Open every image.")] = False,
     no_images: Annotated[bool, Option("--no-images", help="Do not look for images.")] = False,
-    against: Annotated[
-        Path | None, Option(help="Validation records: find what they share.")
-    ] = None,
+    against: Annotated[str | None, Option(help="Validation records: find what they share.")] = None,
     val_split: _ValSplit = None,
     fix: Annotated[Path | None, Option(help="A new .jsonl for the records that pass.")] = None,
     max_length: Annotated[int | None, Option(min=1, help="Longer records are errors.")] = None,
@@ -213,7 +210,7 @@ def audit_data(
         )
         records = open_records(data, split, columns)
         other = None if against is None else open_records(against, val_split, columns)
-        outputs = other, fix, html, as_json, data.name
+        outputs = other, fix, html, as_json, Path(data).name
         report = report_audit(records, processor, settings, workers, *outputs)
     if not report["ok"]: raise typer.Exit(1)
 
@@ -229,7 +226,7 @@ def train(
         bool, Option("--print-config", "--print_config", help="Print the complete recipe and stop.")
     ] = False,
     preset: Annotated[str | None, Option(help="Without a recipe: preset or model folder.")] = None,
-    data: Annotated[Path | None, Option(help="Without a recipe: records to train on.")] = None,
+    data: Annotated[str | None, Option(help="Without a recipe: records to train on.")] = None,
     image_folder: _Images = None,
     val: _Val = None,
     follow_links: _Links = False,
@@ -263,7 +260,7 @@ def plan(
     runs: Annotated[Path, Option(help="Folder that will hold the run.")] = Path("runs"),
     no_measure: Annotated[bool, Option("--no-measure", help="Take no step.")] = False,
     preset: Annotated[str | None, Option(help="Without a recipe: preset or model folder.")] = None,
-    data: Annotated[Path | None, Option(help="Without a recipe: records to train on.")] = None,
+    data: Annotated[str | None, Option(help="Without a recipe: records to train on.")] = None,
     image_folder: _Images = None,
     val: _Val = None,
     follow_links: _Links = False,
@@ -335,13 +332,13 @@ def chat(
 @app.command("eval")
 def evaluate_model(
     model: _Model,
-    data: Annotated[Path, Option(help="Records with questions and answers.")],
+    data: Annotated[str, Option(help="Records with questions and answers.")],
     image_folder: _Images = None,
     split: _Split = None,
     columns: _Columns = None,
     metric: Annotated[str, Option(help="exact, contains, anls, FILE.py:NAME; or a,b")] = "exact",
     out: Annotated[Path | None, Option(help="A .jsonl file for the predictions.")] = None,
-    train: Annotated[Path | None, Option(help="Training records, for baselines.")] = None,
+    train: Annotated[str | None, Option(help="Training records, for baselines.")] = None,
     sample: Annotated[int | None, Option(min=1, help="Only that many, always the same.")] = None,
     control_tokens: _Control = None,
     blank_images: Annotated[bool, Option("--blank-images", help="Black images.")] = False,
@@ -450,7 +447,7 @@ def losses(
         records, more = open_records(data, split, columns), dict(follow_links=follow_links)
         found = worst_records(*load(model, control_tokens), records, worst, image_folder, **more)
         if not found:
-            raise DataError(f"no record of {data.name} has an answer to take the loss of")
+            raise DataError(f"no record of {Path(data).name} has an answer to take the loss of")
         report_found("\n\n".join(map(str, found)), losses_page(found), html)
 
 def main():

@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 import typer
 from .core import ConfigError, DataError, nearest, printable
+from .files import named_folders
 
 # %% ../nbs/20a_commands.ipynb #c005
 _FLAGS: ContextVar[dict[str, str]] = ContextVar("flags", default={})  # of the command that runs
@@ -96,7 +97,7 @@ def names_folder(
     name: str,  # A preset, a run or a model folder
 ) -> bool:
     "Whether it is a run or a model folder, and no preset."
-    return Path(name).expanduser().is_dir() or (Path("runs") / name).is_dir()
+    return any(map(Path.is_dir, named_folders(name)))
 
 def _tower_config(source, image_size):
     "Configuration of a preset's low-resolution tower, without its weights."
@@ -177,7 +178,7 @@ def load_preparation(
 
 # %% ../nbs/20a_commands.ipynb #c013
 def open_records(
-    data: Path,  # Files, or a name on the hub
+    data: str | Path,  # Files, or a name on the hub
     split: str | None = None,  # Which one, where there are several
     columns: str | None = None,  # As in `parse_columns`
 ):  # `Records`
@@ -285,9 +286,9 @@ def split_words(
 
 def short_recipe(
     preset: str | None,  # Or a model folder
-    data: Path | None,  # Records
+    data: str | Path | None,  # Records
     image_folder: Path | None = None,
-    val: Path | None = None,  # Records to validate on
+    val: str | Path | None = None,  # Records to validate on
     split: str | None = None,  # Of the records to train on
     val_split: str | None = None,  # Of those to validate on
     columns: str | None = None,  # Of both, as in `parse_columns`
@@ -352,17 +353,18 @@ def recipe_overrides(
 
 # %% ../nbs/20a_commands.ipynb #c019
 def run_folder(
-    files: list[Path],  # Recipes, or without any the data
+    files: list[str | Path],  # Recipes, or without any the data
     name: str | None,  # Of the run
     runs: Path,  # Folder of the runs
     resume: bool = False,
 ) -> Path:
     "Where a run lies: by its name, by its recipe's, or where its own recipe.yaml is."
     if name is not None: return runs / name
-    own = files[0].parent
-    if files[0].name == "recipe.yaml" and (resume or (own / "metrics.jsonl").is_file()):
-        return own
-    return runs / files[0].stem
+    first = Path(files[0])
+    is_recipe = first.name == "recipe.yaml"
+    if is_recipe and (resume or (first.parent / "metrics.jsonl").is_file()):
+        return first.parent
+    return runs / first.stem
 
 def result_lines(
     result: dict,  # result.json of a run

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHECKSUMS', 'digest', 'sha256', 'file_stamp', 'part_path', 'remove_left_over', 'to_disk', 'WriteError', 'write_error',
            'writing', 'write_file', 'apply_umask', 'write_text', 'write_json', 'write_rows', 'read_json',
-           'cache_folder', 'writable_folder', 'new_folder', 'write_checksums', 'check_checksum']
+           'cache_folder', 'writable_folder', 'new_folder', 'write_checksums', 'check_checksum', 'named_folders']
 
 # %% ../nbs/01a_files.ipynb #c002
 import errno, hashlib, json, os, platform, re, shutil, stat, sys, time
@@ -269,3 +269,12 @@ def check_checksum(
             f"{str(path)!r} is damaged: its SHA-256 is not the one in {CHECKSUMS}; take another "
             f"copy, or remove {CHECKSUMS} if the file was changed on purpose"
         )
+
+# %% ../nbs/01a_files.ipynb #c036
+def named_folders(
+    name: str | Path,  # A folder, or a name in runs/
+) -> list[Path]:  # The first that is there is meant
+    "Where a folder may be: at its path, and unless that is written as one, in runs/."
+    path = Path(name).expanduser()
+    is_path = path.is_absolute() or re.match(r"~|\.{1,2}([/\\]|$)", str(name))
+    return [path] if is_path else [path, Path("runs") / path]

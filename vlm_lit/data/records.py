@@ -422,7 +422,7 @@ class Records(Sequence):
             if split is not None or columns:
                 raise ConfigError("split and columns are given where a file is opened, not later")
             self.__dict__.update(data.__dict__)
-        elif isinstance(data, (str, Path)): self._open(Path(data))
+        elif isinstance(data, (str, Path)): self._open(data)
         elif isinstance(data, Mapping):
             self._take(data[choose_split(data, split, "the data set")])
         elif split is not None:
@@ -451,10 +451,12 @@ class Records(Sequence):
                 "dicts, a Dataset of `datasets`, or a stream"
             )
 
-    def _open(self, path: Path) -> None:
+    def _open(self, name: str | Path) -> None:
         "Open files, by their store if they need one."
-        if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(path)) and not path.parent.exists():
-            return self._take(_hub_table(str(path), self.split))
+        path = Path(name)  # without a `./`, which no name on the hub has
+        is_name = re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", str(name))
+        if is_name and not path.parent.exists():
+            return self._take(_hub_table(str(name), self.split))
         source = find_source(path, self.split)
         self.path, self.fingerprint = source.path, fingerprint(source.files)
         self.what = path.name

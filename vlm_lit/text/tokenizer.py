@@ -37,13 +37,15 @@ def bundled_gemma() -> PreTrainedTokenizerFast:  # Gemma 1's tokenizer, 256,000 
 
 # %% ../../nbs/02_tokenizer.ipynb #c010
 def load_tokenizer(
-    name: str = "gemma",  # "gemma" for the one in the package, a folder, or a hub name
+    # "gemma" for the one in the package, a folder, or a hub name; a `Path` is a folder
+    name: str | Path = "gemma",
 ) -> PreTrainedTokenizerFast:
     "A fast tokenizer by name. Raises `ConfigError` when there is none, or only a slow one."
-    if str(name) == "gemma": return bundled_gemma()
-    if any(mark in str(name) for mark in ("./", "~")) and not Path(name).expanduser().is_dir():
-        raise ConfigError(f"tokenizer {str(name)!r}: no such folder")
+    if name == "gemma": return bundled_gemma()
     folder = Path(name).expanduser()
+    is_path = isinstance(name, Path) or any(mark in name for mark in ("./", "~"))
+    if is_path and not folder.is_dir():
+        raise ConfigError(f"tokenizer {str(name)!r}: no such folder")
     source = folder if folder.is_dir() else str(name)
     with source_lookup(folder) as unreachable:
         try:

@@ -20,7 +20,7 @@ from ..debug.snapshots import check_expression
 from ..debug.label_view import LabelStrip
 from ..debug.values import visible
 from ..data.dataset import LazySupervisedDataset
-from ..files import write_text
+from ..files import named_folders, write_text
 from ..text.encode import encode_records
 from ..data.collator import DataCollatorForSupervisedDataset
 from ..padding import flat_images
@@ -325,8 +325,7 @@ def _records_of(trainer, stop) -> list[RecordLoss]:
 # %% ../../nbs/20_replay.ipynb #c013
 def _run_folder(run) -> Path:
     "The folder of a run. Raises `ConfigError`."
-    folders = (Path(run).expanduser(), Path("runs") / run)
-    found = [folder for folder in folders if (folder / "recipe.yaml").is_file()]
+    found = [folder for folder in named_folders(run) if (folder / "recipe.yaml").is_file()]
     if not found:
         raise ConfigError(
             f"no run {str(run)!r}: recipe.yaml is missing; give the folder "

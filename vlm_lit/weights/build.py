@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from ..core import ConfigError
+from ..files import named_folders
 from ..models.vlm import VLM
 from ..models.config import VLMConfig
 from ..text.tokenizer import load_tokenizer
@@ -96,12 +97,11 @@ def load_preset_tokenizer(
 def open_tokenizer(
     source: str | Path | dict,  # "gemma", a preset, a run, a folder, a hub name, a package's file
 ):  # A fast tokenizer
-    "The tokenizer of a name. A folder goes before a preset of that name."
-    if isinstance(source, dict):
-        return load_tokenizer(str(model_folder(source)))
-    folders = [Path(source).expanduser(), Path("runs") / source] if source != "gemma" else []
-    for place in filter(Path.is_dir, folders):
+    "The tokenizer of a name. A folder goes before a preset of that name, but not before 'gemma'."
+    if isinstance(source, dict) or source == "gemma":
+        return load_tokenizer(source if source == "gemma" else model_folder(source))
+    for place in filter(Path.is_dir, named_folders(source)):
         own = place / "model" / "tokenizer.json"
-        return load_tokenizer(str(own.parent if own.is_file() else place))
+        return load_tokenizer(own.parent if own.is_file() else place)
     if str(source) in preset_names(): return load_preset_tokenizer(str(source))
-    return load_tokenizer("gemma" if source == "gemma" else str(model_folder(source)))
+    return load_tokenizer(model_folder(source))

@@ -9,7 +9,7 @@ __all__ = ['LOAD_ERRORS', 'OTHER_TOWER', 'read_state', 'check_finite', 'weights_
            'model_folder', 'load_language_model']
 
 # %% ../../nbs/10a_language_models.ipynb #c002
-import copy, importlib.util, io, re, shutil, struct
+import copy, hashlib, importlib.util, io, re, shutil, struct
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 import torch
@@ -104,41 +104,55 @@ def package_pieces(
         found += pieces
     return found
 
+def _pieces_sha256(pieces: list[Path]) -> str:
+    "SHA-256 of files as if they were one."
+    found = hashlib.sha256()
+    for piece in pieces:
+        with piece.open("rb") as file:
+            while block := file.read(1 << 20): found.update(block)
+    return found.hexdigest()
+
 def joined_pieces(
     pieces: list[Path],  # In order
     path: Path,  # The whole file
-    expected: str | None = None,  # Its SHA-256
+    expected: str | None = None,  # Its SHA-256; None: that of the pieces
 ) -> Path:  # The same path
-    """The pieces in one file, made once. Raises `ConfigError` for another fingerprint than the
-    expected one."""
+    """The pieces in one file, made once; a damaged one is made again. Raises `ConfigError` for
+    another fingerprint than the expected one."""
+    expected = expected or _pieces_sha256(pieces)
+    if path.is_file() and sha256(path) == expected: return path
 
     def write(part):
         with part.open("wb") as out:
             for piece in pieces:
                 with piece.open("rb") as file:
                     shutil.copyfileobj(file, out, 1 << 20)
-        if expected and sha256(part) != expected:
+        if sha256(part) != expected:
             part.unlink()
             raise ConfigError(
                 f"{path.name}: the pieces do not make the file that was meant (SHA-256 differs); "
                 "install the packages again"
             )
 
-    size = sum(piece.stat().st_size for piece in pieces)
-    if not path.is_file() or path.stat().st_size != size:  # a damaged one is made again
-        writable_folder(path.parent)
-        write_file(path, write)
+    writable_folder(path.parent)
+    write_file(path, write)
     return path
 
 def package_file(
     source: dict,  # As in a preset
 ) -> Path:
-    "The weights file of an installed package."
-    pieces = package_pieces(source)
-    if len(pieces) == 1: return pieces[0]
-    name = re.sub(r"\.part\d*$", "", pieces[0].name)
-    key = digest(source.get("sha256") or ",".join(p.name for p in pieces))[:16]
-    return joined_pieces(pieces, cache_folder() / "joined" / key / name, source.get("sha256"))
+    "The weights file of an installed package. Raises `ConfigError` if it is not the one meant."
+    pieces, expected = package_pieces(source), source.get("sha256")
+    if len(pieces) > 1:
+        name = re.sub(r"\.part\d*$", "", pieces[0].name)
+        key = digest(expected or ",".join(p.name for p in pieces))[:16]
+        return joined_pieces(pieces, cache_folder() / "joined" / key / name, expected)
+    if expected and sha256(pieces[0]) != expected:
+        raise ConfigError(
+            f"{pieces[0].name} is not the file that was meant (SHA-256 differs); install the "
+            f"package again: {source['install']}"
+        )
+    return pieces[0]
 
 # %% ../../nbs/10a_language_models.ipynb #c012
 LOAD_ERRORS = (  # what libraries raise for damaged files

@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import ModelCardData
 from ..core import ConfigError
-from ..files import read_json
+from ..files import named_folders, read_json
 from ..models.vlm import VLM
 from .presets import PARTS, is_scratch
 
@@ -76,19 +76,19 @@ def _earlier_run(recipe: dict) -> Path | None:
     "The folder of the run that a recipe's model is from, if it is still there."
     start = (recipe.get("model") or {}).get("from")
     if start is None: return None
-    places = Path(start), Path(start).parent, Path("runs") / start
+    path, *in_runs = named_folders(start)
+    places = path, path.parent, *in_runs
     return next((place for place in places if (place / "recipe.yaml").is_file()), None)
 
 # %% ../../nbs/10da_model_card.ipynb #c013
 OPENS_WITH = ("vlm_lit", "transformers", "llava-hf")
 _LICENSE = r"[a-z0-9][a-z0-9.-]*"  # an identifier of the hub
 
-def _head(model, opens_with, runs) -> str:
-    "The YAML head."
+def _head(model, opens_with, names) -> str:
+    "The YAML head, with the names of training sources that a hub has."
     parts = getattr(model.config, "parts", None) or {}
-    license, sources = parts.get("license"), [source for run in runs for source in _sources(run)]
+    license = parts.get("license")
     is_known = isinstance(license, str) and re.fullmatch(_LICENSE, license)
-    names = [source.get("name") for source in sources]
     bases = [parts.get(part) for part in PARTS]
     plain = opens_with == "vlm_lit"
     return ModelCardData(
@@ -181,21 +181,35 @@ def _training(runs) -> list[str]:
     return ["## Training", "", *lines] if lines else []
 
 # %% ../../nbs/10da_model_card.ipynb #c018
+_LIMITS_OF_RUN = {  # limits that no model shows: what of the run sets them -> their beginning
+    "length": "Training records had at most",
+    "license": "The license of some training data",
+}
+
 def read_card(
     folder: str | Path,  # Of a model
-) -> dict[str, list[str]]:  # Heading -> lines below it
-    "What an earlier card of this project tells of training and results; empty if there is none."
-    path, found = Path(folder) / "README.md", {}
-    lines = (
-        path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    )
-    if "made with vlm_lit" not in "\n".join(lines): return {}
-    heading = None
-    for line in lines:
+) -> dict[str, list[str]]:  # Heading -> lines below it; "title"; "datasets" of the head
+    "What an earlier card of this project has from the run; empty if there is none."
+    path = Path(folder) / "README.md"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    if "made with vlm_lit" not in text: return {}
+    head, body = re.fullmatch(r"(?:---\n(.*?)\n---\n)?(.*)", text, re.DOTALL).groups()
+    found, heading = {"datasets": _datasets(head or "")}, "title"
+    for line in body.splitlines():
         if line.startswith("## "): heading = line[3:]
+        is_title = heading == "title" and line.startswith("# ")
+        is_limit = heading == "Limits" and line[2:].startswith(tuple(_LIMITS_OF_RUN.values()))
+        if is_title or is_limit: found.setdefault(heading, []).append(line[2:])
         if heading in ("Training", "Results"):
             found.setdefault(heading, []).append(line)
     return found
+
+def _datasets(head: str) -> list:
+    "The data sets in a card's head."
+    try: found = yaml.safe_load(head)
+    except yaml.YAMLError: return []
+    names = found.get("datasets") if isinstance(found, dict) else None
+    return names if isinstance(names, list) else []
 
 # %% ../../nbs/10da_model_card.ipynb #c019
 def _results(run) -> list[str]:
@@ -219,19 +233,25 @@ def _results(run) -> list[str]:
         lines += [title, "", *_table(["mean score", *map(escape_markdown, kinds)], rows)]
     return ["## Results", "", *lines] if lines else []
 
-def _limits(model, runs, has_results) -> list[str]:
+def _limits_of_run(runs) -> list[str]:
+    "What training has set."
+    length, found = (runs[0]["recipe"].get("data") or {}).get("max_length"), []
+    if length:
+        found.append(f"{_LIMITS_OF_RUN['length']} {length} tokens, image tokens included.")
+    if any(not source.get("license") for run in runs for source in _sources(run)):
+        found.append(f"{_LIMITS_OF_RUN['license']} is not given above.")
+    return found
+
+def _limits(model, of_run, has_results) -> list[str]:
     "What the model cannot be expected to do."
-    config, last = model.config, runs[0]["recipe"] if runs else {}
+    config = model.config
     aux = config.vision_aux_config is not None
     side = config.image_size_aux if aux else config.image_size
     found = [f"Images are resized to {side} x {side} pixels; smaller details are lost."]
-    if length := (last.get("data") or {}).get("max_length"):
-        found.append(f"Training records had at most {length} tokens, image tokens included.")
     if not has_results:
         found.append("No evaluation is recorded with this model.")
-    if runs and any(not source.get("license") for run in runs for source in _sources(run)):
-        found.append("The license of some training data is not given above.")
     found += [
+        *of_run,
         "vlm_lit does not filter training data or answers for false, offensive or private content.",
         "Answers can be wrong and sound certain; check them before anything depends on them.",
     ]
@@ -277,6 +297,16 @@ def _usage(opens_with, name) -> list[str]:
     return ["## Use", "", *(line for block in blocks for line in block)]
 
 # %% ../../nbs/10da_model_card.ipynb #c023
+def _of_runs(runs) -> dict[str, list[str]]:
+    "What a card has from runs, as `read_card` returns it."
+    return {
+        "title": [escape_markdown(runs[0]["name"])],
+        "datasets": [source.get("name") for run in runs for source in _sources(run)],
+        "Training": _training(runs),
+        "Results": _results(runs[0]),
+        "Limits": _limits_of_run(runs),
+    }
+
 def model_card(
     model: VLM,
     runs: list[dict] = (),  # From `read_run`; empty: nothing about its training
@@ -288,17 +318,17 @@ def model_card(
     "README.md of a model folder: a head for the hub, parts, use, training, results and limits."
     if opens_with not in OPENS_WITH:
         raise ConfigError(f"opens_with must be one of {', '.join(OPENS_WITH)}; got {opens_with!r}")
-    title = name or (runs[0]["name"] if runs else "A vision-language model")
-    earlier = earlier or {}
-    results = _results(runs[0]) if runs else earlier.get("Results", [])
-    training = _training(runs) if runs else earlier.get("Training", [])
+    known = _of_runs(runs) if runs else earlier or {}
+    title = [escape_markdown(name)] if name else known.get("title", ["A vision-language model"])
+    results = known.get("Results", [])
     lines = [
-        *["---", _head(model, opens_with, runs), "---", "", f"# {escape_markdown(title)}", ""],
+        *["---", _head(model, opens_with, known.get("datasets", [])), "---", ""],
+        *[f"# {title[0]}", ""],
         *["A vision-language model, made with vlm_lit: images and text in, text out.", ""],
         *_made_of(model),
         *_usage(opens_with, name),
-        *training,
+        *known.get("Training", []),
         *results,
-        *_limits(model, runs, bool(results)),
+        *_limits(model, known.get("Limits", []), bool(results)),
     ]
     return "\n".join(lines).rstrip("\n") + "\n"

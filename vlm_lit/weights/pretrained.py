@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from ..core import ConfigError, nearest
 from ..processor import VLMProcessor
 from ..models.vlm import VLM
-from ..files import check_checksum, read_json, write_file, write_json
+from ..files import check_checksum, named_folders, read_json, write_file, write_json
 from .presets import PRESET_FIELDS
 from .build import build_model
 from .towers import cast
@@ -175,7 +175,7 @@ def find_model(
     name: str | Path,
 ) -> Path:
     "The folder that holds a model. Raises `ConfigError` that says what is missing or what to do."
-    folder = next((p for p in (Path(name).expanduser(), Path("runs") / name) if p.is_dir()), None)
+    folder = next(filter(Path.is_dir, named_folders(name)), None)
     if folder is None and str(name) in preset_names():
         raise ConfigError(
             f"{str(name)!r} is a preset, a model that is not trained: train it, and give the run"
@@ -238,7 +238,7 @@ def _load_checkpoint(folder):
     base = read_base(folder)
     section, own = dict(base["model"]), folder / "tokenizer.json"
     if "preset" in section and own.is_file():
-        section["tokenizer"] = str(folder)
+        section["tokenizer"] = folder  # as a path: a folder may have a tokenizer's name
     if section.get("from"):  # named as seen from where the run was started
         places = [Path(section["from"]), *(up / section["from"] for up in folder.resolve().parents)]
         section["from"] = next((str(p) for p in places if p.is_dir()), section["from"])

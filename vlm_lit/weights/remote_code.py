@@ -31,17 +31,38 @@ def module_source(
     path = module.replace(".", "/") + ".py"
     return files(PACKAGE).joinpath(path).read_text(encoding="utf-8")
 
+def _module_name(parts: list[str]) -> str:  # "": there is none
+    "The module of a dotted name inside the package; a folder's is its `__init__`."
+    for own in (parts, [*parts, "__init__"]):
+        if own and files(PACKAGE).joinpath("/".join(own) + ".py").is_file():
+            return ".".join(own)
+    return ""
+
+def _origin(node: ast.ImportFrom, module: str) -> list[str]:
+    "Where a statement imports from, as an absolute name."
+    base = [PACKAGE, *module.split(".")][: -node.level] if node.level else []
+    return base + (node.module.split(".") if node.module else [])
+
+def _named_modules(node: ast.Import) -> list[str]:
+    "The modules of the package that an `import` statement names."
+    names = [alias.name.split(".") for alias in node.names]
+    return [_module_name(own) or ".".join(own) for top, *own in names if top == PACKAGE]
+
 def own_imports(
     source: str,  # Of a module
     module: str,  # Its name, as in `module_source`
-) -> list[tuple[ast.ImportFrom, str]]:  # Statement, name of the imported module
+) -> list[tuple[ast.Import | ast.ImportFrom, str]]:  # Statement, name of an imported module
     "The statements of a module that import from the package, also inside functions."
-    home, found = [PACKAGE, *module.split(".")], []
+    found: list = []
     for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found += [(node, name) for name in _named_modules(node)]
         if not isinstance(node, ast.ImportFrom): continue
-        base = home[: -node.level] if node.level else []
-        package, *rest = [*base, *(node.module or "").split(".")]
-        if package == PACKAGE: found.append((node, ".".join(rest)))
+        package, *rest = _origin(node, module)
+        if package == PACKAGE:
+            outer = _module_name(rest) or ".".join(rest)
+            names = [_module_name([*rest, alias.name]) or outer for alias in node.names]
+            found += [(node, name) for name in dict.fromkeys(names)]
     return found
 
 def needed_modules() -> list[str]:  # Sorted
@@ -76,6 +97,11 @@ def flat_source(
     source = module_source(module)
     lines = source.splitlines()
     for node, name in own_imports(source, module):
+        if isinstance(node, ast.Import) or name != _module_name(_origin(node, module)[1:]):
+            raise ConfigError(
+                f"{module}, line {node.lineno}: transformers does not copy a module that is "
+                f"imported whole; import the names that are used from {name}"
+            )
         line, column = lines[node.lineno - 1], node.col_offset
         own = re.sub(r"from\s+\S+", f"from .{flat_name(name)}", line[column:], count=1)
         lines[node.lineno - 1] = line[:column] + own

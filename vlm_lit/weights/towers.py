@@ -9,7 +9,6 @@ __all__ = ['OPEN_CLIP_WEIGHTS', 'CONVNEXT_NAMES', 'TOWER_CLASSES', 'BEHIND', 'tr
 
 # %% ../../nbs/10b_tower_weights.ipynb #c002
 import re
-from collections import Counter
 from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download
@@ -35,6 +34,7 @@ from .presets import init_tower_from_scratch, is_scratch, init_position_embeddin
 
 # %% ../../nbs/10b_tower_weights.ipynb #c006
 OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_NUM_STAGES = 4  # of every ConvNeXt of timm
 CONVNEXT_NAMES = [
     (r"^stem\.0\.", "embeddings.patch_embeddings."),
     (r"^stem\.1\.", "embeddings.layernorm."),
@@ -55,23 +55,43 @@ def translated(
     for pattern, new in rules: name = re.sub(pattern, new, name)
     return name
 
+def _stage_depths(trunk) -> list[int]:
+    "Blocks of each stage. Raises `ConfigError` if a stage or a block before others is missing."
+    pattern = r"stages\.(\d+)\.blocks\.(\d+)\.conv_dw\.weight$"
+    found = [match for name in trunk if (match := re.match(pattern, name))]
+    if not found or "stem.0.weight" not in trunk:
+        raise ConfigError("no ConvNeXt: the weights have no stem and no stages")
+    blocks = {(int(match[1]), int(match[2])) for match in found}
+    depths = []
+    for stage in range(_NUM_STAGES):
+        own = {block for n, block in blocks if n == stage}
+        depth = next(n for n in range(len(own) + 1) if n not in own)  # blocks before the first gap
+        if depth == 0 or depth < len(own):
+            raise ConfigError(
+                f"no whole ConvNeXt: stages.{stage}.blocks.{depth}.conv_dw.weight is missing; give "
+                f"the file with all of its {_NUM_STAGES} stages"
+            )
+        depths.append(depth)
+    return depths
+
 def convnext_config(
     trunk: dict,  # timm's names: "stem.0.weight", ...
 ) -> ConvNextConfig:
     "Widths, depths and scale as the tensors have them."
-    pattern = r"stages\.(\d+)\.blocks\.\d+\.conv_dw\.weight$"
-    found = [re.match(pattern, name) for name in trunk]
-    blocks = Counter(int(match[1]) for match in found if match)
-    if not blocks or "stem.0.weight" not in trunk:
-        raise ConfigError("no ConvNeXt: the weights have no stem and no stages")
-    widths = [trunk[f"stages.{n}.blocks.0.conv_dw.weight"].shape[0] for n in sorted(blocks)]
-    has_scale = "stages.0.blocks.0.gamma" in trunk
+    depths = _stage_depths(trunk)
+    first = ["stem.0.weight"]
+    first += [f"stages.{stage}.blocks.0.conv_dw.weight" for stage in range(_NUM_STAGES)]
+    for name in first:
+        shape = tuple(trunk[name].shape)
+        if len(shape) != 4 or 0 in shape:
+            raise ConfigError(f"no ConvNeXt: {name} is no convolution, its shape is {shape}")
     return ConvNextConfig(
-        num_stages=len(widths),
-        hidden_sizes=widths,
-        depths=[blocks[n] for n in sorted(blocks)],
+        num_stages=_NUM_STAGES,
+        hidden_sizes=[trunk[name].shape[0] for name in first[1:]],
+        depths=depths,
         patch_size=trunk["stem.0.weight"].shape[-1],
-        layer_scale_init_value=1e-6 if has_scale else 0,
+        # some are trained without a scale; where one block has it, all must
+        layer_scale_init_value=1e-6 if any(name.endswith(".gamma") for name in trunk) else 0.0,
         layer_norm_eps=1e-6,
     )
 
@@ -180,6 +200,15 @@ def source_file(
         except (OSError, HfHubHTTPError, HFValidationError): return None
     return None
 
+def _timm_name(
+    config: Path,  # open_clip_config.json
+) -> str:  # Such as "convnext_large"; "" if it has none
+    "The network's name in timm."
+    kind = read_json(config, dict)
+    for key in ("model_cfg", "vision_cfg"):
+        kind = kind.get(key) if isinstance(kind, dict) else None
+    return str((kind if isinstance(kind, dict) else {}).get("timm_model_name", ""))
+
 def open_clip_file(
     name: str,  # A folder or a hub name
 ) -> Path | None:  # None if the source is in another format
@@ -187,10 +216,7 @@ def open_clip_file(
     `ConvNextModel` would compute something else."""
     config = source_file(name, "open_clip_config.json")
     if config is None: return None
-    kind = read_json(config, dict)
-    for key in ("model_cfg", "vision_cfg"):
-        kind = kind.get(key) if isinstance(kind, dict) else None
-    kind = str((kind if isinstance(kind, dict) else {}).get("timm_model_name", ""))
+    kind = _timm_name(config)
     # LAION's ViTs have transformers' files next to open_clip's
     if not kind.startswith("convnext"): return None
     if kind.startswith("convnext_xxlarge"):
@@ -205,6 +231,24 @@ def open_clip_file(
             f"vision tower {name!r} has an open_clip_config.json, but neither {files}"
         )
     return weights
+
+_DEPTHS = {"tiny": [3, 3, 9, 3]}  # published variant -> blocks of each stage
+_DEPTHS |= dict.fromkeys(("small", "base", "large", "xlarge"), [3, 3, 27, 3])
+
+def _check_depths(
+    path: Path,  # Weights, perhaps with open_clip_config.json next to them
+    depths: list[int],  # Blocks of each stage that they have
+) -> None:
+    "Raise `ConfigError` if open_clip_config.json names a variant of other depths."
+    config = path.with_name("open_clip_config.json")
+    kind = _timm_name(config) if config.is_file() else ""
+    variant = re.match(r"convnext_([a-z]+)", kind)
+    wanted = _DEPTHS.get(variant[1]) if variant else None
+    if wanted not in (None, depths):
+        raise ConfigError(
+            f"tower {path.name}: {config.name} names {kind}, whose stages have {wanted} blocks, "
+            f"and the weights have {depths}; give the whole file, or a config that belongs to it"
+        )
 
 def load_tower(
     source: str | dict,  # Hub name, folder, weights file, or a source as in a preset
@@ -235,7 +279,9 @@ def tower_from_file(
     if "_conv_stem.weight" in state:
         config = EfficientNetLiteConfig()
         state, rest = efficientnet_lite_state(state)
-    else: config, state, rest = convnext_from_open_clip(state)
+    else:
+        config, state, rest = convnext_from_open_clip(state)
+        _check_depths(path, config.depths)
     print_status(f"tower {path.name}: {len(state)} tensors taken, left out {format_names(rest)}")
     return load_tower_state(config, state, select_layer, dtype, f"tower {path.name}", BEHIND)
 
