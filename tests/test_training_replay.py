@@ -13,7 +13,7 @@ from vlm_lit.debug.snapshots import check_expression
 from vlm_lit.debug.label_view import LabelStrip
 from vlm_lit.debug.values import visible
 from vlm_lit.data.dataset import LazySupervisedDataset
-from vlm_lit.files import named_folders, write_text
+from vlm_lit.files import named_folders, read_json, write_text
 from vlm_lit.text.encode import encode_records
 from vlm_lit.data.collator import DataCollatorForSupervisedDataset
 from vlm_lit.padding import flat_images
@@ -21,7 +21,7 @@ from vlm_lit.text.encode import pad_id
 from vlm_lit.models.vlm import VLM
 from vlm_lit.training.arguments import PARTS
 from vlm_lit.training.meter import read_metrics
-from vlm_lit.training.recipe import load_recipe
+from vlm_lit.training.recipe import load_recipe, training_defaults
 from vlm_lit.training.run import prepare_run
 import json
 import os, shutil, textwrap, yaml
@@ -268,11 +268,15 @@ def test_what_cannot_be_replayed_is_said():
     run = place / "runs/first"
     with pytest.raises(ConfigError, match="steps count from 1, got 0"):
         replay(run, 0)
-    with pytest.raises(ConfigError, match="step 9 of first: the run has come to step 8 of 8"):
-        replay(run, 9)
+    with Breakpoint(prepare_run, at="args = training_arguments") as opened:
+        with pytest.raises(ConfigError, match="step 9 of first: the run has come to step 8 of 8; give"):
+            replay(run, 9)
+    assert not opened.hits  # from the run's files, before anything is opened
     with pytest.raises(ConfigError, match="recipe.yaml is missing"):
         replay(run / "checkpoint-3", 2)
-    with pytest.raises(ConfigError, match="VLM.forward: at='nowhere' is in no line; .*give text"):
+    with pytest.raises(
+        ConfigError, match="Trainer.training_step: at='nowhere' is in no line; give text"
+    ):
         replay(run, 2, at="nowhere")
     with pytest.raises(ConfigError, match="not a Python expression"):
         replay(run, 2, watch="loss =")
@@ -286,3 +290,21 @@ def test_what_cannot_be_replayed_is_said():
     assert found.is_equal is None and found.loss == logged(run)[4] and "not logged" in found.verdict
     with pytest.raises(ConfigError, match="has come to step 3 of 8"):
         replay(part, 8)
+    text = (part / "recipe.yaml").read_text()
+    # three epochs of six steps; the log has a line every fifth of all steps, and none yet
+    changes = {"max_steps: 8": "max_steps: -1", "logging_steps: 4": "logging_steps: 0.2"}
+    for old, new in changes.items(): text = text.replace(old, new)
+    (part / "recipe.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="has come to step 3 of 18; give"):
+        replay(part, 12)
+    text = text.replace("logging_steps: 0.2", "logging_steps: 4")
+    (part / "recipe.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="has come to step 3; give"):
+        replay(part, 8)
+    (part / "checkpoint-best/trainer_state.json").parent.mkdir()
+    (part / "checkpoint-best/trainer_state.json").write_text("{}")
+    noted = json.dumps({"step": 3, "reason": "loss", "records": ["a\nb"]})
+    (part / "bad_steps.jsonl").write_text(noted)
+    with pytest.raises(ConfigError, match="the run had a⏎b …, now it is") as error:
+        replay(part, 3)
+    assert len(str(error.value).splitlines()) == 1

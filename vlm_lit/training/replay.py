@@ -20,7 +20,7 @@ from ..debug.snapshots import check_expression
 from ..debug.label_view import LabelStrip
 from ..debug.values import visible
 from ..data.dataset import LazySupervisedDataset
-from ..files import named_folders, write_text
+from ..files import named_folders, read_json, write_text
 from ..text.encode import encode_records
 from ..data.collator import DataCollatorForSupervisedDataset
 from ..padding import flat_images
@@ -28,7 +28,7 @@ from ..text.encode import pad_id
 from ..models.vlm import VLM
 from .arguments import PARTS
 from .meter import read_metrics
-from .recipe import load_recipe
+from .recipe import load_recipe, training_defaults
 from .run import prepare_run
 
 # %% ../../nbs/20_replay.ipynb #c005
@@ -270,7 +270,7 @@ class _Stop(TrainerCallback):
         if self.found.step > last:
             raise ConfigError(
                 f"step {self.found.step} of {self.found.run}: the run has come to "
-                f"step {self.last} of {state.max_steps}"
+                f"step {self.last} of {state.max_steps}; give a step that it has taken"
             )
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -345,16 +345,33 @@ def _stops(at, watch) -> list[Breakpoint]:
             Breakpoint(Trainer.training_step, "loss = self.compute_loss", watch=step),
             Breakpoint(VLM.add_loss, "loss = losses", watch=watch or ["targets", "losses"]),
         ]
-    errors = []
+    reasons: dict[str, list[str]] = {}
     for function in _STEP:
         try: return [Breakpoint(function, at, watch=watch)]
         except ConfigError as error:
-            line = str(error).splitlines()[0].removesuffix(" of:")
-            errors.append(f"{function.__qualname__}: {line}")
+            reason = str(error).splitlines()[0].removesuffix(" of:").removesuffix(":")
+            reasons.setdefault(reason, []).append(function.__qualname__)
+    errors = (f"{', '.join(names)}: {reason}" for reason, names in reasons.items())
     raise ConfigError(
         f"{'; '.join(errors)}; give text that one line of one of these functions has, such as "
         "'loss = losses'"
     )
+
+def _check_step(run: Path, step: int, last: int) -> None:
+    "Refuse a step that by its files the run cannot have taken; what they leave open, `_Stop` sees."
+    settings = {**training_defaults(), **load_recipe(run / "recipe.yaml").training}
+    planned, every = settings["max_steps"], settings["logging_steps"]
+    if (run / "result.json").is_file():
+        planned = limit = read_json(run / "result.json", dict).get("steps") or last
+    else:  # steps after the last line of the log may have been taken
+        limit = last + every if every >= 1 else math.inf  # a share of all steps below 1
+        if planned > 0: limit = min(limit, planned)
+    if step > limit:
+        of_all = f" of {planned}" if planned > 0 else ""
+        raise ConfigError(
+            f"step {step} of {run.name}: the run has come to step {min(last, limit)}{of_all}; give "
+            "a step that it has taken"
+        )
 
 def _trainer_of(run: Path, folder: Path):
     "The trainer of a run, with another output folder, and without what only writes."
@@ -382,7 +399,8 @@ def _logged_loss(rows, step) -> float | None:
 def _found_in(run: Path, step: int) -> tuple[Replay, set[int], int]:
     "What a run has written about a step; its bad steps; how far it came."
     rows, bad = read_metrics(run / "metrics.jsonl"), read_metrics(run / "bad_steps.jsonl")
-    saved = [int(p.parent.name[11:]) for p in run.glob("checkpoint-*/trainer_state.json")]
+    saved = [p.parent.name[11:] for p in run.glob("checkpoint-*/trainer_state.json")]
+    saved = [int(number) for number in saved if number.isdecimal()]
     last = max([0, *(row["step"] for row in rows + bad), *saved])
     note = next((row for row in bad if row["step"] == step), {})
     began, recipe = (run / "recipe.yaml").stat().st_mtime, load_recipe(run / "recipe.yaml")
@@ -406,6 +424,7 @@ def replay(
     folder = _run_folder(run)
     if step < 1: raise ConfigError(f"steps count from 1, got {step}")
     found, bad, last = _found_in(folder, step)
+    _check_step(folder, step, last)
     found.stops, noted = _stops(at, watch), [str(name) for name in found.names]
     begun = f"checkpoint-{found.start}" if found.start else "the beginning"
     if console is not None and step <= last:
@@ -418,9 +437,10 @@ def replay(
             trainer.train(resume_from_checkpoint=str(folder / begun) if found.start else None)
         found.records = _records_of(trainer, stop)
     if noted and noted != found.names:
+        before, now = (visible(", ".join(names[:3])) for names in (noted, found.names))
         raise ConfigError(
-            f"step {step} of {found.run}: the data have changed since; the run had "
-            f"{', '.join(noted[:3])} …, now it is {', '.join(found.names[:3])} …"
+            f"step {step} of {found.run}: the data have changed since; the run had {before} …, "
+            f"now it is {now} …"
         )
     kept = {str(trainer.train_mixture.name(i)) for info in stop.infos for i in info.indices}
     found.skipped = [name for name in found.names if name not in kept]
