@@ -108,6 +108,7 @@ def test_image_tokens_of_presets_without_their_weights():
         images = load_preparation(name, "gemma", "gemma").image_processor
         print(f"{name}: {images.num_image_tokens} tokens per image, {images.image_size} pixels")
         assert images.num_image_tokens == count
+        assert images.resize == ("torch" if name else "pillow")
     for wrong in ({"aspect": "wide"}, {"control_tokens": "maybe"}):
         for name in (None, "llava-7b"):
             message = f"{list(wrong)[0]} must be one of"

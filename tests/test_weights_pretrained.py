@@ -21,8 +21,7 @@ from vlm_lit.weights.language_models import weights_of
 from vlm_lit.weights.adapters import check_tensors, add_lora, has_lora, load_lora, merge_lora
 from vlm_lit.weights.adapters import nearest_names, save_lora
 from vlm_lit.text.tokenizer import check_placeholder, placeholder_id
-import sys
-import os, shutil, textwrap
+import json, os, shutil, sys, textwrap
 from fastcore.test import test_eq, test_close, expect_fail
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.weights.saving import export_model, save_model
@@ -171,6 +170,13 @@ def test_llava_of_transformers_is_a_model_folder():
 def test_stages_start_from_runs():
     with workshop():
         want = make_run(Path("runs/one"))
+        test_eq(resolve_model(TINY)[1].image_processor.resize, "torch")
+        for kernel in ("pillow", "torch"):  # that of the run, whatever new models have
+            path = Path("runs/one/model/processor_config.json")
+            saved = json.loads(path.read_text())
+            saved["image_processor"]["resize"] = kernel
+            path.write_text(json.dumps(saved))
+            test_eq(resolve_model({"from": "one"})[1].image_processor.resize, kernel)
         changes = {"template": "plain", "image_mean": [0.4, 0.4, 0.4]}
         model, processor = resolve_model({"from": "one", **changes})
         test_eq(processor.template, "plain")

@@ -144,14 +144,14 @@ def load_preparation(
 
     if preset is None:
         words = find_tokenizer(tokenizer)
-        images = {"aspect": aspect or "square", "resize": resize or "pillow"}
+        images = {"aspect": aspect or "square", "resize": resize or "pillow"}  # as MGM's
         return VLMProcessor(words, None, template or "gemma", control_tokens, **images)
     from vlm_lit.models.config import VLMConfig
     from vlm_lit.weights.build import load_preset_tokenizer
     from vlm_lit.weights.llava_hf import is_llava_hf
     from vlm_lit.weights.llava_hf import read_llava_hf_config, read_llava_hf_processor
     from vlm_lit.weights.presets import SETTINGS, load_preset
-    from vlm_lit.weights.pretrained import find_model
+    from vlm_lit.weights.pretrained import NEW_MODEL_RESIZE, find_model
 
     if names_folder(preset):
         folder = find_model(preset)
@@ -173,7 +173,7 @@ def load_preparation(
         words = load_preset_tokenizer(own, tokenizer)
         aspect = aspect or own["image_aspect_ratio"]
         template = template or own["template"]
-    images |= {"aspect": aspect, "resize": resize or "pillow"}
+    images |= {"aspect": aspect, "resize": resize or NEW_MODEL_RESIZE}
     return VLMProcessor.for_model(config, words, template, control_tokens, **images)
 
 # %% ../nbs/20a_commands.ipynb #c013
