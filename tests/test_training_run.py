@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from transformers.trainer_utils import get_last_checkpoint
-from vlm_lit.core import ConfigError, DataError, progress_console
+from vlm_lit.core import ConfigError, DataError, printable, progress_console
 from vlm_lit.data.mixture import Mixture
 from vlm_lit.evaluation.scoring import evaluate
 from vlm_lit.evaluation.scoring import fixed_sample
@@ -341,6 +341,26 @@ def test_validation_records_and_names_are_checked_on_resuming():
     with pytest.raises(ConfigError, match="two sources are named 'a'"):
         train(twice, folder / "other", console=quiet)
     assert not (folder / "other").exists()
+
+def test_validation_on_what_is_trained_on_is_one_line():
+    folder = write_data(Path(tempfile.mkdtemp()) / "data")
+    shutil.copy(folder / "train.json", folder / "copy.json")
+    images = {"image_folder": str(folder / "images")}
+    source = lambda name: {"path": f"{folder}/{name}", **images}
+
+    def warned(*names, **changes):
+        "Lines that warn, of a run validated on these files."
+        flags = ["--data.eval", json.dumps([{**source(name), **changes} for name in names])]
+        recipe = load_recipe(small_recipe(folder, training={"max_steps": 1}), overrides=flags)
+        said = Console(file=io.StringIO(), force_jupyter=False, force_terminal=False, width=80)
+        train(recipe, folder / f"run-{len(list(folder.glob('run*')))}", console=said)
+        return [line for line in said.file.getvalue().splitlines() if line.startswith("warning")]
+
+    assert warned("val.json") == []
+    for name in ("train.json", "copy.json", "../data/train.json"):
+        [line] = warned("val.json", name, max_samples=4)
+        start = f"warning: data.eval {folder}/{name} has the same records as data.train {folder}/train"
+        assert line.startswith(start)
 
 def test_a_disk_that_is_full_during_the_steps_names_the_last_state():
     folder = write_data(Path(tempfile.mkdtemp()) / "data")

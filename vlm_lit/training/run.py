@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 from transformers.trainer_utils import get_last_checkpoint
-from ..core import ConfigError, DataError, progress_console
+from ..core import ConfigError, DataError, printable, progress_console
 from ..data.mixture import Mixture
 from ..evaluation.scoring import evaluate
 from ..evaluation.scoring import fixed_sample
@@ -285,7 +285,9 @@ def _train(recipe, folder, resume, console, progress):
     try:
         prepared = _ready(complete, folder, console if is_main else None)
         if is_main:
-            _check_records(prepared, folder / "data.json", resume)
+            found = _check_records(prepared, folder / "data.json", resume)
+            for line in _shared_records(prepared, found):
+                console.print(line, highlight=False, markup=False, soft_wrap=True)
     except BaseException:
         if is_main and fresh and not resume:
             shutil.rmtree(folder, ignore_errors=True)
@@ -339,6 +341,23 @@ def _check_records(prepared, path, resume):
                 "put its records back, or choose another --name"
             )
     if before != found: write_json(path, {**before, **found})
+    return found
+
+def _shared_records(prepared, found) -> list[str]:
+    "A warning for each source of validation whose records are trained on."
+    data, trained = prepared.recipe.data, {}
+    for name, source in zip(prepared.train.names, data.train):
+        trained.setdefault(found[name], source.path)
+    names = prepared.eval.names if prepared.eval else []
+    held_out = [(found[f"eval/{name}"], own.path) for name, own in zip(names, data.eval)]
+    return [
+        printable(
+            f"warning: data.eval {path} has the same records as data.train {trained[own]}: the "
+            "validation shows what the model has seen; name records that are not trained on"
+        )
+        for own, path in held_out
+        if own in trained
+    ]
 
 def _checksum(records, n=64):
     "Number of records, and a checksum of some, spread over all."
