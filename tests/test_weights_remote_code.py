@@ -205,7 +205,8 @@ def test_copies_differ_in_imports_and_registrations_only():
 def test_a_module_that_is_imported_whole_is_refused():
     wholes = ["from . import jinja", "from .. import core", "import vlm_lit.core", "import vlm_lit"]
     for statement in wholes:
-        with patch("vlm_lit.weights.remote_code.module_source", lambda module: f"x = 1\n{statement}"):
+        text = f"x = 1\n{statement}"
+        with patch.dict(flat_source.__globals__, module_source=lambda module: text):
             with expect_fail(ConfigError, contains="text.labels, line 2: transformers does not copy"):
                 flat_source("text.labels")
 
