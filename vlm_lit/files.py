@@ -270,7 +270,7 @@ def check_checksum(
             f"copy, or remove {CHECKSUMS} if the file was changed on purpose"
         )
 
-# %% ../nbs/01a_files.ipynb #c036
+# %% ../nbs/01a_files.ipynb #c024
 def named_folders(
     name: str | Path,  # A folder, or a name in runs/
 ) -> list[Path]:  # The first that is there is meant
