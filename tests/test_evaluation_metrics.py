@@ -2,6 +2,7 @@
 import importlib.util, math, re, unicodedata
 from collections import Counter
 from functools import partial
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from vlm_lit.core import ConfigError
 import tempfile
@@ -53,10 +54,15 @@ def test_metrics_at_their_edges():
     test_eq([_edit_distance(*pair) for pair in pairs], [3, 3, 2])
 
 def test_metrics_by_name():
+    from unittest.mock import patch
+
     (folder / "broken.py").write_text("import nothing_like_this\n")
     mine = load_metric(f"{folder}/my.py:score")
     print(mine("seven", "six", {"id": 1}), load_metric("anls") is anls, load_metric(mine) is mine)
     test_eq((mine("seven", "six", {}), load_metric("exact")("a", "a")), (2, 1.0))
+    with patch("sys.dont_write_bytecode", False):
+        load_metric(f"{folder}/my.py:score")
+    assert not (folder / "__pycache__").exists()  # the folder is the user's
     for name, message in [
         ("accuracy", "unknown metric 'accuracy'; choose one of exact, contains, anls"),
         (f"{folder}/gone.py:score", "no file"),

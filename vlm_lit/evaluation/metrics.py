@@ -10,6 +10,7 @@ __all__ = ['normalize_answer', 'exact', 'contains', 'anls', 'metric_name', 'load
 import importlib.util, math, re, unicodedata
 from collections import Counter
 from functools import partial
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from ..core import ConfigError
 
@@ -77,6 +78,11 @@ def load_metrics(
         metrics[name] = metric
     return metrics
 
+class _FileLoader(SourceFileLoader):
+    "Runs a file and keeps nothing compiled beside it."
+
+    def set_data(self, path, data, **kwargs): pass
+
 def load_metric(
     name,  # "exact", "contains", "anls" or "FILE.py:FUNCTION"; a function is returned as it is
 ):  # `score(prediction, answer, record) -> float`
@@ -90,9 +96,9 @@ def load_metric(
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(f"metric {name!r}: no file {path!r}")
-    spec = importlib.util.spec_from_file_location(f"_metric_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
-    try: spec.loader.exec_module(module)
+    loader = _FileLoader(f"_metric_{file.stem}", str(file))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    try: loader.exec_module(module)
     except Exception as e:  # whatever the user's file raises
         why = f"{type(e).__name__}: {e}"
         raise ConfigError(f"metric {name!r}: the file cannot be loaded ({why})") from e
