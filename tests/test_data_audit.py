@@ -20,7 +20,7 @@ from vlm_lit.data.collator import name_dead_worker
 from vlm_lit.data.samplers import GlobalBatchSampler, mixture_draws, padding_ratio
 from vlm_lit.processor import VLMProcessor
 from vlm_lit.text.encode import bisect_failures, encode_records
-from vlm_lit.text.labels import control_pattern
+from vlm_lit.text.labels import control_pattern, make_prompt
 from vlm_lit.text.messages import image_names
 import json, sys, tempfile
 from pathlib import Path
@@ -151,6 +151,11 @@ def test_whatever_training_refuses_the_audit_finds():
         json.dumps(found, allow_nan=False)
 
     holds()
+    both = [{"from": role, "value": "<image>\nq"} for role in ("system", "human")]
+    found = audit(
+        [{"id": 1, "image": ["good.jpg"] * 2, "conversations": both}], processor, dirty_settings()
+    )
+    assert {"roles", "tags"} <= set(found["findings"])  # training stops at the first
 
 def test_each_error_of_the_twelve_records_is_named():
     report = audit(DIRTY, processor, dirty_settings())

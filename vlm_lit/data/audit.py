@@ -28,7 +28,7 @@ from .collator import name_dead_worker
 from .samplers import GlobalBatchSampler, mixture_draws, padding_ratio
 from ..processor import VLMProcessor
 from ..text.encode import bisect_failures, encode_records
-from ..text.labels import control_pattern
+from ..text.labels import control_pattern, make_prompt
 from ..text.messages import image_names
 
 # %% ../../nbs/14_audit.ipynb #c008
@@ -133,6 +133,7 @@ def _fit(dataset, own, text):
     try: n_kept = len(dataset.fit(ids, own.number)["input_ids"])
     except TooLong as error:
         if dataset.overlength != "skip": return _note_error(own, error)
+        own.n_needed = 0  # it is left out before an image is opened
         return
     if n_kept < len(segments):
         what = f"{len(segments) - n_kept} of its tokens are cut off"
@@ -143,6 +144,15 @@ def _fit(dataset, own, text):
     own.counts[Segment.IMAGE] *= n_image_tokens
     if not own.counts[Segment.ANSWER] + own.counts[Segment.STOP]:
         _note_error(own, DataError(ERRORS["nothing_supervised"], kind="nothing_supervised"))
+
+def _note_template(dataset, own):
+    "What the template refuses in a record with other errors; training meets it before those."
+    record, seen = own.record, {f.kind for f in own.findings}
+    turns, has_image = record["conversations"], bool(image_names(record))
+    try:
+        make_prompt(turns, dataset.tokenizer, dataset.template, has_image, record=record["id"])
+    except DataError as error:
+        if known_kind(error.kind) not in seen: _note_error(own, error)
 
 def inspect_texts(
     dataset: LazySupervisedDataset,
@@ -165,6 +175,9 @@ def inspect_texts(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # greetings and empty answers are findings of their own
         texts = bisect_failures(standing, encode)
+        for own in chunk:
+            if not own.stands and isinstance(own.record, dict):
+                _note_template(dataset, own)
     for own, text in zip(standing, texts):
         if isinstance(text, DataError): _note_error(own, text)
         else: _fit(dataset, own, text)
