@@ -79,7 +79,7 @@ def load_metrics(
     return metrics
 
 class _FileLoader(SourceFileLoader):
-    "Runs a file and keeps nothing compiled beside it."
+    "Runs a file and keeps nothing compiled in its folder."
 
     def set_data(self, path, data, **kwargs): pass
 
