@@ -19,9 +19,9 @@ from vlm_lit.data.collator import DataCollatorForSupervisedDataset
 from vlm_lit.padding import flat_images
 from vlm_lit.text.encode import pad_id
 from vlm_lit.models.vlm import VLM
-from vlm_lit.training.arguments import PARTS
+from vlm_lit.training.arguments import PARTS, VLMTrainingArguments
 from vlm_lit.training.meter import read_metrics
-from vlm_lit.training.recipe import load_recipe, training_defaults
+from vlm_lit.training.recipe import load_recipe
 from vlm_lit.training.run import prepare_run
 import json
 import os, shutil, textwrap, yaml

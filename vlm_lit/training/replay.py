@@ -26,9 +26,9 @@ from ..data.collator import DataCollatorForSupervisedDataset
 from ..padding import flat_images
 from ..text.encode import pad_id
 from ..models.vlm import VLM
-from .arguments import PARTS
+from .arguments import PARTS, VLMTrainingArguments
 from .meter import read_metrics
-from .recipe import load_recipe, training_defaults
+from .recipe import load_recipe
 from .run import prepare_run
 
 # %% ../../nbs/20_replay.ipynb #c005
@@ -359,8 +359,9 @@ def _stops(at, watch) -> list[Breakpoint]:
 
 def _check_step(run: Path, step: int, last: int) -> None:
     "Refuse a step that by its files the run cannot have taken; what they leave open, `_Stop` sees."
-    settings = {**training_defaults(), **load_recipe(run / "recipe.yaml").training}
-    planned, every = settings["max_steps"], settings["logging_steps"]
+    own, usual = load_recipe(run / "recipe.yaml").training, VLMTrainingArguments
+    planned = own.get("max_steps", usual.max_steps)
+    every = own.get("logging_steps", usual.logging_steps)
     if (run / "result.json").is_file():
         planned = limit = read_json(run / "result.json", dict).get("steps") or last
     else:  # steps after the last line of the log may have been taken
