@@ -2,7 +2,6 @@
 import bisect, hashlib, re
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
 import numpy as np
 from vlm_lit.core import IMAGE_TOKEN
 from vlm_lit.data.image_findings import ImageFacts, image_kinds

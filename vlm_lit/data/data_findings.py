@@ -12,7 +12,6 @@ __all__ = ['RECORD', 'IMAGE', 'NEAR', 'MANY_ANSWERS', 'SAME_ANSWER', 'LONG_ANSWE
 import bisect, hashlib, re
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
 import numpy as np
 from ..core import IMAGE_TOKEN
 from .image_findings import ImageFacts, image_kinds
@@ -35,7 +34,6 @@ IMAGE = np.dtype(
     ]
 )
 
-@lru_cache(maxsize=1024)
 def hash64(
     text: str,
 ) -> int:
@@ -43,7 +41,6 @@ def hash64(
     data = text.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
-@lru_cache(maxsize=1024)
 def normalized(
     text: str,  # Of a turn
 ) -> str:  # Without tags, in lower case, with single spaces
@@ -294,9 +291,8 @@ def leaks(
     same = place_in(images["content"], other_images["content"])
     alike = np.flatnonzero((near[n:] < n) & (same[looks[1]] < 0))
     same[looks[1][alike]] = looks[0][near[n:][alike]]
-    for k in np.flatnonzero(same >= 0):
-        if shared[images["number"][k]] < 0:
-            shared[images["number"][k]] = other_images["number"][same[k]]
+    at = np.flatnonzero((same >= 0) & (shared[images["number"]] < 0))[::-1]  # the first one stays
+    shared[images["number"][at]] = other_images["number"][same[at]]
     whole, parts = np.flatnonzero(leak >= 0), np.flatnonzero((shared >= 0) & (leak < 0))
     return [Group("leak", whole, leak[whole]), Group("leak_image", parts, shared[parts])]
 

@@ -29,7 +29,7 @@ from .record_images import record_name, take_images
 from .sources import Source, choose_split, find_source, scan_source
 
 # %% ../../nbs/07_records.ipynb #c006
-STORE_VERSION = 4  # to be raised when the columns or `read_record` change
+STORE_VERSION = 5  # to be raised when the columns or `read_record` change
 _BATCH_BYTES = 1 << 26  # of images, after which a batch of the store is written
 
 def _schema():
