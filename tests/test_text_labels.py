@@ -8,7 +8,8 @@ from vlm_lit.core import ConfigError, DataError
 from vlm_lit.text.messages import turn_parts
 from vlm_lit.text.templates import Conversation, Rendered, SeparatorStyle, caption_form
 from vlm_lit.core import Segment
-from vlm_lit.text.templates import get_template, is_caption_template, leaves_open, render, set_system
+from vlm_lit.text.templates import get_template, is_caption_template, leaves_open
+from vlm_lit.text.templates import render, set_system
 from vlm_lit.text.chat_templates import answer_headers, hf_markers, render_hf, stop_text
 from vlm_lit.text.sentinels import NO_SPACE, Encoded, TokenizerTraits, encode_prompts
 from vlm_lit.text.sentinels import tokenizer_traits

@@ -18,13 +18,8 @@ from ..core import ConfigError, DataError
 from .messages import turn_parts
 from .templates import Conversation, Rendered, SeparatorStyle, caption_form
 from ..core import Segment
-from vlm_lit.text.templates import (
-    get_template,
-    is_caption_template,
-    leaves_open,
-    render,
-    set_system,
-)
+from .templates import get_template, is_caption_template, leaves_open
+from .templates import render, set_system
 from .chat_templates import answer_headers, hf_markers, render_hf, stop_text
 from .sentinels import NO_SPACE, Encoded, TokenizerTraits, encode_prompts
 from .sentinels import tokenizer_traits
