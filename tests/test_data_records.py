@@ -29,6 +29,7 @@ from hypothesis import given, settings, strategies as st
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.data.records import _build_store, _plain_record, _read_raw, _store, _remove_by
 from vlm_lit.text.messages import read_record
+from vlm_lit.data.records import GC_THRESHOLD
 from vlm_lit.data.records import Records
 from vlm_lit.data.records import _View
 from vlm_lit.data.records import _store_row
@@ -530,6 +531,24 @@ def test_streams_are_read_once_and_keep_images():
     assert folder.is_dir()
     _remove_by(os.getpid(), str(folder))
     assert not folder.exists()
+
+def test_rows_in_a_run_are_the_rows_one_by_one():
+    import datasets, gc
+
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    whole = Table.from_list([{"id": k, "conversations": turns} for k in range(9)])
+    parts = datasets.concatenate_datasets([whole.select(range(4)), whole.select(range(4, 9))])
+    for table in (whole, parts, whole.select([8, 3, 4, 5, 0, 0, 1, 2, 7]), whole.shuffle(seed=0)):
+        names, records = table["id"][:], Records(table)
+        for places in ([2, 3, 4, 5], range(1, 8), [5, 4, 3], [0, 2, 4], [3, 3], [7], [-2, -1], []):
+            found = [record["id"] for record in records.read(places)]
+            test_eq(found, [names[k] for k in places])
+    before = gc.get_threshold()
+    path = Path(tempfile.mkdtemp()) / "records.arrow"
+    with Breakpoint(_store, at="rows.append", watch="gc.get_threshold()[0]") as bp:
+        _store([{"id": 0, "conversations": turns}], path)
+    bp.expect({"gc.get_threshold()[0]": GC_THRESHOLD}, n=1)
+    test_eq(gc.get_threshold(), before)
 
 def test_splits_and_columns_have_stores_of_their_own():
     place = Path(tempfile.mkdtemp())

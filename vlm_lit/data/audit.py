@@ -47,7 +47,7 @@ class Tally:
     images: list = field(default_factory=list)  # arrays of `IMAGE`
     modes: Counter = field(default_factory=Counter)  # mode of an image file -> images
     scripts: Counter = field(default_factory=Counter)  # script of a first answer -> records
-    sources: Counter = field(default_factory=Counter)  # (source, what is counted) -> number
+    sources: set = field(default_factory=set)  # names that records give
     failures: list = field(default_factory=list)  # errors of records, where they are kept
 
     def add(
@@ -195,13 +195,13 @@ def _count_record(tally, dataset, own, settings):
     if isinstance(record, DataError):
         row = np.zeros((), RECORD)
         row["id"], row["number"], row["is_error"] = hash64(repr(findings[0].record)), own.number, 1
-        tally.sources.update({("", "records"): 1, ("", "errors"): 1})
+        row["source"] = hash64("")
+        tally.sources.add("")
         return row.item()
     names, source = image_names(record), record.get("source") or ""
     is_error = own.is_error
     tally.n_images += len(names)
-    counts = {"records": 1, "images": len(names), "positions": length, "errors": is_error}
-    for what, n in counts.items(): tally.sources[source, what] += n
+    tally.sources.add(source)
     answer = next((t["value"] for t in record["conversations"] if t["from"] == "gpt"), "")
     tally.scripts[script_of(answer)] += 1
     keys = [dataset.image_key(name) for name in names]
@@ -405,20 +405,25 @@ def _image_facts(tally: Tally, images: np.ndarray) -> dict:
 
 MOST_SOURCES = 50  # of a report
 
-def _sources(tally: Tally, known: dict) -> dict:
+def _sources(tally: Tally, rows: np.ndarray, known: dict) -> dict:
     "A row per source, those with most records first."
-    names = sorted(
-        {name for name, _ in tally.sources}, key=lambda name: -tally.sources[name, "records"]
-    )
-    table = {}
-    for name in names[:MOST_SOURCES]:
-        counts = ("records", "images", "positions", "errors")
-        table[name] = {what: tally.sources[name, what] for what in counts}
-        asked, share = known.get(hash64(name), (0, 0.0))
-        table[name] |= {"asked_without_image": asked, "answered_without_image": round(share, 4)}
-    if len(names) > MOST_SOURCES:
-        rest = sum(tally.sources[name, "records"] for name in names[MOST_SOURCES:])
-        table["(others)"] = {"sources": len(names) - MOST_SOURCES, "records": rest}
+    names = {hash64(name): name for name in tally.sources}
+    hashes, first, which = np.unique(rows["source"], return_index=True, return_inverse=True)
+    records = np.bincount(which, minlength=len(hashes))
+    counts = {"records": records}
+    for what, key in [("images", "n_images"), ("positions", "length"), ("errors", "is_error")]:
+        counts[what] = np.bincount(which, rows[key], len(hashes)).astype(int)
+    order, table = np.lexsort((first, -records)), {}
+    for k in order[:MOST_SOURCES].tolist():
+        source = int(hashes[k])
+        asked, share = known.get(source, (0, 0.0))
+        table[names[source]] = {what: int(n[k]) for what, n in counts.items()} | {
+            "asked_without_image": asked,
+            "answered_without_image": round(share, 4),
+        }
+    if len(order) > MOST_SOURCES:
+        rest = order[MOST_SOURCES:]
+        table["(others)"] = {"sources": len(rest), "records": int(records[rest].sum())}
     return table
 
 def _add_group(
@@ -482,7 +487,7 @@ def summarize(
         "segments": _segments(tokens),
         "lengths": {**_spread(own["length"]), "histogram": length_histogram(own["length"])},
         "padding": padding,
-        "sources": _sources(tally, known),
+        "sources": _sources(tally, rows, known),
         "image_facts": _image_facts(tally, images),
         "scripts": dict(tally.scripts.most_common()),
         "settings": {**vars(settings), "image_folder": str(dataset.image_folder)},

@@ -128,6 +128,16 @@ def _form_of(raw: object, columns: Mapping[str, str]) -> str | None:
         return find_form(name_columns(raw, columns)) if isinstance(raw, dict) else None
     except DataError: return None
 
+GC_THRESHOLD = 10_000  # new objects between two collections; Python's 700 takes a tenth of the time
+
+@contextmanager
+def _rare_collection():
+    "Collect garbage seldom, where many records live at once; the setting is put back."
+    before = gc.get_threshold()
+    gc.set_threshold(GC_THRESHOLD, *before[1:])
+    try: yield
+    finally: gc.set_threshold(*before)
+
 def _store(
     raws: Iterable,  # Records as their file has them
     path: Path,  # Of the Arrow file to write
@@ -139,7 +149,11 @@ def _store(
 
     schema = _schema()
     rows, n, n_bytes, form = [], 0, 0, None
-    with pa.OSFile(str(path), "wb") as out, pa.ipc.new_stream(out, schema) as writer:
+    with (
+        _rare_collection(),
+        pa.OSFile(str(path), "wb") as out,
+        pa.ipc.new_stream(out, schema) as writer,
+    ):
 
         def flush():
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=schema))
@@ -351,6 +365,7 @@ def _bars_in_terminals_only():
 def one_thread(worker):
     "Keep a worker process to one thread, and garbage collection to what it makes itself."
     gc.freeze()
+    gc.set_threshold(GC_THRESHOLD, *gc.get_threshold()[1:])
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
 
@@ -501,7 +516,9 @@ class Records(Sequence):
 
     def _table_rows(self, indices: Sequence[int]) -> list:
         "Rows of the table; a `DataError` in the place of one that cannot be read."
-        return _rows(self.table[indices], indices)
+        run = range(indices[0], indices[0] + len(indices)) if len(indices) else []
+        is_run = list(run) == list(indices)  # rows that follow each other are not copied
+        return _rows(self.table[run if is_run else indices], indices)
 
     def _place(self, i: int) -> int:
         "A number of a record, counted from the end if it is negative. Raises `IndexError`."
