@@ -2,6 +2,7 @@
 
     python benchmarks/resize_accuracy.py            seeds 0 and 1, about five minutes a run
                                                     -> benchmarks/results/resize_accuracy.json
+    python benchmarks/resize_accuracy.py --seeds 2               one more seed
     python benchmarks/resize_accuracy.py --steps 20 --seeds 0    a try, nothing written
 
 The recipes of `examples/easy_vqa`, but with `tiny` reading 48 pixels instead of 64, so that every
@@ -40,7 +41,7 @@ def train(folder: Path, kernel: str, seed: int, steps: int | None) -> Path:
     shared = ["--training.seed", seed, "--data.resize", kernel]
     if steps:
         shared += ["--training.max_steps", steps, "--training.lr_scheduler_type", "constant"]
-    if steps: shared += ["--training.lr_scheduler_kwargs", "{}"]
+        shared += ["--training.lr_scheduler_kwargs", "{}"]
     stage1, stage2 = EXAMPLE / "stage1.yaml", EXAMPLE / "stage2.yaml"
     call(
         *command,
@@ -75,13 +76,17 @@ def answers(folder: Path, model: Path) -> list[dict]:
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 def write(rows: list[dict]) -> None:
-    "The result file, after each run."
-    result = {
-        "command": "python benchmarks/resize_accuracy.py",
-        "runs": rows,
+    "The result file, after each run; other seeds with this machine and these versions stay in it."
+    about = {
         "machine": {"cpus": os.cpu_count(), "python": platform.python_version()},
         "versions": {name: version(name) for name in ("torch", "pillow", "transformers")},
     }
+    before = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    if all(before.get(key) == value for key, value in about.items()):
+        seeds = {row["seed"] for row in rows}
+        rows = [row for row in before["runs"] if row["seed"] not in seeds] + rows
+    rows = sorted(rows, key=lambda row: row["seed"])
+    result = {"command": "python benchmarks/resize_accuracy.py", "runs": rows, **about}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
 def main():
