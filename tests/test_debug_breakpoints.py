@@ -1,5 +1,5 @@
 "Derived from nbs/01_breakpoints.ipynb by `make tests`; edit the notebook, not this file."
-import dataclasses, inspect, linecache, sys, types
+import contextlib, dataclasses, inspect, linecache, sys, types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -1,5 +1,6 @@
 "Derived from nbs/96_worker_stops.ipynb by `make tests`; edit the notebook, not this file."
 import contextlib, os, shutil, sys, tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import enum, io, os, time
 import numpy as np, torch
 from PIL import Image
 from fastcore.test import expect_fail, test_eq
+from vlm_lit.core import ConfigError
 from vlm_lit.debug.breakpoints import Breakpoint
 from vlm_lit.debug.workers import Mailbox
 from vlm_lit.debug.workers import portable
@@ -39,14 +41,21 @@ def test_a_forked_process_sends_values():
     if child == 0:
         for number in (0, 1, 0):
             mailbox.send({"number": number, "elsewhere": mailbox.is_elsewhere}, number)
-        os._exit(bool(mailbox.collect()))  # what was sent is the owner's
+        for what in "aab": mailbox.count(what)
+        os._exit(any(mailbox.collect()))  # what was sent is the owner's
     test_eq(os.waitpid(child, 0)[1], 0)
     print(oct(mailbox.folder.stat().st_mode & 0o777), mailbox.is_elsewhere)
     test_eq(mailbox.folder.stat().st_mode & 0o777, 0o700)
-    test_eq([value["number"] for value in mailbox.collect()], [0, 1])
+    for number in (10, 9, -1):
+        mailbox.send({"number": number}, number)  # a later process
+    sent, counts = mailbox.collect()
+    own, theirs = [-1, 9, 10], [0, 1]
+    found = [value["number"] for value in sent]
+    test_eq(found, theirs + own if child < os.getpid() else own + theirs)
+    test_eq(counts, {"a": 2, "b": 1})
     assert not mailbox.is_open and not mailbox.is_elsewhere
     mailbox.send({"number": 2}, 2)
-    test_eq(mailbox.collect(), [])
+    test_eq(mailbox.collect(), ([], {}))
     assert not list(mailbox.folder.parent.glob(f"{mailbox.folder.name}*"))
 
 def test_stops_in_workers_are_sent_back():
@@ -87,6 +96,36 @@ def test_hits_in_the_block_are_kept_and_workers_that_outlive_it_are_named():
     with Breakpoint(Squares.__getitem__, at="return value") as bp:
         next(iter(torch.utils.data.DataLoader(Squares(), batch_size=2, num_workers=2)))
     assert bp.hits and not bp.outliving and "still ran" not in repr(bp)
+
+def test_what_happens_in_a_worker_is_known_at_the_end_of_the_block():
+    def load():
+        return torch.cat(list(torch.utils.data.DataLoader(Squares(), num_workers=2))).tolist()
+
+    for when in ("i > 9", lambda found: found["i"] > 9):
+        with Breakpoint(Squares.__getitem__, at="return value", when=when) as bp:
+            load()
+        test_eq((bp.calls, bp.refused, len(bp.hits)), (4, 4, 0))
+        with expect_fail(LookupError, contains="the line was about to run 4 times, and `when` did"):
+            bp.expect()
+    with expect_fail(ConfigError, contains="raised ZeroDivisionError: division by zero, in worker 0"):
+        with Breakpoint(Squares.__getitem__, at="return value", when="1 / i") as bp:
+            load()
+    test_eq((bp.calls, bp.refused, [hit["i"] for hit in bp.hits]), (4, 0, [2, 1, 3]))
+
+    class Empty(Squares):
+        def __getitem__(self, i):
+            for n in range(0):
+                i = n
+            return torch.tensor(i)
+
+    with Breakpoint(Empty.__getitem__, at="i = n") as bp:
+        list(torch.utils.data.DataLoader(Empty(), num_workers=2))
+    with expect_fail(LookupError, contains="the function was entered, but not this line"):
+        bp.expect()
+    with Breakpoint(Squares.__getitem__, at="return value", set={"value": torch.tensor(7)}) as bp:
+        test_eq(load(), [7, 7, 7, 7])
+    test_eq([(name, int(old), int(new)) for name, old, new in bp.settings], [("value", 0, 7)])
+    assert "set value: int64 0 → int64 7" in repr(bp), repr(bp)
 
 def test_workers_forked_before_the_block_are_named():
     batches = iter(torch.utils.data.DataLoader(Squares(), batch_size=2, num_workers=2))

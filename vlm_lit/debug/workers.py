@@ -7,6 +7,7 @@ __all__ = ['portable', 'received', 'process_name', 'running_children', 'Mailbox'
 
 # %% ../../nbs/96_worker_stops.ipynb #c002
 import contextlib, os, shutil, sys, tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,7 @@ class Mailbox:
     def __init__(self):
         self.owner = os.getpid()
         self.folder = Path(tempfile.mkdtemp(prefix="vlm-lit-"))
+        self.tally = os.open(self.folder / "tally", os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
 
     @property
     def is_elsewhere(self) -> bool:
@@ -112,16 +114,27 @@ class Mailbox:
                 torch.save(sent, file)
             path.with_suffix(".part").rename(path.with_suffix(".hit"))
 
-    def collect(self) -> list[dict[str, Any]]:  # By process, each in its order
-        "Take what was sent, and remove the folder. Only the owner can."
-        if self.is_elsewhere or not self.is_open: return []
+    def count(
+        self,
+        what: str,  # One letter of ASCII
+    ) -> None:
+        "Count an event for the owner."
+        with contextlib.suppress(OSError):  # a full disk
+            os.write(self.tally, what.encode())  # appended whole, whoever else writes
+
+    def collect(self) -> tuple[list[dict[str, Any]], Counter]:  # By process, each in its order
+        "Take what was sent and counted, and remove the folder. Only the owner can."
+        if self.is_elsewhere or not self.is_open: return [], Counter()
+        os.close(self.tally)
         # under another name first, so that no file is added while it is emptied
         closed = self.folder.rename(f"{self.folder}.closed")
         try:
-            files = sorted(closed.glob("*.hit"))
-            if not files: return []
+            counts = Counter((closed / "tally").read_text())
+            place = lambda path: tuple(map(int, path.stem.split("-", 1)))  # process, number
+            files = sorted(closed.glob("*.hit"), key=place)
+            if not files: return [], counts
             import torch
 
-            return [received(torch.load(path, weights_only=True)) for path in files]
+            return [received(torch.load(path, weights_only=True)) for path in files], counts
         finally:
             shutil.rmtree(closed, ignore_errors=True)
