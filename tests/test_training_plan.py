@@ -11,7 +11,7 @@ from vlm_lit.data.audit import AuditChunks, count_all
 from vlm_lit.data.data_findings import RECORD
 from vlm_lit.data.findings import AuditSettings, severity
 from vlm_lit.training.recipe import Recipe
-from vlm_lit.training.run import Prepared, prepare_run, training_arguments
+from vlm_lit.training.run import Prepared, prepare_run, shared_records, training_arguments
 import json, sys, tempfile
 import pytest
 from vlm_lit.debug.breakpoints import Breakpoint
@@ -120,5 +120,9 @@ def test_what_would_stop_a_run_is_a_problem():
     hints = make_plan(small_recipe([{**record(k), "hint": "left"} for k in range(3)]), place, measure=0)
     assert "keys not read     in 3 records, which hold text there" in plan_lines(hints)
     assert not any("not read" in line for line in plan_lines(plan))
+    same = [{"path": str(place / "train.json"), "image_folder": str(place)}]
+    seen = make_plan(small_recipe([record(0)], "--data.eval", json.dumps(same)), place, measure=0)
+    (warning,) = (line for line in plan_lines(seen) if line.startswith("warning: "))
+    assert "train.json has the same records as data.train" in warning and not plan["warnings"]
     assert _size(None) == "not known" and _size(1536) == "1.5 KiB" and _size(2**41) == "2.0 TiB"
     assert not list(place.glob("**/checkpoint-*/../plan*"))

@@ -18,7 +18,7 @@ from ..data.audit import AuditChunks, count_all
 from ..data.data_findings import RECORD
 from ..data.findings import AuditSettings, severity
 from .recipe import Recipe
-from .run import Prepared, prepare_run, training_arguments
+from .run import Prepared, prepare_run, shared_records, training_arguments
 
 # %% ../../nbs/19a_plan.ipynb #c005
 def measured_recipe(
@@ -187,6 +187,7 @@ def make_plan(
             "steps": count_steps(prepared, lengths, args),
             "memory": count_memory(prepared, args, images_per_record),
             "measured": measure_steps(prepared) if measure else None,
+            "warnings": shared_records(prepared),
         }
     plan["disk_free_bytes"] = shutil.disk_usage(_existing(folder)).free
     plan["hours_per_epoch"], plan["hours"] = _hours(plan)
@@ -261,4 +262,6 @@ def plan_lines(
         rows["time"] = f"{plan['hours_per_epoch']:.2f} hours per epoch, {plan['hours']:.2f} in all"
     if not data["with_ignored_keys"]: del rows["keys not read"]
     lines = [f"{name:18}{text}" for name, text in rows.items()]
-    return [printable(line) for line in lines + [f"problem: {text}" for text in plan["problems"]]]
+    for kind in ("warning", "problem"):
+        lines += [f"{kind}: {text}" for text in plan[f"{kind}s"]]
+    return [printable(line) for line in lines]
