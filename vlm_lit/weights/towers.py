@@ -209,6 +209,13 @@ def _timm_name(
         kind = kind.get(key) if isinstance(kind, dict) else None
     return str((kind if isinstance(kind, dict) else {}).get("timm_model_name", ""))
 
+def _other_eps(what: str) -> ConfigError:
+    "The error for convnext_xxlarge."
+    return ConfigError(
+        f"{what}: convnext_xxlarge normalizes with 1e-5, transformers' ConvNextModel with 1e-6; "
+        "take a smaller one"
+    )
+
 def open_clip_file(
     name: str,  # A folder or a hub name
 ) -> Path | None:  # None if the source is in another format
@@ -220,10 +227,7 @@ def open_clip_file(
     # LAION's ViTs have transformers' files next to open_clip's
     if not kind.startswith("convnext"): return None
     if kind.startswith("convnext_xxlarge"):
-        raise ConfigError(
-            f"vision tower {name!r}: {kind} normalizes with 1e-5, transformers' ConvNextModel with "
-            "1e-6; take a smaller one"
-        )
+        raise _other_eps(f"vision tower {name!r}")
     weights = source_file(name, *OPEN_CLIP_WEIGHTS)
     if weights is None:
         files = " nor ".join(OPEN_CLIP_WEIGHTS)
@@ -234,12 +238,15 @@ def open_clip_file(
 
 _DEPTHS = {"tiny": [3, 3, 9, 3]}  # published variant -> blocks of each stage
 _DEPTHS |= dict.fromkeys(("small", "base", "large", "xlarge"), [3, 3, 27, 3])
+_XXLARGE_DEPTHS = [3, 4, 30, 3]
 
 def _check_depths(
     path: Path,  # Weights, perhaps with open_clip_config.json next to them
     depths: list[int],  # Blocks of each stage that they have
 ) -> None:
-    "Raise `ConfigError` if open_clip_config.json names a variant of other depths."
+    """Raise `ConfigError` for the depths of convnext_xxlarge, and if open_clip_config.json names a
+    variant of others."""
+    if depths == _XXLARGE_DEPTHS: raise _other_eps(f"tower {path.name}")
     config = path.with_name("open_clip_config.json")
     kind = _timm_name(config) if config.is_file() else ""
     variant = re.match(r"convnext_([a-z]+)", kind)
