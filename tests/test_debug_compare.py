@@ -40,6 +40,8 @@ def test_outcomes_differ_by_part():
     test_eq(list(changed_parts(Outcome(3), fails)), ["result"])
     test_eq(list(changed_parts(one, fails)), ["result"])
     test_eq(changed_parts(Outcome(3), Outcome(3)), {})
+    keys = Outcome({1: "a", "1": "b", (2,): "c"}), Outcome({1: "a", "1": "x", (2,): "c"})
+    test_eq(changed_parts(*keys), {"str 1": ("", "b", "x")})
 
 def test_the_walk_is_stopped_at_the_difference():
     with Breakpoint(first_difference, at="return None if equal", watch="a b path") as bp:

@@ -560,6 +560,9 @@ def test_supervised_positions_need_the_padding_on_the_right():
         test_close(model(**left).loss, whole, eps=1e-5)  # the mask is used
         with expect_fail(ConfigError, contains="need padding on the right"):
             model(**supervised(left))
+        image = torch.tensor([[2, model.config.image_token_id, 1]])
+        with expect_fail(DataError, contains="1 image placeholder(s) in input_ids and no image"):
+            model(input_ids=image, labels=image, supervised_positions=torch.tensor([1]))
 
 def test_packed_samples_do_not_see_each_other():
     for family in FAMILIES:

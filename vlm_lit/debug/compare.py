@@ -88,7 +88,11 @@ class Outcome:
         if isinstance(self.value, Mapping): items = dict(self.value)
         elif is_record(type(self.value)): items = record_values(self.value)
         else: return {"result": self.value}
-        return {str(key): item for key, item in items.items()}
+        named: dict[str, Any] = {}
+        for key, item in items.items():
+            name = str(key) if str(key) not in named else f"{type(key).__name__} {key}"
+            named[name] = item
+        return named
 
     def __getitem__(self, expression):
         "A part by its name, or an expression of parts and `result`."
