@@ -238,6 +238,24 @@ def test_a_translation_takes_code_and_outputs_of_its_original(tmp_path):
     twin.write_text(book.dump({"cells": [text], **form}))
     assert "has 0 code cells, one.ipynb has 1" in book.stale_twins(tmp_path)[0]
 
+def test_outputs_show_lines_that_are_there(tmp_path):
+    for name in ("nbs", "vlm_lit/text"): (tmp_path / name).mkdir(parents=True)
+    module, path = tmp_path / "vlm_lit/text/labels.py", tmp_path / "nbs/one.ipynb"
+    module.write_text("def mask(ids):\n    labels = ids.clone()\n    return labels\n")
+    stop = (
+        "mask  vlm_lit/text/labels.py:2, 1 hit\n     1  def mask(ids):\n->   2  labels = ids.clo…\n"
+    )
+    cell = {"cell_type": "code", "id": "c001", "metadata": {}, "source": "mask(ids)"}
+    cell["outputs"] = [{"output_type": "stream", "name": "stdout", "text": stop.splitlines(True)}]
+    notebook = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    path.write_text(book.dump(notebook))
+    assert book.stale_stops(tmp_path) == []
+    module.write_text("# one line more\n" + module.read_text())
+    (told,) = book.stale_stops(tmp_path)
+    assert told.startswith("one.ipynb c001: vlm_lit/text/labels.py:2 is not 'labels = ids.clo'")
+    module.unlink()
+    assert len(book.stale_stops(tmp_path)) == 1
+
 def test_sentences_are_drawn_by_seed():
     first, again, other = (book.drawn(5, seed, ["05_labels"]) for seed in (1, 1, 2))
     assert first == again != other and len(set(first)) == 5

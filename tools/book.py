@@ -600,6 +600,35 @@ def stale_twins(root=None):
             found.append(f"{twin.name}: code or outputs differ, run `python tools/book.py`")
     return found
 
+_STOP = re.compile(r"\S+  (vlm_lit/[\w/]+\.py):\d+")
+_ARROW = re.compile(r"->\s+(\d+)  (.*)")
+
+def shown_lines(notebook):
+    "(cell, file of the package, number, text) of each line at which an output shows a stop."
+    for cell in notebook["cells"]:
+        for output in cell.get("outputs", ()):
+            text, file = output.get("text") or output.get("data", {}).get("text/plain", ""), None
+            for line in "".join(text).splitlines():
+                if stop := _STOP.match(line): file = stop[1]
+                elif file and (arrow := _ARROW.match(line)):
+                    yield cell["id"], file, int(arrow[1]), arrow[2].strip().rstrip("…")
+
+def stale_stops(root=None):
+    "Outputs that show a line of the package which has another place or another text now."
+    root, found = Path(root or build.ROOT), []
+    for path in sorted((root / "nbs").glob("*.ipynb")):
+        if ".zh." in path.name: continue  # has the original's outputs
+        for cell, file, n, text in shown_lines(load(path)):
+            is_there = (root / file).is_file()
+            lines = (root / file).read_text(encoding="utf-8").splitlines() if is_there else []
+            if n <= len(lines) and lines[n - 1].strip().startswith(text):
+                continue
+            found.append(
+                f"{path.name} {cell}: {file}:{n} is not {text[:50]!r} any more; run "
+                f"`python tools/build.py run {path.stem}`"
+            )
+    return found
+
 def compare_translations(root=None):
     "Where `X.zh.ipynb` and `README.zh-CN.md` differ from their originals in more than prose."
     root, found = Path(root or build.ROOT), []

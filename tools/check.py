@@ -141,7 +141,8 @@ BOOK += ["figures", "width"]
 def check_book():
     "Notebooks keep the rules of tools/book.py, and translations change nothing but prose."
     troubles = [f"{rule}: {line}" for rule in BOOK for line in book.broken(rule)]
-    return "\n".join(troubles + book.compare_translations() + book.stale_twins())
+    twins = book.compare_translations() + book.stale_twins()
+    return "\n".join(troubles + twins + book.stale_stops())
 
 def list_claims(shown=20):
     "Print numbers in Markdown that no cell of their section holds; that is no failure."
