@@ -31,15 +31,15 @@ def why_not(
             f"never reached with its condition true: the line was about to run {bp.refused} "
             f"time{'s' * (bp.refused != 1)}, and `when` did not hold"
         )
-    if bp.calls:
-        return (
-            "never reached: the function was entered, but not this line (another branch, an empty "
-            "loop, or an exception before it)"
-        )
     if bp.outliving:
         return (
             f"never reached before the block ended. {outliving_text(bp)}; take all batches of a "
             "DataLoader inside the block"
+        )
+    if bp.calls:
+        return (
+            "never reached: the function was entered, but not this line (another branch, an empty "
+            "loop, or an exception before it)"
         )
     return (
         "never reached: the function was not entered in this thread. Code in another thread, "
