@@ -1,15 +1,16 @@
 """Does the resizing kernel move accuracy? easy-VQA trained with `resize: pillow` and with `torch`.
 
-    python benchmarks/resize_accuracy.py            seeds 0 and 1, about five minutes a run
+    python benchmarks/resize_accuracy.py            seeds 0 and 1, both kernels
                                                     -> benchmarks/results/resize_accuracy.json
-    python benchmarks/resize_accuracy.py --seeds 2               one more seed
+    python benchmarks/resize_accuracy.py --seeds 2 --kernels torch    one more run
     python benchmarks/resize_accuracy.py --steps 20 --seeds 0    a try, nothing written
 
 The recipes of `examples/easy_vqa`, with images enlarged to 96 pixels, so that every one is made
 smaller by the kernel. (Runs "64 to 48" are of a `tiny` that read 48 pixels instead; with images so
 small, some trainings end near 86 % and others near 96 %, with either kernel.) Each trained model
 answers all test questions twice, with the kernel that it was trained with and with the other one;
-`other_answers` counts the questions whose answer differs.
+`other_answers` counts the questions whose answer differs. With OMP_NUM_THREADS=1 and two at a time
+on two cores, as the committed ones were made, a run takes twelve minutes.
 """
 
 import argparse, json, os, platform, shutil, subprocess, sys, tempfile

@@ -245,6 +245,7 @@ def test_outputs_show_lines_that_are_there(tmp_path):
     stop = (
         "mask  vlm_lit/text/labels.py:2, 1 hit\n     1  def mask(ids):\n->   2  labels = ids.clo…\n"
     )
+    stop += "look  <cell>:9, 1 hit\n->   9  a line of a cell\n"
     cell = {"cell_type": "code", "id": "c001", "metadata": {}, "source": "mask(ids)"}
     cell["outputs"] = [{"output_type": "stream", "name": "stdout", "text": stop.splitlines(True)}]
     notebook = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}

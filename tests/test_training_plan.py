@@ -11,7 +11,8 @@ from vlm_lit.data.audit import AuditChunks, count_all
 from vlm_lit.data.data_findings import RECORD
 from vlm_lit.data.findings import AuditSettings, severity
 from vlm_lit.training.recipe import Recipe
-from vlm_lit.training.run import Prepared, prepare_run, shared_records, training_arguments
+from vlm_lit.training.run import Prepared, prepare_run, record_checksums, shared_records
+from vlm_lit.training.run import training_arguments
 import json, sys, tempfile
 import pytest
 from vlm_lit.debug.breakpoints import Breakpoint

@@ -600,7 +600,7 @@ def stale_twins(root=None):
             found.append(f"{twin.name}: code or outputs differ, run `python tools/book.py`")
     return found
 
-_STOP = re.compile(r"\S+  (vlm_lit/[\w/]+\.py):\d+")
+_STOP = re.compile(r"\S+  (\S+):\d+")  # the first line of a stop
 _ARROW = re.compile(r"->\s+(\d+)  (.*)")
 
 def shown_lines(notebook):
@@ -609,7 +609,8 @@ def shown_lines(notebook):
         for output in cell.get("outputs", ()):
             text, file = output.get("text") or output.get("data", {}).get("text/plain", ""), None
             for line in "".join(text).splitlines():
-                if stop := _STOP.match(line): file = stop[1]
+                if stop := _STOP.match(line):
+                    file = stop[1] if stop[1].startswith("vlm_lit/") else None  # or a cell
                 elif file and (arrow := _ARROW.match(line)):
                     yield cell["id"], file, int(arrow[1]), arrow[2].strip().rstrip("…")
 

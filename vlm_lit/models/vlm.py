@@ -528,7 +528,7 @@ class VLM(_Images, _Prompts, PreTrainedModel, GenerationMixin):
             text = input_ids, attention_mask, labels, sample_ids
             input_ids, attention_mask, labels, sample_ids = self._expand(*text)
         images = pixel_values, pixel_values_aux, image_index
-        synchronizes = input_ids is not None and input_ids.device.type != "cpu"
+        synchronizes = (inputs_embeds if input_ids is None else input_ids).device.type != "cpu"
         is_counted = is_checked and synchronizes or not is_prompt or torch.compiler.is_compiling()
         embeds, features = self.embed_inputs(input_ids, inputs_embeds, *images, is_counted)
         if sample_ids is not None:

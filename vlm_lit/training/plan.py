@@ -18,7 +18,8 @@ from ..data.audit import AuditChunks, count_all
 from ..data.data_findings import RECORD
 from ..data.findings import AuditSettings, severity
 from .recipe import Recipe
-from .run import Prepared, prepare_run, shared_records, training_arguments
+from .run import Prepared, prepare_run, record_checksums, shared_records
+from .run import training_arguments
 
 # %% ../../nbs/19a_plan.ipynb #c005
 def measured_recipe(
@@ -187,7 +188,7 @@ def make_plan(
             "steps": count_steps(prepared, lengths, args),
             "memory": count_memory(prepared, args, images_per_record),
             "measured": measure_steps(prepared) if measure else None,
-            "warnings": shared_records(prepared),
+            "warnings": shared_records(prepared, record_checksums(prepared)),
         }
     plan["disk_free_bytes"] = shutil.disk_usage(_existing(folder)).free
     plan["hours_per_epoch"], plan["hours"] = _hours(plan)
