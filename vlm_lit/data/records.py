@@ -130,11 +130,16 @@ def _form_of(raw: object, columns: Mapping[str, str]) -> str | None:
 
 GC_THRESHOLD = 10_000  # new objects between two collections; Python's 700 takes a tenth of the time
 
+def _collect_seldom() -> None:
+    "Raise the threshold of garbage collection; one that is higher, or 0 for never, is left."
+    now, *rest = gc.get_threshold()
+    if 0 < now < GC_THRESHOLD: gc.set_threshold(GC_THRESHOLD, *rest)
+
 @contextmanager
 def _rare_collection():
     "Collect garbage seldom, where many records live at once; the setting is put back."
     before = gc.get_threshold()
-    gc.set_threshold(GC_THRESHOLD, *before[1:])
+    _collect_seldom()
     try: yield
     finally: gc.set_threshold(*before)
 
@@ -365,7 +370,7 @@ def _bars_in_terminals_only():
 def one_thread(worker):
     "Keep a worker process to one thread, and garbage collection to what it makes itself."
     gc.freeze()
-    gc.set_threshold(GC_THRESHOLD, *gc.get_threshold()[1:])
+    _collect_seldom()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
 

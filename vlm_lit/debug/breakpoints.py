@@ -250,7 +250,7 @@ class Breakpoint(Expectations):
         if self._mailbox.is_elsewhere:
             text = f"{text}, in {process_name()}"
             if not self.error:
-                with contextlib.suppress(OSError):  # a full disk
+                with contextlib.suppress(OSError, RuntimeError):  # a full disk
                     self._mailbox.send({"error": [doing, text]}, -1)
         self.error = self.error or (doing, text, error.with_traceback(None))
 
